@@ -1,0 +1,7 @@
+"""Sparse training for PyTorch Lightning: add a callback; your model, optimizer and checkpoints stay yours."""
+
+from lightning_sparse.callbacks import MagnitudePruning, RandomSparsity, SparsityMixin
+
+__version__ = "0.1.0"
+
+__all__ = ["MagnitudePruning", "RandomSparsity", "SparsityMixin"]

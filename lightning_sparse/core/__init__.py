@@ -1,0 +1,36 @@
+"""State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
+
+from lightning_sparse.core.budget import Budget
+from lightning_sparse.core.masks import MaskSet
+from lightning_sparse.core.memory import Memory, Remembered
+from lightning_sparse.core.moments import clear_moments
+from lightning_sparse.core.structure import Channels, NOfM, Structure, Unstructured, parse_structure
+from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
+from lightning_sparse.core.targets import Candidate, Target, describe, find_targets
+from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window
+
+__all__ = [
+    "FINAL",
+    "HEADER",
+    "Budget",
+    "Candidate",
+    "Channels",
+    "LayerRow",
+    "MaskSet",
+    "Memory",
+    "NOfM",
+    "Position",
+    "Remembered",
+    "RunLength",
+    "Span",
+    "Structure",
+    "Target",
+    "Unstructured",
+    "Window",
+    "clear_moments",
+    "describe",
+    "find_targets",
+    "format_table",
+    "parse_structure",
+    "summarize",
+]

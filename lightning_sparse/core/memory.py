@@ -1,0 +1,145 @@
+"""State that a method declares in one line; saving, loading and device placement follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Protocol, TypeVar, overload, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.functional import pack, unpack
+
+__all__ = ["Memory", "Remembered"]
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class _Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Remembered(Generic[T]):
+    """An attribute that survives: it is in every checkpoint and on the right device after loading.
+
+    Holds numbers, strings, tensors, lists and dictionaries of them, or anything with `state_dict`,
+    `load_state_dict` and `to`. Tensors in a dictionary keyed by weight names follow their weights.
+
+    Args:
+        create: makes the value that a fresh start has.
+
+    Example:
+        >>> class Counter(Memory):
+        ...     steps = Remembered(int)
+        >>> counter, other = Counter(), Counter()
+        >>> counter.steps += 2
+        >>> other.recall(counter.memorise())
+        >>> other.steps
+        2
+    """
+
+    def __init__(self, create: Callable[[], T]) -> None:
+        self.create = create
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Remembered[T]: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: object | None, owner: type) -> T | Remembered[T]:
+        if instance is None:
+            return self
+        values = instance.__dict__.setdefault("_remembered", {})
+        if self.name not in values:
+            values[self.name] = self.create()
+        return values[self.name]  # type: ignore[no-any-return]
+
+    def __set__(self, instance: object, value: T) -> None:
+        instance.__dict__.setdefault("_remembered", {})[self.name] = value
+
+
+class Memory:
+    """A class with `Remembered` attributes."""
+
+    @classmethod
+    def remembered(cls) -> list[str]:
+        """The names of all declared attributes, base classes first."""
+        names: dict[str, None] = {}
+        for base in reversed(cls.__mro__):
+            names.update({name: None for name, value in vars(base).items() if isinstance(value, Remembered)})
+        return list(names)
+
+    def forget(self) -> None:
+        """Back to the values of a fresh start."""
+        self.__dict__["_remembered"] = {}
+
+    def memorise(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists, dictionaries and CPU tensors; boolean tensors at one bit each."""
+        return {name: _encode(getattr(self, name)) for name in self.remembered()}
+
+    def recall(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `memorise` returned; all or nothing.
+
+        Raises:
+            ValueError: if something declared is missing.
+        """
+        missing = [name for name in self.remembered() if name not in saved]
+        if missing:
+            raise ValueError(f"The saved state of {type(self).__name__} lacks {missing}; it was written by another version.")
+        self.forget()
+        for name in self.remembered():
+            current = getattr(self, name)
+            if isinstance(current, _Stateful):
+                current.load_state_dict(saved[name])
+            else:
+                setattr(self, name, _decode(saved[name]))
+
+    def place(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        """Move tensors to the device of the weight they are named after, or to `device`."""
+        for name in self.remembered():
+            value = getattr(self, name)
+            if isinstance(value, _Stateful):
+                value.to(weights)  # type: ignore[attr-defined]
+            else:
+                setattr(self, name, _place(value, weights, device))
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, _Stateful):
+        return value.state_dict()
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool:
+            return {"packed": pack(value).cpu(), "shape": list(value.shape)}
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"packed", "shape"}:
+            return unpack(value["packed"], tuple(value["shape"]))
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return value
+
+
+def _place(value: Any, weights: Mapping[str, Tensor], device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _place(item, weights, weights[key].device if key in weights else device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_place(item, weights, device) for item in value]
+    return value

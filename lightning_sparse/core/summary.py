@@ -1,0 +1,62 @@
+"""What is left of each layer, as rows and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from lightning_sparse.core.masks import MaskSet
+
+__all__ = ["LayerRow", "format_table", "summarize"]
+
+
+class LayerRow(NamedTuple):
+    """One layer of a sparse model, or the sum of all.
+
+    Args:
+        layer: name of the weight, or `total`.
+        kept: entries that the mask keeps.
+        total: entries there are.
+        target: how many are to be kept in the end; None where the scores decide.
+    """
+
+    layer: str
+    kept: int
+    total: int
+    target: int | None
+
+    @property
+    def density(self) -> float:
+        """The fraction kept."""
+        return self.kept / self.total if self.total else 1.0
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """As text: layer, kept of total, target, density."""
+        target = "by score" if self.target is None else f"{self.target:,}"
+        return self.layer, f"{self.kept:,} of {self.total:,}", target, f"{self.density:.2%}"
+
+
+HEADER = ("layer", "kept", "target", "density")
+
+
+def summarize(masks: MaskSet, target: int | None = None, targets: Mapping[str, int] | None = None) -> list[LayerRow]:
+    """One row per masked weight, and their sum last.
+
+    Args:
+        masks: of the weights.
+        target: entries to keep in all, if known.
+        targets: entries to keep per weight, where known.
+    """
+    counts = masks.counts
+    rows = [LayerRow(name, counts[name], masks.dropped(name).numel(), (targets or {}).get(name)) for name in masks]
+    return [*rows, LayerRow("total", masks.kept, masks.total, target)]
+
+
+def format_table(rows: Sequence[LayerRow]) -> str:
+    """The rows as an aligned text."""
+    lines = [HEADER, *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

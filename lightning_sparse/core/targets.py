@@ -1,0 +1,228 @@
+"""Which weights a method works on, chosen by patterns, and why each is in or out."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+__all__ = ["Candidate", "Target", "describe", "find_targets"]
+
+DEFAULT_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that a method works on.
+
+    Args:
+        name: as in the module's state dict.
+        weight: the parameter itself.
+        transposed: whether dimension 1, not 0, counts the output channels.
+        groups: of a convolution, else 1.
+    """
+
+    name: str
+    weight: nn.Parameter
+    transposed: bool = False
+    groups: int = 1
+
+    @property
+    def output_dim(self) -> int:
+        """The dimension that counts output channels."""
+        return 1 if self.transposed else 0
+
+    @property
+    def input_dim(self) -> int:
+        """The dimension that counts inputs."""
+        return 0 if self.transposed else 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One parameter of the module: chosen or not, and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    chosen: bool
+    reason: str
+
+
+def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Target]:
+    """The weights that the patterns choose, in the order of the module.
+
+    A pattern is a glob over names (`layer1.*`, of a parameter or of the layer that holds it), a regular expression
+    (`re:layer[12]`, anywhere in the parameter's name), a layer type (`type:Conv2d`, subclasses included), or one end of
+    the network (`:first`, `:last`, in the order of the module). With `!` in front it excludes.
+
+    A weight is chosen if any pattern includes it and none excludes it; if all patterns exclude, the rest is included.
+    Names choose among the weights of convolutions, linear layers and attention projections; a type also reaches others
+    (`type:Embedding`). Vectors (biases, norms) are never chosen.
+
+    Raises:
+        ValueError: if a pattern matches nothing, nothing is chosen, or a chosen weight is frozen, uninitialised or
+            computed by a parametrization.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+        >>> [target.name for target in find_targets(net, ["!:first"])]
+        ['3.weight']
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    parameters = _parameters(module, patterns)
+    candidates = [_decide(parameter, patterns) for parameter in parameters]
+    _check_patterns(patterns, parameters)
+    chosen = [parameter for parameter, candidate in zip(parameters, candidates, strict=True) if candidate.chosen]
+    if not chosen:
+        raise ValueError(
+            f"targets={patterns} chooses no weight of {type(module).__name__}; it needs a convolution, a linear layer "
+            "or an attention projection, or name a layer type with 'type:<class>'."
+        )
+    for parameter in chosen:
+        _check_usable(parameter)
+    return [
+        Target(p.name, p.weight, isinstance(p.layer, _ConvTransposeNd), int(getattr(p.layer, "groups", 1))) for p in chosen
+    ]
+
+
+def describe(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Candidate]:
+    """Every parameter of the module with the reason why it is in or out; printable as a table."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    return [_decide(parameter, patterns) for parameter in _parameters(module, patterns)]
+
+
+@dataclass
+class _Parameter:
+    """A parameter with every layer that holds it, and whether names may choose it."""
+
+    weight: nn.Parameter
+    owners: list[tuple[str, nn.Module]]
+    end: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.owners[0][0]
+
+    @property
+    def layer(self) -> nn.Module:
+        return self.owners[0][1]
+
+    @property
+    def is_vector(self) -> bool:
+        uninitialised = isinstance(self.weight, UninitializedParameter)
+        return "bias" in self.name.rpartition(".")[2] or (not uninitialised and self.weight.ndim < 2)
+
+    @property
+    def foreign(self) -> nn.Module | None:
+        """A layer that holds it and is none of the kinds that names choose among."""
+        return next((layer for _, layer in self.owners if not isinstance(layer, DEFAULT_KINDS)), None)
+
+    def matches(self, pattern: str) -> bool:
+        if pattern.startswith(":"):
+            return pattern[1:] in self.end.split()
+        if pattern.startswith("type:"):
+            return any(base.__name__ == pattern[5:] for base in type(self.layer).__mro__)
+        if pattern.startswith("re:"):
+            return any(re.search(pattern[3:], name) for name, _ in self.owners)
+        return any(
+            fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[0], pattern)
+            for name, _ in self.owners
+        )
+
+
+def _parameters(module: nn.Module, patterns: list[str]) -> list[_Parameter]:
+    for pattern in patterns:
+        _check_syntax(pattern)
+    found: dict[int, _Parameter] = {}
+    for prefix, layer in module.named_modules(remove_duplicate=False):
+        _check_parametrization(prefix, layer, patterns)
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            entry = found.setdefault(id(parameter), _Parameter(parameter, []))
+            entry.owners.append((f"{prefix}.{leaf}" if prefix else leaf, layer))
+    eligible = [entry for entry in found.values() if not entry.is_vector and entry.foreign is None]
+    if eligible:
+        eligible[0].end += " first"
+        eligible[-1].end += " last"
+    return list(found.values())
+
+
+def _decide(parameter: _Parameter, patterns: list[str]) -> Candidate:
+    shape = () if isinstance(parameter.weight, UninitializedParameter) else tuple(parameter.weight.shape)
+    chosen, reason = _reason(parameter, patterns)
+    return Candidate(parameter.name, type(parameter.layer).__name__, shape, chosen, reason)
+
+
+def _reason(parameter: _Parameter, patterns: list[str]) -> tuple[bool, str]:
+    if parameter.is_vector:
+        return False, "a bias or a vector"
+    for pattern in patterns:
+        if pattern.startswith("!") and parameter.matches(pattern[1:]):
+            return False, f"excluded by '{pattern}'"
+    included = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    hits = [pattern for pattern in included if parameter.matches(pattern)]
+    by_type = [pattern for pattern in hits if pattern.startswith("type:")]
+    if by_type or (hits and parameter.foreign is None):
+        return True, f"included by '{(by_type or hits)[0]}'"
+    if parameter.foreign is not None:
+        tied = "shared with " if parameter.foreign is not parameter.layer else ""
+        return False, f"{tied}{type(parameter.foreign).__name__}, not a convolution, linear layer or attention"
+    return False, "no pattern includes it"
+
+
+def _check_syntax(pattern: str) -> None:
+    bare = pattern.removeprefix("!")
+    if bare.startswith("re:"):
+        try:
+            re.compile(bare[3:])
+        except re.error as error:
+            raise ValueError(f"targets: '{pattern}' is not a regular expression ({error}).") from None
+    if bare.startswith(":") and bare not in (":first", ":last"):
+        raise ValueError(f"targets: '{pattern}' is unknown; the ends of the network are ':first' and ':last'.")
+
+
+def _check_patterns(patterns: list[str], parameters: list[_Parameter]) -> None:
+    """A pattern that matches nothing is a typing error; say what is nearest."""
+    for pattern in patterns:
+        bare = pattern.removeprefix("!")
+        if any(parameter.matches(bare) for parameter in parameters):
+            continue
+        if bare.startswith("type:"):
+            known = sorted({type(parameter.layer).__name__ for parameter in parameters})
+        else:
+            known = [parameter.name for parameter in parameters]
+            known += [name.rpartition(".")[0] for name in known]
+        near = difflib.get_close_matches(bare.removeprefix("type:").removeprefix("re:"), known, n=1, cutoff=0.3)
+        near = near or known[:1]
+        hint = f"did you mean '{near[0]}'?" if near else "the model has no parameters."
+        raise ValueError(f"targets: '{pattern}' matches nothing in the model; {hint}")
+
+
+def _check_usable(parameter: _Parameter) -> None:
+    name, weight = parameter.name, parameter.weight
+    remedy = f"exclude it with targets=['!{name}']"
+    if isinstance(weight, UninitializedParameter):
+        raise ValueError(f"'{name}' has no shape yet; run one batch through the lazy layer, or {remedy}.")
+    if not weight.requires_grad:
+        raise ValueError(f"'{name}' is frozen (requires_grad=False); unfreeze it or {remedy}.")
+
+
+def _check_parametrization(name: str, layer: nn.Module, patterns: list[str]) -> None:
+    """A computed weight cannot hold zeros of its own, so a method must not pass it over in silence."""
+    if not isinstance(layer, DEFAULT_KINDS):
+        return
+    if parametrize.is_parametrized(layer) or "weight_orig" in dict(layer.named_parameters(recurse=False)):
+        stand_in = _Parameter(nn.Parameter(torch.empty(0, 0)), [(f"{name}.weight", layer)])
+        if not any(pattern.startswith("!") and stand_in.matches(pattern[1:]) for pattern in patterns):
+            raise ValueError(
+                f"The weight of layer '{name}' is computed by a parametrization or a pruning hook, so zeros cannot stay "
+                "in it; remove that first (torch.nn.utils.parametrize or torch.nn.utils.prune)."
+            )

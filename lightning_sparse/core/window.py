@@ -1,0 +1,152 @@
+"""When: spans of a run, and a window of it with a grid of updates."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["FINAL", "Position", "RunLength", "Span", "Window"]
+
+
+FINAL = 1 << 62
+"""The number of the update that ends a window."""
+
+
+class Position(NamedTuple):
+    """Where a run is.
+
+    Args:
+        fraction: of the run that is done, in [0, 1].
+        epoch: complete epochs.
+        step: optimizer steps done.
+        epoch_start: whether this is the moment before the first batch of an epoch, not after a step.
+    """
+
+    fraction: float
+    epoch: int
+    step: int
+    epoch_start: bool = False
+
+
+class RunLength(NamedTuple):
+    """How long a run is; what is not known is None."""
+
+    epochs: float | None
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class Span:
+    """A length of time: a fraction of the run (0.75), or `'30 epochs'`, or `'500 steps'`.
+
+    Example:
+        >>> Span.parse("30 epochs").fraction(RunLength(epochs=40, steps=4000))
+        0.75
+    """
+
+    value: float
+    unit: str
+
+    @classmethod
+    def parse(cls, span: float | str, name: str = "span") -> Span:
+        """Read a span as users write it.
+
+        Raises:
+            ValueError: if it is neither a fraction nor a number of epochs or steps.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(epoch|step|)s?\s*", str(span))
+        if match and match[2]:
+            return cls(float(match[1]), f"{match[2]}s")
+        if match and 0 <= float(match[1]) <= 1:
+            return cls(float(match[1]), "fraction")
+        raise ValueError(
+            f"{name}={span!r} is not a span of time; write a fraction of the run from 0 to 1, '{span} epochs' or "
+            f"'{span} steps'."
+            if match
+            else f"{name}={span!r} is not a span of time; write a fraction such as 0.75, '30 epochs' or '500 steps'."
+        )
+
+    def fraction(self, run: RunLength, name: str = "span") -> float:
+        """As a fraction of a run.
+
+        Raises:
+            ValueError: if the run's length in this unit is unknown, or the span is longer than the run.
+        """
+        if self.unit == "fraction":
+            return self.value
+        length = run.epochs if self.unit == "epochs" else run.steps
+        if length is None:
+            raise ValueError(
+                f"{name}='{self}' needs to know the run's length in {self.unit}; write a fraction of the run instead."
+            )
+        if self.value > length:
+            raise ValueError(
+                f"{name}='{self}' lies after the end of training ({length:g} {self.unit}); end earlier, train longer, or "
+                "write a fraction of the run such as 0.75."
+            )
+        return self.value / length
+
+    def __str__(self) -> str:
+        return f"{self.value:g}" if self.unit == "fraction" else f"{self.value:g} {self.unit}"
+
+
+class Window:
+    """A part of the run with updates on a grid.
+
+    Args:
+        start: when it opens.
+        end: when it closes; the last update falls there.
+        every: the grid. `'k epochs'` updates at the start of epochs, all else right after steps.
+
+    Raises:
+        ValueError: for spans that cannot be read, or an empty grid.
+    """
+
+    def __init__(self, start: float | str, end: float | str, every: float | str) -> None:
+        self._start, self._end = Span.parse(start, "start"), Span.parse(end, "end")
+        self._every = Span.parse(every, "every")
+        if self._every.value <= 0 or (self._every.unit != "fraction" and self._every.value != int(self._every.value)):
+            raise ValueError(f"every={every!r} must be a positive fraction, or a whole number of epochs or steps.")
+        if self._start.unit == self._end.unit and self._start.value > self._end.value:
+            raise ValueError(f"start={start!r} lies after end={end!r}; exchange them.")
+        self.start = self.end = 0.0
+
+    def resolve(self, run: RunLength) -> None:
+        """Turn spans into fractions of this run.
+
+        Raises:
+            ValueError: if the window does not fit into the run.
+        """
+        self.start = self._start.fraction(run, "start")
+        self.end = self._end.fraction(run, "end")
+        if self.start > self.end:
+            raise ValueError(
+                f"start='{self._start}' lies after end='{self._end}' in a run of {run.epochs} epochs; exchange them."
+            )
+        if self._every.unit == "epochs" and run.epochs is not None and self.end > 0:
+            last = -(-self.end * run.epochs // self._every.value) * self._every.value
+            if last > run.epochs - 1 + 1e-9:
+                raise ValueError(
+                    f"end='{self._end}' with every='{self._every}' asks for an update at the start of epoch {last:g}, but "
+                    f"training ends after {run.epochs:g}; end earlier or update by steps."
+                )
+
+    def progress(self, position: Position) -> float:
+        """How far through the window: 0 before it, 1 after it."""
+        if position.fraction >= self.end - 1e-9:
+            return 1.0
+        return max(0.0, (position.fraction - self.start) / (self.end - self.start))
+
+    def tick(self, position: Position) -> int:
+        """The number of the latest update that is due here; one is to be done if it exceeds the last one done.
+
+        0 before the window, `FINAL` from its end on. A grid of epochs is passed only at an epoch's start.
+        """
+        if (self._every.unit == "epochs" and not position.epoch_start) or position.fraction < self.start - 1e-9:
+            return 0
+        if self.progress(position) >= 1:
+            return FINAL
+        if self._every.unit == "fraction":
+            return int((position.fraction - self.start) / self._every.value + 1e-9) + 1
+        return int((position.epoch if self._every.unit == "epochs" else position.step) // self._every.value) + 1

@@ -1,0 +1,47 @@
+"""The mathematics: tensors in, tensors out; no modules, no state, no Lightning."""
+
+from lightning_sparse.functional.allocation import (
+    ALLOCATIONS,
+    allocate,
+    counts,
+    er,
+    erk,
+    erk_plus,
+    uniform,
+    uniform_plus,
+)
+from lightning_sparse.functional.masks import channel_score, expand_channels, n_m_mask, pack, unpack
+from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
+from lightning_sparse.functional.schedules import SCHEDULES, constant, cosine, cubic, exponential, linear
+from lightning_sparse.functional.scores import magnitude, random_generator, random_score
+from lightning_sparse.functional.statistics import mask_sparsity, zero_fraction
+
+__all__ = [
+    "ALLOCATIONS",
+    "SCHEDULES",
+    "allocate",
+    "channel_score",
+    "constant",
+    "cosine",
+    "counts",
+    "cubic",
+    "er",
+    "erk",
+    "erk_plus",
+    "exact_count",
+    "expand_channels",
+    "exponential",
+    "kth_smallest",
+    "linear",
+    "magnitude",
+    "mask_sparsity",
+    "n_m_mask",
+    "pack",
+    "random_generator",
+    "random_score",
+    "top_k_masks",
+    "uniform",
+    "uniform_plus",
+    "unpack",
+    "zero_fraction",
+]

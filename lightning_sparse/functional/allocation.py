@@ -1,0 +1,138 @@
+"""How a budget of weights is shared among layers: uniform, Erdős-Rényi and its kernel form.
+
+Every function takes the shapes of all layers, the density of all of them together, and optionally
+the densities of some of them, which are paid from the same budget. It returns a density per layer; `counts`
+then makes whole numbers of them that add up exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["ALLOCATIONS", "Allocation", "allocate", "counts", "er", "erk", "erk_plus", "uniform", "uniform_plus"]
+
+Shape = Sequence[int]
+Allocation = Callable[[Sequence[Shape], float, Mapping[int, float]], list[float]]
+
+
+def uniform(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+    """The same density in every layer that is not fixed.
+
+    Example:
+        >>> uniform([(100,), (100,)], 0.5, {0: 1.0})
+        [1.0, 0.0]
+    """
+    return allocate([1.0] * len(shapes), shapes, density, fixed)
+
+
+def uniform_plus(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+    """Uniform with the first layer dense and at least a fifth of the last layer kept.
+
+    Source: Gale et al. 2019, "The State of Sparsity in Deep Neural Networks", https://arxiv.org/abs/1902.09574.
+    """
+    last = {len(shapes) - 1: 0.2} if density < 0.2 else {}
+    return uniform(shapes, density, {**last, 0: 1.0, **(fixed or {})})
+
+
+def er(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+    r"""Erdős-Rényi: density proportional to $(n_{in} + n_{out}) / (n_{in} n_{out})$.
+
+    Source: Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse
+    connectivity", https://arxiv.org/abs/1707.04780.
+    """
+    return allocate([(s[0] + s[1]) / (s[0] * s[1]) for s in shapes], shapes, density, fixed)
+
+
+def erk(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+    r"""Erdős-Rényi kernel: density proportional to the sum of a layer's dimensions over their product.
+
+    Source: Evci et al. 2020, "Rigging the Lottery", https://arxiv.org/abs/1911.11134, section 3.1.
+
+    Example:
+        >>> [round(d, 3) for d in erk([(64, 3, 3, 3), (64, 64, 3, 3)], 0.1)]
+        [0.834, 0.066]
+    """
+    return allocate([sum(s) / math.prod(s) for s in shapes], shapes, density, fixed)
+
+
+def erk_plus(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+    """ERK with the last layer dense.
+
+    Source: Liu et al. 2022, "The Unreasonable Effectiveness of Random Pruning",
+    https://arxiv.org/abs/2202.02643.
+    """
+    return erk(shapes, density, {len(shapes) - 1: 1.0, **(fixed or {})})
+
+
+def allocate(
+    raw: Sequence[float], shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None
+) -> list[float]:
+    r"""Densities $\min(1, \epsilon\, raw_l)$ with the one $\epsilon$ that spends the budget exactly.
+
+    Args:
+        raw: the proportions, positive.
+        shapes: of the layers.
+        density: of all layers together, in [0, 1].
+        fixed: layer -> density, paid from the same budget.
+
+    Raises:
+        ValueError: if the fixed layers alone need more than the budget, or leave more than the others can hold.
+    """
+    fixed = fixed or {}
+    sizes = [math.prod(shape) for shape in shapes]
+    budget = density * sum(sizes) - sum(share * sizes[layer] for layer, share in fixed.items())
+    free = [layer for layer in range(len(sizes)) if layer not in fixed]
+    room = sum(sizes[layer] for layer in free)
+    if not -1e-6 <= budget <= room + 1e-6:
+        raise ValueError(
+            f"sparsity={round(1 - density, 10)} keeps {density * sum(sizes):,.0f} of {sum(sizes):,} weights, but the "
+            f"layers with a sparsity of their own keep {density * sum(sizes) - budget:,.0f} and the others hold "
+            f"{room:,}; choose another sparsity or free a layer."
+        )
+    # Dense layers are found from the most favoured down: once one fits under the cap, all later ones do.
+    densities = dict(fixed)
+    free.sort(key=lambda layer: -raw[layer])
+    weight = [raw[layer] * sizes[layer] for layer in free]
+    for position, layer in enumerate(free):
+        remaining = sum(weight[position:])
+        epsilon = max(budget, 0.0) / remaining if remaining else 0.0
+        if epsilon * raw[layer] <= 1:
+            densities.update({other: epsilon * raw[other] for other in free[position:]})
+            break
+        densities[layer] = 1.0
+        budget -= sizes[layer]
+    return [densities[layer] for layer in range(len(sizes))]
+
+
+def counts(densities: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Whole numbers of entries to keep, each within one of its exact share, that add up to `total`.
+
+    The largest remainders are rounded up; ties go to the earlier layer.
+
+    Args:
+        densities: of each layer, in [0, 1].
+        sizes: entries of each layer.
+        total: what the result adds up to: the sum of the exact shares, rounded up or down.
+
+    Example:
+        >>> counts([0.5, 0.5, 0.5], [3, 3, 4], 5)
+        [2, 1, 2]
+    """
+    exact = [density * size for density, size in zip(densities, sizes, strict=True)]
+    # A share that is whole but for rounding errors is whole.
+    whole = [min(math.floor(share + 1e-6), size) for share, size in zip(exact, sizes, strict=True)]
+    by_remainder = sorted(range(len(exact)), key=lambda layer: (whole[layer] - exact[layer], layer))
+    for layer in [layer for layer in by_remainder if whole[layer] < sizes[layer]][: total - sum(whole)]:
+        whole[layer] += 1
+    return whole
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": uniform,
+    "uniform+": uniform_plus,
+    "er": er,
+    "erk": erk,
+    "erk+": erk_plus,
+}
+"""Layer by layer; `global` is not among them, because there the scores decide."""

@@ -1,0 +1,100 @@
+"""Structure of masks: N:M groups, whole channels, and one bit per weight on disk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["channel_score", "expand_channels", "n_m_mask", "pack", "unpack"]
+
+
+def n_m_mask(score: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
+    """Keep the n highest of every m consecutive entries along one dimension.
+
+    For `dim=1` these are consecutive inputs of one output, in linear layers and convolutions alike
+    (for convolutions at the same kernel position), the layout that sparse tensor cores expect.
+    Among equal scores the earlier entry survives.
+
+    Args:
+        score: higher survives.
+        n: how many to keep, 0 < n < m.
+        m: the group; must divide the size of `dim`.
+        dim: along which to group.
+
+    Raises:
+        ValueError: if m does not divide the size of `dim`.
+
+    Example:
+        >>> n_m_mask(torch.tensor([[1.0, 4.0, 2.0, 3.0]]), 2, 4)
+        tensor([[False,  True, False,  True]])
+    """
+    if score.shape[dim] % m:
+        raise ValueError(f"{m} does not divide the {score.shape[dim]} inputs.")
+    moved = score.movedim(dim, -1)
+    groups = moved.reshape(-1, m)
+    # The rank of an entry is the number of entries that beat it: m*m comparisons of whole columns are
+    # much faster than sorting millions of groups of four.
+    columns = groups.unbind(1)
+    kept = []
+    for i, mine in enumerate(columns):
+        rank = torch.zeros_like(mine, dtype=torch.int16)
+        for j, other in enumerate(columns):
+            if j != i:
+                rank += (other >= mine) if j < i else (other > mine)
+        kept.append(rank < n)
+    return torch.stack(kept, 1).reshape(moved.shape).movedim(-1, dim)
+
+
+def channel_score(score: Tensor, dim: int = 0) -> Tensor:
+    """One score per output channel: the mean over its entries, so that channels of any size compare.
+
+    Args:
+        score: one score per weight.
+        dim: the dimension of the output channels (1 for transposed convolutions).
+    """
+    return score.movedim(dim, 0).flatten(1).mean(1)
+
+
+def expand_channels(kept: Tensor, like: Tensor, dim: int = 0) -> Tensor:
+    """The mask of a weight from the mask of its channels.
+
+    Example:
+        >>> expand_channels(torch.tensor([True, False]), torch.zeros(2, 3))
+        tensor([[ True,  True,  True],
+                [False, False, False]])
+    """
+    shape = [1] * like.ndim
+    shape[dim] = -1
+    return kept.reshape(shape).expand_as(like).clone(memory_format=torch.contiguous_format)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Eight booleans per byte, first entry in the highest bit; the last byte is filled with zeros.
+
+    Example:
+        >>> pack(torch.tensor([True, False, False, False, False, False, False, True, True]))
+        tensor([129, 128], dtype=torch.uint8)
+    """
+    flat = mask.flatten().view(torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    packed = torch.zeros_like(padded[:, 0])
+    for position in range(8):
+        packed |= padded[:, position] << (7 - position)
+    return packed
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask that `pack` was given.
+
+    Args:
+        packed: bytes as `pack` returns them.
+        shape: of the mask.
+
+    Raises:
+        ValueError: if the number of bytes does not fit the shape.
+    """
+    size = torch.Size(shape).numel()
+    if packed.numel() != (size + 7) // 8:
+        raise ValueError(f"{packed.numel()} bytes do not hold a mask of shape {tuple(shape)}.")
+    shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
+    return ((packed.unsqueeze(1) >> shifts) & 1).flatten()[:size].view(torch.bool).reshape(shape)

@@ -1,0 +1,125 @@
+"""Exact order statistics over many tensors at once, without sorting and without one long copy.
+
+A float32 number is read as an integer that orders like it. Two histograms of 16 bits each then
+find the exact value of any rank (a radix selection): the first says which 65,536th of the number
+line holds it, the second which value in there. Chunks small enough for the cache make it several times
+faster than `torch.kthvalue` on a CPU; on a GPU nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["exact_count", "kth_smallest", "top_k_masks"]
+
+_BINS = 1 << 16
+_CHUNK = 1 << 20  # 4 MiB of float32: stays in the cache between the passes over one chunk
+
+
+def exact_count(fraction: float, total: int) -> int:
+    """How many of `total` a fraction is, to the nearest one: 0.29 of 100 is 29, never 28.
+
+    Example:
+        >>> exact_count(0.29, 100), exact_count(0.9, 1000), exact_count(0.5, 3)
+        (29, 900, 2)
+    """
+    return int(fraction * total + 0.5)
+
+
+def kth_smallest(values: Sequence[Tensor], k: int) -> Tensor:
+    r"""The value of rank k (0-based) among all entries of all tensors, as a 0-d tensor on their device.
+
+    Exact: it returns one of the given values, as sorting them all and taking the k-th would; it does not
+    interpolate and has no size limit.
+
+    Args:
+        values: tensors of one floating dtype on one device; NaN is not allowed.
+        k: from 0 to the number of entries - 1.
+
+    Raises:
+        ValueError: if there is no entry of that rank.
+
+    Example:
+        >>> kth_smallest([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 1)
+        tensor(2.)
+    """
+    total = sum(value.numel() for value in values)
+    if not 0 <= k < total:
+        raise ValueError(f"k={k} is not a rank among {total} values; give 0 <= k < {total}.")
+    dtype = values[0].dtype
+    if dtype == torch.float64:
+        return torch.cat([value.detach().flatten() for value in values]).kthvalue(k + 1).values
+    # Bit patterns of non-negative floats order like their values; those of negative floats, which follow
+    # as the upper half of the bins, order the other way round. So the bins are put in order, not the entries.
+    order = torch.arange(_BINS, device=values[0].device)
+    order = torch.cat([order[_BINS // 2 :].flip(0), order[: _BINS // 2]])
+    high = torch.zeros_like(order)
+    for bits in _chunks(values):
+        high += _histogram(bits >> 16)
+    high = high[order]
+    position = torch.searchsorted(high.cumsum(0), k, right=True)
+    rank = k - (high.cumsum(0)[position] - high[position])  # the rank inside that bin
+    bucket = order[position]
+    low = torch.zeros_like(order)
+    for bits in _chunks(values):
+        low += _histogram(bits, where=(bits >> 16) & (_BINS - 1) == bucket)
+    low = torch.where(bucket < _BINS // 2, low, low.flip(0))
+    digit = torch.searchsorted(low.cumsum(0), rank, right=True)
+    digit = torch.where(bucket < _BINS // 2, digit, _BINS - 1 - digit)
+    return ((bucket << 16) | digit).to(torch.int32).view(torch.float32).to(dtype)
+
+
+def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
+    """Boolean masks that keep exactly the `keep` highest scores over all tensors together.
+
+    Among equal scores the earlier entry survives: earlier tensor first, then earlier position.
+
+    Args:
+        scores: tensors on one device; higher survives. -inf never survives while anything else can.
+        keep: from 0 to the number of entries.
+
+    Raises:
+        ValueError: if `keep` is out of range or a score is NaN.
+
+    Example:
+        >>> top_k_masks([torch.tensor([1.0, 5.0]), torch.tensor([1.0])], 2)
+        [tensor([True, True]), tensor([False])]
+    """
+    total = sum(score.numel() for score in scores)
+    if not 0 <= keep <= total:
+        raise ValueError(f"keep={keep} is impossible among {total} entries; give 0 <= keep <= {total}.")
+    if any(bool(score.isnan().any()) for score in scores):
+        raise ValueError("A score is NaN, so nothing can be ranked; look for a diverged loss or a bad weight.")
+    if keep in (0, total):
+        return [torch.full_like(score, keep > 0, dtype=torch.bool) for score in scores]
+    threshold = kth_smallest(scores, total - keep)
+    masks = [score > threshold for score in scores]
+    missing = keep - sum(int(mask.count_nonzero()) for mask in masks)
+    for score, mask in zip(scores, masks, strict=True):
+        if missing == 0:
+            break
+        ties = (score == threshold).flatten().nonzero().squeeze(1)[:missing]
+        mask.view(-1)[ties] = True
+        missing -= ties.numel()
+    return masks
+
+
+def _chunks(values: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The float32 bit patterns of all entries as int32, on a CPU in pieces that fit the cache."""
+    for value in values:
+        flat = value.detach().reshape(-1)
+        size = flat.numel() if flat.is_cuda else _CHUNK
+        for start in range(0, flat.numel(), size):
+            yield flat[start : start + size].float().view(torch.int32)
+
+
+def _histogram(bits: Tensor, where: Tensor | None = None) -> Tensor:
+    """How often each value of the lower 16 bits occurs, counting only where told to."""
+    digits = bits & (_BINS - 1)
+    if bits.is_cuda:  # bincount would wait for the host; histc is exact here and leaves out -1
+        digits = digits if where is None else torch.where(where, digits, -1)
+        return torch.histc(digits.float(), _BINS, 0, _BINS).long()
+    return torch.bincount(digits if where is None else digits[where], minlength=_BINS)

@@ -1,0 +1,59 @@
+"""How a value moves from its start to its end. A schedule is a function of progress in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+__all__ = ["SCHEDULES", "Schedule", "constant", "cosine", "cubic", "exponential", "linear"]
+
+Schedule = Callable[[float, float, float], float]
+"""`schedule(progress, start, end)` is `start` before, and exactly `end` at, the end."""
+
+
+def constant(progress: float, start: float, end: float) -> float:
+    """The end value at once."""
+    return end
+
+
+def linear(progress: float, start: float, end: float) -> float:
+    """In equal steps."""
+    return end if progress >= 1 else start + (end - start) * progress
+
+
+def cubic(progress: float, start: float, end: float) -> float:
+    r"""Fast at first, while there is much to remove, and slowly at last.
+
+    $$ v(t) = end + (start - end)(1 - t)^3 $$
+
+    Source: Zhu and Gupta 2017, "To prune, or not to prune", https://arxiv.org/abs/1710.01878, eq. 1.
+
+    Example:
+        >>> round(cubic(0.5, 0.0, 0.8), 6)
+        0.7
+    """
+    return end + (start - end) * (1 - progress) ** 3
+
+
+def cosine(progress: float, start: float, end: float) -> float:
+    """Slowly at both ends: half a period of a cosine."""
+    return end if progress >= 1 else start + (end - start) * (1 - math.cos(math.pi * progress)) / 2
+
+
+def exponential(progress: float, start: float, end: float) -> float:
+    r"""A constant share of what is left is removed per unit of progress, as iterative pruning does.
+
+    $$ 1 - v(t) = (1 - start) \left(\frac{1 - end}{1 - start}\right)^t $$
+
+    Needs start < 1 and end < 1.
+    """
+    return end if progress >= 1 else 1 - (1 - start) * ((1 - end) / (1 - start)) ** progress
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cubic": cubic,
+    "cosine": cosine,
+    "exponential": exponential,
+}

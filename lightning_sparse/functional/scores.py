@@ -1,0 +1,44 @@
+"""How much each weight matters. A score is a tensor like the weight; higher survives."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+__all__ = ["magnitude", "random_generator", "random_score"]
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """The absolute value of every weight, in float32 or wider.
+
+    Example:
+        >>> magnitude(torch.tensor([-2.0, 0.5]))
+        tensor([2.0000, 0.5000])
+    """
+    score = weight.detach().abs()
+    return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+
+
+def random_generator(seed: int, step: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments.
+
+    Every rank, every device and every resumed run draws the same numbers from it, whatever else
+    has consumed the global generators.
+
+    Args:
+        seed: the seed of the run.
+        step: when the numbers are drawn.
+        name: for which parameter.
+    """
+    mixed = zlib.crc32(f"{seed}/{step}/{name}".encode())
+    return torch.Generator().manual_seed((mixed << 32) | zlib.crc32(name.encode(), mixed))
+
+
+def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform random numbers in the shape of the weight, drawn on the CPU so that devices agree.
+
+    In float64, because float32 has only 2^24 values in [0, 1): ties would favour early entries.
+    """
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
