@@ -1,0 +1,46 @@
+"""For modules that want to see the methods at work on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.callbacks.base import sparsifiers
+from lightning_sparse.callbacks.masked import Masked
+from lightning_sparse.core import format_table
+
+__all__ = ["SparsityMixin"]
+
+
+class SparsityMixin:
+    """Gives a LightningModule its own `sparsity_penalty()` and `sparsity_summary()`.
+
+    In manual optimisation no callback can reach the loss, so methods that penalise features need the first:
+
+        class Net(SparsityMixin, LightningModule):
+            def training_step(self, batch, batch_idx):
+                loss = ... + self.sparsity_penalty()
+                self.manual_backward(loss)
+
+    With automatic optimisation the same line is allowed and counts once. Penalties on weights need no line at all: they
+    enter as gradients.
+    """
+
+    def sparsity_penalty(self) -> Tensor:
+        """The sum of all feature penalties of this batch; zero where there is none."""
+        for method in sparsifiers(self.trainer):  # type: ignore[attr-defined]
+            if method._stations is not None:
+                method.stations.handed_over = True
+                penalty = method.stations.penalty()
+                if penalty is not None:
+                    return penalty
+                break
+        return torch.zeros((), device=self.device)  # type: ignore[attr-defined]
+
+    def sparsity_summary(self) -> str:
+        """A table of kept weights per layer, for the methods of the attached Trainer that own masks."""
+        rows = []
+        for method in sparsifiers(self.trainer):  # type: ignore[attr-defined]
+            if isinstance(method, Masked) and len(method.masks):
+                rows += method.summary()
+        return format_table(rows)

@@ -1,0 +1,102 @@
+"""Methods that prune by a score along a schedule."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_sparse.callbacks.masked import Masked
+from lightning_sparse.core import FINAL, Budget, Position, Remembered, RunLength, Window
+from lightning_sparse.functional import SCHEDULES
+from lightning_sparse.functional.schedules import Schedule
+
+__all__ = ["Pruning"]
+
+
+class Pruning(Masked):
+    """Removes the weights of lowest score, step by step along a schedule; what is removed stays removed.
+
+    At station `evolve`, at the cost of one selection over all weights per update.
+
+    Args:
+        sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
+        start: when pruning starts: a fraction of the run, `'n epochs'` or `'n steps'`.
+        end: when the final sparsity is reached.
+        every: time between updates; `'n epochs'` updates at the start of epochs, all else after steps.
+        schedule: how sparsity grows from 0: `constant` (all at once), `linear`, `cubic`, `cosine`, `exponential`, or a
+            function of (progress, start value, end value).
+        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
+            `erk+`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), or `n:m`.
+        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart.
+    """
+
+    _tick = Remembered(int)
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        start: float | str = 0.2,
+        end: float | str = 0.8,
+        every: float | str = 0.01,
+        schedule: str | Schedule = "cubic",
+        allocation: str = "global",
+        structure: str = "unstructured",
+        layer_sparsity: Mapping[str, float] | None = None,
+        targets: Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
+        self.layer_sparsity = layer_sparsity
+        self.start, self.end, self.every, self.schedule = start, end, every, schedule
+        if isinstance(schedule, str) and schedule not in SCHEDULES:
+            raise ValueError(f"schedule='{schedule}' is unknown; choose from {list(SCHEDULES)} or give a function.")
+        self.budget = Budget(sparsity, allocation, structure, layer_sparsity)
+        self.window = Window(start, end, every)
+
+    @abstractmethod
+    def score(self, name: str, weight: Tensor) -> Tensor:
+        """How much each entry matters; higher survives. Must be the same on all ranks."""
+
+    def check(self, run: RunLength) -> None:
+        self.window.resolve(run)
+        self.budget.check(self.chosen)
+
+    def target_counts(self) -> tuple[int | None, dict[str, int]]:
+        return self.budget.kept_weights(self.chosen)
+
+    def evolve(self, position: Position) -> None:
+        tick = self.window.tick(position)
+        if tick <= self._tick:
+            return
+        self._tick = tick
+        self.prune_to(self.planned_sparsity(position))
+
+    def planned_sparsity(self, position: Position) -> float:
+        """What the schedule asks for at this position."""
+        schedule = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
+        return schedule(self.window.progress(position), 0.0, self.budget.sparsity)
+
+    def prune_to(self, sparsity: float) -> None:
+        """Remove the lowest scores until exactly this fraction is removed; entries removed before come first."""
+        scores = [
+            self.score(name, weight).masked_fill(self.masks.dropped(name), -torch.inf)
+            for name, weight in self.weights.items()
+        ]
+        masks = self.budget.masks(self.chosen, scores, sparsity)
+        self.set_masks(dict(zip(self.weights, masks, strict=True)))
+
+    def conclude(self) -> None:
+        if self._tick != FINAL:
+            rank_zero_warn(
+                f"{self.label} ends at sparsity {self.masks.sparsity:.4f}, not {self.budget.sparsity}: training stopped "
+                "before the schedule did. Train on, or end the schedule earlier."
+            )

@@ -1,0 +1,318 @@
+"""One fit of all methods of a Trainer: hooks, order, position, agreement of ranks. `base.py` draws the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sparse.core import Position, RunLength
+
+if TYPE_CHECKING:
+    from lightning_sparse.callbacks.base import Sparsifier
+
+__all__ = ["Stations", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one optimizer, as a method sees it.
+
+    Args:
+        optimizer: that is about to move, or has moved.
+        weights: those of the method's weights that this optimizer owns.
+        gradient_scale: the factor that gradients carry now, where the optimizer itself unscales them (fused optimizers
+            in 16-bit mixed precision), else None.
+    """
+
+    optimizer: Optimizer
+    weights: Mapping[str, nn.Parameter]
+    gradient_scale: Tensor | None = None
+
+    def learning_rate(self, name: str) -> float | Tensor:
+        """The current learning rate of one weight."""
+        weight = self.weights[name]
+        for group in self.optimizer.param_groups:
+            if any(parameter is weight for parameter in group["params"]):
+                return group["lr"]  # type: ignore[no-any-return]
+        raise KeyError(name)
+
+
+class Stations:
+    """Visits the stations of all methods in order, from the first batch of a fit to its end.
+
+    Args:
+        trainer: of the fit.
+        module: that is trained.
+        methods: in the order of the callbacks.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, methods: list[Sparsifier]) -> None:
+        self.trainer, self.module, self.methods = trainer, module, methods
+        self.handed_over = False
+        self._closed = False
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
+        self._pending: dict[int, list[Step]] = {}
+        self._stepped = False
+        self._batch_idx = 0
+        self._training_step: tuple[bool, Any] | None = None
+
+    # ---- opening and closing -----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Check every method, then start every method, then hook in: a refusal leaves all as it was."""
+        run = self.run_length()
+        _refuse_shared_weights(self.methods)
+        for method in self.methods:
+            if method._saved is not None:
+                method._check_saved(method._saved)
+            method.check(method._run(run))
+        for optimizer in self.trainer.optimizers:
+            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            self._owned[id(optimizer)] = {
+                id(method): {name: weight for name, weight in method.weights.items() if id(weight) in owned}
+                for method in self.methods
+            }
+        with torch.no_grad():
+            for method in self.methods:
+                method._start(run)
+        for optimizer in self.trainer.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._wrap_training_step()
+        self.check_ranks()
+
+    def close(self) -> None:
+        """Take everything away that `open` has attached; safe to call again."""
+        if self._closed:
+            return
+        self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._training_step is not None:
+            was_on_instance, original = self._training_step
+            if was_on_instance:
+                self.module.training_step = original  # type: ignore[method-assign]
+            else:
+                del self.module.training_step
+            self._training_step = None
+        for method in self.methods:
+            method.release()
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def epoch_start(self) -> None:
+        with torch.no_grad():
+            self._evolve(epoch_start=True)
+
+    def batch_start(self, batch_idx: int) -> None:
+        self._batch_idx, self._stepped, self.handed_over = batch_idx, False, False
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        self._undo(optimizer)
+        if not self._stepped:
+            self._stepped = True
+            for method in self.methods:
+                method.steps += 1
+        steps = list(self._steps(optimizer, self._gradient_scale(optimizer)))
+        with torch.no_grad():
+            for method, step in steps:
+                self._add_gradients(step, method.weight_penalty(step))
+            for method, step in steps:
+                method.before_step(step)
+            for method, step in steps:
+                method.silence(step)
+        self._pending[id(optimizer)] = [step for _, step in steps]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf.any()):
+            self._undo(optimizer)  # a fused optimizer was called, but its kernel skipped the step
+            return
+        prepared = self._pending.pop(id(optimizer), None)
+        steps = list(self._steps(optimizer))
+        if prepared is not None:
+            for method, step in steps:
+                method.after_step(step)
+        self._evolve()
+        for method, step in steps:
+            method.project(step)
+
+    def batch_end(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            self._undo(optimizer)
+        masks = [masks for method in self.methods if (masks := method.mask_set) is not None]
+        if masks:
+            total = sum(mask.total for mask in masks)
+            sparsity = 1 - sum(mask.kept for mask in masks) / total
+            self.module.log("sparsity", sparsity, prog_bar=True, batch_size=1, rank_zero_only=True)
+
+    def _undo(self, optimizer: Optimizer) -> None:
+        """A step was prepared and never made: the gradient scaler has skipped it."""
+        steps = self._pending.pop(id(optimizer), None)
+        if steps is not None:
+            with torch.no_grad():
+                for method, step in zip(self.methods, steps, strict=True):
+                    method.undo_step(step)
+
+    def _evolve(self, epoch_start: bool = False) -> None:
+        for method in self.methods:
+            method.evolve(self.position(method, epoch_start))
+        self.check_ranks()
+
+    # ---- where the run is --------------------------------------------------------------------------------------------
+
+    def run_length(self) -> RunLength:
+        """Epochs and steps of the whole run, as far as they can be known before it starts."""
+        trainer = self.trainer
+        max_epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        max_steps = None if trainer.max_steps == -1 else trainer.max_steps
+        if max_epochs is None and max_steps is None:
+            raise ValueError(
+                f"The length of this run is unknown (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}), so no "
+                "schedule can be laid out; set one of them."
+            )
+        batches = trainer.num_training_batches
+        if batches == float("inf") or batches == 0:
+            return RunLength(None if max_epochs is None else float(max_epochs), max_steps)
+        epochs = steps = 0
+        while (max_epochs is None or epochs < max_epochs) and (max_steps is None or steps < max_steps):
+            in_epoch = -(-int(batches) // self._accumulation(epochs))
+            if max_steps is not None and steps + in_epoch > max_steps:
+                return RunLength(epochs + (max_steps - steps) / in_epoch, max_steps)
+            epochs, steps = epochs + 1, steps + in_epoch
+        return RunLength(float(epochs), steps)
+
+    def _accumulation(self, epoch: int) -> int:
+        """Batches per optimizer step in an epoch."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                return callback.get_accumulate_grad_batches(epoch)
+        return self.trainer.accumulate_grad_batches
+
+    def position(self, method: Sparsifier, epoch_start: bool = False) -> Position:
+        """Where the run is now: before an epoch's first batch, or after the step of the current batch."""
+        trainer = self.trainer
+        epoch, length = trainer.current_epoch, RunLength(**method._length)
+        fraction = 0.0
+        if length.epochs:
+            batches = trainer.num_training_batches
+            inside = 0.0 if epoch_start or batches == float("inf") else (self._batch_idx + 1) / batches
+            fraction = (epoch + inside) / length.epochs
+        if length.steps and (trainer.max_steps != -1 or not length.epochs):
+            fraction = max(fraction, method.steps / length.steps)
+        return Position(min(fraction, 1.0), epoch, method.steps, epoch_start)
+
+    # ---- gradients and penalties -------------------------------------------------------------------------------------
+
+    def _steps(self, optimizer: Optimizer, scale: Tensor | None = None) -> Iterator[tuple[Sparsifier, Step]]:
+        for method in self.methods:
+            yield method, Step(optimizer, self._owned[id(optimizer)][id(method)], scale)
+
+    def _gradient_scale(self, optimizer: Optimizer) -> Tensor | None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return None
+        scale: Tensor = scaler.scale(torch.ones((), device=self.module.device))
+        return scale
+
+    @staticmethod
+    def _add_gradients(step: Step, gradients: Mapping[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            weight = step.weights[name]
+            if step.gradient_scale is not None:
+                gradient = gradient * step.gradient_scale
+            grad = weight.grad
+            if grad is None:
+                weight.grad = gradient.to(weight.dtype).clone()
+            else:
+                grad.add_(gradient)
+
+    def penalty(self) -> Tensor | None:
+        """The sum of all feature penalties of this batch; asked for once, it is not added again."""
+        terms = [term for method in self.methods if (term := method.feature_penalty()) is not None]
+        return torch.stack([term.reshape(()) for term in terms]).sum() if terms else None
+
+    def _wrap_training_step(self) -> None:
+        """Add feature penalties to the loss where it is made, so that accumulation, scaling and DDP see one loss."""
+        if not any(method.penalises_features for method in self.methods):
+            return
+        if not self.module.automatic_optimization:
+            if not hasattr(self.module, "sparsity_penalty"):
+                rank_zero_warn(
+                    f"{type(self.module).__name__} optimises manually, so no callback can reach its loss; add "
+                    "self.sparsity_penalty() to it (lightning_sparse.SparsityMixin)."
+                )
+            return
+        original = self.module.training_step
+        self._training_step = ("training_step" in vars(self.module), original)
+
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            penalty = None if output is None or self.handed_over else self.penalty()
+            if penalty is None:
+                return output
+            if isinstance(output, Mapping):
+                return {**output, "loss": output["loss"] + penalty}
+            return output + penalty
+
+        self.module.training_step = training_step  # type: ignore[method-assign]
+
+    # ---- copies of the model -----------------------------------------------------------------------------------------
+
+    def averages(self) -> Iterator[dict[str, nn.Parameter]]:
+        """The weights of moving averages (`EMAWeightAveraging`, `StochasticWeightAveraging`), by the module's names.
+
+        An entry that is pruned must leave the average too: there it would fade but never become zero. Lightning keeps
+        the averaged model in a private attribute and offers no hook, so this is the one place that reads it.
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            model = getattr(callback, "_average_model", None)
+            if isinstance(model, nn.Module):
+                yield dict(getattr(model, "module", model).named_parameters())
+
+    # ---- ranks -------------------------------------------------------------------------------------------------------
+
+    def check_ranks(self) -> None:
+        """After a change of masks: every rank must hold the same ones.
+
+        Raises:
+            RuntimeError: naming the first weight whose masks differ.
+        """
+        for method in self.methods:
+            masks = method.mask_set
+            if masks is None or not masks.changed:
+                continue
+            masks.changed = False
+            if self.trainer.world_size > 1:
+                mine = masks.fingerprint().to(self.trainer.strategy.root_device)
+                everyone = self.trainer.strategy.all_gather(mine)
+                wrong = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
+                if wrong:
+                    raise RuntimeError(
+                        f"{method.label}: the ranks hold different masks of '{list(masks)[wrong[0]]}'; a score or a random "
+                        "choice was made from data of one rank only."
+                    )
+
+
+def _refuse_shared_weights(methods: list[Sparsifier]) -> None:
+    owner: dict[int, Sparsifier] = {}
+    for method in methods:
+        if method.mask_set is None:
+            continue
+        for name, weight in method.weights.items():
+            if id(weight) in owner:
+                raise ValueError(
+                    f"{owner[id(weight)].label} and {method.label} both own masks of '{name}'; give each its own targets, "
+                    "or keep one of them."
+                )
+            owner[id(weight)] = method
