@@ -1,0 +1,25 @@
+"""Data modules for experiments; imported by nobody, named by configs."""
+
+from lightning_sparse.data.images import (
+    CIFAR10,
+    CIFAR100,
+    MNIST,
+    Digits,
+    FashionMNIST,
+    ImageData,
+    ImageFolderData,
+)
+from lightning_sparse.data.loader import Augmentation, TensorLoader, augment
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "MNIST",
+    "Augmentation",
+    "Digits",
+    "FashionMNIST",
+    "ImageData",
+    "ImageFolderData",
+    "TensorLoader",
+    "augment",
+]

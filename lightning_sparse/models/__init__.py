@@ -1,0 +1,6 @@
+"""Reference networks and a classifier around them; imported by nobody, named by configs."""
+
+from lightning_sparse.models.classifier import Classifier
+from lightning_sparse.models.networks import MLP, VGG, LeNet5, LeNet300, ResNet, TorchvisionNetwork, WideResNet
+
+__all__ = ["MLP", "VGG", "Classifier", "LeNet5", "LeNet300", "ResNet", "TorchvisionNetwork", "WideResNet"]
