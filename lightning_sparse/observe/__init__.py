@@ -1,0 +1,5 @@
+"""Looking at sparse training."""
+
+from lightning_sparse.observe.table import SparsityTable
+
+__all__ = ["SparsityTable"]

@@ -1,0 +1,38 @@
+"""A table at the end of training: what every layer was to keep, and what it kept."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from lightning_sparse.core import HEADER, LayerRow, MaskSet
+
+__all__ = ["SparsityTable", "render"]
+
+
+def render(rows: list[LayerRow], title: str = "") -> Table:
+    """The rows as a rich table, the total set off."""
+    table = Table(title=title or None, title_justify="left")
+    for column, heading in enumerate(HEADER):
+        table.add_column(heading, justify="left" if column == 0 else "right")
+    for row in rows[:-1]:
+        table.add_row(*row.cells())
+    table.add_section()
+    table.add_row(*rows[-1].cells(), style="bold")
+    return table
+
+
+class SparsityTable(Callback):
+    """Print what is left of each layer when training ends.
+
+    Finds every callback of the Trainer that owns masks.
+    """
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(getattr(callback, "masks", None), MaskSet) and len(callback.masks):
+                Console().print(render(callback.summary(), title=callback.label))
