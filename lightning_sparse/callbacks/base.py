@@ -38,10 +38,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_sparse.callbacks.rng import collect_rng
 from lightning_sparse.callbacks.stations import Stations, Step
 from lightning_sparse.core import MaskSet, Memory, Position, Remembered, RunLength, Target, find_targets
 
 __all__ = ["Sparsifier", "Step"]
+
+RNG_KEY = "lightning_sparse_rng"
 
 
 class Sparsifier(Memory, Callback, ABC):
@@ -62,6 +65,7 @@ class Sparsifier(Memory, Callback, ABC):
         self.name = name
         self.chosen: list[Target] = []
         self._saved: dict[str, Any] | None = None
+        self._rng: dict[str, Tensor] | None = None
         self._stations: Stations | None = None
 
     # ---- what a method may answer ------------------------------------------------------------------------------------
@@ -153,6 +157,13 @@ class Sparsifier(Memory, Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict if state_dict.get("memory") else None
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._leads(trainer):
+            checkpoint[RNG_KEY] = collect_rng(trainer)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._rng = checkpoint.get(RNG_KEY)
+
     def _check_saved(self, saved: Mapping[str, Any]) -> None:
         """A resumed run goes on as it was configured, or not at all."""
         mine, theirs = self.config(), saved["config"]
@@ -170,7 +181,7 @@ class Sparsifier(Memory, Callback, ABC):
     # ---- the Trainer's hooks: the first method of the Trainer runs the stations for all ------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._saved = None
+        self._saved = self._rng = None
         if stage == "fit":
             _refuse_trainer(self, trainer)
 
@@ -180,7 +191,7 @@ class Sparsifier(Memory, Callback, ABC):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._leads(trainer):
-            stations = Stations(trainer, pl_module, sparsifiers(trainer))
+            stations = Stations(trainer, pl_module, sparsifiers(trainer), self._rng)
             for method in stations.methods:
                 method._stations = stations
             try:

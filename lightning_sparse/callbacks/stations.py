@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sparse.callbacks.rng import restore_rng
 from lightning_sparse.core import Position, RunLength
 
 if TYPE_CHECKING:
@@ -52,17 +53,26 @@ class Stations:
         trainer: of the fit.
         module: that is trained.
         methods: in the order of the callbacks.
+        rng: random states to set before the first batch, if the run is resumed.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, methods: list[Sparsifier]) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        methods: list[Sparsifier],
+        rng: dict[str, Tensor] | None = None,
+    ) -> None:
         self.trainer, self.module, self.methods = trainer, module, methods
         self.handed_over = False
         self._closed = False
+        self._rng = rng
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
         self._pending: dict[int, list[Step]] = {}
         self._stepped = False
         self._batch_idx = 0
+        self._epoch = -1
         self._training_step: tuple[bool, Any] | None = None
 
     # ---- opening and closing -----------------------------------------------------------------------------------------
@@ -110,11 +120,18 @@ class Stations:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def epoch_start(self) -> None:
+        self._epoch = self.trainer.current_epoch
         with torch.no_grad():
             self._evolve(epoch_start=True)
 
     def batch_start(self, batch_idx: int) -> None:
+        # Resumed from a checkpoint of an epoch's last batch, Lightning starts the next epoch without saying so.
+        if batch_idx == 0 and self._epoch != self.trainer.current_epoch:
+            self.epoch_start()
         self._batch_idx, self._stepped, self.handed_over = batch_idx, False, False
+        if self._rng is not None:
+            restore_rng(self.trainer, self._rng)
+            self._rng = None
 
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)
@@ -257,7 +274,7 @@ class Stations:
         self._training_step = ("training_step" in vars(self.module), original)
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
+            output: Any = original(*args, **kwargs)
             penalty = None if output is None or self.handed_over else self.penalty()
             if penalty is None:
                 return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -97,7 +98,8 @@ class Window:
     Args:
         start: when it opens.
         end: when it closes; the last update falls there.
-        every: the grid. `'k epochs'` updates at the start of epochs, all else right after steps.
+        every: the grid. `'k epochs'` updates at the start of epochs, all else right after steps. On a grid of epochs the
+            window starts and ends with the epoch of the grid that has begun by then.
 
     Raises:
         ValueError: for spans that cannot be read, or an empty grid.
@@ -124,13 +126,13 @@ class Window:
             raise ValueError(
                 f"start='{self._start}' lies after end='{self._end}' in a run of {run.epochs} epochs; exchange them."
             )
-        if self._every.unit == "epochs" and run.epochs is not None and self.end > 0:
-            last = -(-self.end * run.epochs // self._every.value) * self._every.value
-            if last > run.epochs - 1 + 1e-9:
-                raise ValueError(
-                    f"end='{self._end}' with every='{self._every}' asks for an update at the start of epoch {last:g}, but "
-                    f"training ends after {run.epochs:g}; end earlier or update by steps."
-                )
+        if self._every.unit == "epochs" and run.epochs is not None:
+            self.start, self.end = (self._epoch_before(fraction, run.epochs) for fraction in (self.start, self.end))
+
+    def _epoch_before(self, fraction: float, epochs: float) -> float:
+        """The latest start of an epoch of the grid, at or before a point of the run; the end itself starts no epoch."""
+        latest = min(fraction * epochs, math.ceil(epochs) - 1)
+        return int(latest / self._every.value + 1e-9) * self._every.value / epochs
 
     def progress(self, position: Position) -> float:
         """How far through the window: 0 before it, 1 after it."""

@@ -51,7 +51,7 @@ def erk(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | No
 
     Example:
         >>> [round(d, 3) for d in erk([(64, 3, 3, 3), (64, 64, 3, 3)], 0.1)]
-        [0.834, 0.066]
+        [0.788, 0.068]
     """
     return allocate([sum(s) / math.prod(s) for s in shapes], shapes, density, fixed)
 

@@ -1,0 +1,36 @@
+"""Random states of all ranks, so that a resumed run draws what the uninterrupted one would have drawn."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+__all__ = ["collect_rng", "restore_rng"]
+
+
+def collect_rng(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """The states of torch's generators on every rank; all ranks must call it.
+
+    Python's and NumPy's generators are left out: their states do not load with `weights_only=True`.
+    """
+    device = trainer.strategy.root_device
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if trainer.world_size > 1:
+        states = {name: trainer.strategy.all_gather(state.to(device)).cpu() for name, state in states.items()}
+    else:
+        states = {name: state.unsqueeze(0) for name, state in states.items()}
+    return states
+
+
+def restore_rng(trainer: pl.Trainer, states: dict[str, Tensor]) -> None:
+    """Set this rank's generators; with another number of ranks there is nothing to go on with."""
+    if len(states["cpu"]) != trainer.world_size:
+        return
+    # Copies, because torch crashes on a state that is a view into a longer tensor.
+    torch.set_rng_state(states["cpu"][trainer.global_rank].clone())
+    device = trainer.strategy.root_device
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"][trainer.global_rank].clone(), device)

@@ -1,0 +1,418 @@
+"""What every method promises, for every overlay in `configs/methods/`; DESIGN of the package, CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_sparse.callbacks import Masked, Sparsifier
+from tests import toys
+from tests.toys import BATCHES, OVERLAYS, Toy, Watcher, fit, loader, method_of, overlay, toy, trainer
+
+pytestmark = pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+
+
+def state_of(module: L.LightningModule, runner: L.Trainer, method: Sparsifier) -> dict[str, Any]:
+    """Everything that must be equal after a resume."""
+    return {
+        "weights": {name: value.clone() for name, value in module.state_dict().items()},
+        "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in runner.optimizers],
+        "memory": method.memorise(),
+        "rng": torch.get_rng_state(),
+    }
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """The places at which two nested states are not equal bit for bit."""
+    if isinstance(a, Tensor):
+        return [] if a.dtype == b.dtype and a.equal(b) else [where]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: {a.keys() ^ b.keys()}"]
+        return [d for key in a for d in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}/{i}")]
+    return [] if a == b else [f"{where}: {a} {b}"]
+
+
+def expected_kept(method: Masked) -> int | None:
+    return method.goal["total"]
+
+
+def zeros_hold(method: Masked, module: nn.Module) -> bool:
+    """Every entry that a mask drops is exactly zero, element by element."""
+    weights = dict(module.named_parameters())
+    return all(bool((weights[name][method.masks.dropped(name)] == 0).all()) for name in method.masks)
+
+
+# ---- 1 Target -------------------------------------------------------------------------------------------------------
+
+
+def test_target_is_reached_exactly(path: Path) -> None:
+    callbacks = overlay(path)
+    module, method = toy(), method_of(callbacks)
+    fit(module, *callbacks)
+    assert isinstance(method, Masked)
+    weights = dict(module.named_parameters())
+    alive = sum(int(weights[name].count_nonzero()) for name in method.masks)
+    assert alive == method.masks.kept == expected_kept(method)
+    for name, count in method.goal["layers"].items():
+        assert int(weights[name].count_nonzero()) == count
+
+
+def test_an_impossible_target_is_refused_before_the_first_batch(path: Path) -> None:
+    callbacks = overlay(path)
+    module, method = toy(), method_of(callbacks)
+    before = copy.deepcopy(module.state_dict())
+    method.targets = ["no.such.layer"]
+    with pytest.raises(ValueError, match="'no.such.layer' matches nothing"):
+        fit(module, *callbacks)
+    assert not differences(before, module.state_dict())
+
+
+# ---- 2 Zero invariant -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", toys.OPTIMIZERS)
+def test_zeros_for_every_observer(path: Path, optimizer: str, tmp_path: Path) -> None:
+    callbacks = overlay(path)
+    module, method = toy(optimizer), method_of(callbacks)
+    assert isinstance(method, Masked)
+    seen: list[str] = []
+
+    def look(moment: str, observed: L.LightningModule) -> None:
+        seen.append(moment)
+        assert zeros_hold(method, observed), moment
+        for name, weight in method.weights.items():
+            for value in runner.optimizers[0].state[weight].values():
+                if value.shape == weight.shape:
+                    assert not value[method.masks.dropped(name)].any(), "a pruned entry has momentum"
+
+    files = ModelCheckpoint(tmp_path / "full", every_n_train_steps=1, save_top_k=-1)
+    bare = ModelCheckpoint(tmp_path / "bare", every_n_train_steps=3, save_top_k=-1, save_weights_only=True)
+    runner = trainer(Watcher(look), *callbacks, files, bare, val_check_interval=2)
+    runner.fit(module, loader(), loader())
+    assert set(seen) == {"batch end", "validation", "epoch end"}
+    assert method.masks.sparsity > 0
+    for file in tmp_path.glob("full/*.ckpt"):
+        saved = torch.load(file, weights_only=True)
+        masks = saved["callbacks"][method.state_key]["memory"]["masks"]
+        from lightning_sparse.functional import unpack
+
+        for name, entry in masks.items():
+            assert not saved["state_dict"][name][~unpack(entry["kept"], tuple(entry["shape"]))].any()
+    last = max(tmp_path.glob("bare/*.ckpt"), key=lambda file: torch.load(file, weights_only=True)["global_step"])
+    weights = torch.load(last, weights_only=True)["state_dict"]
+    assert all(not weights[name][method.masks.dropped(name)].any() for name in method.masks)
+
+
+# ---- 3 Exact resume -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resume_from_any_step_equals_the_uninterrupted_run(path: Path, optimizer: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    callbacks = overlay(path)
+    module = toy(optimizer)
+    files = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=True)
+    runner = fit(module, *callbacks, files)
+    expected = state_of(module, runner, method_of(callbacks))
+    for step in (1, BATCHES - 1, BATCHES, BATCHES + 2, 2 * BATCHES, 3 * BATCHES - 1):
+        torch.manual_seed(1000 + step)  # the new process knows nothing of the old generators
+        callbacks = overlay(path)
+        module = toy(optimizer, seed=step)
+        runner = fit(module, *callbacks, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert runner.global_step == 3 * BATCHES
+        assert differences(expected, state_of(module, runner, method_of(callbacks))) == [], f"resumed at step {step}"
+
+
+def test_training_on_after_the_end_keeps_the_masks(path: Path, tmp_path: Path) -> None:
+    """The schedule of a finished run is not stretched when it is resumed with more epochs."""
+    callbacks = overlay(path)
+    fit(toy(), *callbacks, ModelCheckpoint(tmp_path, "last"))
+    method = method_of(callbacks)
+    assert isinstance(method, Masked)
+    again = overlay(path)
+    module = toy()
+    fit(module, *again, ckpt_path=tmp_path / "last.ckpt", max_epochs=5)
+    resumed = method_of(again)
+    assert isinstance(resumed, Masked)
+    assert resumed.masks.fingerprint().equal(method.masks.fingerprint())
+    assert zeros_hold(resumed, module)
+
+
+# ---- 4 Plain checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_plain(path: Path, tmp_path: Path) -> None:
+    callbacks = overlay(path)
+    module = toy()
+    names = list(dict(module.named_parameters()))
+    keys = list(module.state_dict())
+    fit(module, *callbacks, ModelCheckpoint(tmp_path, "last"))
+    assert list(dict(module.named_parameters())) == names
+    assert list(module.state_dict()) == keys
+    assert all(type(parameter) is nn.Parameter for parameter in module.parameters())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    fresh = toy(seed=7)
+    fresh.load_state_dict(saved["state_dict"], strict=True)
+    assert not differences(dict(fresh.state_dict()), dict(module.state_dict()))
+    groups = [group["params"] for state in saved["optimizer_states"] for group in state["param_groups"]]
+    assert groups == [list(range(len(names)))]
+    masks = saved["callbacks"][method_of(callbacks).state_key]["memory"]["masks"]
+    assert all(entry["kept"].numel() == -(-torch.Size(entry["shape"]).numel() // 8) for entry in masks.values())
+
+
+# ---- 6 Accumulation and precision -----------------------------------------------------------------------------------
+
+
+def test_micro_batches_equal_one_large_batch(path: Path) -> None:
+    results = []
+    for batch_size, accumulate in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        callbacks = overlay(path)
+        net = toys.network()
+        net[5] = nn.Identity()  # dropout draws per batch
+        module = Toy("sgd", net).double()
+        module.load_state_dict({name: value.double() for name, value in toy().state_dict().items()})
+        fit(module, *callbacks, batch_size=batch_size, accumulate_grad_batches=accumulate)
+        results.append(dict(module.state_dict()))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_bf16_mixed(path: Path) -> None:
+    callbacks = overlay(path)
+    module, method = toy("adamw"), method_of(callbacks)
+    fit(module, *callbacks, precision="bf16-mixed")
+    assert isinstance(method, Masked)
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+    assert zeros_hold(method, module)
+    assert method.masks.kept == expected_kept(method)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_16_mixed_with_a_planted_infinity(path: Path, fused: bool) -> None:
+    class Planted(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = self.loss(batch)
+            return loss * torch.inf if self.trainer.global_step == 2 else loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=0.01, fused=fused)
+
+    callbacks = overlay(path)
+    module, method = Planted(), method_of(callbacks)
+    fit(module, *callbacks, precision="16-mixed", accelerator="gpu", devices=1)
+    assert isinstance(method, Masked)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert zeros_hold(method, module)
+    assert method.masks.kept == expected_kept(method)
+
+
+# ---- 7 Good neighbour -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_a_moving_average(path: Path, first: bool, tmp_path: Path) -> None:
+    callbacks_module = pytest.importorskip("lightning.pytorch.callbacks")
+    if not hasattr(callbacks_module, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging")
+    average = callbacks_module.EMAWeightAveraging(decay=0.9)
+    callbacks = overlay(path)
+    module, method = toy(), method_of(callbacks)
+    assert isinstance(method, Masked)
+    order = [average, *callbacks] if first else [*callbacks, average]
+    checks = Watcher(lambda moment, observed: _assert_zeros(method, observed, moment))
+    runner = trainer(*order, checks, ModelCheckpoint(tmp_path, "last"))
+    runner.fit(module, loader(), loader())
+    assert zeros_hold(method, module)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(not saved[name][method.masks.dropped(name)].any() for name in method.masks)
+
+
+def _assert_zeros(method: Masked, module: nn.Module, moment: str) -> None:
+    assert zeros_hold(method, module), moment
+
+
+def test_beside_stochastic_weight_averaging(path: Path) -> None:
+    callbacks = overlay(path)
+    module, method = toy(), method_of(callbacks)
+    fit(module, *callbacks, L.pytorch.callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=1), max_epochs=4)
+    assert isinstance(method, Masked)
+    assert zeros_hold(method, module)
+
+
+def test_beside_an_accumulation_schedule_and_clipping(path: Path) -> None:
+    callbacks = overlay(path)
+    module, method = toy(), method_of(callbacks)
+    fit(module, *callbacks, GradientAccumulationScheduler({0: 1, 1: 2, 2: 4}), gradient_clip_val=0.1)
+    assert isinstance(method, Masked)
+    assert zeros_hold(method, module)
+    assert method.masks.kept == expected_kept(method)
+    assert method.steps == BATCHES + BATCHES // 2 + BATCHES // 4
+
+
+def test_clipping_sees_no_pruned_gradient(path: Path) -> None:
+    norms = []
+
+    class Clipped(Toy):
+        def configure_gradient_clipping(self, optimizer: Any, **options: Any) -> None:
+            method = method_of(callbacks)
+            assert isinstance(method, Masked)
+            for name, weight in method.weights.items():
+                assert weight.grad is not None
+                assert not weight.grad[method.masks.dropped(name)].any()
+            norms.append(optimizer)
+
+    callbacks = overlay(path)
+    fit(Clipped(), *callbacks)
+    assert len(norms) == 3 * BATCHES
+
+
+class Manual(Toy):
+    """Two optimizers, stepped by hand, the second every other batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        layers = list(self.net.children())
+        early = [p for layer in layers[:4] for p in layer.parameters()]
+        late = [p for layer in layers[4:] for p in layer.parameters()]
+        return torch.optim.SGD(early, lr=0.05, momentum=0.9), torch.optim.AdamW(late, lr=0.01)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        loss = self.loss(batch)
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss)
+        first.step()
+        if batch_idx % 2 == 0:
+            second.step()
+
+
+def test_manual_optimisation_with_two_optimizers(path: Path) -> None:
+    callbacks = overlay(path)
+    method = method_of(callbacks)
+    assert isinstance(method, Masked)
+    module = Manual()
+    fit(module, Watcher(lambda moment, observed: _assert_zeros(method, observed, moment)), *callbacks)
+    assert method.masks.kept == expected_kept(method)
+
+
+class Tied(Toy):
+    """One weight in two layers, built in `configure_model`."""
+
+    def __init__(self) -> None:
+        super().__init__(net=nn.Identity())
+
+    def configure_model(self) -> None:
+        if isinstance(self.net, nn.Identity):
+            self.net = toys.network()
+            extra = nn.Linear(16, 16)
+            extra.weight = nn.Parameter(extra.weight.detach())
+            twin = nn.Linear(16, 16)
+            twin.weight = extra.weight
+            self.net = nn.Sequential(*list(self.net)[:8], extra, twin, *list(self.net)[8:])
+
+
+@pytest.mark.filterwarnings("ignore:.*has removed all of")  # nine of ten weights of a tiny network of five layers
+def test_tied_weights_of_a_model_built_late(path: Path) -> None:
+    callbacks = overlay(path)
+    method = method_of(callbacks)
+    module = Tied()
+    fit(module, *callbacks)
+    assert isinstance(method, Masked)
+    assert zeros_hold(method, module)
+    assert "net.8.weight" in method.masks
+    assert "net.9.weight" not in method.masks
+    assert method.masks.kept == expected_kept(method)
+
+
+def test_compiled(path: Path) -> None:
+    callbacks = overlay(path)
+    method = method_of(callbacks)
+    module = toy()
+    compiled = torch.compile(module, backend="eager")
+    fit(compiled, *callbacks)  # type: ignore[arg-type]
+    plain, other = toy(), overlay(path)
+    torch.manual_seed(0)
+    fit(plain, *other)
+    assert isinstance(method, Masked)
+    assert zeros_hold(method, module)
+    assert method.masks.kept == expected_kept(method)
+
+
+def nothing_left(module: L.LightningModule, optimizers: list[torch.optim.Optimizer], method: Sparsifier) -> bool:
+    hooks = [h for o in optimizers for h in o._optimizer_step_post_hooks.values() if "lightning_sparse" in h.__module__]
+    return not hooks and "training_step" not in vars(module) and method.weights == {} and method._stations is None
+
+
+def test_two_fits_with_one_instance(path: Path) -> None:
+    callbacks = overlay(path)
+    method = method_of(callbacks)
+    assert isinstance(method, Masked)
+    for seed in (0, 1):
+        module = toy(seed=seed)
+        runner = fit(module, *callbacks)
+        assert method.steps == 3 * BATCHES
+        assert method.masks.kept == expected_kept(method)
+        assert zeros_hold(method, module)
+        assert nothing_left(module, runner.optimizers, method)
+
+
+def test_the_same_trainer_goes_on(path: Path) -> None:
+    callbacks = overlay(path)
+    method = method_of(callbacks)
+    assert isinstance(method, Masked)
+    module = toy()
+    runner = fit(module, *callbacks)
+    masks = method.masks.fingerprint()
+    runner.fit_loop.max_epochs = 5
+    runner.fit(module, loader(), loader(1))
+    assert runner.current_epoch == 5
+    assert method.masks.fingerprint().equal(masks)
+    assert zeros_hold(method, module)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interruption_leaves_nothing_behind(path: Path, error: type[BaseException]) -> None:
+    class Broken(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.trainer.global_step == BATCHES + 1:
+                raise error
+            return self.loss(batch)
+
+    callbacks = overlay(path)
+    method = method_of(callbacks)
+    module = Broken()
+    runner = trainer(*callbacks)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        runner.fit(module, loader(), loader(1))
+    assert nothing_left(module, runner.optimizers, method)
+    repaired = toy()
+    fit(repaired, *callbacks)
+    assert isinstance(method, Masked)
+    assert zeros_hold(method, repaired)
+    assert method.masks.kept == expected_kept(method)
+
+
+def test_survives_pickling_and_copying(path: Path) -> None:
+    import pickle
+
+    callbacks = overlay(path)
+    fit(toy(), *callbacks)
+    method = method_of(callbacks)
+    for twin in (copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
+        assert not differences(method.state_dict(), twin.state_dict())

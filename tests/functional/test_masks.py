@@ -1,0 +1,94 @@
+from itertools import combinations
+
+import pytest
+import torch
+
+from lightning_sparse.functional import (
+    channel_score,
+    expand_channels,
+    magnitude,
+    mask_sparsity,
+    n_m_mask,
+    pack,
+    random_generator,
+    random_score,
+    unpack,
+    zero_fraction,
+)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8)])
+def test_n_of_m_keeps_the_largest_sum(n: int, m: int) -> None:
+    """The oracle tries every combination of every group."""
+    score = torch.rand(5, 3 * m)
+    mask = n_m_mask(score, n, m)
+    for row, kept in zip(score.view(-1, m), mask.view(-1, m), strict=True):
+        best = max(combinations(range(m), n), key=lambda chosen, row=row: sum(float(row[i]) for i in chosen))
+        assert kept.nonzero().flatten().tolist() == list(best)
+
+
+def test_n_of_m_ties_go_to_the_earlier() -> None:
+    assert n_m_mask(torch.ones(1, 8), 2, 4).int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]]
+
+
+def test_n_of_m_groups_inputs_at_one_kernel_position() -> None:
+    score = torch.rand(6, 8, 3, 3)
+    mask = n_m_mask(score, 2, 4)
+    assert (mask.view(6, 2, 4, 3, 3).sum(2) == 2).all()
+    other = n_m_mask(score.transpose(0, 1), 2, 4, dim=0)
+    assert other.transpose(0, 1).equal(mask)
+
+
+def test_n_of_m_that_does_not_divide() -> None:
+    with pytest.raises(ValueError, match="4 does not divide the 6 inputs"):
+        n_m_mask(torch.ones(2, 6), 2, 4)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_channels(dim: int) -> None:
+    score = torch.rand(4, 5, 3, 3)
+    expected = [score.select(dim, c).mean() for c in range(score.shape[dim])]
+    assert channel_score(score, dim).tolist() == pytest.approx([float(e) for e in expected])
+    kept = torch.arange(score.shape[dim]) % 2 == 0
+    mask = expand_channels(kept, score, dim)
+    assert all(bool(mask.select(dim, c).all()) == bool(k) == bool(mask.select(dim, c).any()) for c, k in enumerate(kept))
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (3, 5), (2, 3, 3, 3), (0,)])
+def test_packing_round_trip(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape) > 0.5
+    packed = pack(mask)
+    assert packed.numel() == (mask.numel() + 7) // 8
+    assert unpack(packed, shape).equal(mask)
+
+
+def test_packing_equals_numpy() -> None:
+    mask = torch.rand(1003) > 0.3
+    import numpy as np
+
+    assert pack(mask).tolist() == np.packbits(mask.numpy()).tolist()
+
+
+def test_packed_bytes_of_another_shape() -> None:
+    with pytest.raises(ValueError, match="2 bytes do not hold a mask of shape"):
+        unpack(torch.zeros(2, dtype=torch.uint8), (3, 3, 3))
+
+
+def test_random_scores_depend_on_seed_step_and_name_alone() -> None:
+    weight = torch.zeros(50)
+    reference = random_score(weight, random_generator(1, 2, "a"))
+    torch.rand(17)
+    assert random_score(weight, random_generator(1, 2, "a")).equal(reference)
+    for other in [(0, 2, "a"), (1, 3, "a"), (1, 2, "b")]:
+        assert not random_score(weight, random_generator(*other)).equal(reference)
+
+
+def test_magnitude_is_float32_at_least() -> None:
+    assert magnitude(torch.tensor([-1.5], dtype=torch.bfloat16)).dtype == torch.float32
+    assert magnitude(torch.tensor([-1.5], dtype=torch.float64)).tolist() == [1.5]
+    assert magnitude(torch.tensor([-1.5], dtype=torch.float64)).dtype == torch.float64
+
+
+def test_statistics_count_elements_not_sums() -> None:
+    assert zero_fraction([torch.tensor([1.0, -1.0, 0.0]), torch.tensor([0.0])]) == 0.5
+    assert mask_sparsity([]) == 0.0

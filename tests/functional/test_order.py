@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+
+from lightning_sparse.functional import exact_count, kth_smallest, top_k_masks
+from lightning_sparse.functional import order as order_module
+
+
+def cases() -> dict[str, list[torch.Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    normal = [torch.randn(3, 50, generator=g), torch.randn(77, generator=g)]
+    return {
+        "normal": normal,
+        "magnitudes": [t.abs() for t in normal],
+        "ties": [torch.randint(-3, 4, (200,), generator=g).float()],
+        "zeros of both signs": [torch.tensor([0.0, -0.0, 1.0, -1.0, 0.0, -0.0])],
+        "infinities": [torch.tensor([torch.inf, -torch.inf, 1.0, -torch.inf, torch.inf])],
+        "subnormal": [torch.tensor([1e-45, -1e-45, 1e-40, 0.0, -1e-40, 1e-38])],
+        "bfloat16": [t.bfloat16() for t in normal],
+        "float16": [t.half() for t in normal],
+        "float64": [t.double() * 1e-200 for t in normal],
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_rank_equals_a_full_sort(name: str) -> None:
+    values = cases()[name]
+    ordered = np.sort(torch.cat([v.flatten() for v in values]).double().numpy(), kind="stable")
+    found = [float(kth_smallest(values, k)) for k in range(len(ordered))]
+    assert found == ordered.tolist()
+    assert kth_smallest(values, 0).dtype == values[0].dtype
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = cases()["normal"]
+    whole = [float(kth_smallest(values, k)) for k in range(0, 227, 10)]
+    monkeypatch.setattr(order_module, "_CHUNK", 13)
+    assert [float(kth_smallest(values, k)) for k in range(0, 227, 10)] == whole
+
+
+def test_more_than_2_to_the_24_entries() -> None:
+    n = (1 << 24) + 1001
+    values = torch.arange(n, dtype=torch.int32).flip(0).view(torch.float32)  # the n smallest floats, descending
+    k = n - 500
+    assert kth_smallest([values], k).view(torch.int32).item() == k
+    kept = top_k_masks([values], 1000)[0]
+    assert kept[:1000].all()
+    assert int(kept.count_nonzero()) == 1000
+
+
+def test_no_such_rank() -> None:
+    with pytest.raises(ValueError, match="k=3 is not a rank among 3 values; give 0 <= k < 3"):
+        kth_smallest([torch.ones(3)], 3)
+
+
+def slow_masks(scores: list[torch.Tensor], keep: int) -> list[torch.Tensor]:
+    """The obviously true version: sort by (descending score, position)."""
+    flat = [(-float(value), position) for position, value in enumerate(torch.cat([s.flatten() for s in scores]))]
+    kept = {position for _, position in sorted(flat)[:keep]}
+    mask = torch.tensor([position in kept for position in range(len(flat))])
+    parts = mask.split([s.numel() for s in scores])
+    return [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
+
+
+@pytest.mark.parametrize("name", cases())
+def test_masks_equal_the_slow_version(name: str) -> None:
+    scores = cases()[name]
+    total = sum(s.numel() for s in scores)
+    for keep in {0, 1, total // 3, total // 2, total - 1, total}:
+        masks, expected = top_k_masks(scores, keep), slow_masks(scores, keep)
+        assert sum(int(m.count_nonzero()) for m in masks) == keep
+        assert all(m.equal(e) for m, e in zip(masks, expected, strict=True)), keep
+
+
+def test_ties_go_to_the_earlier_entry_across_tensors() -> None:
+    first, second = top_k_masks([torch.ones(2, 2), torch.ones(3)], 5)
+    assert first.all()
+    assert second.tolist() == [True, False, False]
+
+
+def test_nan_is_named() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        top_k_masks([torch.tensor([1.0, torch.nan])], 1)
+
+
+@pytest.mark.parametrize("keep", [-1, 3])
+def test_impossible_counts_are_refused(keep: int) -> None:
+    with pytest.raises(ValueError, match=f"keep={keep} is impossible among 2"):
+        top_k_masks([torch.ones(2)], keep)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "total", "expected"),
+    [(0.9, 1000, 900), (0.29, 100, 29), (0.57, 100, 57), (0.95, 77_072, 73_218), (0.0, 7, 0), (0.998, 20_024_000, 19_983_952)],
+)
+def test_counts_are_exact(fraction: float, total: int, expected: int) -> None:
+    assert exact_count(fraction, total) == expected
