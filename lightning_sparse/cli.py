@@ -7,7 +7,6 @@ import inspect
 import re
 import sys
 import traceback
-from importlib import import_module
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -20,6 +19,7 @@ from rich.table import Table
 import lightning_sparse
 import lightning_sparse.data
 import lightning_sparse.models
+import lightning_sparse.observe
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.observe import SparsityTable
 
@@ -35,38 +35,45 @@ class SparseParser(LightningArgumentParser):
 
 
 def explain(message: str) -> str:
-    r"""One sentence from the parser's report.
+    """One sentence from the parser's report: the key, what is wrong with it, what to write instead.
 
     Example:
-        >>> explain("Parser key \\"trainer.max_epoch\\": Option 'max_epoch' is not accepted")
-        "'max_epoch' in trainer.max_epoch is unknown; see --help or --print_config for what is accepted."
+        >>> explain("Option 'sparsitty' is not accepted")
+        "'sparsitty' is not an option; did you mean 'sparsity' of MagnitudePruning or RandomSparsity?"
     """
     key = re.search(r'[Pp]arser key "([^"]+)"', message)
     where = f" in {key[1]}" if key else ""
-    if unknown := re.search(r"Option '([^']+)' is not accepted", message):
-        name = unknown[1]
-        owner = re.search(r"Problem with given class_path '([^']+)'", message)
-        known = _arguments(owner[1]) if owner else []
-        place = f" of {owner[1].rpartition('.')[2]}" if owner else ""
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        remedy = f"did you mean '{near[0]}'?" if near else (f"it takes {', '.join(known)}." if known else "")
-        return f"'{name}'{place}{where} is unknown; {remedy or 'see --help or --print_config for what is accepted.'}"
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    causes = [
-        line
-        for line in lines
-        if not re.match(r"(Parser key|Does not validate|Subtypes|Errors|Given value|Not a valid|Expected a)", line)
-    ]
-    text = " ".join((causes or lines)[:3])
-    return f"{text}{where if where not in text else ''}"
+    if unknown := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([\w.]+)", message):
+        name = unknown[1] or unknown[2]
+        return f"'{name}'{where} is not an option; {_nearest_option(name)}"
+    if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
+        near = difflib.get_close_matches(unknown[1], [cls.__name__ for cls in _known_classes()], n=1, cutoff=0.5)
+        remedy = f"did you mean '{near[0]}'?" if near else "write its import path, such as package.module.Class."
+        return f"'{unknown[1]}'{where} is no known class; {remedy}"
+    noise = r"(Parser key .*|Does not validate|Subtypes|Errors|Given value type|Not a valid|Expected a path but)"
+    lines = [line.strip(" -") for line in re.sub(r'[Pp]arser key "[^"]+":', "", message).splitlines()]
+    causes = list(dict.fromkeys(line for line in lines if line and not re.match(noise, line)))
+    text = re.sub(r"<class '([^']+)'>", r"\1", "; ".join(causes))
+    return f"{key[1]}: {text}" if key else text
 
 
-def _arguments(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    try:
-        return [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "self"]
-    except (ImportError, AttributeError, ValueError):
-        return []
+def _nearest_option(name: str) -> str:
+    """Which option was meant, and whose it is."""
+    path, _, name = name.rpartition(".")
+    owners: dict[str, list[str]] = {}
+    for cls in [pl.Trainer] if path == "trainer" else _known_classes():
+        for option in inspect.signature(cls).parameters:
+            owners.setdefault(option, []).append(cls.__name__)
+    near = difflib.get_close_matches(name, owners, n=1, cutoff=0.5)
+    if not near:
+        return "see --help and --print_config for what is known."
+    return f"did you mean '{near[0]}' of {' or '.join(owners[near[0]][:3])}?"
+
+
+def _known_classes() -> list[type]:
+    """Classes of this package that configs name."""
+    modules = (lightning_sparse, lightning_sparse.models, lightning_sparse.data, lightning_sparse.observe)
+    return [cls for module in modules for name in module.__all__ if inspect.isclass(cls := getattr(module, name))]
 
 
 class SparseCLI(LightningCLI):
@@ -103,13 +110,14 @@ class SparseCLI(LightningCLI):
         if not config.beside_dense:
             return
         sparse = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
-        self._set_seed()
-        twin = self.parser.instantiate_classes(self.config)[self.subcommand]
-        callbacks = [c for c in twin.trainer.callbacks or [] if not isinstance(c, (Sparsifier, SparsityTable, Checkpoint))]
+        pl.seed_everything(config.seed_everything, workers=True)
+        self.instantiate_classes()  # model, data and callbacks once more, new, with the same arguments
+        ours = (Sparsifier, SparsityTable, Checkpoint)
+        callbacks = [c for c in self.config_init[self.subcommand].trainer.callbacks or [] if not isinstance(c, ours)]
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        trainer = self.trainer_class(**{**twin.trainer, **quiet, "callbacks": callbacks})
-        trainer.fit(twin.model, datamodule=twin.data)
-        dense = trainer.test(twin.model, datamodule=twin.data, verbose=False)[0]
+        trainer = self.instantiate_trainer(callbacks=callbacks, **quiet)
+        trainer.fit(self.model, datamodule=self.datamodule)
+        dense = trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
         if trainer.is_global_zero:
             table = Table("test", "sparse", "dense", title="Same recipe, same seed", title_justify="left")
             for metric in sorted(sparse):
@@ -121,12 +129,22 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of `lightning-sparse`; what this package refuses ends in one sentence, not in a traceback."""
     try:
         SparseCLI(args)
-    except (ValueError, FileNotFoundError) as error:
-        frames = list(traceback.walk_tb(error.__traceback__))
-        if not frames[-1][0].f_globals.get("__name__", "").startswith("lightning_sparse."):
+    except Exception as error:
+        refusal = _our_refusal(error)
+        if refusal is None:
             raise
-        print(f"lightning-sparse: {error}", file=sys.stderr)
+        print(f"lightning-sparse: {refusal}", file=sys.stderr)
         sys.exit(2)
+
+
+def _our_refusal(error: BaseException | None) -> BaseException | None:
+    """The error that this package has raised, if that is what an error comes from."""
+    while error is not None:
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError | FileNotFoundError) and last.f_globals["__name__"].startswith("lightning_sparse."):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 if __name__ == "__main__":

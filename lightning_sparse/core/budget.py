@@ -80,6 +80,12 @@ class Budget:
             scores: one tensor per weight; higher survives.
             sparsity: at this moment of a schedule; default: the final one.
         """
+        for score, target in zip(scores, targets, strict=True):
+            if bool(score.isnan().any()):
+                raise ValueError(
+                    f"The score of '{target.name}' holds NaN, so nothing can be ranked; training has diverged, lower the "
+                    "learning rate or clip gradients."
+                )
         sparsity = self.sparsity if sparsity is None else sparsity
         units = [self.structure.score(score, target) for score, target in zip(scores, targets, strict=True)]
         kept = self._kept_per_layer(targets, sparsity)

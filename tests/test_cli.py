@@ -1,0 +1,122 @@
+"""The command line: overlays compose, every file prints, a mistake is one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_sparse.cli import main
+from tests.toys import OVERLAYS, ROOT
+
+CONFIGS = ROOT / "configs"
+SMALL = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+SMALL += ["--trainer.enable_model_summary=false", "--seed_everything=0"]
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-sparse"])
+
+
+def printed(capsys: pytest.CaptureFixture[str], *files: Path, more: list[str] | None = None) -> dict[str, Any]:
+    arguments = [f"--config={file}" for file in files]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, *(more or []), "--print_config"])
+    assert stop.value.code == 0
+    loaded: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return loaded
+
+
+DIGITS, MLP = CONFIGS / "data" / "digits.yaml", CONFIGS / "models" / "mlp.yaml"
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_shipped_file_prints(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = yaml.safe_load(path.read_text())
+    base = [file for key, file in (("data", DIGITS), ("model", MLP)) if key not in given]
+    config = printed(capsys, *base, path)
+    assert config["model"]["class_path"].startswith("lightning_sparse.")
+    for entry in given.get("trainer", {}).get("callbacks+", []):
+        assert any(made["class_path"].endswith(entry["class_path"]) for made in config["trainer"]["callbacks"])
+
+
+def test_overlays_append_callbacks(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed(capsys, DIGITS, MLP, CONFIGS / "methods" / "magnitude.yaml", CONFIGS / "methods" / "random.yaml")
+    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert names == ["MagnitudePruning", "RandomSparsity"]
+
+
+def test_values_can_be_changed_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    change = ["--trainer.callbacks.init_args.sparsity=0.7"]
+    config = printed(capsys, DIGITS, MLP, CONFIGS / "methods" / "magnitude.yaml", more=change)
+    assert config["trainer"]["callbacks"][-1]["init_args"]["sparsity"] == 0.7
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_fit_validate_and_test(path: Path, tmp_path: Path) -> None:
+    files = [f"--config={file}" for file in (DIGITS, MLP)]
+    run = [*files, f"--config={path}", *SMALL, f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *run, "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert any((value == 0).float().mean() > 0.4 for value in saved.values() if value.ndim > 1)
+    for command in ("validate", "test", "predict"):
+        main([command, *files, *SMALL, f"--ckpt_path={checkpoint}"])
+
+
+def test_the_shape_of_the_data_reaches_the_model(tmp_path: Path) -> None:
+    from lightning_sparse.cli import SparseCLI
+
+    cli = SparseCLI(["fit", f"--config={DIGITS}", f"--config={MLP}", *SMALL, "--trainer.fast_dev_run=true"])
+    assert cli.model.network[1].in_features == 64
+    assert cli.model.network[-1].out_features == 10
+
+
+def test_the_dense_model_beside_the_sparse_one(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]
+    main(["fit", f"--config={CONFIGS / 'quickstart.yaml'}", *quick])
+    out = capsys.readouterr().out
+    assert "3,854 of 77,072" in out
+    assert "by score" in out
+    sparse, dense = (cell.strip() for cell in out.split("accuracy")[1].split("│")[1:3])
+    assert 0 <= float(sparse) <= 1
+    assert 0 <= float(dense) <= 1
+
+
+MISTAKES = [
+    (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsitty=0.5"], "did you mean 'sparsity'"),
+    (["--trainer.maximum_epochs=3"], "did you mean 'max_epochs'"),
+    (["--data.init_args.batchsize=3"], "did you mean 'batch_size'"),
+    (["--data.init_args.batch_size=many"], "batch_size: Expected a int. Got value: many"),
+    (["--trainer.callbacks+=MagnitudePrunning"], "did you mean 'MagnitudePruning'"),
+    (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=1.5"], "sparsity=1.5 must be in [0, 1)"),
+    (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=abc"], "sparsity: Expected a float"),
+    (["--config=no/such/file.yaml"], "no/such/file.yaml"),
+    (["--model.init_args.network.init_args.hiden=[3]"], "did you mean 'hidden'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "remedy"), MISTAKES, ids=[row[0][-1] for row in MISTAKES])
+def test_a_mistake_is_one_sentence(arguments: list[str], remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--config={DIGITS}", f"--config={MLP}", *SMALL, *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in error if line.startswith("lightning-sparse: ")]
+    assert len(said) == 1, error
+    assert error[-1] == said[0], error
+    assert remedy in said[0]
+
+
+def test_a_mistake_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("trainer:\n  callbacks+:\n  - class_path: RandomSparsity\n    init_args:\n      sparseness: 0.5\n")
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={DIGITS}", f"--config={MLP}", f"--config={wrong}"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == "lightning-sparse: 'sparseness' is not an option; did you mean 'sparsity' of MagnitudePruning or RandomSparsity?"

@@ -1,0 +1,157 @@
+"""Every bad input: one clear sentence that names what was given and what to do, before anything is touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from torch import nn
+
+from lightning_sparse import MagnitudePruning, RandomSparsity
+from tests import toys
+from tests.toys import Toy, fit, toy, trainer
+
+AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
+    (lambda: MagnitudePruning(1.0), "sparsity=1.0 must be in [0, 1)"),
+    (lambda: MagnitudePruning(-0.1), "sparsity=-0.1 must be in [0, 1)"),
+    (lambda: MagnitudePruning(90), "for 90 % write 0.9"),
+    (lambda: MagnitudePruning(float("nan")), "sparsity=nan must be in [0, 1)"),
+    (lambda: MagnitudePruning(), "structure='unstructured' needs a sparsity; write sparsity=0.9"),
+    (lambda: MagnitudePruning(0.9, structure="2:4"), "sparsity=0.9 contradicts structure='2:4', which removes 0.5"),
+    (lambda: MagnitudePruning(structure="4:2"), "structure='4:2' must keep some and remove some"),
+    (lambda: MagnitudePruning(0.5, structure="rows"), "structure='rows' is unknown; write 'unstructured', 'channel' or"),
+    (lambda: MagnitudePruning(structure="2:4", allocation="erk"), "structure='2:4' fixes every layer's sparsity"),
+    (lambda: MagnitudePruning(0.5, allocation="ERK"), "allocation='ERK' is unknown; choose from ['global', 'uniform'"),
+    (lambda: MagnitudePruning(0.5, schedule="quartic"), "schedule='quartic' is unknown; choose from ['constant'"),
+    (lambda: MagnitudePruning(0.5, start=30), "start=30 is not a span of time; write a fraction of the run from 0 to 1"),
+    (lambda: MagnitudePruning(0.5, end="soon"), "end='soon' is not a span of time"),
+    (lambda: MagnitudePruning(0.5, every=0), "every=0 must be a positive fraction"),
+    (lambda: MagnitudePruning(0.5, every="1.5 epochs"), "or a whole number of epochs or steps"),
+    (lambda: MagnitudePruning(0.5, start=0.9, end=0.1), "start=0.9 lies after end=0.1; exchange them"),
+    (lambda: MagnitudePruning(0.5, layer_sparsity={"fc": 2.0}), "layer_sparsity['fc']=2.0 must be in [0, 1)"),
+    (lambda: RandomSparsity(1.5), "sparsity=1.5 must be in [0, 1)"),
+    (lambda: RandomSparsity(structure="2:4", allocation="erk"), "leave allocation='erk' out"),
+]
+
+
+@pytest.mark.parametrize(("make", "sentence"), AT_CONSTRUCTION, ids=[sentence[:40] for _, sentence in AT_CONSTRUCTION])
+def test_at_construction(make: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=".") as error:
+        make()
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class Frozen(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].weight.requires_grad_(False)
+
+
+class HalfOptimized(Toy):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
+
+
+class SecondOrder(Toy):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Normalised(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.nn.utils.parametrizations.weight_norm(self.net[6])
+
+
+class Diverged(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.constant_(self.net[6].weight, torch.nan)
+
+
+AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callback]], dict[str, Any], str]] = [
+    (toy, lambda: [MagnitudePruning(0.5, targets=["head"])], {}, "'head' matches nothing in the model; did you mean"),
+    (toy, lambda: [MagnitudePruning(0.5, targets=["*", "!re:net"])], {}, "chooses no weight of Toy"),
+    (Frozen, lambda: [MagnitudePruning(0.5)], {}, "'net.0.weight' is frozen"),
+    (HalfOptimized, lambda: [MagnitudePruning(0.5)], {}, "no optimizer updates 'net.2.weight'"),
+    (SecondOrder, lambda: [MagnitudePruning(0.5)], {}, "does not work with LBFGS"),
+    (Normalised, lambda: [MagnitudePruning(0.5)], {}, "'net.6' is computed by a parametrization"),
+    (toy, lambda: [MagnitudePruning(structure="2:4")], {}, "'net.0.weight' has 1; exclude it"),
+    (toy, lambda: [MagnitudePruning(0.5, end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
+    (toy, lambda: [MagnitudePruning(0.5, end="99 steps")], {}, "end='99 steps' lies after the end of training (12 steps)"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
+    (toy, lambda: [RandomSparsity(0.999, allocation="uniform")], {}, "leaves nothing of 'net.0.weight' (72 units)"),
+    (toy, lambda: [RandomSparsity(0.99, allocation="erk+")], {}, "the layers with a sparsity of their own keep"),
+    (
+        toy,
+        lambda: [MagnitudePruning(0.9, layer_sparsity={"net.6": 0.0})],
+        {},
+        "layer_sparsity keeps 2,048 and the other layers hold 712",
+    ),
+    (toy, lambda: [MagnitudePruning(0.9, layer_sparsity={"fc": 0.0})], {}, "'fc' matches none of the chosen weights"),
+    (
+        toy,
+        lambda: [MagnitudePruning(0.5, targets=["net.6", "net.8"]), RandomSparsity(0.5, targets=["net.8"])],
+        {},
+        "MagnitudePruning and RandomSparsity both own masks of 'net.8.weight'",
+    ),
+    (toy, lambda: [MagnitudePruning(0.5), ModelPruning("l1_unstructured")], {}, "cannot share a Trainer with ModelPruning"),
+    (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "The score of 'net.6.weight' holds NaN"),
+]
+
+
+@pytest.mark.parametrize(("make", "callbacks", "options", "sentence"), AT_START, ids=[row[-1][:45] for row in AT_START])
+def test_at_the_start_of_fit(
+    make: Callable[[], L.LightningModule], callbacks: Callable[[], list[L.Callback]], options: dict[str, Any], sentence: str
+) -> None:
+    module = make()
+    before = copy.deepcopy(module.state_dict())
+    runner = trainer(*callbacks(), **options)
+    with pytest.raises(ValueError, match=".") as error:
+        runner.fit(module, toys.loader(), toys.loader(1))
+    assert sentence in str(error.value)
+    assert runner.global_step == 0
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]) or value.isnan().any(), "something was half applied"
+    assert not any("lightning_sparse" in h.__module__ for o in runner.optimizers for h in o._optimizer_step_post_hooks.values())
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_sharding_strategies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in, for these strategies need several devices to be made."""
+    cls = getattr(L.pytorch.strategies, name)
+    runner = trainer()
+    monkeypatch.setattr(type(runner), "strategy", property(lambda self: cls.__new__(cls)))
+    with pytest.raises(ValueError, match=f"does not support strategy={name}.* use 'ddp' or a single device"):
+        MagnitudePruning(0.5).setup(runner, toy(), "fit")
+
+
+RESUMED: list[tuple[Callable[[], L.Callback], Callable[[], L.LightningModule], str]] = [
+    (lambda: MagnitudePruning(0.8), toy, "sparsity=0.8 (checkpoint: 0.5)"),
+    (lambda: MagnitudePruning(0.5, schedule="linear"), toy, "schedule='linear' (checkpoint: 'cubic')"),
+    (lambda: MagnitudePruning(0.5, targets=["!:last"]), toy, "targets=['!:last'] (checkpoint: ['*'])"),
+]
+
+
+@pytest.mark.parametrize(("callback", "make", "sentence"), RESUMED, ids=[row[-1][:30] for row in RESUMED])
+def test_resuming_with_another_configuration(
+    callback: Callable[[], L.Callback], make: Callable[[], L.LightningModule], sentence: str, tmp_path: Any
+) -> None:
+    fit(toy(), MagnitudePruning(0.5), ModelCheckpoint(tmp_path, "last"))
+    with pytest.raises(ValueError, match="MagnitudePruning resumes with") as error:
+        fit(make(), callback(), ckpt_path=tmp_path / "last.ckpt", max_epochs=4)
+    assert sentence in str(error.value)
+    assert "restore the checkpoint's values, or start anew" in str(error.value)
+
+
+def test_two_callbacks_of_one_class_need_names() -> None:
+    a, b = MagnitudePruning(0.5, targets=["net.6"], name="a"), MagnitudePruning(0.5, targets=["net.8"], name="b")
+    fit(toy(), a, b)
+    assert (a.masks.sparsity, b.masks.sparsity) == (0.5, 0.5)
+    assert a.state_key != b.state_key

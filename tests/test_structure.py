@@ -1,0 +1,95 @@
+"""The house keeps its shape: imports point one way, and classes, overlays and README rows are the same methods."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import lightning_sparse
+from lightning_sparse.callbacks import Masked, Pruning, Sparsifier
+from tests.toys import OVERLAYS, ROOT, overlay
+
+PACKAGE = ROOT / "lightning_sparse"
+MAY_IMPORT = {
+    "functional": {"functional"},
+    "core": {"functional", "core"},
+    "callbacks": {"functional", "core", "callbacks"},
+    "observe": {"functional", "core", "observe"},
+    "models": {"models"},
+    "data": {"data"},
+}
+BASES = {"base", "masked", "pruning", "stations", "rng", "__init__"}
+METHODS = [cls for name in lightning_sparse.__all__ if issubclass(cls := getattr(lightning_sparse, name), Sparsifier)]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    folder = path.relative_to(PACKAGE).parts[0]
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("lightning_sparse.")}
+    if folder in MAY_IMPORT:
+        assert ours <= MAY_IMPORT[folder]
+    theirs = {name.split(".")[0] for name in imports(path)}
+    if folder == "functional":
+        assert not theirs & {"lightning", "torchmetrics", "wandb"}
+    if folder == "core":
+        assert "lightning" not in theirs
+    assert "wandb" not in theirs or folder == "observe"
+
+
+def test_no_method_imports_another() -> None:
+    for path in (PACKAGE / "callbacks").glob("*.py"):
+        if path.stem not in BASES | {"mixin"}:
+            siblings = {name.split(".")[2] for name in imports(path) if name.startswith("lightning_sparse.callbacks.")}
+            assert siblings <= BASES, path.name
+
+
+def test_exports_overlays_and_readme_rows_are_the_same_methods() -> None:
+    configured = {type(callback) for path in OVERLAYS for callback in overlay(path) if isinstance(callback, Sparsifier)}
+    assert configured == set(METHODS)
+    rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), flags=re.M))
+    assert rows == {cls.__name__ for cls in METHODS}
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_methods_are_final_and_remember_their_arguments(cls: type[Sparsifier]) -> None:
+    assert getattr(cls, "__final__", False)
+    names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    assert {"targets", "name"} <= set(names)
+    method = cls(0.5)  # type: ignore[call-arg]
+    assert set(method.config()) == set(names) - {"name"}
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_every_argument_is_documented(cls: type[Sparsifier]) -> None:
+    text = "\n".join(inspect.getdoc(base) or "" for base in (cls, *cls.__mro__[1:3]))
+    for name in inspect.signature(cls.__init__).parameters:
+        assert name == "self" or re.search(rf"^\s+{name}: ", text, flags=re.M), name
+
+
+@pytest.mark.parametrize("cls", [Sparsifier, Masked, Pruning])
+def test_bases_are_not_methods(cls: type) -> None:
+    assert cls not in METHODS
+    assert cls is Sparsifier or inspect.isabstract(cls)
+
+
+def test_nothing_tracked_is_large_or_knows_a_machine() -> None:
+    for path in [*FILES, *(ROOT / "configs").rglob("*.yaml"), *(ROOT / "tests").rglob("*.py")]:
+        text = path.read_text()
+        assert text.count("\n") < 520, path
+        assert "/" + "work/" not in text, path
