@@ -119,4 +119,7 @@ def test_a_mistake_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["fit", f"--config={DIGITS}", f"--config={MLP}", f"--config={wrong}"])
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == "lightning-sparse: 'sparseness' is not an option; did you mean 'sparsity' of MagnitudePruning or RandomSparsity?"
+    assert (
+        said
+        == "lightning-sparse: 'sparseness' is not an option; did you mean 'sparsity' of MagnitudePruning or RandomSparsity?"
+    )

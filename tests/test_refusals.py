@@ -119,7 +119,9 @@ def test_at_the_start_of_fit(
     assert runner.global_step == 0
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]) or value.isnan().any(), "something was half applied"
-    assert not any("lightning_sparse" in h.__module__ for o in runner.optimizers for h in o._optimizer_step_post_hooks.values())
+    assert not any(
+        "lightning_sparse" in h.__module__ for o in runner.optimizers for h in o._optimizer_step_post_hooks.values()
+    )
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])

@@ -103,7 +103,9 @@ def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     return L.Trainer(**{**settings, **options}, callbacks=list(callbacks))
 
 
-def fit(module: L.LightningModule, *callbacks: L.Callback, ckpt_path: Any = None, batch_size: int = BATCH, **options: Any) -> L.Trainer:
+def fit(
+    module: L.LightningModule, *callbacks: L.Callback, ckpt_path: Any = None, batch_size: int = BATCH, **options: Any
+) -> L.Trainer:
     """Train a module on the toy data."""
     runner = trainer(*callbacks, **options)
     runner.fit(module, loader(BATCHES * BATCH // batch_size, batch_size), loader(1), ckpt_path=ckpt_path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional import pack, unpack
+from lightning_sparse.functional import apply_bits_, mask_bits, pack, unpack
 
 __all__ = ["MaskSet"]
 
@@ -25,41 +25,41 @@ class MaskSet:
     """
 
     def __init__(self, weights: Mapping[str, Tensor] | None = None) -> None:
-        # Stored the other way round, because filling where True is the fast direction: multiplying a float tensor
-        # by a boolean one takes ten times as long on a CPU, and would turn an infinite gradient into NaN.
-        self._dropped = {
-            name: torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+        # As int8 with all bits one where kept: a byte per weight, in the form that is applied twice every step.
+        self._bits = {
+            name: torch.full(weight.shape, -1, dtype=torch.int8, device=weight.device)
             for name, weight in (weights or {}).items()
         }
-        self._kept = {name: dropped.numel() for name, dropped in self._dropped.items()}
+        self._kept = {name: bits.numel() for name, bits in self._bits.items()}
         self.changed = False
         """Set by `replace` and `load_state_dict`; whoever has looked after the change sets it back."""
 
     def __getitem__(self, name: str) -> Tensor:
-        return ~self._dropped[name]
+        return self._bits[name] != 0
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._dropped)
+        return iter(self._bits)
 
     def __len__(self) -> int:
-        return len(self._dropped)
+        return len(self._bits)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._dropped
+        return name in self._bits
 
     def dropped(self, name: str) -> Tensor:
-        """The complement of the mask, without a copy; not to be written to."""
-        return self._dropped[name]
+        """The complement of the mask."""
+        return self._bits[name] == 0
 
     def replace(self, masks: Mapping[str, Tensor]) -> None:
         """Exchange the masks of some weights."""
         for name, mask in masks.items():
-            if mask.shape != self._dropped[name].shape or mask.dtype != torch.bool:
+            old = self._bits[name]
+            if mask.shape != old.shape or mask.dtype != torch.bool:
                 raise ValueError(
-                    f"The mask of '{name}' must be boolean of shape {tuple(self._dropped[name].shape)}, "
+                    f"The mask of '{name}' must be boolean of shape {tuple(old.shape)}, "
                     f"not {mask.dtype} of shape {tuple(mask.shape)}."
                 )
-            self._dropped[name] = (~mask).to(self._dropped[name].device)
+            self._bits[name] = mask_bits(mask).to(old.device)
             self._kept[name] = int(mask.count_nonzero())
             self.changed = True
 
@@ -67,8 +67,12 @@ class MaskSet:
     def apply_(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Set dropped entries of the given tensors to zero, in place; names without a mask pass through."""
         for name, tensor in tensors.items():
-            if tensor is not None and name in self._dropped:
-                tensor.masked_fill_(self._dropped[name], 0)
+            if tensor is not None and name in self._bits:
+                apply_bits_(tensor, self._bits[name])
+
+    def numel(self, name: str) -> int:
+        """How many entries one weight has."""
+        return self._bits[name].numel()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -83,7 +87,7 @@ class MaskSet:
     @property
     def total(self) -> int:
         """How many entries there are."""
-        return sum(dropped.numel() for dropped in self._dropped.values())
+        return sum(bits.numel() for bits in self._bits.values())
 
     @property
     def sparsity(self) -> float:
@@ -92,21 +96,20 @@ class MaskSet:
 
     def to(self, weights: Mapping[str, Tensor]) -> None:
         """Move each mask to the device of its weight."""
-        self._dropped = {name: dropped.to(weights[name].device) for name, dropped in self._dropped.items()}
+        self._bits = {name: bits.to(weights[name].device) for name, bits in self._bits.items()}
 
     def fingerprint(self) -> Tensor:
         """One number per mask, in order; two sets with equal numbers have, but for rare chance, equal masks."""
-        sums = [zlib.crc32(pack(dropped).cpu().numpy().tobytes()) for dropped in self._dropped.values()]
+        sums = [zlib.crc32(pack(self[name]).cpu().numpy().tobytes()) for name in self]
         return torch.tensor(sums, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit per weight."""
-        return {
-            name: {"shape": list(dropped.shape), "kept": pack(~dropped).cpu()} for name, dropped in self._dropped.items()
-        }
+        return {name: {"shape": list(bits.shape), "kept": pack(self[name]).cpu()} for name, bits in self._bits.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned, on the CPU."""
-        self._dropped = {name: ~unpack(saved["kept"], tuple(saved["shape"])) for name, saved in state.items()}
+        masks = {name: unpack(saved["kept"], tuple(saved["shape"])) for name, saved in state.items()}
+        self._bits = {name: mask_bits(mask) for name, mask in masks.items()}
+        self._kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
         self.changed = True
-        self._kept = {name: dropped.numel() - int(dropped.count_nonzero()) for name, dropped in self._dropped.items()}

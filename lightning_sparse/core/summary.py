@@ -48,7 +48,7 @@ def summarize(masks: MaskSet, target: int | None = None, targets: Mapping[str, i
         targets: entries to keep per weight, where known.
     """
     counts = masks.counts
-    rows = [LayerRow(name, counts[name], masks.dropped(name).numel(), (targets or {}).get(name)) for name in masks]
+    rows = [LayerRow(name, counts[name], masks.numel(name), (targets or {}).get(name)) for name in masks]
     return [*rows, LayerRow("total", masks.kept, masks.total, target)]
 
 

@@ -10,7 +10,15 @@ from lightning_sparse.functional.allocation import (
     uniform,
     uniform_plus,
 )
-from lightning_sparse.functional.masks import channel_score, expand_channels, n_m_mask, pack, unpack
+from lightning_sparse.functional.masks import (
+    apply_bits_,
+    channel_score,
+    expand_channels,
+    mask_bits,
+    n_m_mask,
+    pack,
+    unpack,
+)
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional.schedules import SCHEDULES, constant, cosine, cubic, exponential, linear
 from lightning_sparse.functional.scores import magnitude, random_generator, random_score
@@ -20,6 +28,7 @@ __all__ = [
     "ALLOCATIONS",
     "SCHEDULES",
     "allocate",
+    "apply_bits_",
     "channel_score",
     "constant",
     "cosine",
@@ -34,6 +43,7 @@ __all__ = [
     "kth_smallest",
     "linear",
     "magnitude",
+    "mask_bits",
     "mask_sparsity",
     "n_m_mask",
     "pack",

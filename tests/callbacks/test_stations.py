@@ -51,7 +51,9 @@ PENALTIES: dict[str, tuple[type[Toy], Callable[[], Sparsifier]]] = {
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}], ids=["plain", "acc", "clip"])
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}], ids=["plain", "acc", "clip"]
+)
 @pytest.mark.parametrize("returns", [Toy, Dictionary])
 def test_a_penalty_equals_the_penalty_written_into_the_loss(kind: str, options: dict[str, Any], returns: type[Toy]) -> None:
     written, make = PENALTIES[kind]

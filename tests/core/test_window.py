@@ -16,7 +16,16 @@ def before_epoch(epoch: int) -> Position:
 
 @pytest.mark.parametrize(
     ("text", "fraction"),
-    [(0, 0), (1, 1), (0.25, 0.25), ("0.5", 0.5), ("3 epochs", 0.3), ("1 epoch", 0.1), ("250 steps", 0.25), ("2.5 epochs", 0.25)],
+    [
+        (0, 0),
+        (1, 1),
+        (0.25, 0.25),
+        ("0.5", 0.5),
+        ("3 epochs", 0.3),
+        ("1 epoch", 0.1),
+        ("250 steps", 0.25),
+        ("2.5 epochs", 0.25),
+    ],
 )
 def test_spans(text: float | str, fraction: float) -> None:
     assert Span.parse(text).fraction(RUN) == fraction
@@ -73,7 +82,13 @@ def test_epochs_update_before_epochs_only() -> None:
 
 @pytest.mark.parametrize(
     ("start", "end", "every", "epochs", "expected"),
-    [(0, 1, 1, 10, (0, 9)), (0.2, 0.8, 1, 3, (0, 2)), (0.5, 0.5, 1, 3, (1, 1)), (0.2, 0.8, 1, 1, (0, 0)), (0.3, 1, 4, 10, (0, 8))],
+    [
+        (0, 1, 1, 10, (0, 9)),
+        (0.2, 0.8, 1, 3, (0, 2)),
+        (0.5, 0.5, 1, 3, (1, 1)),
+        (0.2, 0.8, 1, 1, (0, 0)),
+        (0.3, 1, 4, 10, (0, 8)),
+    ],
 )
 def test_windows_snap_to_epochs(start: float, end: float, every: int, epochs: int, expected: tuple[int, int]) -> None:
     window = Window(start, end, f"{every} epochs")

@@ -54,6 +54,28 @@ def test_channels(dim: int) -> None:
     assert all(bool(mask.select(dim, c).all()) == bool(k) == bool(mask.select(dim, c).any()) for c, k in enumerate(kept))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["whole", "channels last", "strided", "long"])
+def test_bits_keep_or_erase(dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_sparse.functional import apply_bits_, mask_bits
+    from lightning_sparse.functional import masks as module
+
+    if layout == "long":
+        monkeypatch.setattr(module, "_CHUNK", 7)
+    tensor = torch.randn(4, 6, 3, 3).to(dtype)
+    tensor[0, 0, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    if layout == "channels last":
+        tensor = tensor.to(memory_format=torch.channels_last)
+    if layout == "strided":
+        tensor = tensor[:, ::2]
+    mask = torch.rand(tensor.shape) > 0.5
+    mask[0, 0] = False
+    expected = torch.where(mask, tensor, 0)
+    apply_bits_(tensor, mask_bits(mask))
+    assert tensor.equal(expected)
+    assert not (torch.signbit(tensor) & ~mask).any()
+
+
 @pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (3, 5), (2, 3, 3, 3), (0,)])
 def test_packing_round_trip(shape: tuple[int, ...]) -> None:
     mask = torch.rand(shape) > 0.5

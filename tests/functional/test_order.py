@@ -91,7 +91,14 @@ def test_impossible_counts_are_refused(keep: int) -> None:
 
 @pytest.mark.parametrize(
     ("fraction", "total", "expected"),
-    [(0.9, 1000, 900), (0.29, 100, 29), (0.57, 100, 57), (0.95, 77_072, 73_218), (0.0, 7, 0), (0.998, 20_024_000, 19_983_952)],
+    [
+        (0.9, 1000, 900),
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.95, 77_072, 73_218),
+        (0.0, 7, 0),
+        (0.998, 20_024_000, 19_983_952),
+    ],
 )
 def test_counts_are_exact(fraction: float, total: int, expected: int) -> None:
     assert exact_count(fraction, total) == expected

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from lightning_sparse.functional import SCHEDULES, cosine, cubic, exponential, linear
@@ -9,7 +11,7 @@ def test_schedules_rise_to_exactly_the_end(name: str, start: float, end: float) 
     schedule = SCHEDULES[name]
     values = [schedule(i / 50, start, end) for i in range(51)]
     assert values[-1] == end
-    assert all(a <= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(values))
     if name != "constant":
         assert values[0] == pytest.approx(start)
 

@@ -1,0 +1,1 @@
+"""One command per published number; results are JSON files in `results/`."""

@@ -1,0 +1,76 @@
+"""A result is a file that says how it was made."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning
+import torch
+
+import lightning_sparse
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware, without names of hosts or folders."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "lightning_sparse": lightning_sparse.__version__,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def save(name: str, numbers: Any) -> None:
+    """Write a result and print it."""
+    command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"command": command, "machine": machine(), "numbers": numbers}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+
+
+def ratios(rounds: list[dict[str, float]], base: str) -> dict[str, dict[str, float]]:
+    """Each variant against the base of the same round: median, and the middle half of the rounds as spread."""
+    table = {}
+    for name in rounds[0]:
+        values = sorted(r[name] / r[base] for r in rounds)
+        quarter = len(values) // 4
+        table[name] = {
+            "ratio": statistics.median(values),
+            "low": values[quarter],
+            "high": values[-1 - quarter],
+            "seconds": statistics.median(r[name] for r in rounds),
+        }
+    return table
+
+
+def timed(function: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = perf_counter()
+    function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return perf_counter() - start
+
+
+def show(title: str, table: dict[str, dict[str, float]]) -> None:
+    """Print ratios as an aligned table."""
+    print(f"\n{title}")
+    for name, row in table.items():
+        print(f"  {name:34s} {row['ratio']:7.3f}  ({row['low']:.3f} to {row['high']:.3f})  {row['seconds'] * 1e3:9.1f} ms")
