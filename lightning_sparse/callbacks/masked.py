@@ -61,6 +61,7 @@ class Masked(Sparsifier):
                 for optimizer in self.stations.trainer.optimizers:
                     clear_moments(optimizer, weights[name], unsettled)
         self.masks.replace(changed)
+        self.masks.changed = True  # also where nothing has changed: all ranks must come to the comparison together
         self.masks.apply_({name: weights[name] for name in changed})
         for average in self.stations.averages():
             self.masks.apply_({name: average[name] for name in changed})

@@ -193,13 +193,9 @@ class Stations:
         trainer = self.trainer
         max_epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
         max_steps = None if trainer.max_steps == -1 else trainer.max_steps
-        if max_epochs is None and max_steps is None:
-            raise ValueError(
-                f"The length of this run is unknown (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}), so no "
-                "schedule can be laid out; set one of them."
-            )
         batches = trainer.num_training_batches
-        if batches == float("inf") or batches == 0:
+        unlimited = max_epochs is None and max_steps is None
+        if unlimited or batches == float("inf") or batches == 0:
             return RunLength(None if max_epochs is None else float(max_epochs), max_steps)
         epochs = steps = 0
         while (max_epochs is None or epochs < max_epochs) and (max_steps is None or steps < max_steps):
@@ -225,8 +221,8 @@ class Stations:
             batches = trainer.num_training_batches
             inside = 0.0 if epoch_start or batches == float("inf") else (self._batch_idx + 1) / batches
             fraction = (epoch + inside) / length.epochs
-        if length.steps and (trainer.max_steps != -1 or not length.epochs):
-            fraction = max(fraction, method.steps / length.steps)
+        if length.steps and trainer.max_steps != -1:
+            fraction = max(fraction, (trainer.global_step + (not epoch_start)) / length.steps)
         return Position(min(fraction, 1.0), epoch, method.steps, epoch_start)
 
     # ---- gradients and penalties -------------------------------------------------------------------------------------

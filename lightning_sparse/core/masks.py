@@ -32,7 +32,7 @@ class MaskSet:
         }
         self._kept = {name: bits.numel() for name, bits in self._bits.items()}
         self.changed = False
-        """Set by `replace` and `load_state_dict`; whoever has looked after the change sets it back."""
+        """Set by `replace` and `load_state_dict`; whoever has compared the ranks sets it back."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self._bits[name] != 0

@@ -120,6 +120,10 @@ class Window:
         Raises:
             ValueError: if the window does not fit into the run.
         """
+        if run == RunLength(None, None):
+            raise ValueError(
+                "The length of this run is unknown, so no schedule can be laid out; set max_epochs or max_steps."
+            )
         self.start = self._start.fraction(run, "start")
         self.end = self._end.fraction(run, "end")
         if self.start > self.end:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import MagnitudePruning, SparsityMixin
+from lightning_sparse import MagnitudePruning, RandomSparsity, SparsityMixin
 from lightning_sparse.callbacks import Sparsifier, Step
 from tests import toys
 from tests.toys import BATCHES, FeaturePenalty, L2Penalty, Toy, UnitNorm, fit, loader, toy, trainer
@@ -271,6 +271,40 @@ def test_beginning_in_the_middle_is_said(tmp_path: Any) -> None:
 def test_a_run_counted_in_steps() -> None:
     method = MagnitudePruning(0.9)
     fit(toy(), method, max_epochs=-1, max_steps=10)
+    assert method.masks.sparsity == pytest.approx(0.9, abs=1e-3)
+
+
+def test_a_run_without_an_end() -> None:
+    class Enough(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    method = RandomSparsity(0.9)
+    fit(toy(), method, Enough(), max_epochs=-1)
+    assert method.masks.sparsity == pytest.approx(0.9, abs=1e-3)
+
+
+def test_two_optimizers_and_a_number_of_steps() -> None:
+    """Lightning counts the steps of all optimizers, so the run is half as long as its number of steps."""
+
+    class Both(Toy):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            layers = list(self.net.children())
+            halves = [[p for layer in part for p in layer.parameters()] for part in (layers[:4], layers[4:])]
+            return tuple(torch.optim.SGD(half, lr=0.01) for half in halves)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    method = MagnitudePruning(0.9)
+    runner = fit(Both(), method, max_epochs=-1, max_steps=20)
+    assert runner.global_step == 20
+    assert method.steps == 10
     assert method.masks.sparsity == pytest.approx(0.9, abs=1e-3)
 
 
