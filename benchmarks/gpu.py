@@ -116,7 +116,7 @@ def overhead(device: str, quick: bool) -> Numbers:
 
     size = "quick" if quick else "resnet18"
     precisions = ["32-true"] if device == "cpu" else ["32-true", "16-mixed"]
-    table: Numbers = {precision: steps(size, 128, 3, 20, device, precision) for precision in precisions}
+    table: Numbers = {precision: steps(size, 128, 12 if quick else 50, device, precision) for precision in precisions}
     for weights in [1_000_000] if quick else [1_000_000, 25_000_000, 100_000_000]:
         table[f"mask update, {weights:,}"] = updates(weights, 3, device)
     return table

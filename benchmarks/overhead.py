@@ -3,8 +3,9 @@
     python -m benchmarks.overhead                     ResNet-18, batch 128, all variants interleaved
     python -m benchmarks.overhead --quick             small, to see that it runs
 
-Every round trains each variant for a few steps through a real Trainer, one after the other, and compares with the dense
-step of the same round; the median over rounds is the number.
+All ways of masking take turns, step by step, on one and the same model in one and the same run: two models, or two runs of
+one, differ by more than what is measured here, through where their memory happens to lie. Each step is compared with
+the dense step of its round; the median over rounds is the number. Lightning's ModelPruning masks by torch.nn.utils.prune.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 import lightning as L
 import torch
 import torchvision
-from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
@@ -35,11 +35,8 @@ SPARSITY = 0.9
 class Net(L.LightningModule):
     """ResNet-18 for images of 32 pixels, SGD with momentum."""
 
-    def __init__(self, size: str, batch: int, count: int) -> None:
+    def __init__(self, size: str) -> None:
         super().__init__()
-        self.batch = batch
-        images, labels = torch.rand(count, 3, 32, 32), torch.randint(0, 10, (count,))
-        self.data = torch.utils.data.TensorDataset(images, labels)
         if size == "quick":
             self.net: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(3072, 512), nn.ReLU(), nn.Linear(512, 10))
         else:
@@ -50,31 +47,8 @@ class Net(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
-    def train_dataloader(self) -> Any:
-        # One batch in the first epoch, at whose end ModelPruning prunes; the second epoch is measured.
-        first = torch.utils.data.Subset(self.data, range(self.batch))
-        return torch.utils.data.DataLoader(first if self.trainer.current_epoch == 0 else self.data, self.batch)
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-
-
-class Stopwatch(L.Callback):
-    """From the start of one batch to the start of the next, in the second epoch, after its first step."""
-
-    def __init__(self) -> None:
-        self.starts: list[float] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.current_epoch == 1:
-            if trainer.strategy.root_device.type == "cuda":
-                torch.cuda.synchronize()
-            self.starts.append(perf_counter())
-
-    @property
-    def seconds(self) -> float:
-        gaps = sorted(b - a for a, b in zip(self.starts[1:], self.starts[2:], strict=False))
-        return gaps[len(gaps) // 2]
 
 
 class Masking(nn.Module):
@@ -92,53 +66,85 @@ def layers(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
-def variant(name: str, size: str, batch: int, count: int) -> tuple[Net, list[L.Callback]]:
+WAYS = ["dense", "MagnitudePruning", "torch.nn.utils.prune", "parametrize"]
+
+
+class Switch(L.Callback):
+    """First of the callbacks: before each step, masks the model in another way, by the masks of our method."""
+
+    def __init__(self, method: MagnitudePruning) -> None:
+        self.method = method
+        self.way = "MagnitudePruning"
+        self.started = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx >= len(WAYS):
+            order = WAYS if (batch_idx // len(WAYS)) % 2 else WAYS[::-1]
+            self.change(trainer, pl_module, order[batch_idx % len(WAYS)])
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.started = perf_counter()
+
+    def change(self, trainer: L.Trainer, module: L.LightningModule, way: str) -> None:
+        for name, layer in named_layers(module):
+            if self.way == "torch.nn.utils.prune":
+                prune.remove(layer, "weight")
+            elif self.way == "parametrize":
+                parametrize.remove_parametrizations(layer, "weight")
+            mask = self.method.masks[f"{name}.weight"]
+            if way == "torch.nn.utils.prune":
+                prune.custom_from_mask(layer, "weight", mask.float())
+            elif way == "parametrize":
+                parametrize.register_parametrization(layer, "weight", Masking(mask.float()))
+        stations = self.method.stations
+        for handle in stations._handles:
+            handle.remove()
+        stations._handles.clear()
+        self.method._leads = lambda trainer: way == "MagnitudePruning"  # type: ignore[method-assign]
+        if way == "MagnitudePruning":
+            stations._handles.append(trainer.optimizers[0].register_step_post_hook(stations._after_step))
+            stations.batch_start(0)
+        self.way = way
+
+
+class Stop(L.Callback):
+    """Last of the callbacks: notes the time."""
+
+    def __init__(self, switch: Switch) -> None:
+        self.switch = switch
+        self.times: dict[str, list[float]] = {way: [] for way in WAYS}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        if batch_idx >= 3 * len(WAYS):  # three rounds warm up
+            self.times[self.switch.way].append(perf_counter() - self.switch.started)
+
+
+def named_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+
+
+def steps(size: str, batch: int, rounds: int, device: str, precision: Any) -> dict[str, Any]:
+    """Step time of every way of masking, taking turns on one model."""
     torch.manual_seed(0)
-    model = Net(size, batch, count)
-    if name == "MagnitudePruning":
-        return model, [MagnitudePruning(SPARSITY, start=0, end=0)]
-    if name == "Lightning ModelPruning":
-        pairs = [(layer, "weight") for layer in layers(model.net)]
-        return model, [ModelPruning("l1_unstructured", pairs, amount=SPARSITY, apply_pruning=lambda epoch: epoch == 0)]
-    if name == "torch.nn.utils.prune":
-        for layer in layers(model.net):
-            prune.l1_unstructured(layer, "weight", SPARSITY)
-    if name == "parametrize":
-        for layer in layers(model.net):
-            mask = (torch.rand_like(layer.weight) > SPARSITY).float()
-            parametrize.register_parametrization(layer, "weight", Masking(mask))
-    return model, []
-
-
-VARIANTS = ["dense", "MagnitudePruning", "torch.nn.utils.prune", "Lightning ModelPruning", "parametrize"]
-
-
-def steps(size: str, batch: int, rounds: int, each: int, device: str, precision: Any) -> dict[str, Any]:
-    """Step time of every variant, in rounds."""
-    seen = []
-    for number in range(rounds + 1):
-        order = VARIANTS if number % 2 else VARIANTS[::-1]
-        times = {}
-        for name in order:
-            model, callbacks = variant(name, size, batch, batch * (each + 2))
-            watch = Stopwatch()
-            runner = L.Trainer(
-                max_epochs=2,
-                accelerator="gpu" if device == "cuda" else "cpu",
-                devices=1,
-                precision=precision,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                reload_dataloaders_every_n_epochs=1,
-                callbacks=[watch, *callbacks],
-            )
-            runner.fit(model)
-            times[name] = watch.seconds
-        if number:  # the first round warms up
-            seen.append({name: times[name] for name in VARIANTS})
-            print("round", number, {name: round(value, 4) for name, value in seen[-1].items()}, flush=True)
+    method = MagnitudePruning(SPARSITY, start=0, end=0)
+    switch = Switch(method)
+    stop = Stop(switch)
+    data = [(torch.rand(batch, 3, 32, 32), torch.randint(0, 10, (batch,)))] * (len(WAYS) * (rounds + 3))
+    runner = L.Trainer(
+        max_epochs=1,
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[switch, method, stop],
+    )
+    runner.fit(Net(size), torch.utils.data.DataLoader(data, batch_size=None))
+    seen = [dict(zip(WAYS, times, strict=True)) for times in zip(*(stop.times[way] for way in WAYS), strict=True)]
     return ratios(seen, "dense")
 
 
@@ -201,19 +207,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--weights", type=int, nargs="*", default=[1_000_000, 25_000_000])
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    size, rounds = ("quick", 3) if arguments.quick else ("resnet18", arguments.rounds)
+    size, rounds = ("quick", 12) if arguments.quick else ("resnet18", arguments.rounds)
     numbers: dict[str, Any] = {"memory, bytes per weight": memory()}
     for weights in arguments.weights:
-        numbers[f"mask update, {weights:,} weights"] = updates(weights, rounds, arguments.device)
+        numbers[f"mask update, {weights:,} weights"] = updates(weights, 5, arguments.device)
         show(f"mask update over {weights:,} weights, ratio to ours", numbers[f"mask update, {weights:,} weights"])
     title = f"step, {size}, batch {arguments.batch}, {arguments.precision}, {arguments.device}"
-    numbers[title] = steps(size, arguments.batch, rounds, arguments.steps, arguments.device, arguments.precision)
+    numbers[title] = steps(size, arguments.batch, rounds, arguments.device, arguments.precision)
     show(f"{title}, ratio to dense", numbers[title])
     for name, value in numbers["memory, bytes per weight"].items():
         print(f"  {name:40s} {value:.3f} bytes per weight")

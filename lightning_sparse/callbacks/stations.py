@@ -73,6 +73,7 @@ class Stations:
         self._stepped = False
         self._batch_idx = 0
         self._epoch = -1
+        self._logged = -1
         self._training_step: tuple[bool, Any] | None = None
 
     # ---- opening and closing -----------------------------------------------------------------------------------------
@@ -168,10 +169,12 @@ class Stations:
         for optimizer in self.trainer.optimizers:
             self._undo(optimizer)
         masks = [masks for method in self.methods if (masks := method.mask_set) is not None]
-        if masks:
-            total = sum(mask.total for mask in masks)
-            sparsity = 1 - sum(mask.kept for mask in masks) / total
+        kept = sum(mask.kept for mask in masks)
+        # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
+        if masks and (self._batch_idx == 0 or kept != self._logged):
+            sparsity = 1 - kept / sum(mask.total for mask in masks)
             self.module.log("sparsity", sparsity, prog_bar=True, batch_size=1, rank_zero_only=True)
+            self._logged = kept
 
     def _undo(self, optimizer: Optimizer) -> None:
         """A step was prepared and never made: the gradient scaler has skipped it."""
