@@ -34,6 +34,9 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: MagnitudePruning(0.5, every="1.5 epochs"), "or a whole number of epochs or steps"),
     (lambda: MagnitudePruning(0.5, start=0.9, end=0.1), "start=0.9 lies after end=0.1; exchange them"),
     (lambda: MagnitudePruning(0.5, layer_sparsity={"fc": 2.0}), "layer_sparsity['fc']=2.0 must be in [0, 1)"),
+    (lambda: MagnitudePruning("0.9"), "sparsity='0.9' must be a number in [0, 1)"),
+    (lambda: MagnitudePruning(0.5, every=1), "every=1 would be the whole run; write '1 epoch'"),
+    (lambda: MagnitudePruning(0.5, start=1), "start=1 would be the whole run"),
     (lambda: RandomSparsity(1.5), "sparsity=1.5 must be in [0, 1)"),
     (lambda: RandomSparsity(structure="2:4", allocation="erk"), "leave allocation='erk' out"),
 ]
@@ -78,7 +81,12 @@ class Diverged(Toy):
 AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callback]], dict[str, Any], str]] = [
     (toy, lambda: [MagnitudePruning(0.5, targets=["head"])], {}, "'head' matches nothing in the model; did you mean"),
     (toy, lambda: [MagnitudePruning(0.5, targets=["*", "!re:net"])], {}, "chooses no weight of Toy"),
-    (Frozen, lambda: [MagnitudePruning(0.5)], {}, "'net.0.weight' is frozen"),
+    (
+        Frozen,
+        lambda: [MagnitudePruning(0.5)],
+        {},
+        "'net.0.weight': frozen (requires_grad=False); unfreeze, or exclude with targets=['!net.0']",
+    ),
     (HalfOptimized, lambda: [MagnitudePruning(0.5)], {}, "no optimizer updates 'net.2.weight'"),
     (SecondOrder, lambda: [MagnitudePruning(0.5)], {}, "does not work with LBFGS"),
     (Normalised, lambda: [MagnitudePruning(0.5)], {}, "'net.6' is computed by a parametrization"),
@@ -102,7 +110,8 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         "MagnitudePruning and RandomSparsity both own masks of 'net.8.weight'",
     ),
     (toy, lambda: [MagnitudePruning(0.5), ModelPruning("l1_unstructured")], {}, "cannot share a Trainer with ModelPruning"),
-    (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "The score of 'net.6.weight' holds NaN"),
+    (toy, lambda: [MagnitudePruning(0.9999)], {}, "sparsity=0.9999 of 2,760 units leaves nothing"),
+    (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
 ]
 
 

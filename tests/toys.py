@@ -162,8 +162,7 @@ class FeaturePenalty(Sparsifier):
         self.handle = self.stations.module.net[0].register_forward_hook(keep)
 
     def feature_penalty(self) -> Tensor | None:
-        feature, self.feature = self.feature, None
-        return None if feature is None else self.strength * feature.float().square().mean()
+        return None if self.feature is None else self.strength * self.feature.float().square().mean()
 
     def release(self) -> None:
         self.feature = None

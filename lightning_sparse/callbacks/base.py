@@ -13,8 +13,8 @@
                                    silence            gradients of pruned entries become zero
             optimizer.step()
             step post-hook         after_step         the other half of before_step
-                                   evolve             TOPOLOGY by step
                                    project            PROJECTION: weight <- project(weight)
+                                   evolve             TOPOLOGY by step: new masks, and weights brought in line
             (a step that did not happen: undo_step instead)
         validation, checkpoints    see exactly the weights that the next forward pass will see
     on_train_end                   conclude
@@ -38,7 +38,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_sparse.callbacks.rng import collect_rng
+from lightning_sparse.callbacks.rng import collect_rng, restore_rng
 from lightning_sparse.callbacks.stations import Stations, Step
 from lightning_sparse.core import MaskSet, Memory, Position, Remembered, RunLength, Target, find_targets
 
@@ -57,21 +57,27 @@ class Sparsifier(Memory, Callback, ABC):
 
     steps = Remembered(int)
     """Batches so far that ended in an optimizer step."""
-    _length = Remembered(lambda: {"epochs": None, "steps": None})
+    _length = Remembered[dict[str, Any]](lambda: RunLength(None, None)._asdict())
     _shapes = Remembered[dict[str, list[int]]](dict)
 
     def __init__(self, *, targets: Sequence[str] = ("*",), name: str | None = None) -> None:
-        self.targets = [targets] if isinstance(targets, str) else list(targets)
+        self.targets = [targets] if isinstance(targets, str) else list(targets or ["*"])
         self.name = name
         self.chosen: list[Target] = []
         self._saved: dict[str, Any] | None = None
         self._rng: dict[str, Tensor] | None = None
         self._stations: Stations | None = None
+        self._trainer = 0
 
     # ---- what a method may answer ------------------------------------------------------------------------------------
 
-    def check(self, run: RunLength) -> None:
-        """Refuse with a ValueError what cannot work; the weights are chosen, nothing has been touched."""
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        """Refuse with a ValueError what cannot work; the weights are chosen, nothing has been touched.
+
+        Args:
+            run: the length that fractions of the run refer to.
+            until: how much of it is over when this fit ends; less than 1 if a run is resumed to be shorter.
+        """
 
     def begin(self) -> None:
         """A fresh start: make what is remembered, project for the first time."""
@@ -136,6 +142,11 @@ class Sparsifier(Memory, Callback, ABC):
         return None
 
     @property
+    def prepares_steps(self) -> bool:
+        """Whether `before_step` and `after_step` are a pair here."""
+        return type(self).after_step is not Sparsifier.after_step or type(self).undo_step is not Sparsifier.undo_step
+
+    @property
     def label(self) -> str:
         """How messages call this callback."""
         return type(self).__name__ + (f"(name='{self.name}')" if self.name else "")
@@ -148,10 +159,11 @@ class Sparsifier(Memory, Callback, ABC):
 
     def config(self) -> dict[str, Any]:
         """The arguments this callback was made with, as plain values."""
-        names = inspect.signature(type(self).__init__).parameters
-        return {name: _plain(getattr(self, name)) for name in names if name not in ("self", "name")}
+        return {name: _plain(getattr(self, name)) for name in _arguments(type(self)) if name != "name"}
 
     def state_dict(self) -> dict[str, Any]:
+        if self._saved is not None:  # loaded, and training has not begun
+            return self._saved
         return {"config": self.config(), "memory": self.memorise() if self._shapes else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -163,6 +175,8 @@ class Sparsifier(Memory, Callback, ABC):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._rng = checkpoint.get(RNG_KEY)
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            self.forget()  # the weights that come are those of a run that knows nothing of this one
 
     def _check_saved(self, saved: Mapping[str, Any]) -> None:
         """A resumed run goes on as it was configured, or not at all."""
@@ -183,15 +197,22 @@ class Sparsifier(Memory, Callback, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._saved = self._rng = None
         if stage == "fit":
+            missing = [name for name in _arguments(type(self)) if not hasattr(self, name)]
+            if missing:
+                raise ValueError(f"{type(self).__name__} must store its arguments under their own names; {missing} are not.")
             _refuse_trainer(self, trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.chosen = find_targets(pl_module, self.targets)
         _refuse_optimizers(self, trainer.optimizers)
+        if self._leads(trainer) and self._rng is not None:
+            # Now, because loaders draw the order of the epoch to come when they are opened.
+            restore_rng(trainer, self._rng)
+            self._rng = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._leads(trainer):
-            stations = Stations(trainer, pl_module, sparsifiers(trainer), self._rng)
+            stations = Stations(trainer, pl_module, sparsifiers(trainer))
             for method in stations.methods:
                 method._stations = stations
             try:
@@ -228,6 +249,9 @@ class Sparsifier(Memory, Callback, ABC):
         self._leave()
 
     def _leave(self) -> None:
+        if self._saved is not None:  # the run was over before it began; keep what it knew
+            self.recall(self._saved["memory"])
+            self._saved = None
         stations, self._stations = self._stations, None
         if stations is not None:
             stations.close()
@@ -238,12 +262,14 @@ class Sparsifier(Memory, Callback, ABC):
 
     def _start(self, run: RunLength) -> None:
         """Begin, continue, or resume; everything has been checked."""
+        continues = self._continues()
+        self._trainer = id(self.stations.trainer)
         if self._saved is not None:
             self.recall(self._saved["memory"])
             self._saved = None
             self.place(self.weights, self.stations.module.device)
             self.resume()
-        elif self._continues():
+        elif continues:
             self.resume()
         else:
             if self.stations.trainer.global_step > 0:
@@ -258,7 +284,8 @@ class Sparsifier(Memory, Callback, ABC):
     def _continues(self) -> bool:
         """Whether this fit goes on with the run that this instance has been through."""
         shapes = {target.name: list(target.weight.shape) for target in self.chosen}
-        return self.stations.trainer.global_step > 0 and self.steps > 0 and shapes == self._shapes
+        trainer = self.stations.trainer
+        return trainer.global_step > 0 and self.steps > 0 and shapes == self._shapes and self._trainer == id(trainer)
 
     def _run(self, run: RunLength) -> RunLength:
         """The length that fractions of the run refer to: that of the run as it was begun."""
@@ -272,7 +299,22 @@ def sparsifiers(trainer: pl.Trainer) -> list[Sparsifier]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Sparsifier)]  # type: ignore[attr-defined]
 
 
+def _arguments(cls: type) -> list[str]:
+    """Names of all arguments that a method is made with, those it hands on to its base included."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            names.update({p.name: None for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)})
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                break
+    names.pop("self", None)
+    return list(names)
+
+
 def _plain(value: Any) -> Any:
+    if not isinstance(value, Tensor) and hasattr(value, "item"):
+        return value.item()  # a number of NumPy, which would keep the checkpoint from loading with weights_only
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

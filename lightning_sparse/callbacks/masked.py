@@ -42,6 +42,9 @@ class Masked(Sparsifier):
         total, layers = self.target_counts()
         self.goal = {"total": total, "layers": layers}
 
+    def resume(self) -> None:
+        self.masks.apply_(self.weights)
+
     def summary(self) -> list[LayerRow]:
         """One row per layer: what is kept, of how many, and what is to be kept."""
         return summarize(self.masks, self.goal["total"], self.goal["layers"])

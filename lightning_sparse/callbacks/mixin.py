@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_sparse.callbacks.base import sparsifiers
+from lightning_sparse.callbacks.base import Sparsifier, sparsifiers
 from lightning_sparse.callbacks.masked import Masked
 from lightning_sparse.core import format_table
 
@@ -28,7 +28,7 @@ class SparsityMixin:
 
     def sparsity_penalty(self) -> Tensor:
         """The sum of all feature penalties of this batch; zero where there is none."""
-        for method in sparsifiers(self.trainer):  # type: ignore[attr-defined]
+        for method in self._methods():
             if method._stations is not None:
                 method.stations.handed_over = True
                 penalty = method.stations.penalty()
@@ -40,7 +40,11 @@ class SparsityMixin:
     def sparsity_summary(self) -> str:
         """A table of kept weights per layer, for the methods of the attached Trainer that own masks."""
         rows = []
-        for method in sparsifiers(self.trainer):  # type: ignore[attr-defined]
+        for method in self._methods():
             if isinstance(method, Masked) and len(method.masks):
                 rows += method.summary()
         return format_table(rows)
+
+    def _methods(self) -> list[Sparsifier]:
+        trainer = getattr(self, "_trainer", None)  # the public property raises where there is none
+        return [] if trainer is None else sparsifiers(trainer)

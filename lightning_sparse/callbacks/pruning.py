@@ -66,8 +66,13 @@ class Pruning(Masked):
     def score(self, name: str, weight: Tensor) -> Tensor:
         """How much each entry matters; higher survives. Must be the same on all ranks."""
 
-    def check(self, run: RunLength) -> None:
+    def check(self, run: RunLength, until: float = 1.0) -> None:
         self.window.resolve(run)
+        if self.window.end > until + 1e-9 and self._tick != FINAL:
+            raise ValueError(
+                f"{self.label} ends its schedule at {self.window.end:.0%} of the run as it was begun, but training now ends "
+                f"at {until:.0%} of that; train at least as long as planned then, or start anew from the weights."
+            )
         self.budget.check(self.chosen)
 
     def target_counts(self) -> tuple[int | None, dict[str, int]]:
@@ -91,7 +96,7 @@ class Pruning(Masked):
             self.score(name, weight).masked_fill(self.masks.dropped(name), -torch.inf)
             for name, weight in self.weights.items()
         ]
-        masks = self.budget.masks(self.chosen, scores, sparsity)
+        masks = self.budget.masks(self.chosen, scores, sparsity, list(self.masks.counts.values()))
         self.set_masks(dict(zip(self.weights, masks, strict=True)))
 
     def conclude(self) -> None:

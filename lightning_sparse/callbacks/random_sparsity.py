@@ -57,7 +57,7 @@ class RandomSparsity(Masked):
         default = "uniform" if ":" in structure else "erk"
         self.budget = Budget(sparsity, allocation or default, structure, layer_sparsity)
 
-    def check(self, run: RunLength) -> None:
+    def check(self, run: RunLength, until: float = 1.0) -> None:
         self.budget.check(self.chosen)
 
     def target_counts(self) -> tuple[int | None, dict[str, int]]:
@@ -77,7 +77,7 @@ class RandomSparsity(Masked):
     def _draw_seed(self) -> int:
         """The same on every rank, whatever their generators have been used for."""
         if self.seed is not None:
-            return self.seed
+            return int(self.seed)
         if "PL_GLOBAL_SEED" in os.environ:
             return int(os.environ["PL_GLOBAL_SEED"])
         drawn = int(torch.randint(1 << 31, ()).item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_sparse.callbacks.rng import restore_rng
 from lightning_sparse.core import Position, RunLength
 
 if TYPE_CHECKING:
@@ -53,20 +54,12 @@ class Stations:
         trainer: of the fit.
         module: that is trained.
         methods: in the order of the callbacks.
-        rng: random states to set before the first batch, if the run is resumed.
     """
 
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        methods: list[Sparsifier],
-        rng: dict[str, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, methods: list[Sparsifier]) -> None:
         self.trainer, self.module, self.methods = trainer, module, methods
         self.handed_over = False
         self._closed = False
-        self._rng = rng
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
         self._pending: dict[int, list[Step]] = {}
@@ -85,7 +78,8 @@ class Stations:
         for method in self.methods:
             if method._saved is not None:
                 method._check_saved(method._saved)
-            method.check(method._run(run))
+            begun = method._run(run)
+            method.check(begun, _share(run, begun))
         for optimizer in self.trainer.optimizers:
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             self._owned[id(optimizer)] = {
@@ -96,6 +90,7 @@ class Stations:
             for method in self.methods:
                 method._start(run)
         for optimizer in self.trainer.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._direct_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._wrap_training_step()
         self.check_ranks()
@@ -126,13 +121,15 @@ class Stations:
             self._evolve(epoch_start=True)
 
     def batch_start(self, batch_idx: int) -> None:
-        # Resumed from a checkpoint of an epoch's last batch, Lightning starts the next epoch without saying so.
-        if batch_idx == 0 and self._epoch != self.trainer.current_epoch:
-            self.epoch_start()
+        # Resumed inside an epoch, or from a checkpoint of an epoch's last batch, Lightning goes on without announcing the
+        # epoch; neither we nor GradientAccumulationScheduler have been told.
+        epoch = self.trainer.current_epoch
+        if self._epoch != epoch:
+            self.trainer.accumulate_grad_batches = self._accumulation(epoch)
+            if batch_idx == 0:
+                self.epoch_start()
+            self._epoch = epoch
         self._batch_idx, self._stepped, self.handed_over = batch_idx, False, False
-        if self._rng is not None:
-            restore_rng(self.trainer, self._rng)
-            self._rng = None
 
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)
@@ -150,10 +147,21 @@ class Stations:
                 method.silence(step)
         self._pending[id(optimizer)] = [step for _, step in steps]
 
+    def _direct_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """A step past Lightning (`use_pl_optimizer=False`): there is no closure, and nobody has announced it."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
+        if closure is None and id(optimizer) not in self._pending:
+            self.before_step(optimizer)
+
+    @property
+    def _paired(self) -> bool:
+        """Whether a method must know that a step which it prepared did not happen."""
+        return any(method.prepares_steps for method in self.methods)
+
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf.any()):
+        found_inf = getattr(optimizer, "found_inf", None) if self._paired else None
+        if found_inf is not None and bool(found_inf.any()):  # waits for the device, so only where somebody must know
             self._undo(optimizer)  # a fused optimizer was called, but its kernel skipped the step
             return
         prepared = self._pending.pop(id(optimizer), None)
@@ -161,19 +169,24 @@ class Stations:
         if prepared is not None:
             for method, step in steps:
                 method.after_step(step)
-        self._evolve()
         for method, step in steps:
             method.project(step)
+        if len(self.trainer.optimizers) == 1:
+            self._evolve()
 
     def batch_end(self) -> None:
         for optimizer in self.trainer.optimizers:
             self._undo(optimizer)
+        # With several optimizers not before all have stepped: the losses of those to come may hold the weights as they are.
+        if len(self.trainer.optimizers) > 1 and self._stepped:
+            with torch.no_grad():
+                self._evolve()
         masks = [masks for method in self.methods if (masks := method.mask_set) is not None]
         kept = sum(mask.kept for mask in masks)
         # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
         if masks and (self._batch_idx == 0 or kept != self._logged):
             sparsity = 1 - kept / sum(mask.total for mask in masks)
-            self.module.log("sparsity", sparsity, prog_bar=True, batch_size=1, rank_zero_only=True)
+            self.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
             self._logged = kept
 
     def _undo(self, optimizer: Optimizer) -> None:
@@ -198,8 +211,11 @@ class Stations:
         max_steps = None if trainer.max_steps == -1 else trainer.max_steps
         batches = trainer.num_training_batches
         unlimited = max_epochs is None and max_steps is None
+        whole_epochs = None if max_epochs is None else float(max_epochs)
         if unlimited or batches == float("inf") or batches == 0:
-            return RunLength(None if max_epochs is None else float(max_epochs), max_steps)
+            return RunLength(whole_epochs, max_steps, within_epochs=False)
+        if not self.module.automatic_optimization:  # who steps by hand, steps as often as they like
+            return RunLength(whole_epochs, max_steps)
         epochs = steps = 0
         while (max_epochs is None or epochs < max_epochs) and (max_steps is None or steps < max_steps):
             in_epoch = -(-int(batches) // self._accumulation(epochs))
@@ -235,11 +251,14 @@ class Stations:
             yield method, Step(optimizer, self._owned[id(optimizer)][id(method)], scale)
 
     def _gradient_scale(self, optimizer: Optimizer) -> Tensor | None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self._scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
             return None
-        scale: Tensor = scaler.scale(torch.ones((), device=self.module.device))
+        scale: Tensor = self._scaler.scale(torch.ones((), device=self.module.device))
         return scale
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     @staticmethod
     def _add_gradients(step: Step, gradients: Mapping[str, Tensor]) -> None:
@@ -272,6 +291,7 @@ class Stations:
         original = self.module.training_step
         self._training_step = ("training_step" in vars(self.module), original)
 
+        @functools.wraps(original)  # Lightning asks for the signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
             output: Any = original(*args, **kwargs)
             penalty = None if output is None or self.handed_over else self.penalty()
@@ -294,7 +314,7 @@ class Stations:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             model = getattr(callback, "_average_model", None)
             if isinstance(model, nn.Module):
-                yield dict(getattr(model, "module", model).named_parameters())
+                yield dict((model.module if isinstance(model, AveragedModel) else model).named_parameters())
 
     # ---- ranks -------------------------------------------------------------------------------------------------------
 
@@ -318,6 +338,12 @@ class Stations:
                         f"{method.label}: the ranks hold different masks of '{list(masks)[wrong[0]]}'; a score or a random "
                         "choice was made from data of one rank only."
                     )
+
+
+def _share(run: RunLength, begun: RunLength) -> float:
+    """How much of the run as it was begun is over when this fit ends."""
+    shares = [now / then for now, then in ((run.epochs, begun.epochs), (run.steps, begun.steps)) if now and then]
+    return min(1.0, *shares) if shares else 1.0
 
 
 def _refuse_shared_weights(methods: list[Sparsifier]) -> None:

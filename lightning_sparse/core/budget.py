@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
 from lightning_sparse.core.structure import Unstructured, parse_structure
-from lightning_sparse.core.targets import Target
+from lightning_sparse.core.targets import Target, matches_name
 from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, top_k_masks
 
 __all__ = ["Budget"]
@@ -39,8 +40,8 @@ class Budget:
         implied = self.structure.sparsity
         if sparsity is None and implied is None:
             raise ValueError(f"structure='{structure}' needs a sparsity; write sparsity=0.9 to remove nine of ten.")
-        self.sparsity: float = sparsity if sparsity is not None else implied  # type: ignore[assignment]
-        check_sparsity("sparsity", self.sparsity)
+        check_sparsity("sparsity", implied if sparsity is None else sparsity)
+        self.sparsity = float(implied if sparsity is None else sparsity)  # type: ignore[arg-type]
         if implied is not None and abs(self.sparsity - implied) > 1e-9:
             raise ValueError(
                 f"sparsity={self.sparsity} contradicts structure='{structure}', which removes {implied:g} of every layer; "
@@ -59,6 +60,9 @@ class Budget:
         """Refuse what cannot be reached on these weights, before any training."""
         for target in targets:
             self.structure.check(target)
+        if self.kept_units(targets) == 0:
+            total = sum(self.structure.units(target) for target in targets)
+            raise ValueError(f"sparsity={self.sparsity} of {total:,} units leaves nothing; lower it or choose more layers.")
         _, kept = self.kept_weights(targets)
         for target in targets:
             if kept.get(target.name) == 0:
@@ -72,13 +76,37 @@ class Budget:
         total = sum(self.structure.units(target) for target in targets)
         return total - exact_count(self.sparsity if sparsity is None else sparsity, total)
 
-    def masks(self, targets: Sequence[Target], scores: Sequence[Tensor], sparsity: float | None = None) -> list[Tensor]:
+    def kept_weights(self, targets: Sequence[Target]) -> tuple[int | None, dict[str, int]]:
+        """Weights that remain in the end: in all, and per layer; left out where only the scores can tell."""
+        units = self._plan(targets, self.sparsity)
+        kept = {
+            targets[layer].name: number * targets[layer].weight.numel() // self.structure.units(targets[layer])
+            for layers, number in units.items()
+            for layer in layers
+            if len(layers) == 1
+        }
+        if len(kept) == len(targets):
+            return sum(kept.values()), kept
+        return (self.kept_units(targets) if isinstance(self.structure, Unstructured) else None), kept
+
+    def masks(
+        self,
+        targets: Sequence[Target],
+        scores: Sequence[Tensor],
+        sparsity: float | None = None,
+        kept: Sequence[int] | None = None,
+    ) -> list[Tensor]:
         """Masks with exactly the due number of units, the best by score.
 
         Args:
             targets: the weights.
             scores: one tensor per weight; higher survives.
             sparsity: at this moment of a schedule; default: the final one.
+            kept: weights that each layer keeps so far. No layer gets more, and none goes below its final number, so
+                that nothing returns and every layer ends exactly.
+
+        Raises:
+            ValueError: if a score is NaN.
         """
         for score, target in zip(scores, targets, strict=True):
             if bool(score.isnan().any()):
@@ -86,68 +114,62 @@ class Budget:
                     f"The score of '{target.name}' holds NaN, so nothing can be ranked; training has diverged, lower the "
                     "learning rate or clip gradients."
                 )
-        sparsity = self.sparsity if sparsity is None else sparsity
         units = [self.structure.score(score, target) for score, target in zip(scores, targets, strict=True)]
-        kept = self._kept_per_layer(targets, sparsity)
-        chosen: dict[int, Tensor] = {layer: top_k_masks([units[layer]], keep)[0] for layer, keep in kept.items()}
-        rest = [layer for layer in range(len(targets)) if layer not in kept]
-        if rest:
-            remaining = self.kept_units(targets, sparsity) - sum(kept.values())
-            chosen.update(zip(rest, top_k_masks([units[layer] for layer in rest], remaining), strict=True))
+        chosen: dict[int, Tensor] = {}
+        for layers, number in self._plan(targets, self.sparsity if sparsity is None else sparsity, kept).items():
+            chosen.update(zip(layers, top_k_masks([units[layer] for layer in layers], number), strict=True))
         return [self.structure.expand(chosen[layer], target) for layer, target in enumerate(targets)]
 
-    def kept_weights(self, targets: Sequence[Target]) -> tuple[int | None, dict[str, int]]:
-        """Weights that remain in the end: in all, and per layer; left out where only the scores can tell."""
-        kept = {
-            targets[layer].name: number * targets[layer].weight.numel() // self.structure.units(targets[layer])
-            for layer, number in self._kept_per_layer(targets, self.sparsity).items()
-        }
-        if len(kept) == len(targets):
-            return sum(kept.values()), kept
-        return (self.kept_units(targets) if isinstance(self.structure, Unstructured) else None), kept
-
-    def _kept_per_layer(self, targets: Sequence[Target], sparsity: float) -> dict[int, int]:
-        """Units to keep in every layer that does not compete with the others."""
+    def _plan(
+        self, targets: Sequence[Target], sparsity: float, kept: Sequence[int] | None = None
+    ) -> dict[tuple[int, ...], int]:
+        """Units to keep in every group of layers that compete with each other; most groups are single layers."""
         sizes = [self.structure.units(target) for target in targets]
         fixed = self._fixed(targets, sparsity)
+        total = self.kept_units(targets, sparsity)
         if self.allocation == "global":
-            kept = {layer: size - exact_count(1 - fixed[layer], size) for layer, size in enumerate(sizes) if layer in fixed}
-            remaining = self.kept_units(targets, sparsity) - sum(kept.values())
-            room = sum(size for layer, size in enumerate(sizes) if layer not in fixed)
-            if not 0 <= remaining <= room:
+            groups: list[tuple[int, ...]] = [(layer,) for layer in fixed]
+            pool = tuple(layer for layer in range(len(targets)) if layer not in fixed)
+            left = (1 - sparsity) * sum(sizes) - sum(fixed[layer] * sizes[layer] for layer in fixed)
+            room = sum(sizes[layer] for layer in pool)
+            if not -1e-6 <= left <= room + 1e-6:
                 raise ValueError(
-                    f"sparsity={sparsity} keeps {self.kept_units(targets, sparsity):,} units, but layer_sparsity keeps "
-                    f"{sum(kept.values()):,} and the other layers hold {room:,}; choose another sparsity or free a layer."
+                    f"sparsity={sparsity} keeps {total:,} units, but layer_sparsity keeps {total - round(left):,} and the "
+                    f"other layers hold {room:,}; choose another sparsity or free a layer."
                 )
-            return kept
-        shapes = [tuple(target.weight.shape) for target in targets]
-        densities = ALLOCATIONS[self.allocation](shapes, 1 - sparsity, fixed)
-        # Whole channels of unequal size cannot meet a number of weights exactly; their own number they do meet.
-        if sizes == [target.weight.numel() for target in targets]:
-            total = self.kept_units(targets, sparsity)
+            densities = [fixed[layer] for layer in fixed] + ([left / room] if pool else [])
+            groups += [pool] if pool else []
         else:
-            total = round(sum(density * size for density, size in zip(densities, sizes, strict=True)))
-        return dict(enumerate(counts(densities, sizes, total)))
+            groups = [(layer,) for layer in range(len(targets))]
+            shapes = [tuple(target.weight.shape) for target in targets]
+            densities = ALLOCATIONS[self.allocation](shapes, 1 - sparsity, fixed, sizes)
+        capacity = [sum(sizes[layer] for layer in layers) for layers in groups]
+        if kept is None:
+            return dict(zip(groups, counts(densities, capacity, total), strict=True))
+        held = [number * size // target.weight.numel() for number, size, target in zip(kept, sizes, targets, strict=True)]
+        high = [sum(held[layer] for layer in layers) for layers in groups]
+        low = list(self._plan(targets, self.sparsity).values())
+        low = [min(final, most) for final, most in zip(low, high, strict=True)]
+        return dict(zip(groups, counts(densities, capacity, min(total, sum(high)), low, high), strict=True))
 
     def _fixed(self, targets: Sequence[Target], sparsity: float) -> dict[int, float]:
         """Densities of the layers with a sparsity of their own, on the way in proportion to the whole."""
         way = sparsity / self.sparsity if self.sparsity else 1.0
         fixed: dict[int, float] = {}
         for pattern, value in self.layer_sparsity.items():
-            hits = [
-                layer
-                for layer, target in enumerate(targets)
-                if fnmatch.fnmatchcase(target.name, pattern) or fnmatch.fnmatchcase(target.name.rpartition(".")[0], pattern)
-            ]
+            hits = [layer for layer, target in enumerate(targets) if matches_name(pattern, target.name)]
             if not hits:
                 names = ", ".join(target.name for target in targets[:8])
                 raise ValueError(f"layer_sparsity: '{pattern}' matches none of the chosen weights ({names}, ...).")
             fixed.update(dict.fromkeys(hits, 1 - value * way))
-        return fixed
+        return dict(sorted(fixed.items()))
 
 
-def check_sparsity(name: str, value: float) -> None:
+def check_sparsity(name: str, value: Any) -> None:
     """Refuse what is not a fraction below one."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r} must be a number in [0, 1): the fraction that is removed.")
+    value = float(value)
     if not 0 <= value < 1:
         hint = f"; for {value:g} % write {value / 100:g}" if 1 <= value <= 100 else ""
         raise ValueError(f"{name}={value} must be in [0, 1): the fraction that is removed{hint}.")

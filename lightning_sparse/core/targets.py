@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-__all__ = ["Candidate", "Target", "describe", "find_targets"]
+__all__ = ["Candidate", "Candidates", "Target", "describe", "find_targets", "matches_name"]
 
 DEFAULT_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention)
 
@@ -60,7 +60,7 @@ class Candidate:
 def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Target]:
     """The weights that the patterns choose, in the order of the module.
 
-    A pattern is a glob over names (`layer1.*`, of a parameter or of the layer that holds it), a regular expression
+    A pattern is a glob over names (`layer1.*`, or `layer1` for all that is in it), a regular expression
     (`re:layer[12]`, anywhere in the parameter's name), a layer type (`type:Conv2d`, subclasses included), or one end of
     the network (`:first`, `:last`, in the order of the module). With `!` in front it excludes.
 
@@ -87,17 +87,37 @@ def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Ta
             f"targets={patterns} chooses no weight of {type(module).__name__}; it needs a convolution, a linear layer "
             "or an attention projection, or name a layer type with 'type:<class>'."
         )
-    for parameter in chosen:
-        _check_usable(parameter)
+    _check_usable(chosen)
     return [
         Target(p.name, p.weight, isinstance(p.layer, _ConvTransposeNd), int(getattr(p.layer, "groups", 1))) for p in chosen
     ]
 
 
-def describe(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Candidate]:
-    """Every parameter of the module with the reason why it is in or out; printable as a table."""
+def describe(module: nn.Module, patterns: Sequence[str] = ("*",)) -> Candidates:
+    """Every parameter of the module with the reason why it is in or out; print it for a table."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    return [_decide(parameter, patterns) for parameter in _parameters(module, patterns)]
+    return Candidates(_decide(parameter, patterns) for parameter in _parameters(module, patterns))
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """Whether a glob fits a parameter's name or that of a layer around it.
+
+    Example:
+        >>> matches_name("head", "head.2.weight"), matches_name("he", "head.2.weight")
+        (True, False)
+    """
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))
+
+
+class Candidates(list[Candidate]):
+    """All parameters of a module; prints as a table that says why each is in or out."""
+
+    def __str__(self) -> str:
+        rows = [("", "parameter", "layer", "shape", "why")]
+        rows += [("x" if c.chosen else "", c.name, c.kind, "x".join(map(str, c.shape)), c.reason) for c in self]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 @dataclass
@@ -133,10 +153,7 @@ class _Parameter:
             return any(base.__name__ == pattern[5:] for base in type(self.layer).__mro__)
         if pattern.startswith("re:"):
             return any(re.search(pattern[3:], name) for name, _ in self.owners)
-        return any(
-            fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[0], pattern)
-            for name, _ in self.owners
-        )
+        return any(matches_name(pattern, name) for name, _ in self.owners)
 
 
 def _parameters(module: nn.Module, patterns: list[str]) -> list[_Parameter]:
@@ -206,13 +223,32 @@ def _check_patterns(patterns: list[str], parameters: list[_Parameter]) -> None:
         raise ValueError(f"targets: '{pattern}' matches nothing in the model; {hint}")
 
 
-def _check_usable(parameter: _Parameter) -> None:
-    name, weight = parameter.name, parameter.weight
-    remedy = f"exclude it with targets=['!{name}']"
-    if isinstance(weight, UninitializedParameter):
-        raise ValueError(f"'{name}' has no shape yet; run one batch through the lazy layer, or {remedy}.")
-    if not weight.requires_grad:
-        raise ValueError(f"'{name}' is frozen (requires_grad=False); unfreeze it or {remedy}.")
+def _check_usable(chosen: list[_Parameter]) -> None:
+    unshaped = [p.name for p in chosen if isinstance(p.weight, UninitializedParameter)]
+    frozen = [p.name for p in chosen if not p.weight.requires_grad]
+    troubles = {
+        "without a shape yet; run one batch through the lazy layer": unshaped,
+        "frozen (requires_grad=False); unfreeze": frozen,
+    }
+    if not unshaped:
+        finite = "not finite (NaN or infinite); start from other weights"
+        troubles[finite] = [p.name for p in chosen if not (p.weight.is_meta or bool(p.weight.detach().isfinite().all()))]
+    for trouble, names in troubles.items():
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            remedy = _covering(names, [p.name for p in chosen])
+            raise ValueError(f"'{names[0]}'{more}: {trouble}, or exclude with targets={remedy}.")
+
+
+def _covering(names: list[str], chosen: list[str]) -> list[str]:
+    """The shortest patterns that exclude these names and no others."""
+    patterns: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        prefixes = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        safe = (p for p in prefixes if all(other in names for other in chosen if matches_name(p, other)))
+        patterns[f"!{next(safe)}"] = None
+    return list(patterns)
 
 
 def _check_parametrization(name: str, layer: nn.Module, patterns: list[str]) -> None:

@@ -31,10 +31,17 @@ class Position(NamedTuple):
 
 
 class RunLength(NamedTuple):
-    """How long a run is; what is not known is None."""
+    """How long a run is; what is not known is None.
+
+    Args:
+        epochs: of the run.
+        steps: of the optimizer.
+        within_epochs: whether positions inside an epoch are known; not where the data have no length.
+    """
 
     epochs: float | None
     steps: int | None
+    within_epochs: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,9 @@ class Window:
 
     def __init__(self, start: float | str, end: float | str, every: float | str) -> None:
         self._start, self._end = Span.parse(start, "start"), Span.parse(end, "end")
+        for name, value in (("start", start), ("every", every)):
+            if isinstance(value, int) and value == 1:
+                raise ValueError(f"{name}=1 would be the whole run; write '1 epoch', '1 step' or a fraction such as 0.01.")
         self._every = Span.parse(every, "every")
         if self._every.value <= 0 or (self._every.unit != "fraction" and self._every.value != int(self._every.value)):
             raise ValueError(f"every={every!r} must be a positive fraction, or a whole number of epochs or steps.")
@@ -120,7 +130,7 @@ class Window:
         Raises:
             ValueError: if the window does not fit into the run.
         """
-        if run == RunLength(None, None):
+        if run.epochs is None and run.steps is None:
             raise ValueError(
                 "The length of this run is unknown, so no schedule can be laid out; set max_epochs or max_steps."
             )
@@ -130,13 +140,25 @@ class Window:
             raise ValueError(
                 f"start='{self._start}' lies after end='{self._end}' in a run of {run.epochs} epochs; exchange them."
             )
-        if self._every.unit == "epochs" and run.epochs is not None:
-            self.start, self.end = (self._epoch_before(fraction, run.epochs) for fraction in (self.start, self.end))
+        if run.epochs is None:
+            return
+        if not run.within_epochs and run.steps is None and self.end > 0:
+            if run.epochs <= 1:
+                raise ValueError(
+                    "The data have no length, so no schedule can be laid out within one epoch; set max_steps or "
+                    "limit_train_batches."
+                )
+            self.start, self.end = (self._epoch_before(fraction, run.epochs, 1) for fraction in (self.start, self.end))
+        if self._every.unit == "epochs":
+            self.start, self.end = (
+                self._epoch_before(fraction, run.epochs, self._every.value) for fraction in (self.start, self.end)
+            )
 
-    def _epoch_before(self, fraction: float, epochs: float) -> float:
+    @staticmethod
+    def _epoch_before(fraction: float, epochs: float, every: float) -> float:
         """The latest start of an epoch of the grid, at or before a point of the run; the end itself starts no epoch."""
         latest = min(fraction * epochs, math.ceil(epochs) - 1)
-        return int(latest / self._every.value + 1e-9) * self._every.value / epochs
+        return int(latest / every + 1e-9) * every / epochs
 
     def progress(self, position: Position) -> float:
         """How far through the window: 0 before it, 1 after it."""

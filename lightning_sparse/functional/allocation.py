@@ -13,38 +13,62 @@ from collections.abc import Callable, Mapping, Sequence
 __all__ = ["ALLOCATIONS", "Allocation", "allocate", "counts", "er", "erk", "erk_plus", "uniform", "uniform_plus"]
 
 Shape = Sequence[int]
-Allocation = Callable[[Sequence[Shape], float, Mapping[int, float]], list[float]]
+Allocation = Callable[[Sequence[Shape], float, Mapping[int, float], "Sequence[int] | None"], list[float]]
 
 
-def uniform(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+def uniform(
+    shapes: Sequence[Shape],
+    density: float,
+    fixed: Mapping[int, float] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> list[float]:
     """The same density in every layer that is not fixed.
 
     Example:
         >>> uniform([(100,), (100,)], 0.5, {0: 1.0})
         [1.0, 0.0]
     """
-    return allocate([1.0] * len(shapes), shapes, density, fixed)
+    return allocate([1.0] * len(shapes), shapes, density, fixed, sizes)
 
 
-def uniform_plus(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+def uniform_plus(
+    shapes: Sequence[Shape],
+    density: float,
+    fixed: Mapping[int, float] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> list[float]:
     """Uniform with the first layer dense and at least a fifth of the last layer kept.
 
     Source: Gale et al. 2019, "The State of Sparsity in Deep Neural Networks", https://arxiv.org/abs/1902.09574.
     """
-    last = {len(shapes) - 1: 0.2} if density < 0.2 else {}
-    return uniform(shapes, density, {**last, 0: 1.0, **(fixed or {})})
+    fixed = {0: 1.0, **(fixed or {})}
+    last = len(shapes) - 1
+    densities = uniform(shapes, density, fixed, sizes)
+    if last in fixed or densities[last] >= 0.2:
+        return densities
+    return uniform(shapes, density, {**fixed, last: 0.2}, sizes)
 
 
-def er(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+def er(
+    shapes: Sequence[Shape],
+    density: float,
+    fixed: Mapping[int, float] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> list[float]:
     r"""Erdős-Rényi: density proportional to $(n_{in} + n_{out}) / (n_{in} n_{out})$.
 
     Source: Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse
     connectivity", https://arxiv.org/abs/1707.04780.
     """
-    return allocate([(s[0] + s[1]) / (s[0] * s[1]) for s in shapes], shapes, density, fixed)
+    return allocate([(s[0] + s[1]) / (s[0] * s[1]) for s in shapes], shapes, density, fixed, sizes)
 
 
-def erk(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+def erk(
+    shapes: Sequence[Shape],
+    density: float,
+    fixed: Mapping[int, float] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> list[float]:
     r"""Erdős-Rényi kernel: density proportional to the sum of a layer's dimensions over their product.
 
     Source: Evci et al. 2020, "Rigging the Lottery", https://arxiv.org/abs/1911.11134, section 3.1.
@@ -53,20 +77,29 @@ def erk(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | No
         >>> [round(d, 3) for d in erk([(64, 3, 3, 3), (64, 64, 3, 3)], 0.1)]
         [0.788, 0.068]
     """
-    return allocate([sum(s) / math.prod(s) for s in shapes], shapes, density, fixed)
+    return allocate([sum(s) / math.prod(s) for s in shapes], shapes, density, fixed, sizes)
 
 
-def erk_plus(shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None) -> list[float]:
+def erk_plus(
+    shapes: Sequence[Shape],
+    density: float,
+    fixed: Mapping[int, float] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> list[float]:
     """ERK with the last layer dense.
 
     Source: Liu et al. 2022, "The Unreasonable Effectiveness of Random Pruning",
     https://arxiv.org/abs/2202.02643.
     """
-    return erk(shapes, density, {len(shapes) - 1: 1.0, **(fixed or {})})
+    return erk(shapes, density, {len(shapes) - 1: 1.0, **(fixed or {})}, sizes)
 
 
 def allocate(
-    raw: Sequence[float], shapes: Sequence[Shape], density: float, fixed: Mapping[int, float] | None = None
+    raw: Sequence[float],
+    shapes: Sequence[Shape],
+    density: float,
+    fixed: Mapping[int, float] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> list[float]:
     r"""Densities $\min(1, \epsilon\, raw_l)$ with the one $\epsilon$ that spends the budget exactly.
 
@@ -75,12 +108,13 @@ def allocate(
         shapes: of the layers.
         density: of all layers together, in [0, 1].
         fixed: layer -> density, paid from the same budget.
+        sizes: what the budget counts in each layer, if not its weights.
 
     Raises:
         ValueError: if the fixed layers alone need more than the budget, or leave more than the others can hold.
     """
     fixed = fixed or {}
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes] if sizes is None else sizes
     budget = density * sum(sizes) - sum(share * sizes[layer] for layer, share in fixed.items())
     free = [layer for layer in range(len(sizes)) if layer not in fixed]
     room = sum(sizes[layer] for layer in free)
@@ -105,26 +139,46 @@ def allocate(
     return [densities[layer] for layer in range(len(sizes))]
 
 
-def counts(densities: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Whole numbers of entries to keep, each within one of its exact share, that add up to `total`.
+def counts(
+    densities: Sequence[float],
+    sizes: Sequence[int],
+    total: int,
+    low: Sequence[int] | None = None,
+    high: Sequence[int] | None = None,
+) -> list[int]:
+    """Whole numbers of entries to keep, as near to their exact shares as the bounds allow, that add up to `total`.
 
-    The largest remainders are rounded up; ties go to the earlier layer.
+    Without bounds each is within one of its exact share: the largest remainders are rounded up; ties go to the
+    earlier layer.
 
     Args:
         densities: of each layer, in [0, 1].
         sizes: entries of each layer.
-        total: what the result adds up to: the sum of the exact shares, rounded up or down.
+        total: what the result adds up to.
+        low: the least that each layer keeps; 0 by default.
+        high: the most that each layer keeps; its size by default.
+
+    Raises:
+        ValueError: if the bounds leave no room for the total.
 
     Example:
         >>> counts([0.5, 0.5, 0.5], [3, 3, 4], 5)
         [2, 1, 2]
     """
+    low = [0] * len(sizes) if low is None else low
+    high = sizes if high is None else high
+    if not sum(low) <= total <= sum(high):
+        raise ValueError(f"{total:,} entries cannot be kept where layers must keep {sum(low):,} and at most {sum(high):,}.")
     exact = [density * size for density, size in zip(densities, sizes, strict=True)]
     # A share that is whole but for rounding errors is whole.
-    whole = [min(math.floor(share + 1e-6), size) for share, size in zip(exact, sizes, strict=True)]
-    by_remainder = sorted(range(len(exact)), key=lambda layer: (whole[layer] - exact[layer], layer))
-    for layer in [layer for layer in by_remainder if whole[layer] < sizes[layer]][: total - sum(whole)]:
-        whole[layer] += 1
+    whole = [max(lo, min(math.floor(share + 1e-6), hi)) for share, lo, hi in zip(exact, low, high, strict=True)]
+    while missing := total - sum(whole):
+        step, bound = (1, high) if missing > 0 else (-1, low)
+        able = [layer for layer in range(len(whole)) if whole[layer] != bound[layer]]
+        able.sort(key=lambda layer: (step * (whole[layer] - exact[layer]), layer))
+        for layer in able[: abs(missing)]:
+            room, share = abs(bound[layer] - whole[layer]), abs(missing) // len(able)
+            whole[layer] += step * max(1, min(room, share))
     return whole
 
 

@@ -98,7 +98,7 @@ def apply_bits_(tensor: Tensor, bits: Tensor) -> None:
         tensor([1.5000, 0.0000])
     """
     raw = tensor.view(_INTEGERS[tensor.element_size()])
-    if tensor.numel() <= _CHUNK or not tensor.is_cpu or not tensor.is_contiguous():
+    if tensor.numel() <= _CHUNK or not (tensor.is_cpu and tensor.is_contiguous() and bits.is_contiguous()):
         raw.bitwise_and_(bits if tensor.is_cuda else bits.to(raw.dtype))
         return
     raw, bits = raw.view(-1), bits.view(-1)

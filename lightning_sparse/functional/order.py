@@ -17,6 +17,7 @@ __all__ = ["exact_count", "kth_smallest", "top_k_masks"]
 
 _BINS = 1 << 16
 _CHUNK = 1 << 20  # 4 MiB of float32: stays in the cache between the passes over one chunk
+_CUDA_CHUNK = 1 << 24  # a histogram on a GPU counts in float32, which is exact up to here
 
 
 def exact_count(fraction: float, total: int) -> int:
@@ -96,7 +97,7 @@ def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     if keep in (0, total):
         return [torch.full_like(score, keep > 0, dtype=torch.bool) for score in scores]
     threshold = kth_smallest(scores, total - keep)
-    masks = [score > threshold for score in scores]
+    masks = [(score > threshold).contiguous() for score in scores]
     missing = keep - sum(int(mask.count_nonzero()) for mask in masks)
     for score, mask in zip(scores, masks, strict=True):
         if missing == 0:
@@ -108,10 +109,10 @@ def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
 
 
 def _chunks(values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The float32 bit patterns of all entries as int32, on a CPU in pieces that fit the cache."""
+    """The float32 bit patterns of all entries as int32, in pieces."""
     for value in values:
         flat = value.detach().reshape(-1)
-        size = flat.numel() if flat.is_cuda else _CHUNK
+        size = _CUDA_CHUNK if flat.is_cuda else _CHUNK
         for start in range(0, flat.numel(), size):
             yield flat[start : start + size].float().view(torch.int32)
 

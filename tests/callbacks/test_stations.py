@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import MagnitudePruning, RandomSparsity, SparsityMixin
-from lightning_sparse.callbacks import Sparsifier, Step
+from lightning_sparse.callbacks import Masked, Pruning, Sparsifier, Step
+from lightning_sparse.core import Position
+from lightning_sparse.functional import random_generator, random_score
 from tests import toys
 from tests.toys import BATCHES, FeaturePenalty, L2Penalty, Toy, UnitNorm, fit, loader, toy, trainer
 
@@ -156,6 +159,183 @@ def test_an_update_that_falls_on_a_skipped_step_is_made_at_the_next() -> None:
     total = method.masks.total
     # Due at the third step, which is skipped, as is the fourth; then come validation and the end of the epoch.
     assert seen[:7] == [total] * 6 + [total // 2]
+
+
+class Unscaling(torch.optim.SGD):
+    """Like a fused optimizer in 16-bit mixed precision: gradients come scaled by 8, and it divides by itself."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        result = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(8)
+        if self.finds_infinity:
+            self.found_inf = torch.ones(1)
+        else:
+            super().step()
+        return result
+
+    finds_infinity = False
+
+
+class Scaled(L.pytorch.plugins.MixedPrecision):
+    """Multiplies the loss by 8, as a gradient scaler does."""
+
+    class Scaler:
+        def scale(self, value: Tensor) -> Tensor:
+            return 8 * value
+
+    def __init__(self) -> None:
+        super().__init__("bf16-mixed", "cpu")
+
+    def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:  # type: ignore[override]
+        return super().pre_backward(8 * tensor, module)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.scaler, kept = None, self.scaler  # the closure runs inside the step, as without a scaler
+        try:
+            return super().optimizer_step(*args, **kwargs)
+        finally:
+            self.scaler = kept
+
+
+class SelfUnscaling(Toy):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return Unscaling(self.parameters(), lr=0.05)
+
+
+class PlainSGD(Toy):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_penalties_where_the_optimizer_unscales_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_sparse.callbacks.stations import Stations
+
+    monkeypatch.setattr(Stations, "_scaler", property(lambda self: Scaled.Scaler()))
+    reference, module = PlainSGD(net=without_dropout()), SelfUnscaling(net=without_dropout())
+    module.load_state_dict(reference.state_dict())
+    with monkeypatch.context() as plain:
+        plain.setattr(Stations, "_scaler", None)
+        fit(reference, L2Penalty(0.5))
+    fit(module, L2Penalty(0.5), plugins=[Scaled()])
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=2e-2, atol=2e-3, msg=name)
+
+
+def test_a_step_that_a_fused_optimizer_skips_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unscaling, "finds_infinity", True)
+    method, mask = Swap(), MagnitudePruning(0.5, start=0.5, end=0.5)
+    with pytest.warns(UserWarning, match="training stopped before the schedule did"):
+        fit(SelfUnscaling(), method, mask, max_epochs=1)
+    assert method.events == ["before", "undo"] * BATCHES
+    assert mask.masks.sparsity == 0
+
+
+class Restless(torch.optim.SGD):
+    """Moves every weight at every step, whatever its gradient, as Langevin dynamics does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        result = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(0.01)
+        return result
+
+
+def test_projection_holds_zeros_against_any_optimizer() -> None:
+    class Noisy(Toy):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return Restless(self.parameters(), lr=0.01)
+
+    method = MagnitudePruning(0.5, start=0, end=0)
+
+    def look(moment: str, observed: L.LightningModule) -> None:
+        weights = dict(observed.named_parameters())
+        assert not any(weights[name][method.masks.dropped(name)].any() for name in method.masks), moment
+
+    fit(Noisy(), toys.Watcher(look), method)
+    assert method.masks.kept == method.masks.total // 2
+
+
+class Carousel(Masked):
+    """Keeps another half of every weight after each step."""
+
+    def target_counts(self) -> tuple[int | None, dict[str, int]]:
+        return None, {}
+
+    def evolve(self, position: Position) -> None:
+        before = {name: self.masks[name] for name in self.masks}
+        masks = {name: (torch.arange(m.numel()) + position.step).view(m.shape) % 2 == 0 for name, m in before.items()}
+        self.set_masks(masks)
+        for optimizer in self.stations.trainer.optimizers:
+            for name, weight in self.weights.items():
+                regrown = masks[name] & ~before[name]
+                assert position.epoch_start or position.step < 2 or regrown.any()
+                assert not weight[regrown].any()
+                for value in optimizer.state[weight].values():
+                    assert value.shape != weight.shape or not value[regrown].any()
+
+
+@pytest.mark.parametrize("optimizer", toys.OPTIMIZERS)
+def test_what_comes_back_starts_at_zero_without_momentum(optimizer: str) -> None:
+    module = toy(optimizer)
+    # Momentum of an entry that was pruned is gone already; this one plants some, as a foreign optimizer might keep.
+    plant = toys.Watcher(
+        lambda moment, observed: [
+            value.masked_fill_(value == 0, 0.5)
+            for state in runner.optimizers[0].state.values()
+            for value in state.values()
+            if value.ndim > 1
+        ]  # type: ignore[arg-type,return-value]
+    )
+    runner = trainer(Carousel(), plant)
+    runner.fit(module, loader(), loader(1))
+
+
+def test_scores_that_change_bring_nothing_back() -> None:
+    class Whimsical(Pruning):
+        def score(self, name: str, weight: Tensor) -> Tensor:
+            return random_score(weight, random_generator(0, self.steps, name))
+
+    method = Whimsical(0.9, start=0, end=1)
+    seen: list[dict[str, Tensor]] = []
+    fit(toy(), method, toys.Watcher(lambda moment, module: seen.append({name: method.masks[name] for name in method.masks})))
+    assert seen[-1].keys() == method.weights.keys() or seen
+    for before, after in itertools.pairwise(seen):
+        assert not any((after[name] & ~before[name]).any() for name in before)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_feature_penalties_leave_nothing_behind(breaks: bool) -> None:
+    class Fragile(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if breaks and batch_idx == 2:
+                raise RuntimeError("broken")
+            return self.loss(batch)
+
+    module, method = Fragile(), FeaturePenalty(0.5)
+    own = module.training_step
+    if breaks:
+        with pytest.raises(RuntimeError, match="broken"):
+            fit(module, method)
+    else:
+        fit(module, method)
+    assert "training_step" not in vars(module)
+    assert module.training_step == own
+    assert not module.net[0]._forward_hooks
+    assert method.feature is None
+
+
+def test_a_training_step_that_was_set_on_the_instance_comes_back() -> None:
+    module = toy()
+    module.training_step = own = module.training_step  # type: ignore[method-assign]
+    fit(module, FeaturePenalty(0.5))
+    assert vars(module)["training_step"] is own
 
 
 def test_a_step_without_gradients_still_penalises() -> None:

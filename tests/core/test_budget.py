@@ -46,6 +46,48 @@ def test_layers_of_their_own_go_along_with_the_schedule() -> None:
     assert int(made[0].count_nonzero()) == round(0.8 * SIZES[0])
 
 
+@pytest.mark.parametrize(
+    ("allocation", "layer_sparsity"),
+    [(name, own) for name in ("global", "uniform", "er", "erk") for own in ({}, {"2": 0.75, "0": 0.75})]
+    + [("uniform+", {}), ("erk+", {})],
+)
+@pytest.mark.parametrize("structure", ["unstructured", "channel"])
+def test_along_any_schedule_nothing_returns_and_the_end_is_exact(
+    allocation: str, layer_sparsity: dict[str, float], structure: str
+) -> None:
+    budget = Budget(0.7, allocation, structure, layer_sparsity)
+    kept, goal = list(SIZES), budget.kept_weights(TARGETS)
+    alive = [torch.ones_like(t.weight, dtype=torch.bool) for t in TARGETS]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 71):
+        scores = [
+            torch.rand(t.weight.shape, generator=generator).masked_fill(~m, -torch.inf)
+            for t, m in zip(TARGETS, alive, strict=True)
+        ]
+        made = budget.masks(TARGETS, scores, 0.01 * step, kept)
+        assert not any((new & ~old).any() for new, old in zip(made, alive, strict=True))
+        alive, kept = made, [int(m.count_nonzero()) for m in made]
+        units = [budget.structure.units(t) for t in TARGETS]
+        left = sum(k * u // n for k, u, n in zip(kept, units, SIZES, strict=True))
+        assert left == sum(units) - int(0.01 * step * sum(units) + 0.5)
+    assert {t.name: k for t, k in zip(TARGETS, kept, strict=True) if t.name in goal[1]} == goal[1]
+
+
+def test_nearly_full_budgets_of_their_own_do_not_fail_on_the_way() -> None:
+    budget = Budget(0.9, "global", layer_sparsity={"*": 0.9})
+    budget.check(TARGETS)
+    for step in range(1000):
+        made = masks(budget, 0.9 * step / 1000)
+        assert sum(int(m.count_nonzero()) for m in made) == TOTAL - int(0.9 * step / 1000 * TOTAL + 0.5)
+
+
+def test_a_score_without_a_value() -> None:
+    scores = [magnitude(t.weight) for t in TARGETS]
+    scores[2][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"The score of '2.weight' holds NaN"):
+        Budget(0.5).masks(TARGETS, scores)
+
+
 def test_two_of_four() -> None:
     budget = Budget(None, structure="2:4")
     groups = [masks(budget)[0].view(10, 1, 4, 3, 3).sum(2), masks(budget)[2].view(50, 25, 4).sum(2)]
@@ -64,8 +106,7 @@ def test_channels_are_whole(allocation: str) -> None:
     kept = [int(o.any(1).count_nonzero()) for o in outputs]
     if allocation == "uniform":
         assert kept == [6, 6, 30, 15]
-    if allocation == "global":
-        assert sum(kept) == round(0.6 * (10 + 10 + 50 + 25))
+    assert sum(kept) == round(0.6 * (10 + 10 + 50 + 25))
     total, layers = budget.kept_weights(TARGETS)
     counted = {t.name: int(m.count_nonzero()) for t, m in zip(TARGETS, made, strict=True)}
     assert layers == ({} if allocation == "global" else counted)

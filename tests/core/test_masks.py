@@ -117,6 +117,25 @@ def test_memory_survives_a_file(tmp_path: object) -> None:
     assert method.variables["a"].any()
 
 
+def test_what_is_memorised_is_a_copy() -> None:
+    method = Derived()
+    method.variables = {"a": torch.ones(2)}
+    saved = method.memorise()
+    method.variables["a"].zero_()
+    assert saved["variables"]["a"].tolist() == [1, 1]
+
+
+def test_memory_follows_the_weights_to_their_device() -> None:
+    method = Derived()
+    method.masks = mask_set()
+    method.variables = {"a": torch.rand(3, 5), "other": torch.rand(1)}
+    meta = {name: torch.empty(shape, device="meta") for name, shape in {"a": (3, 5), "b": (4,)}.items()}
+    method.place(meta, torch.device("cpu"))
+    assert method.masks["a"].is_meta
+    assert method.variables["a"].is_meta
+    assert method.variables["other"].is_cpu
+
+
 def test_memory_of_instances_is_their_own() -> None:
     first, second = Derived(), Derived()
     first.queue.append(1)

@@ -72,6 +72,14 @@ def test_every_parameter_gets_a_reason() -> None:
     assert reasons["split.bias_k"] == "a bias or a vector"
 
 
+def test_the_table_prints() -> None:
+    lines = str(describe(Net(), ["layers"])).splitlines()
+    assert len(lines) == 1 + len(list(Net().parameters()))
+    assert lines[0].split() == ["parameter", "layer", "shape", "why"]
+    assert "x  layers.0.weight" in "\n".join(lines)
+    assert next(line for line in lines if "head.weight" in line).endswith("no pattern includes it")
+
+
 def test_transposed_convolutions_count_outputs_second() -> None:
     target = next(t for t in find_targets(Net()) if t.name == "up.weight")
     assert (target.output_dim, target.input_dim, target.groups) == (1, 0, 2)
@@ -112,11 +120,19 @@ def test_nothing_chosen() -> None:
 def test_frozen_lazy_and_computed_weights() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net[0].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"'0.weight' is frozen .* exclude it with targets=\['!0.weight'\]"):
+    with pytest.raises(ValueError, match=r"'0.weight': frozen .* exclude with targets=\['!0'\]"):
         find_targets(net)
     assert [t.name for t in find_targets(net, ["!0"])] == ["1.weight"]
-    with pytest.raises(ValueError, match="'0.weight' has no shape yet"):
+    with pytest.raises(ValueError, match="'0.weight': without a shape yet"):
         find_targets(nn.Sequential(nn.LazyLinear(2)))
+    net = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
+    net["backbone"].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'backbone.0.weight' and 1 more: frozen .* targets=\['!backbone'\]"):
+        find_targets(net)
+    assert [t.name for t in find_targets(net, ["!backbone"])] == ["head.weight"]
+    nn.init.constant_(net["head"].weight, torch.inf)
+    with pytest.raises(ValueError, match=r"'head.weight': not finite"):
+        find_targets(net, ["head"])
     wrapped = nn.Sequential(nn.Linear(2, 2), torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="layer '1' is computed by a parametrization"):
         find_targets(wrapped)

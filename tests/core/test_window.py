@@ -96,6 +96,14 @@ def test_windows_snap_to_epochs(start: float, end: float, every: int, epochs: in
     assert (window.start * epochs, window.end * epochs) == pytest.approx(expected)
 
 
+def test_where_epochs_are_all_that_is_known() -> None:
+    window = Window(0.2, 0.8, 0.01)
+    window.resolve(RunLength(4, None, within_epochs=False))
+    assert (window.start, window.end) == (0, 0.75)
+    with pytest.raises(ValueError, match="data have no length.* set max_steps or limit_train_batches"):
+        window.resolve(RunLength(1, None, within_epochs=False))
+
+
 def test_progress() -> None:
     window = Window("2 epochs", "800 steps", 0.01)
     window.resolve(RUN)

@@ -70,6 +70,21 @@ def test_uniform_plus_keeps_the_ends() -> None:
     assert dense_enough[FC] == dense_enough[1]
 
 
+def test_uniform_plus_looks_at_the_density_of_the_layer() -> None:
+    """The first layer takes so much that the others fall below a fifth, although the whole has more."""
+    shapes = [(100,), (1000,), (1000,)]
+    assert uniform_plus(shapes, 0.21)[2] == 0.2
+    assert uniform_plus(shapes, 0.5)[2] == uniform_plus(shapes, 0.5)[1]
+
+
+def test_counts_within_bounds() -> None:
+    assert counts([0.5, 0.5], [10, 10], 10, high=[2, 10]) == [2, 8]
+    assert counts([0.5, 0.5], [10, 10], 10, low=[0, 8]) == [2, 8]
+    assert counts([0.1, 0.9], [1000, 1000], 1000, low=[600, 0]) == [600, 400]
+    with pytest.raises(ValueError, match="must keep 8 and at most 9"):
+        counts([0.5], [10], 10, low=[8], high=[9])
+
+
 def test_erk_plus_keeps_the_classifier() -> None:
     assert erk_plus(RESNET20, 0.05)[FC] == 1.0
 
