@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
 from lightning_sparse import MagnitudePruning, RandomSparsity
+from lightning_sparse.core import find_targets
 from tests import toys
 from tests.toys import Toy, fit, toy, trainer
 
@@ -159,6 +160,15 @@ def test_resuming_with_another_configuration(
         fit(make(), callback(), ckpt_path=tmp_path / "last.ckpt", max_epochs=4)
     assert sentence in str(error.value)
     assert "restore the checkpoint's values, or start anew" in str(error.value)
+
+
+def test_resuming_with_other_weights() -> None:
+    method = MagnitudePruning(0.5)
+    fit(toy(), method)
+    saved = method.state_dict()
+    method.chosen = find_targets(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"MagnitudePruning resumes with other weights than the checkpoint's: .*0.weight"):
+        method._check_saved(saved)
 
 
 def test_two_callbacks_of_one_class_need_names() -> None:

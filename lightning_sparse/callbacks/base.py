@@ -67,7 +67,6 @@ class Sparsifier(Memory, Callback, ABC):
         self._saved: dict[str, Any] | None = None
         self._rng: dict[str, Tensor] | None = None
         self._stations: Stations | None = None
-        self._trainer = 0
 
     # ---- what a method may answer ------------------------------------------------------------------------------------
 
@@ -215,11 +214,7 @@ class Sparsifier(Memory, Callback, ABC):
             stations = Stations(trainer, pl_module, sparsifiers(trainer))
             for method in stations.methods:
                 method._stations = stations
-            try:
-                stations.open()
-            except BaseException:
-                stations.close()
-                raise
+            stations.open()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._leads(trainer):
@@ -262,14 +257,12 @@ class Sparsifier(Memory, Callback, ABC):
 
     def _start(self, run: RunLength) -> None:
         """Begin, continue, or resume; everything has been checked."""
-        continues = self._continues()
-        self._trainer = id(self.stations.trainer)
         if self._saved is not None:
             self.recall(self._saved["memory"])
             self._saved = None
             self.place(self.weights, self.stations.module.device)
             self.resume()
-        elif continues:
+        elif self._continues():
             self.resume()
         else:
             if self.stations.trainer.global_step > 0:
@@ -285,7 +278,7 @@ class Sparsifier(Memory, Callback, ABC):
         """Whether this fit goes on with the run that this instance has been through."""
         shapes = {target.name: list(target.weight.shape) for target in self.chosen}
         trainer = self.stations.trainer
-        return trainer.global_step > 0 and self.steps > 0 and shapes == self._shapes and self._trainer == id(trainer)
+        return trainer.global_step > 0 and self.steps > 0 and shapes == self._shapes
 
     def _run(self, run: RunLength) -> RunLength:
         """The length that fractions of the run refer to: that of the run as it was begun."""

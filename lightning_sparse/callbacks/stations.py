@@ -162,8 +162,7 @@ class Stations:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None) if self._paired else None
         if found_inf is not None and bool(found_inf.any()):  # waits for the device, so only where somebody must know
-            self._undo(optimizer)  # a fused optimizer was called, but its kernel skipped the step
-            return
+            return  # a fused optimizer was called, but its kernel skipped the step
         prepared = self._pending.pop(id(optimizer), None)
         steps = list(self._steps(optimizer))
         if prepared is not None:

@@ -142,8 +142,8 @@ class SkippedSteps(L.pytorch.plugins.MixedPrecision):
 
 def test_a_skipped_step_is_undone() -> None:
     method = Swap()
-    fit(toy(), method, plugins=[SkippedSteps({1, 2})], max_epochs=1)
-    assert method.events == ["before", "after", "before", "undo", "before", "undo", "before", "after"]
+    fit(toy(), method, plugins=[SkippedSteps({1, 3})], max_epochs=1)
+    assert method.events == ["before", "after", "before", "undo", "before", "after", "before", "undo"]
     assert method.steps == BATCHES
 
 
@@ -300,7 +300,7 @@ def test_what_comes_back_starts_at_zero_without_momentum(optimizer: str) -> None
 def test_scores_that_change_bring_nothing_back() -> None:
     class Whimsical(Pruning):
         def score(self, name: str, weight: Tensor) -> Tensor:
-            return random_score(weight, random_generator(0, self.steps, name))
+            return random_score(weight, random_generator(0, self.steps, name)) - 1  # negative, as scores may be
 
     method = Whimsical(0.9, start=0, end=1)
     seen: list[dict[str, Tensor]] = []
