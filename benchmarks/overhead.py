@@ -117,8 +117,32 @@ class Stop(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
-        if batch_idx >= 3 * len(WAYS):  # three rounds warm up
+        if batch_idx == 0:
+            self.inside = Inside(self.switch.method.stations)
+        elif batch_idx >= 3 * len(WAYS):  # three rounds warm up
             self.times[self.switch.way].append(perf_counter() - self.switch.started)
+            if self.switch.way == "MagnitudePruning":
+                self.inside.per_step.append(self.inside.seconds)
+            self.inside.seconds = 0.0
+
+
+class Inside:
+    """Adds up the time that a step spends in the stations of our methods."""
+
+    def __init__(self, stations: Any) -> None:
+        self.seconds = 0.0
+        self.per_step: list[float] = []
+        for name in ("before_step", "_after_step", "batch_start", "batch_end"):
+            setattr(stations, name, self.watched(getattr(stations, name)))
+
+    def watched(self, function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            start = perf_counter()
+            result = function(*args)
+            self.seconds += perf_counter() - start
+            return result
+
+        return run
 
 
 def named_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -145,7 +169,14 @@ def steps(size: str, batch: int, rounds: int, device: str, precision: Any) -> di
     )
     runner.fit(Net(size), torch.utils.data.DataLoader(data, batch_size=None))
     seen = [dict(zip(WAYS, times, strict=True)) for times in zip(*(stop.times[way] for way in WAYS), strict=True)]
-    return ratios(seen, "dense")
+    inside = sorted(stop.inside.per_step)
+    dense = sorted(stop.times["dense"])
+    share = inside[len(inside) // 2] / dense[len(dense) // 2]
+    quarters = [inside[len(inside) // 4] / dense[len(dense) // 2], inside[-1 - len(inside) // 4] / dense[len(dense) // 2]]
+    table = ratios(seen, "dense")
+    row = {"ratio": share, "low": quarters[0], "high": quarters[1], "seconds": inside[len(inside) // 2]}
+    table["inside MagnitudePruning's stations"] = row
+    return table
 
 
 def updates(weights: int, rounds: int, device: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,9 @@ class L2Penalty(Sparsifier):
         super().__init__(**options)
         self.strength = strength
 
-    def weight_penalty(self, step: Step) -> Mapping[str, Tensor]:
-        return {name: self.strength * weight.detach() for name, weight in step.weights.items()}
+    def weight_penalty(self, step: Step) -> Iterable[tuple[str, Tensor]]:
+        for name, weight in step.weights.items():
+            yield name, self.strength * weight.detach()
 
 
 class FeaturePenalty(Sparsifier):

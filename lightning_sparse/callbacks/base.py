@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -96,9 +96,9 @@ class Sparsifier(Memory, Callback, ABC):
         """Whether `feature_penalty` is implemented."""
         return type(self).feature_penalty is not Sparsifier.feature_penalty
 
-    def weight_penalty(self, step: Step) -> Mapping[str, Tensor]:
-        """Gradients of a penalty on the weights, in closed form, by name."""
-        return {}
+    def weight_penalty(self, step: Step) -> Iterable[tuple[str, Tensor]]:
+        """Gradients of a penalty on the weights, in closed form, by name; one at a time where memory counts."""
+        return ()
 
     def before_step(self, step: Step) -> None:
         """Right before the optimizer moves; all gradients are complete."""

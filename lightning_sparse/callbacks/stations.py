@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -260,8 +260,8 @@ class Stations:
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     @staticmethod
-    def _add_gradients(step: Step, gradients: Mapping[str, Tensor]) -> None:
-        for name, gradient in gradients.items():
+    def _add_gradients(step: Step, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        for name, gradient in gradients:
             weight = step.weights[name]
             if step.gradient_scale is not None:
                 gradient = gradient * step.gradient_scale

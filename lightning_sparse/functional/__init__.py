@@ -10,6 +10,14 @@ from lightning_sparse.functional.allocation import (
     uniform,
     uniform_plus,
 )
+from lightning_sparse.functional.hypersparse import (
+    HYPERSPARSE_ALIGNMENT,
+    HyperSparseScale,
+    hypersparse_gradient,
+    hypersparse_loss,
+    hypersparse_scale,
+    quantile_rank,
+)
 from lightning_sparse.functional.masks import (
     apply_bits_,
     channel_score,
@@ -26,7 +34,9 @@ from lightning_sparse.functional.statistics import mask_sparsity, zero_fraction
 
 __all__ = [
     "ALLOCATIONS",
+    "HYPERSPARSE_ALIGNMENT",
     "SCHEDULES",
+    "HyperSparseScale",
     "allocate",
     "apply_bits_",
     "channel_score",
@@ -40,6 +50,9 @@ __all__ = [
     "exact_count",
     "expand_channels",
     "exponential",
+    "hypersparse_gradient",
+    "hypersparse_loss",
+    "hypersparse_scale",
     "kth_smallest",
     "linear",
     "magnitude",
@@ -47,6 +60,7 @@ __all__ = [
     "mask_sparsity",
     "n_m_mask",
     "pack",
+    "quantile_rank",
     "random_generator",
     "random_score",
     "top_k_masks",

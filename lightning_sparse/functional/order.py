@@ -30,7 +30,7 @@ def exact_count(fraction: float, total: int) -> int:
     return int(fraction * total + 0.5)
 
 
-def kth_smallest(values: Sequence[Tensor], k: int) -> Tensor:
+def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False) -> Tensor:
     r"""The value of rank k (0-based) among all entries of all tensors, as a 0-d tensor on their device.
 
     Exact: it returns one of the given values, as sorting them all and taking the k-th would; it does not
@@ -39,6 +39,7 @@ def kth_smallest(values: Sequence[Tensor], k: int) -> Tensor:
     Args:
         values: tensors of one floating dtype on one device; NaN is not allowed.
         k: from 0 to the number of entries - 1.
+        magnitudes: rank the absolute values, without a copy of them all.
 
     Raises:
         ValueError: if there is no entry of that rank.
@@ -52,20 +53,21 @@ def kth_smallest(values: Sequence[Tensor], k: int) -> Tensor:
         raise ValueError(f"k={k} is not a rank among {total} values; give 0 <= k < {total}.")
     dtype = values[0].dtype
     if dtype == torch.float64:
-        return torch.cat([value.detach().flatten() for value in values]).kthvalue(k + 1).values
+        flat = torch.cat([value.detach().flatten() for value in values])
+        return (flat.abs_() if magnitudes else flat).kthvalue(k + 1).values
     # Bit patterns of non-negative floats order like their values; those of negative floats, which follow
     # as the upper half of the bins, order the other way round. So the bins are put in order, not the entries.
     order = torch.arange(_BINS, device=values[0].device)
     order = torch.cat([order[_BINS // 2 :].flip(0), order[: _BINS // 2]])
     high = torch.zeros_like(order)
-    for bits in _chunks(values):
+    for bits in _chunks(values, magnitudes):
         high += _histogram(bits >> 16)
     high = high[order]
     position = torch.searchsorted(high.cumsum(0), k, right=True)
     rank = k - (high.cumsum(0)[position] - high[position])  # the rank inside that bin
     bucket = order[position]
     low = torch.zeros_like(order)
-    for bits in _chunks(values):
+    for bits in _chunks(values, magnitudes):
         low += _histogram(bits, where=(bits >> 16) & (_BINS - 1) == bucket)
     low = torch.where(bucket < _BINS // 2, low, low.flip(0))
     digit = torch.searchsorted(low.cumsum(0), rank, right=True)
@@ -108,13 +110,14 @@ def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     return masks
 
 
-def _chunks(values: Sequence[Tensor]) -> Iterator[Tensor]:
+def _chunks(values: Sequence[Tensor], magnitudes: bool) -> Iterator[Tensor]:
     """The float32 bit patterns of all entries as int32, in pieces."""
     for value in values:
         flat = value.detach().reshape(-1)
         size = _CUDA_CHUNK if flat.is_cuda else _CHUNK
         for start in range(0, flat.numel(), size):
-            yield flat[start : start + size].float().view(torch.int32)
+            bits = flat[start : start + size].float().view(torch.int32)
+            yield bits & 0x7FFFFFFF if magnitudes else bits  # the highest bit is the sign
 
 
 def _histogram(bits: Tensor, where: Tensor | None = None) -> Tensor:

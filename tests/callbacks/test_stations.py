@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
@@ -82,8 +82,8 @@ def test_the_order_of_callbacks_does_not_matter(mask_first: bool) -> None:
     """A penalty after a mask must not wake pruned entries' momentum, and must give the same weights."""
 
     class Constant(Sparsifier):
-        def weight_penalty(self, step: Step) -> dict[str, Tensor]:
-            return {name: torch.ones_like(weight) for name, weight in step.weights.items()}
+        def weight_penalty(self, step: Step) -> Iterable[tuple[str, Tensor]]:
+            return [(name, torch.ones_like(weight)) for name, weight in step.weights.items()]
 
     mask = MagnitudePruning(0.5, start=0, end=0)
     module = double(Toy, optimizer="adam")

@@ -31,6 +31,13 @@ def test_every_rank_equals_a_full_sort(name: str) -> None:
     assert kth_smallest(values, 0).dtype == values[0].dtype
 
 
+@pytest.mark.parametrize("name", cases())
+def test_ranks_of_magnitudes(name: str) -> None:
+    values = cases()[name]
+    ordered = np.sort(torch.cat([v.flatten() for v in values]).abs().double().numpy())
+    assert [float(kth_smallest(values, k, magnitudes=True)) for k in range(len(ordered))] == ordered.tolist()
+
+
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     values = cases()["normal"]
     whole = [float(kth_smallest(values, k)) for k in range(0, 227, 10)]

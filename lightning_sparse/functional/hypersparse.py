@@ -1,0 +1,133 @@
+r"""The adaptive penalty of HyperSparse, as its gradient in closed form.
+
+Source: Glandorf, Kaiser and Rosenhahn 2023, "HyperSparse Neural Networks: Shifting Exploration to Exploitation through
+Adaptive Regularization", https://arxiv.org/abs/2308.07163, and the official repository GreenAutoML4FAS/HyperSparse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.functional.order import kth_smallest
+
+__all__ = [
+    "HYPERSPARSE_ALIGNMENT",
+    "HyperSparseScale",
+    "hypersparse_gradient",
+    "hypersparse_loss",
+    "hypersparse_scale",
+    "quantile_rank",
+]
+
+HYPERSPARSE_ALIGNMENT = math.atanh(1 / math.sqrt(3))
+"""Where the slope of tanh falls fastest; the official code rounds it to 0.6585."""
+
+
+def quantile_rank(sparsity: float, total: int) -> int:
+    """The rank (0-based) of the magnitude on the pruning boundary: floor(sparsity * total).
+
+    Example:
+        >>> quantile_rank(0.99, 1_855_584), quantile_rank(0.29, 100)
+        (1837028, 29)
+    """
+    return min(int(sparsity * total + 1e-6), total - 1)
+
+
+class HyperSparseScale(NamedTuple):
+    """What all weights share, as 0-d tensors on their device.
+
+    Args:
+        quantile: the magnitude on the pruning boundary.
+        slope: s, by which weights are scaled inside tanh.
+        pull: P, the gradient of a weight near zero.
+    """
+
+    quantile: Tensor
+    slope: Tensor
+    pull: Tensor
+
+
+def hypersparse_scale(
+    weights: Sequence[Tensor], sparsity: float, alignment: float = HYPERSPARSE_ALIGNMENT, max_pull: float = math.inf
+) -> HyperSparseScale:
+    r"""The scale of the penalty for the current weights of the whole network.
+
+    $$ s = x^* / q, \qquad P = s \sum_i |w_i| \Big/ \sum_i \tanh(s |w_i|), $$
+
+    with q the magnitude of rank floor(sparsity * n) among all n weights. P is at least 1. Nothing is read back to the
+    host, and no temporary is larger than one layer.
+
+    Args:
+        weights: of all layers together; the quantile is global.
+        sparsity: in (0, 1).
+        alignment: x*.
+        max_pull: cap on P, which grows without bound when the quantile goes to zero.
+
+    Raises:
+        ValueError: if sparsity is not in (0, 1).
+    """
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} must be in (0, 1) for the adaptive penalty; without sparsity leave it out.")
+    total = sum(weight.numel() for weight in weights)
+    quantile = kth_smallest(weights, quantile_rank(sparsity, total), magnitudes=True).to(_wide(weights[0]))
+    # If more weights are exactly zero than the quantile, the boundary is at zero: then nothing is pulled.
+    slope = torch.where(quantile > 0, alignment / quantile, 0.0)
+    norm, saturation = torch.zeros_like(quantile), torch.zeros_like(quantile)
+    for weight in weights:
+        size = weight.detach().abs().to(quantile.dtype)
+        norm += size.sum()
+        saturation += size.mul_(slope).tanh_().sum()
+    pull = torch.where(saturation > 0, slope * norm / saturation, 0.0).clamp(max=max_pull)
+    return HyperSparseScale(quantile, slope, pull)
+
+
+def hypersparse_gradient(weights: Sequence[Tensor], sparsity: float, scale: HyperSparseScale | None = None) -> list[Tensor]:
+    r"""The gradient of the adaptive penalty, one tensor per weight.
+
+    $$ g_i = sign(w_i) \, P \, sech^2(s |w_i|) $$
+
+    Near zero every weight is pulled by P, at the pruning boundary by 2/3 P, at four times the boundary by P/49.
+
+    Args:
+        weights: of all layers, or, with a scale given, of some of them.
+        sparsity: in (0, 1).
+        scale: of all layers, from `hypersparse_scale`.
+
+    Example:
+        >>> [gradient] = hypersparse_gradient([torch.tensor([-0.1, 1.0, 10.0])], 0.5)
+        >>> bool(gradient[0] < 0 < gradient[2] < gradient[1] < -gradient[0])
+        True
+    """
+    scale = scale or hypersparse_scale(weights, sparsity)
+    gradients = []
+    for weight in weights:
+        # sech^2(x) = 4 e / (1 + e)^2 with e = exp(-2x): no overflow, and no difference of nearly equal numbers.
+        decay = weight.detach().abs().to(scale.slope.dtype).mul_(-2 * scale.slope).exp_()
+        sech = decay.mul(4 * scale.pull).div_(decay.add_(1).square_())
+        gradients.append(sech.mul_(weight.detach().sign()))
+    return gradients
+
+
+def hypersparse_loss(weights: Sequence[Tensor], sparsity: float) -> Tensor:
+    r"""A loss with the gradient of the adaptive penalty whose value is the L1 norm of the weights.
+
+    $$ L = \Big[\sum_i |w_i| \Big/ \sum_j \tanh(s |w_j|)\Big] \sum_j \tanh(s |w_j|), $$
+
+    the bracket and s constant for differentiation. The paper's own double sum has the same gradient, but the value 0.
+
+    Args:
+        weights: of all layers together.
+        sparsity: in (0, 1).
+    """
+    scale = hypersparse_scale(weights, sparsity)
+    saturation = torch.stack([(scale.slope * weight.abs()).tanh().sum() for weight in weights]).sum()
+    return (scale.pull / scale.slope) * saturation
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
