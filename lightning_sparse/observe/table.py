@@ -35,4 +35,4 @@ class SparsityTable(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(getattr(callback, "masks", None), MaskSet) and len(callback.masks):
-                Console().print(render(callback.summary(), title=callback.label))
+                Console().print("", render(callback.summary(), title=callback.label))  # the progress bar may still stand
