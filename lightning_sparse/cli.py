@@ -34,6 +34,10 @@ class SparseParser(LightningArgumentParser):
         sys.exit(2)
 
 
+# As different versions of the parser say it.
+_UNKNOWN_OPTION = r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected|[Uu]nrecognized arguments: -*([\w.]+)"
+
+
 def explain(message: str) -> str:
     """One sentence from the parser's report: the key, what is wrong with it, what to write instead.
 
@@ -43,14 +47,14 @@ def explain(message: str) -> str:
     """
     key = re.search(r'[Pp]arser key "([^"]+)"', message)
     where = f" in {key[1]}" if key else ""
-    if unknown := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([\w.]+)", message):
-        name = unknown[1] or unknown[2]
+    if unknown := re.search(_UNKNOWN_OPTION, message):
+        name = next(filter(None, unknown.groups()))
         return f"'{name}'{where} is not an option; {_nearest_option(name)}"
     if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
         near = difflib.get_close_matches(unknown[1], [cls.__name__ for cls in _known_classes()], n=1, cutoff=0.5)
         remedy = f"did you mean '{near[0]}'?" if near else "write its import path, such as package.module.Class."
         return f"'{unknown[1]}'{where} is no known class; {remedy}"
-    noise = r"(Parser key .*|Does not validate|Subtypes|Errors|Given value type|Not a valid|Expected a path but)"
+    noise = r"Parser key |Does not validate|Subtypes|Errors|Given value( type|: \[Namespace)|Not a valid|Expected a path but"
     lines = [line.strip(" -") for line in re.sub(r'[Pp]arser key "[^"]+":', "", message).splitlines()]
     causes = list(dict.fromkeys(line for line in lines if line and not re.match(noise, line)))
     text = re.sub(r"<class '([^']+)'>", r"\1", "; ".join(causes))
@@ -137,12 +141,19 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _our_refusal(error: BaseException | None) -> BaseException | None:
-    """The error that this package has raised, if that is what an error comes from."""
+def _our_refusal(error: BaseException | None) -> str | None:
+    """What this package has refused, if that is what an error comes from."""
     while error is not None:
         *_, (last, _) = traceback.walk_tb(error.__traceback__)
         if isinstance(error, ValueError | FileNotFoundError) and last.f_globals["__name__"].startswith("lightning_sparse."):
-            return error
+            return str(error)
+        if (
+            isinstance(error, ValueError)
+            and error.__context__ is None
+            and last.f_globals["__name__"].startswith("jsonargparse")
+        ):
+            causes = re.findall(r"^\s*- (\w+=.+)$", str(error), flags=re.M)  # older versions keep only the text of a refusal
+            return causes[0] if causes else None
         error = error.__cause__ or error.__context__
     return None
 

@@ -95,7 +95,7 @@ MISTAKES = [
     (["--data.init_args.batch_size=many"], "batch_size: Expected a int. Got value: many"),
     (["--trainer.callbacks+=MagnitudePrunning"], "did you mean 'MagnitudePruning'"),
     (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=1.5"], "sparsity=1.5 must be in [0, 1)"),
-    (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=abc"], "sparsity: Expected a float"),
+    (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=abc"], "Expected a float"),
     (["--config=no/such/file.yaml"], "no/such/file.yaml"),
     (["--model.init_args.network.init_args.hiden=[3]"], "did you mean 'hidden'"),
 ]
