@@ -17,7 +17,7 @@ def render(rows: list[LayerRow], title: str = "") -> Table:
     """The rows as a rich table, the total set off."""
     table = Table(title=title or None, title_justify="left")
     for column, heading in enumerate(HEADER):
-        table.add_column(heading, justify="left" if column == 0 else "right")
+        table.add_column(heading, justify="left" if column == 0 else "right", overflow="fold")
     for row in rows[:-1]:
         table.add_row(*row.cells())
     table.add_section()

@@ -108,7 +108,11 @@ def test_a_training_step_without_batch_idx() -> None:
         def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
             return self.loss(batch)
 
-    fit(Short(), FeaturePenalty(0.5))
+    short, usual = Short(net=without_dropout()), Toy(net=without_dropout())
+    usual.load_state_dict(short.state_dict())
+    fit(short, FeaturePenalty(0.5))
+    fit(usual, FeaturePenalty(0.5))
+    assert short.net[0].weight.equal(usual.net[0].weight)
 
 
 def test_a_module_with_a_part_called_module_beside_swa() -> None:

@@ -295,6 +295,7 @@ def test_what_comes_back_starts_at_zero_without_momentum(optimizer: str) -> None
     )
     runner = trainer(Carousel(), plant)
     runner.fit(module, loader(), loader(1))
+    assert runner.global_step == 3 * BATCHES  # every one of them looked at by the carousel itself
 
 
 def test_scores_that_change_bring_nothing_back() -> None:
