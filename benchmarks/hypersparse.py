@@ -105,6 +105,7 @@ def step(quick: bool, rounds: int, width: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--save", action="store_true", help="write the numbers to benchmarks/results")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     table, memory = penalty(arguments.quick, arguments.rounds)
@@ -116,7 +117,7 @@ def main() -> None:
         title = f"step of a ResNet-32 of width {width}, batch 64"
         numbers[title] = step(arguments.quick, arguments.rounds, width)
         show(f"{title}, ratio to dense", numbers[title])
-    if not arguments.quick:
+    if arguments.save:
         save("hypersparse_cpu", numbers)
 
 

@@ -235,6 +235,7 @@ def memory() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--save", action="store_true", help="write the numbers to benchmarks/results")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--batch", type=int, default=128)
@@ -253,7 +254,7 @@ def main() -> None:
     show(f"{title}, ratio to dense", numbers[title])
     for name, value in numbers["memory, bytes per weight"].items():
         print(f"  {name:40s} {value:.3f} bytes per weight")
-    if not arguments.quick:
+    if arguments.save:
         save(f"overhead_{arguments.device}", numbers)
 
 

@@ -11,8 +11,11 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.table import Table
 
@@ -108,6 +111,23 @@ class SparseCLI(LightningCLI):
             help="After fit, train the same model with the same seed but without the sparse methods, and test both.",
         )
 
+    def before_fit(self) -> None:
+        """Refuse before training what would fail after it."""
+        config = self.config[self.subcommand]
+        if config.beside_dense and config.seed_everything is False:
+            raise ValueError("beside_dense needs a seed, so that both models start alike; set seed_everything.")
+        if config.beside_dense and not is_overridden("test_step", self.model):
+            raise ValueError(f"beside_dense tests both models, but {type(self.model).__name__} has no test_step; write one.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Two methods of one class need names, or checkpoints could not tell them apart."""
+        made = self.config_init[self.subcommand].trainer.callbacks or []
+        keys = [callback.state_key for callback in made if isinstance(callback, Sparsifier)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice:
+            raise ValueError(f"{twice} is configured twice; keep one, or give each its own targets and a name.")
+        return super().instantiate_trainer(**kwargs)
+
     def after_fit(self) -> None:
         """Test the sparse model beside the dense one, if asked to."""
         config = self.config[self.subcommand]
@@ -115,10 +135,11 @@ class SparseCLI(LightningCLI):
             return
         sparse = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
         pl.seed_everything(config.seed_everything, workers=True)
+        self.save_config_callback = None  # what the sparse run has written stands
         self.instantiate_classes()  # model, data and callbacks once more, new, with the same arguments
-        ours = (Sparsifier, SparsityTable, Checkpoint)
+        ours = (Sparsifier, SparsityTable, Checkpoint, SaveConfigCallback)
         callbacks = [c for c in self.config_init[self.subcommand].trainer.callbacks or [] if not isinstance(c, ours)]
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        quiet = {"logger": DummyLogger(), "enable_checkpointing": False, "enable_model_summary": False}
         trainer = self.instantiate_trainer(callbacks=callbacks, **quiet)
         trainer.fit(self.model, datamodule=self.datamodule)
         dense = trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
@@ -143,6 +164,8 @@ def main(args: list[str] | None = None) -> None:
 
 def _our_refusal(error: BaseException | None) -> str | None:
     """What this package has refused, if that is what an error comes from."""
+    if isinstance(error, MisconfigurationException):
+        return " ".join(str(error).split())
     while error is not None:
         *_, (last, _) = traceback.walk_tb(error.__traceback__)
         if isinstance(error, ValueError | FileNotFoundError) and last.f_globals["__name__"].startswith("lightning_sparse."):

@@ -113,6 +113,45 @@ def test_a_mistake_is_one_sentence(arguments: list[str], remedy: str, capsys: py
     assert remedy in said[0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--beside_dense=true", "--seed_everything=false"], "beside_dense needs a seed"),
+        (
+            ["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=0.5"] * 2,
+            "MagnitudePruning is configured twice",
+        ),
+        (["--trainer.accelerator=gpu"], "lightning-sparse: "),
+        (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.structure=2:4"], "'network.1.weight'"),
+    ],
+)
+def test_refusals_are_one_sentence_too(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if arguments[0].endswith("gpu") and torch.cuda.is_available():
+        pytest.skip("there is one")
+    files = [f"--config={DIGITS}", f"--config={MLP}", "--model.network.hidden=[30]", "--data.batch_size=6"]
+    more = (
+        ["--model.network=lightning_sparse.models.ResNet", "--model.network.depth=8", "--trainer.max_epochs=1"]
+        if "2:4" in arguments[-1]
+        else []
+    )
+    with pytest.raises(SystemExit):
+        main(["fit", *(files[:2] if more else files), *SMALL, *more, *arguments])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("lightning-sparse: ")
+    assert (sentence if not more else "has 1; exclude it") in said
+
+
+def test_functions_and_plain_patterns_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    change = [
+        "--trainer.callbacks.schedule=lightning_sparse.functional.schedules.cosine",
+        "--trainer.callbacks.targets=!:last",
+    ]
+    config = printed(capsys, DIGITS, MLP, CONFIGS / "methods" / "magnitude.yaml", more=change)
+    made = config["trainer"]["callbacks"][-1]["init_args"]
+    assert made["schedule"].endswith("cosine")
+    assert made["targets"] == "!:last"
+
+
 def test_a_mistake_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("trainer:\n  callbacks+:\n  - class_path: RandomSparsity\n    init_args:\n      sparseness: 0.5\n")

@@ -38,6 +38,15 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: MagnitudePruning("0.9"), "sparsity='0.9' must be a number in [0, 1)"),
     (lambda: MagnitudePruning(0.5, every=1), "every=1 would be the whole run; write '1 epoch'"),
     (lambda: MagnitudePruning(0.5, start=1), "start=1 would be the whole run"),
+    (
+        lambda: MagnitudePruning(structure="2:4", layer_sparsity={"fc": 0}),
+        "fixes every layer's sparsity; leave layer_sparsity out",
+    ),
+    (lambda: MagnitudePruning(structure=124), "structure=124 is how YAML reads 2:4; write '2:4', in quotes"),
+    (lambda: MagnitudePruning(0.5, structure=None), "structure=None is unknown"),
+    (lambda: MagnitudePruning(0.5, schedule=None), "schedule=None is unknown"),
+    (lambda: MagnitudePruning(0.5, layer_sparsity=0.5), "layer_sparsity=0.5 must map layers to sparsities"),
+    (lambda: RandomSparsity(0.5, seed=1.5), "seed=1.5 must be a whole number"),
     (lambda: RandomSparsity(1.5), "sparsity=1.5 must be in [0, 1)"),
     (lambda: RandomSparsity(structure="2:4", allocation="erk"), "leave allocation='erk' out"),
 ]
@@ -71,6 +80,12 @@ class Normalised(Toy):
     def __init__(self) -> None:
         super().__init__()
         torch.nn.utils.parametrizations.weight_norm(self.net[6])
+
+
+class Embedded(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 4, sparse=True)
 
 
 class Diverged(Toy):
@@ -111,6 +126,9 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         "MagnitudePruning and RandomSparsity both own masks of 'net.8.weight'",
     ),
     (toy, lambda: [MagnitudePruning(0.5), ModelPruning("l1_unstructured")], {}, "cannot share a Trainer with ModelPruning"),
+    (toy, lambda: [MagnitudePruning(0.5, targets=[5])], {}, "targets: 5 is not a pattern"),
+    (toy, lambda: [MagnitudePruning(0.5, schedule=lambda p, a, b: float("nan"))], {}, "schedule gives nan at progress 0.0"),
+    (Embedded, lambda: [MagnitudePruning(0.5, targets=["type:Embedding"])], {}, "make the layer with sparse=False"),
     (toy, lambda: [MagnitudePruning(0.9999)], {}, "sparsity=0.9999 of 2,760 units leaves nothing"),
     (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
 ]

@@ -60,7 +60,7 @@ class Sparsifier(Memory, Callback, ABC):
     _length = Remembered[dict[str, Any]](lambda: RunLength(None, None)._asdict())
     _shapes = Remembered[dict[str, list[int]]](dict)
 
-    def __init__(self, *, targets: Sequence[str] = ("*",), name: str | None = None) -> None:
+    def __init__(self, *, targets: str | Sequence[str] = ("*",), name: str | None = None) -> None:
         self.targets = [targets] if isinstance(targets, str) else list(targets or ["*"])
         self.name = name
         self.chosen: list[Target] = []
@@ -108,6 +108,9 @@ class Sparsifier(Memory, Callback, ABC):
 
     def after_step(self, step: Step) -> None:
         """Right after the optimizer has moved."""
+
+    def after_unseen_step(self, step: Step) -> None:
+        """The optimizer has moved without `before_step`: a manual step past Lightning, with a closure."""
 
     def undo_step(self, step: Step) -> None:
         """The step that `before_step` prepared did not happen; leave no trace."""
@@ -179,7 +182,9 @@ class Sparsifier(Memory, Callback, ABC):
 
     def _check_saved(self, saved: Mapping[str, Any]) -> None:
         """A resumed run goes on as it was configured, or not at all."""
-        mine, theirs = self.config(), saved["config"]
+        mine = self.config()
+        defaults = {name: _plain(value) for name, value in _arguments(type(self)).items()}
+        theirs = {**{name: defaults[name] for name in mine}, **saved["config"]}  # of a version that knew fewer arguments
         drift = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if drift:
             changes = ", ".join(f"{key}={mine.get(key)!r} (checkpoint: {theirs.get(key)!r})" for key in drift)
@@ -292,17 +297,17 @@ def sparsifiers(trainer: pl.Trainer) -> list[Sparsifier]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Sparsifier)]  # type: ignore[attr-defined]
 
 
-def _arguments(cls: type) -> list[str]:
-    """Names of all arguments that a method is made with, those it hands on to its base included."""
-    names: dict[str, None] = {}
+def _arguments(cls: type) -> dict[str, Any]:
+    """All arguments that a method is made with, those it hands on to its base included, and their defaults."""
+    names: dict[str, Any] = {}
     for base in cls.__mro__:
         if "__init__" in vars(base):
             parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-            names.update({p.name: None for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)})
+            names.update({p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)})
             if not any(p.kind == p.VAR_KEYWORD for p in parameters):
                 break
     names.pop("self", None)
-    return list(names)
+    return names
 
 
 def _plain(value: Any) -> Any:

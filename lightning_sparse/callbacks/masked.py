@@ -78,5 +78,9 @@ class Masked(Sparsifier):
     def silence(self, step: Step) -> None:
         self.masks.apply_({name: weight.grad for name, weight in step.weights.items()})
 
+    def after_unseen_step(self, step: Step) -> None:
+        for name, weight in step.weights.items():
+            clear_moments(step.optimizer, weight, self.masks.dropped(name))
+
     def project(self, step: Step) -> None:
         self.masks.apply_(step.weights)

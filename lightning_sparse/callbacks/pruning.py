@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -46,19 +47,19 @@ class Pruning(Masked):
         start: float | str = 0.2,
         end: float | str = 0.8,
         every: float | str = 0.01,
-        schedule: str | Schedule = "cubic",
+        schedule: Schedule | str = "cubic",
         allocation: str = "global",
-        structure: str = "unstructured",
+        structure: str | int = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
-        targets: Sequence[str] = ("*",),
+        targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
         self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
         self.layer_sparsity = layer_sparsity
         self.start, self.end, self.every, self.schedule = start, end, every, schedule
-        if isinstance(schedule, str) and schedule not in SCHEDULES:
-            raise ValueError(f"schedule='{schedule}' is unknown; choose from {list(SCHEDULES)} or give a function.")
+        if schedule not in SCHEDULES if isinstance(schedule, str) else not callable(schedule):
+            raise ValueError(f"schedule={schedule!r} is unknown; choose from {list(SCHEDULES)} or give a function.")
         self.budget = Budget(sparsity, allocation, structure, layer_sparsity)
         self.window = Window(start, end, every)
 
@@ -67,6 +68,9 @@ class Pruning(Masked):
         """How much each entry matters; higher survives. Must be the same on all ranks."""
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
+        for progress in (0.0, 0.5, 1.0):
+            if not math.isfinite(value := self._scheduled(progress)):
+                raise ValueError(f"schedule gives {value} at progress {progress}; it must return a sparsity.")
         self.window.resolve(run)
         if self.window.end > until + 1e-9 and self._tick != FINAL:
             raise ValueError(
@@ -87,8 +91,14 @@ class Pruning(Masked):
 
     def planned_sparsity(self, position: Position) -> float:
         """What the schedule asks for at this position."""
+        progress = self.window.progress(position)
+        if progress >= 1:
+            return self.budget.sparsity
+        return min(max(self._scheduled(progress), 0.0), self.budget.sparsity)
+
+    def _scheduled(self, progress: float) -> float:
         schedule = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
-        return schedule(self.window.progress(position), 0.0, self.budget.sparsity)
+        return float(schedule(progress, 0.0, self.budget.sparsity))
 
     def prune_to(self, sparsity: float) -> None:
         """Remove the lowest scores until exactly this fraction is removed; entries removed before come first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import final
 
 import torch
@@ -44,17 +45,19 @@ class RandomSparsity(Masked):
         sparsity: float | None = None,
         *,
         allocation: str | None = None,
-        structure: str = "unstructured",
+        structure: str | int = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         rescale: bool = False,
         seed: int | None = None,
-        targets: Sequence[str] = ("*",),
+        targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
         self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
         self.layer_sparsity, self.rescale, self.seed = layer_sparsity, rescale, seed
-        default = "uniform" if ":" in structure else "erk"
+        if not isinstance(0 if seed is None else seed, Integral):
+            raise ValueError(f"seed={seed!r} must be a whole number.")
+        default = "uniform" if ":" in str(structure) else "erk"
         self.budget = Budget(sparsity, allocation or default, structure, layer_sparsity)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:

@@ -79,7 +79,7 @@ class Stations:
             if method._saved is not None:
                 method._check_saved(method._saved)
             begun = method._run(run)
-            method.check(begun, _share(run, begun))
+            method.check(begun, _share(run, begun, by_steps=self.trainer.max_steps != -1))
         for optimizer in self.trainer.optimizers:
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             self._owned[id(optimizer)] = {
@@ -133,10 +133,7 @@ class Stations:
 
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)
-        if not self._stepped:
-            self._stepped = True
-            for method in self.methods:
-                method.steps += 1
+        self._count()
         steps = list(self._steps(optimizer, self._gradient_scale(optimizer)))
         with torch.no_grad():
             for method, step in steps:
@@ -146,6 +143,13 @@ class Stations:
             for method, step in steps:
                 method.silence(step)
         self._pending[id(optimizer)] = [step for _, step in steps]
+
+    def _count(self) -> None:
+        """A batch that steps is one step, however many optimizers move in it."""
+        if not self._stepped:
+            self._stepped = True
+            for method in self.methods:
+                method.steps += 1
 
     def _direct_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """A step past Lightning (`use_pl_optimizer=False`): there is no closure, and nobody has announced it."""
@@ -165,13 +169,16 @@ class Stations:
             return  # a fused optimizer was called, but its kernel skipped the step
         prepared = self._pending.pop(id(optimizer), None)
         steps = list(self._steps(optimizer))
-        if prepared is not None:
-            for method, step in steps:
+        self._count()
+        for method, step in steps:
+            if prepared is not None:
                 method.after_step(step)
+            else:  # past Lightning and with a closure: nobody could see the gradients
+                method.after_unseen_step(step)
         for method, step in steps:
             method.project(step)
         if len(self.trainer.optimizers) == 1:
-            self._evolve()
+            self._evolve(under_way=1)
 
     def batch_end(self) -> None:
         for optimizer in self.trainer.optimizers:
@@ -196,9 +203,9 @@ class Stations:
                 for method, step in zip(self.methods, steps, strict=True):
                     method.undo_step(step)
 
-    def _evolve(self, epoch_start: bool = False) -> None:
+    def _evolve(self, epoch_start: bool = False, under_way: int = 0) -> None:
         for method in self.methods:
-            method.evolve(self.position(method, epoch_start))
+            method.evolve(self.position(method, epoch_start, under_way))
         self.check_ranks()
 
     # ---- where the run is --------------------------------------------------------------------------------------------
@@ -230,8 +237,14 @@ class Stations:
                 return callback.get_accumulate_grad_batches(epoch)
         return self.trainer.accumulate_grad_batches
 
-    def position(self, method: Sparsifier, epoch_start: bool = False) -> Position:
-        """Where the run is now: before an epoch's first batch, or after the step of the current batch."""
+    def position(self, method: Sparsifier, epoch_start: bool = False, under_way: int = 0) -> Position:
+        """Where the run is now: before an epoch's first batch, or after the step of the current batch.
+
+        Args:
+            method: whose run.
+            epoch_start: whether it is the moment before the first batch.
+            under_way: steps that are made but not yet counted by Lightning.
+        """
         trainer = self.trainer
         epoch, length = trainer.current_epoch, RunLength(**method._length)
         fraction = 0.0
@@ -240,7 +253,7 @@ class Stations:
             inside = 0.0 if epoch_start or batches == float("inf") else (self._batch_idx + 1) / batches
             fraction = (epoch + inside) / length.epochs
         if length.steps and trainer.max_steps != -1:
-            fraction = max(fraction, (trainer.global_step + (not epoch_start)) / length.steps)
+            fraction = max(fraction, (trainer.global_step + under_way) / length.steps)
         return Position(min(fraction, 1.0), epoch, method.steps, epoch_start)
 
     # ---- gradients and penalties -------------------------------------------------------------------------------------
@@ -339,10 +352,12 @@ class Stations:
                     )
 
 
-def _share(run: RunLength, begun: RunLength) -> float:
-    """How much of the run as it was begun is over when this fit ends."""
-    shares = [now / then for now, then in ((run.epochs, begun.epochs), (run.steps, begun.steps)) if now and then]
-    return min(1.0, *shares) if shares else 1.0
+def _share(run: RunLength, begun: RunLength, by_steps: bool) -> float:
+    """How much of the run as it was begun is over when this fit ends; counted as positions are."""
+    shares = [run.epochs / begun.epochs] if run.epochs and begun.epochs else []
+    if run.steps and begun.steps and (by_steps or not shares):
+        shares.append(run.steps / begun.steps)
+    return min(1.0, max(shares, default=1.0))
 
 
 def _refuse_shared_weights(methods: list[Sparsifier]) -> None:

@@ -33,7 +33,7 @@ class Budget:
         self,
         sparsity: float | None,
         allocation: str = "global",
-        structure: str = "unstructured",
+        structure: str | int = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
     ) -> None:
         self.structure = parse_structure(structure)
@@ -52,7 +52,14 @@ class Budget:
         self.allocation = "uniform" if implied is not None else allocation
         if implied is not None and allocation not in ("global", "uniform"):
             raise ValueError(f"structure='{structure}' fixes every layer's sparsity; leave allocation='{allocation}' out.")
+        if layer_sparsity is not None and not isinstance(layer_sparsity, Mapping):
+            raise ValueError(f"layer_sparsity={layer_sparsity!r} must map layers to sparsities, such as {{'*.fc': 0.0}}.")
         self.layer_sparsity = dict(layer_sparsity or {})
+        if implied is not None and self.layer_sparsity:
+            raise ValueError(
+                f"structure='{structure}' fixes every layer's sparsity; leave layer_sparsity out, and exclude layers that "
+                "shall stay dense with targets=['!<layer>']."
+            )
         for pattern, value in self.layer_sparsity.items():
             check_sparsity(f"layer_sparsity['{pattern}']", value)
 
@@ -160,7 +167,8 @@ class Budget:
             hits = [layer for layer, target in enumerate(targets) if matches_name(pattern, target.name)]
             if not hits:
                 names = ", ".join(target.name for target in targets[:8])
-                raise ValueError(f"layer_sparsity: '{pattern}' matches none of the chosen weights ({names}, ...).")
+                more = ", ..." if len(targets) > 8 else ""
+                raise ValueError(f"layer_sparsity: the glob '{pattern}' matches none of the chosen weights ({names}{more}).")
             fixed.update(dict.fromkeys(hits, 1 - value * way))
         return dict(sorted(fixed.items()))
 

@@ -109,12 +109,17 @@ class Channels(Structure):
         return expand_channels(kept, target.weight, target.output_dim)
 
 
-def parse_structure(text: str) -> Structure:
+def parse_structure(text: str | int) -> Structure:
     """`unstructured`, `channel`, or `n:m`.
 
     Raises:
         ValueError: if it is none of them.
     """
+    if not isinstance(text, str):
+        if isinstance(text, int) and text >= 60:
+            meant = f"{text // 60}:{text % 60}"
+            raise ValueError(f"structure={text} is how YAML reads {meant}; write '{meant}', in quotes.")
+        raise ValueError(f"structure={text!r} is unknown; write 'unstructured', 'channel' or 'n:m' such as '2:4'.")
     if text == "unstructured":
         return Unstructured()
     if text == "channel":

@@ -196,6 +196,8 @@ def _reason(parameter: _Parameter, patterns: list[str]) -> tuple[bool, str]:
 
 
 def _check_syntax(pattern: str) -> None:
+    if not isinstance(pattern, str):
+        raise ValueError(f"targets: {pattern!r} is not a pattern; write names such as 'encoder.*'.")
     bare = pattern.removeprefix("!")
     if bare.startswith("re:"):
         try:
@@ -226,7 +228,9 @@ def _check_patterns(patterns: list[str], parameters: list[_Parameter]) -> None:
 def _check_usable(chosen: list[_Parameter]) -> None:
     unshaped = [p.name for p in chosen if isinstance(p.weight, UninitializedParameter)]
     frozen = [p.name for p in chosen if not p.weight.requires_grad]
+    sparse = [p.name for p in chosen if getattr(p.layer, "sparse", False)]
     troubles = {
+        "with sparse gradients; make the layer with sparse=False": sparse,
         "without a shape yet; run one batch through the lazy layer": unshaped,
         "frozen (requires_grad=False); unfreeze": frozen,
     }

@@ -63,7 +63,7 @@ class Span:
         Raises:
             ValueError: if it is neither a fraction nor a number of epochs or steps.
         """
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(epoch|step|)s?\s*", str(span))
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+)\s*(epoch|step|)s?\s*", str(span))
         if match and match[2]:
             return cls(float(match[1]), f"{match[2]}s")
         if match and 0 <= float(match[1]) <= 1:

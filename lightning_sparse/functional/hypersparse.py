@@ -76,13 +76,14 @@ def hypersparse_scale(
     total = sum(weight.numel() for weight in weights)
     quantile = kth_smallest(weights, quantile_rank(sparsity, total), magnitudes=True).to(_wide(weights[0]))
     # If more weights are exactly zero than the quantile, the boundary is at zero: then nothing is pulled.
-    slope = torch.where(quantile > 0, alignment / quantile, 0.0)
+    largest = torch.finfo(quantile.dtype).max / 4  # twice it is still finite
+    slope = torch.where(quantile > 0, alignment / quantile, 0.0).clamp(max=largest)
     norm, saturation = torch.zeros_like(quantile), torch.zeros_like(quantile)
     for weight in weights:
         size = weight.detach().abs().to(quantile.dtype)
         norm += size.sum()
         saturation += size.mul_(slope).tanh_().sum()
-    pull = torch.where(saturation > 0, slope * norm / saturation, 0.0).clamp(max=max_pull)
+    pull = torch.where(saturation > 0, slope * norm / saturation, 0.0).clamp(max=min(max_pull, largest))
     return HyperSparseScale(quantile, slope, pull)
 
 
@@ -108,8 +109,8 @@ def hypersparse_gradient(weights: Sequence[Tensor], sparsity: float, scale: Hype
     for weight in weights:
         # sech^2(x) = 4 e / (1 + e)^2 with e = exp(-2x): no overflow, and no difference of nearly equal numbers.
         decay = weight.detach().abs().to(scale.slope.dtype).mul_(-2 * scale.slope).exp_()
-        sech = decay.mul(4 * scale.pull).div_(decay.add_(1).square_())
-        gradients.append(sech.mul_(weight.detach().sign()))
+        sech = decay.mul(4).div_(decay.add_(1).square_())
+        gradients.append(sech.mul_(scale.pull).mul_(weight.detach().sign()))
     return gradients
 
 
@@ -126,7 +127,7 @@ def hypersparse_loss(weights: Sequence[Tensor], sparsity: float) -> Tensor:
     """
     scale = hypersparse_scale(weights, sparsity)
     saturation = torch.stack([(scale.slope * weight.abs()).tanh().sum() for weight in weights]).sum()
-    return (scale.pull / scale.slope) * saturation
+    return torch.where(scale.slope > 0, scale.pull / scale.slope, 0.0) * saturation
 
 
 def _wide(weight: Tensor) -> torch.dtype:

@@ -67,6 +67,30 @@ def test_steps_past_lightning_are_silenced_too() -> None:
         assert not runner.optimizers[0].state[weight]["exp_avg"][method.masks.dropped(name)].any()
 
 
+def test_steps_past_lightning_with_a_closure() -> None:
+    class Closed(Toy):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = self.loss(batch)
+                self.manual_backward(loss)
+                return loss
+
+            optimizer.step(closure)
+
+    method, module = MagnitudePruning(0.9), Closed("adam")
+    runner = fit(module, method)
+    assert method.steps == 12
+    for name in method.masks:
+        weight = dict(module.named_parameters())[name]
+        assert not weight[method.masks.dropped(name)].any()
+        assert not runner.optimizers[0].state[weight]["exp_avg"][method.masks.dropped(name)].any()
+
+
 def test_a_number_of_steps_where_only_every_fourth_batch_steps() -> None:
     class Patient(Toy):
         automatic_optimization = False

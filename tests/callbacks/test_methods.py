@@ -49,6 +49,15 @@ def test_gradual_pruning_follows_the_schedule_exactly(schedule: Any) -> None:
     assert diary.kept == expected
 
 
+@pytest.mark.parametrize(
+    "shape", [lambda p, a, b: 0.5 * p, lambda p, a, b: b * (1 + p * (1 - p))], ids=["short", "overshooting"]
+)
+def test_whatever_a_schedule_does_the_end_is_the_target(shape: Any) -> None:
+    method = MagnitudePruning(0.9, schedule=shape)
+    fit(toy(), method)
+    assert method.masks.kept == method.masks.total - exact_count(0.9, method.masks.total)
+
+
 def test_what_is_removed_stays_removed() -> None:
     method = MagnitudePruning(0.9, allocation="erk")
     diary = Diary(method)

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse import MagnitudePruning, RandomSparsity
+from lightning_sparse.core import find_targets
 from tests.contract.test_contract import Manual, differences, state_of, zeros_hold
 from tests.toys import BATCHES, FeaturePenalty, L2Penalty, Toy, UnitNorm, fit, loader, method_of, toy, trainer
 
@@ -131,6 +132,27 @@ def test_a_run_that_became_too_short_for_its_schedule(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"ends its schedule at 80% of the run .* but training now ends at 30% of that"):
         fit(toy(), MagnitudePruning(0.9), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=3)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 16}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 3}])
+def test_another_batch_size_is_no_shorter_run(change: dict[str, Any], tmp_path: Path) -> None:
+    fit(toy(), MagnitudePruning(0.9), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1))
+    again = MagnitudePruning(0.9)
+    batch_size = change.pop("batch_size", 8)
+    fit(toy(), again, ckpt_path=tmp_path / "epoch=0.ckpt", batch_size=batch_size, **change)
+    assert again.masks.sparsity == pytest.approx(0.9, abs=1e-3)
+
+
+def test_a_checkpoint_of_a_version_with_fewer_arguments() -> None:
+    method = MagnitudePruning(0.9)
+    fit(toy(), method)
+    saved = method.state_dict()
+    del saved["config"]["structure"]
+    method.chosen = find_targets(toy())
+    method._check_saved(saved)
+    del saved["config"]["sparsity"]
+    with pytest.raises(ValueError, match=r"sparsity=0.9 \(checkpoint: None\)"):
+        method._check_saved(saved)
 
 
 @pytest.mark.filterwarnings("ignore:.*begins in the middle")

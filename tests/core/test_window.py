@@ -25,6 +25,7 @@ def before_epoch(epoch: int) -> Position:
         ("1 epoch", 0.1),
         ("250 steps", 0.25),
         ("2.5 epochs", 0.25),
+        (1e-5, 1e-5),
     ],
 )
 def test_spans(text: float | str, fraction: float) -> None:

@@ -134,6 +134,13 @@ def test_golden_counts(total: int, kept: list[int]) -> None:
     assert [total - quantile_rank(sparsity, total) - 1 for sparsity in sparsities] == kept
 
 
+def test_at_the_edge_of_the_numbers() -> None:
+    assert float(hypersparse_loss([torch.tensor([0.0, 0.0, 0.0, 1.0])], 0.5)) == 0
+    [gradient] = hypersparse_gradient([torch.tensor([0.0, 1e-40, 1.0, 2.0])], 0.25)
+    assert gradient.isfinite().all()
+    assert gradient[0] == 0
+
+
 @pytest.mark.parametrize("zeros", [900, 950, 1000])
 def test_more_zeros_than_the_quantile(zeros: int) -> None:
     weights = sample(1000)
