@@ -57,6 +57,8 @@ class Sparsifier(Memory, Callback, ABC):
 
     steps = Remembered(int)
     """Batches so far that ended in an optimizer step."""
+    goal = Remembered[dict[str, Any]](lambda: {"total": None, "layers": {}})
+    """How many weights a method promises to keep, in all and per layer; None and missing where it promises nothing."""
     _length = Remembered[dict[str, Any]](lambda: RunLength(None, None)._asdict())
     _shapes = Remembered[dict[str, list[int]]](dict)
 

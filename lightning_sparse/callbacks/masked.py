@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -25,9 +24,6 @@ class Masked(Sparsifier):
     """
 
     masks = Remembered(MaskSet)
-
-    goal = Remembered[dict[str, Any]](lambda: {"total": None, "layers": {}})
-    """How many weights remain in the end, in all and per layer; None where only the scores can tell."""
 
     @abstractmethod
     def target_counts(self) -> tuple[int | None, dict[str, int]]:
