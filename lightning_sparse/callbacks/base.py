@@ -5,7 +5,8 @@
     for each epoch
         on_train_epoch_start       evolve             TOPOLOGY by epoch: scores -> masks
         for each batch
-            training_step          feature_penalty    + penalty(features)             in the graph
+            training_step          watch              what it returned
+                                   feature_penalty    + penalty(features)             in the graph
             backward
             on_before_optimizer_step
                                    weight_penalty     grad += d penalty / d weight    closed form, no graph
@@ -16,6 +17,8 @@
                                    project            PROJECTION: weight <- project(weight)
                                    evolve             TOPOLOGY by step: new masks, and weights brought in line
             (a step that did not happen: undo_step instead)
+            on_train_batch_end     batch_end          learning rate schedulers have moved too
+                                   headline, numbers  shown and logged, once per epoch
         validation, checkpoints    see exactly the weights that the next forward pass will see
     on_train_end                   conclude
     on_fit_end / exception         release            hooks removed; nothing left behind
@@ -89,9 +92,17 @@ class Sparsifier(Memory, Callback, ABC):
     def evolve(self, position: Position) -> None:
         """Topology: called at the start of every epoch and right after every step."""
 
+    def watch(self, output: Any, batch: Any) -> None:
+        """What `training_step` returned for a batch, before any penalty is added; keep no graph alive."""
+
     def feature_penalty(self) -> Tensor | None:
         """A differentiable term for this batch, from features that the method's own hooks have seen."""
         return None
+
+    @property
+    def watches(self) -> bool:
+        """Whether `watch` is implemented."""
+        return type(self).watch is not Sparsifier.watch
 
     @property
     def penalises_features(self) -> bool:
@@ -119,6 +130,17 @@ class Sparsifier(Memory, Callback, ABC):
 
     def project(self, step: Step) -> None:
         """Put the weights back where they belong."""
+
+    def batch_end(self) -> None:
+        """The batch is over; learning rate schedulers that move by steps have moved."""
+
+    def headline(self) -> Mapping[str, float]:
+        """What the progress bar shows besides the sparsity: a phase, a round. Asked once per epoch."""
+        return {}
+
+    def numbers(self) -> Mapping[str, float | Tensor]:
+        """What the logger shows of this method, under its label. Asked once per epoch."""
+        return {}
 
     def conclude(self) -> None:
         """Training has ended, hooks are still in place."""

@@ -187,6 +187,16 @@ class Stations:
         if len(self.trainer.optimizers) > 1 and self._stepped:
             with torch.no_grad():
                 self._evolve()
+        for method in self.methods:
+            method.batch_end()
+        self._log()
+
+    def _log(self) -> None:
+        if self._batch_idx == 0:
+            for method in self.methods:
+                self.module.log_dict(dict(method.headline()), prog_bar=True, logger=False, batch_size=1)
+                numbers = {f"{method.label}/{key}": value for key, value in method.numbers().items()}
+                self.module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1)
         masks = [masks for method in self.methods if (masks := method.mask_set) is not None]
         kept = sum(mask.kept for mask in masks)
         # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
@@ -291,14 +301,16 @@ class Stations:
 
     def _wrap_training_step(self) -> None:
         """Add feature penalties to the loss where it is made, so that accumulation, scaling and DDP see one loss."""
-        if not any(method.penalises_features for method in self.methods):
-            return
-        if not self.module.automatic_optimization:
+        watchers = [method for method in self.methods if method.watches]
+        penalised = any(method.penalises_features for method in self.methods)
+        if penalised and not self.module.automatic_optimization:
+            penalised = False
             if not hasattr(self.module, "sparsity_penalty"):
                 rank_zero_warn(
                     f"{type(self.module).__name__} optimises manually, so no callback can reach its loss; add "
                     "self.sparsity_penalty() to it (lightning_sparse.SparsityMixin)."
                 )
+        if not watchers and not penalised:
             return
         original = self.module.training_step
         self._training_step = ("training_step" in vars(self.module), original)
@@ -306,7 +318,9 @@ class Stations:
         @functools.wraps(original)  # Lightning asks for the signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
             output: Any = original(*args, **kwargs)
-            penalty = None if output is None or self.handed_over else self.penalty()
+            for method in watchers:
+                method.watch(output, args[0] if args else kwargs["batch"])
+            penalty = self.penalty() if penalised and output is not None and not self.handed_over else None
             if penalty is None:
                 return output
             if isinstance(output, Mapping):
