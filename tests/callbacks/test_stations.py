@@ -529,7 +529,7 @@ class Noting(Sparsifier):
 
     def watch(self, output: Any, batch: Any) -> None:
         assert len(batch) == 2
-        self.losses.append(float(output["loss"] if isinstance(output, dict) else output))
+        self.losses.append(output["loss"].item())
 
     def batch_end(self) -> None:
         self.rates.append(self.stations.trainer.optimizers[0].param_groups[0]["lr"])
@@ -552,7 +552,9 @@ class Scheduled(Dictionary):
 def test_methods_may_look(with_penalty: bool) -> None:
     class Kept(Scheduled):
         def loss(self, batch: Any) -> Tensor:
-            kept.append(float(loss := super().loss(batch)))
+            loss = super().loss(batch)
+            if torch.is_grad_enabled():
+                kept.append(loss.item())
             return loss
 
         def on_train_batch_end(self, *args: Any) -> None:
@@ -562,7 +564,7 @@ def test_methods_may_look(with_penalty: bool) -> None:
     bars: list[dict[str, float]] = []
     method = Noting()
     runner = trainer(method, *[FeaturePenalty(0.5)] * with_penalty, max_epochs=2)
-    runner.fit(Kept(), loader())
+    runner.fit(Kept(), loader(), loader(1))
     assert method.losses == kept  # of the loss alone
     assert method.rates == [0.5 * 0.5 ** (step + 1) for step in range(2 * BATCHES)]
     assert [bar["round"] for bar in bars] == [1.0] * BATCHES + [2.0] * BATCHES
