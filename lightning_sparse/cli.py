@@ -46,7 +46,7 @@ def explain(message: str) -> str:
 
     Example:
         >>> explain("Option 'sparsitty' is not accepted")
-        "'sparsitty' is not an option; did you mean 'sparsity' of MagnitudePruning or RandomSparsity?"
+        "'sparsitty' is not an option; did you mean 'sparsity'?"
     """
     key = re.search(r'[Pp]arser key "([^"]+)"', message)
     where = f" in {key[1]}" if key else ""
@@ -65,7 +65,7 @@ def explain(message: str) -> str:
 
 
 def _nearest_option(name: str) -> str:
-    """Which option was meant, and whose it is."""
+    """Which option was meant, and whose it is if that is a short list."""
     path, _, name = name.rpartition(".")
     owners: dict[str, list[str]] = {}
     for cls in [pl.Trainer] if path == "trainer" else _known_classes():
@@ -74,7 +74,8 @@ def _nearest_option(name: str) -> str:
     near = difflib.get_close_matches(name, owners, n=1, cutoff=0.5)
     if not near:
         return "see --help and --print_config for what is known."
-    return f"did you mean '{near[0]}' of {' or '.join(owners[near[0]][:3])}?"
+    whose = f" of {' or '.join(owners[near[0]])}" if len(owners[near[0]]) < 3 else ""
+    return f"did you mean '{near[0]}'{whose}?"
 
 
 def _known_classes() -> list[type]:

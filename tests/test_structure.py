@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"models"},
     "data": {"data"},
 }
-BASES = {"base", "masked", "pruning", "quiet", "stations", "rng", "__init__"}
+BASES = {"base", "masked", "pruning", "quiet", "rng", "scoring", "stations", "__init__"}
 METHODS = [cls for name in lightning_sparse.__all__ if issubclass(cls := getattr(lightning_sparse, name), Sparsifier)]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

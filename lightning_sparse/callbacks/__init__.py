@@ -1,6 +1,7 @@
 """When: one callback per method, on the stations of `base`."""
 
 from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.callbacks.hypersparse import HyperSparse
 from lightning_sparse.callbacks.magnitude import MagnitudePruning
 from lightning_sparse.callbacks.masked import Masked
 from lightning_sparse.callbacks.mixin import SparsityMixin
@@ -8,4 +9,4 @@ from lightning_sparse.callbacks.pruning import Pruning
 from lightning_sparse.callbacks.random_sparsity import RandomSparsity
 from lightning_sparse.callbacks.stations import Step
 
-__all__ = ["MagnitudePruning", "Masked", "Pruning", "RandomSparsity", "Sparsifier", "SparsityMixin", "Step"]
+__all__ = ["HyperSparse", "MagnitudePruning", "Masked", "Pruning", "RandomSparsity", "Sparsifier", "SparsityMixin", "Step"]

@@ -1,6 +1,7 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
 from lightning_sparse.core.budget import Budget
+from lightning_sparse.core.catch_up import Attempt, CatchUp
 from lightning_sparse.core.masks import MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
@@ -12,8 +13,10 @@ from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Windo
 __all__ = [
     "FINAL",
     "HEADER",
+    "Attempt",
     "Budget",
     "Candidate",
+    "CatchUp",
     "Channels",
     "LayerRow",
     "MaskSet",

@@ -67,7 +67,7 @@ class MaskSet:
     def apply_(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Set dropped entries of the given tensors to zero, in place; names without a mask pass through."""
         for name, tensor in tensors.items():
-            if tensor is not None and name in self._bits:
+            if tensor is not None and name in self._bits and self._kept[name] < tensor.numel():
                 apply_bits_(tensor, self._bits[name])
 
     def numel(self, name: str) -> int:

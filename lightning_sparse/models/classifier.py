@@ -60,14 +60,14 @@ class Classifier(pl.LightningModule):
         out: Tensor = self.network(x)
         return out
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         x, y = batch
         logits = self(x)
         loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-        self.train_accuracy(logits, y)
+        accuracy = self.train_accuracy(logits, y)
         self.log("train/loss", loss, batch_size=len(y))
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(y))
-        return loss
+        return {"loss": loss, "accuracy": accuracy}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_accuracy)
