@@ -1,0 +1,216 @@
+"""Accuracy against sparsity: the same recipe, data order and number of epochs for every method.
+
+    python -m benchmarks.accuracy hypersparse --data DIR           run what is not in results/accuracy_hypersparse.json yet
+    python -m benchmarks.accuracy hypersparse --data DIR --part 1/2    one of two processes that share the work
+    python -m benchmarks.accuracy hypersparse --table              print the table of what is there
+
+Every run is one line of the result: method, sparsity, seed, test accuracy after the last epoch (none is chosen by looking
+at the test set), kept weights counted as non-zeros. A suite that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from benchmarks.record import RESULTS, machine
+from lightning_sparse import HyperSparse, MagnitudePruning, RandomSparsity
+from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.core import find_targets
+from lightning_sparse.data import CIFAR10, Digits, FashionMNIST, ImageData
+from lightning_sparse.models import Classifier, LeNet5, LeNet300, ResNet
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a network is trained; cosine from `lr` to zero unless a method sets its own rates."""
+
+    data: type[ImageData]
+    network: Callable[[int, int, int], nn.Module]
+    epochs: int
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+
+
+SETTINGS = {
+    "digits": Setting(Digits, LeNet300, 12, 64, 0.05),
+    "lenet300-fashion": Setting(FashionMNIST, LeNet300, 30, 128, 0.05),
+    "lenet5-fashion": Setting(FashionMNIST, LeNet5, 30, 128, 0.05),
+    "resnet8-fashion": Setting(FashionMNIST, lambda *shape: ResNet(*shape, depth=8), 30),
+    "resnet20-cifar10": Setting(CIFAR10, ResNet, 40),
+}
+
+METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
+    "dense": lambda s: [],
+    "random": lambda s: [RandomSparsity(s)],
+    "one-shot + fine-tuning": lambda s: [MagnitudePruning(s, start=0.5, end=0.5)],
+    "gradual": lambda s: [MagnitudePruning(s)],
+    "L1-ART": lambda s: [HyperSparse(s, penalty="l1")],
+    "HyperSparse": lambda s: [HyperSparse(s)],
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is compared."""
+
+    setting: str
+    methods: Sequence[str]
+    sparsities: Sequence[float]
+    seeds: Sequence[int] = (0, 1, 2)
+
+
+SUITES = {
+    "hypersparse": Suite(
+        "lenet300-fashion",
+        ("dense", "one-shot + fine-tuning", "gradual", "L1-ART", "HyperSparse"),
+        (0.9, 0.98, 0.995),
+    ),
+}
+
+
+def runs(suite: Suite) -> list[tuple[int, str, float]]:
+    """Seed, method and sparsity of every run; whole seeds first."""
+    return [
+        (seed, method, sparsity)
+        for seed in suite.seeds
+        for method in suite.methods
+        for sparsity in ((0.0,) if method == "dense" else suite.sparsities)
+    ]
+
+
+def train(setting: Setting, method: str, sparsity: float, seed: int, root: str, epochs: int | None = None) -> dict[str, Any]:
+    """One run; its numbers."""
+    L.seed_everything(seed, verbose=False)
+    data = setting.data(root=root, batch_size=setting.batch_size, seed=seed)
+    module = Classifier(
+        setting.network,
+        data.num_classes,
+        data.in_channels,
+        data.image_size,
+        lambda p: torch.optim.SGD(p, lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay),
+    )
+    callbacks = METHODS[method](sparsity)
+    trainer = L.Trainer(
+        max_epochs=epochs or setting.epochs,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+    start = perf_counter()
+    trainer.fit(module, data)
+    seconds = perf_counter() - start
+    scores = trainer.validate(module, data, verbose=False) + trainer.test(module, data, verbose=False)
+    weights = [target.weight for target in find_targets(module)]
+    numbers = {
+        "test": scores[1]["test/accuracy"],
+        "val": scores[0]["val/accuracy"],
+        "test_loss": scores[1]["test/loss"],
+        "kept": sum(int(weight.count_nonzero()) for weight in weights),
+        "total": sum(weight.numel() for weight in weights),
+        "epochs": trainer.current_epoch,
+        "seconds": round(seconds, 1),
+    }
+    for callback in callbacks:
+        if isinstance(callback, Sparsifier):
+            numbers |= {key: value for key in ("stop_reason", "history") if (value := getattr(callback, key, None))}
+    return numbers
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What an earlier call has left."""
+    return json.loads(path.read_text()) if path.exists() else {"runs": []}
+
+
+def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Path) -> None:
+    """Do what is missing in this part, and write after every run."""
+    suite = SUITES[name]
+    setting = SETTINGS[suite.setting]
+    path = out / (f"accuracy_{name}.json" if part[1] == 1 else f"accuracy_{name}.{part[0]}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for index, (seed, method, sparsity) in enumerate(runs(suite)):
+        done = {(r["seed"], r["method"], r["sparsity"]) for r in collect(name, out)["runs"]}
+        if index % part[1] != part[0] - 1 or (seed, method, sparsity) in done:
+            continue
+        numbers = train(setting, method, sparsity, seed, root, epochs)
+        result = load(path)
+        how = {"setting": suite.setting, **{k: v for k, v in asdict(setting).items() if k not in ("data", "network")}}
+        result |= {"command": f"python -m benchmarks.accuracy {name} --data DIR", "machine": machine(), "recipe": how}
+        result["runs"].append({"seed": seed, "method": method, "sparsity": sparsity, **numbers})
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{method:28s} {sparsity:6} seed {seed}  test {numbers['test']:.4f}  {numbers['seconds']:7.1f} s", flush=True)
+
+
+def collect(name: str, out: Path) -> dict[str, Any]:
+    """The result with all its parts."""
+    whole: dict[str, Any] = {"runs": []}
+    for path in [out / f"accuracy_{name}.json", *sorted(out.glob(f"accuracy_{name}.*.json"))]:
+        result = load(path)
+        whole = {**whole, **result, "runs": whole["runs"] + result["runs"]}
+    return whole
+
+
+def merge(name: str, out: Path) -> None:
+    """Put the parts into one file, in the order of the suite."""
+    whole, order = collect(name, out), runs(SUITES[name])
+    whole["runs"].sort(key=lambda r: order.index((r["seed"], r["method"], r["sparsity"])))
+    (out / f"accuracy_{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    for path in out.glob(f"accuracy_{name}.*.json"):
+        path.unlink()
+
+
+def table(name: str, out: Path = RESULTS) -> str:
+    """Mean and standard deviation over seeds, as a Markdown table."""
+    suite, found = SUITES[name], collect(name, out)["runs"]
+    lines = ["| test accuracy, % | " + " | ".join(f"{100 * s:g} %" for s in suite.sparsities) + " |"]
+    lines.append("| --- |" + " --- |" * len(suite.sparsities))
+    for method in suite.methods:
+        cells = []
+        for sparsity in (0.0,) if method == "dense" else suite.sparsities:
+            values = [100 * r["test"] for r in found if (r["method"], r["sparsity"]) == (method, sparsity)]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f} ({len(values)})" if values else "")
+        lines.append(f"| {method} | " + " | ".join(cells + [""] * (len(suite.sparsities) - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--data", default="data", help="folder of the data, in torchvision's layout")
+    parser.add_argument("--part", default="1/1", help="k/n: the k-th of n processes")
+    parser.add_argument("--epochs", type=int, help="instead of the setting's, to see that it runs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--merge", action="store_true", help="put the parts into one file")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    options = parser.parse_args()
+    if options.merge:
+        merge(options.suite, options.out)
+    elif not options.table:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        torch.set_float32_matmul_precision("high")
+        warnings.filterwarnings("ignore", ".*does not have many workers|.*tensorboard")
+        part, parts = map(int, options.part.split("/"))
+        run(options.suite, options.data, (part, parts), options.epochs, options.out)
+    print(table(options.suite, options.out))
+
+
+if __name__ == "__main__":
+    main()
