@@ -51,6 +51,14 @@ def test_overlays_append_callbacks(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == ["MagnitudePruning", "RandomSparsity"]
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed(capsys, path)
+    assert len(config["trainer"]["callbacks"]) >= 2
+    assert config["model"]["class_path"]
+    assert config["data"]["class_path"]
+
+
 def test_values_can_be_changed_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     change = ["--trainer.callbacks.init_args.sparsity=0.7"]
     config = printed(capsys, DIGITS, MLP, CONFIGS / "methods" / "magnitude.yaml", more=change)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from lightning_sparse import MagnitudePruning, RandomSparsity
+from lightning_sparse import HyperSparse, MagnitudePruning, RandomSparsity
 from lightning_sparse.core import find_targets
 from tests import toys
 from tests.toys import Toy, fit, toy, trainer
@@ -49,6 +49,20 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: RandomSparsity(0.5, seed=1.5), "seed=1.5 must be a whole number"),
     (lambda: RandomSparsity(1.5), "sparsity=1.5 must be in [0, 1)"),
     (lambda: RandomSparsity(structure="2:4", allocation="erk"), "leave allocation='erk' out"),
+    (lambda: HyperSparse(0), "sparsity=0 would regularise for nothing; leave the callback out"),
+    (lambda: HyperSparse(1.0), "sparsity=1.0 must be in [0, 1)"),
+    (lambda: HyperSparse("0.9"), "sparsity='0.9' must be a number in [0, 1)"),
+    (lambda: HyperSparse(0.9, strength=0), "strength=0 must be a positive number"),
+    (lambda: HyperSparse(0.9, growth="fast"), "growth='fast' must be a positive number"),
+    (lambda: HyperSparse(0.9, max_pull=float("nan")), "max_pull=nan must be a positive number"),
+    (lambda: HyperSparse(0.9, penalty="l0"), "penalty='l0' is unknown; choose from ['hypersparse', 'l1', 'l2']"),
+    (lambda: HyperSparse(0.9, penalty="l2"), "penalty='l2' has no published strength; give one"),
+    (lambda: HyperSparse(0.9, learning_rate="linear"), "learning_rate='linear' is unknown; choose from ['step'"),
+    (lambda: HyperSparse(0.9, radius=1.5), "radius=1.5 must be a whole number, 0 or more"),
+    (lambda: HyperSparse(0.9, pretrain="500 steps"), "pretrain='500 steps' must be whole epochs"),
+    (lambda: HyperSparse(0.9, regularize="1.5 epochs"), "regularize='1.5 epochs' must be whole epochs"),
+    (lambda: HyperSparse(0.9, regularize=0), "regularize=0 leaves the phase out"),
+    (lambda: HyperSparse(0.9, finetune=0.5), "finetune=0.5 must be a number of epochs, such as '160 epochs'"),
 ]
 
 
@@ -130,6 +144,15 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [MagnitudePruning(0.5, schedule=lambda p, a, b: float("nan"))], {}, "schedule gives nan at progress 0.0"),
     (Embedded, lambda: [MagnitudePruning(0.5, targets=["type:Embedding"])], {}, "make the layer with sparse=False"),
     (toy, lambda: [MagnitudePruning(0.9999)], {}, "sparsity=0.9999 of 2,760 units leaves nothing"),
+    (toy, lambda: [HyperSparse(0.9)], {"max_epochs": 2}, "HyperSparse needs 3 epochs (pretrain 1, regularize 1, finetune"),
+    (
+        toy,
+        lambda: [HyperSparse(0.9, finetune="9 epochs")],
+        {"max_epochs": 10},
+        "(pretrain 2, regularize 4, finetune 9), but training ends after 10; raise max_epochs, shorten the phases, or set",
+    ),
+    (toy, lambda: [HyperSparse(0.9)], {"max_epochs": -1}, "pretrain=0.2 is a fraction of a run without a length"),
+    (toy, lambda: [HyperSparse(0.9999)], {}, "sparsity=0.9999 of 2,760 weights leaves nothing"),
     (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
 ]
 

@@ -18,7 +18,7 @@
                                    evolve             TOPOLOGY by step: new masks, and weights brought in line
             (a step that did not happen: undo_step instead)
             on_train_batch_end     batch_end          learning rate schedulers have moved too
-                                   headline, numbers  shown and logged, once per epoch
+                                   numbers            logged, once per epoch (and headline: on the progress bar)
         validation, checkpoints    see exactly the weights that the next forward pass will see
     on_train_end                   conclude
     on_fit_end / exception         release            hooks removed; nothing left behind
@@ -134,8 +134,8 @@ class Sparsifier(Memory, Callback, ABC):
     def batch_end(self) -> None:
         """The batch is over; learning rate schedulers that move by steps have moved."""
 
-    def headline(self) -> Mapping[str, float]:
-        """What the progress bar shows besides the sparsity: a phase, a round. Asked once per epoch."""
+    def headline(self) -> Mapping[str, float | str]:
+        """What the progress bar shows besides the sparsity: a phase, a round. Asked whenever the bar is drawn."""
         return {}
 
     def numbers(self) -> Mapping[str, float | Tensor]:

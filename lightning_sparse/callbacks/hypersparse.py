@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from lightning_sparse.callbacks.masked import Masked
 from lightning_sparse.callbacks.quiet import quietly, refuse_unrepeatable_data, training_outputs
 from lightning_sparse.callbacks.scoring import Score
 from lightning_sparse.callbacks.stations import Step
-from lightning_sparse.core import Attempt, CatchUp, MaskSet, Position, Remembered, RunLength, Span
+from lightning_sparse.core import Attempt, CatchUp, MaskSet, Position, Remembered, RunLength, Span, check_sparsity
 from lightning_sparse.functional import (
     HYPERSPARSE_ALIGNMENT,
     hypersparse_gradient,
@@ -121,12 +122,13 @@ class HyperSparse(Masked):
         self.sparsity, self.strength, self.growth, self.penalty = sparsity, strength, growth, penalty
         self.pretrain, self.regularize, self.finetune, self.radius = pretrain, regularize, finetune, radius
         self.score, self.learning_rate, self.max_pull, self.alignment = score, learning_rate, max_pull, alignment
-        if not 0 < sparsity < 1:
-            raise ValueError(f"sparsity={sparsity} must lie between 0 and 1, both excluded; 0.9 removes nine of ten.")
+        check_sparsity("sparsity", sparsity)
+        if sparsity == 0:
+            raise ValueError("sparsity=0 would regularise for nothing; leave the callback out to train densely.")
         for argument in ("strength", "growth", "max_pull", "alignment"):
             value = getattr(self, argument)
-            if value is not None and not value > 0:
-                raise ValueError(f"{argument}={value} must be positive.")
+            if value is not None and not (isinstance(value, Real) and float(value) > 0):
+                raise ValueError(f"{argument}={value!r} must be a positive number.")
         if penalty not in PENALTIES:
             raise ValueError(f"penalty='{penalty}' is unknown; choose from {list(PENALTIES)}.")
         if learning_rate is not None and learning_rate not in LEARNING_RATES:
@@ -157,8 +159,9 @@ class HyperSparse(Masked):
                 f"sparsity={self.sparsity} of {total:,} weights leaves nothing; lower it or choose more layers."
             )
         plan = self._make_plan(run)
-        if run.epochs is not None and self.phase != "finetune":
-            end = int(run.epochs * until + 1e-9)
+        saved = self._saved["memory"] if self._saved else {"phase": self.phase} if self._continues() else {}
+        if run.epochs is not None and saved.get("phase") != "finetune":
+            end = math.ceil(run.epochs * until - 1e-9)
             needed = plan["pretrain"] + plan["regularize"] + (plan["finetune"] or 1)
             if needed > end:
                 phases = ", ".join(f"{name} {plan[name] or 'at least 1'}" for name in PHASES if plan[name] != 0)
@@ -351,9 +354,8 @@ class HyperSparse(Masked):
 
     # ---- what can be seen --------------------------------------------------------------------------------------------
 
-    def headline(self) -> Mapping[str, float]:
-        start = self._first_epoch if self.phase == "pretrain" else self._phase_start
-        return {self.phase: float(self.stations.trainer.current_epoch - start + 1)}
+    def headline(self) -> Mapping[str, float | str]:
+        return {"phase": f"{self.phase} {self.stations.trainer.current_epoch - self._phase_start + 1}"}
 
     def numbers(self) -> Mapping[str, float | Tensor]:
         shown: dict[str, float | Tensor] = {"phase": float(PHASES.index(self.phase))}

@@ -68,6 +68,7 @@ class Stations:
         self._epoch = -1
         self._logged = -1
         self._training_step: tuple[bool, Any] | None = None
+        self._bar: Any = None
 
     # ---- opening and closing -----------------------------------------------------------------------------------------
 
@@ -93,6 +94,7 @@ class Stations:
             self._handles.append(optimizer.register_step_pre_hook(self._direct_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._wrap_training_step()
+        self._wrap_progress_bar()
         self.check_ranks()
 
     def close(self) -> None:
@@ -110,6 +112,9 @@ class Stations:
             else:
                 del self.module.training_step
             self._training_step = None
+        if self._bar is not None:
+            del self._bar.get_metrics
+            self._bar = None
         for method in self.methods:
             method.release()
 
@@ -194,7 +199,6 @@ class Stations:
     def _log(self) -> None:
         if self._batch_idx == 0:
             for method in self.methods:
-                self.module.log_dict(dict(method.headline()), prog_bar=True, logger=False, batch_size=1)
                 numbers = {f"{method.label}/{key}": value for key, value in method.numbers().items()}
                 self.module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1)
         masks = [masks for method in self.methods if (masks := method.mask_set) is not None]
@@ -328,6 +332,20 @@ class Stations:
             return output + penalty
 
         self.module.training_step = training_step  # type: ignore[method-assign]
+
+    def _wrap_progress_bar(self) -> None:
+        """Show words: what is logged can only be a number, and stays on the bar when its name is no longer used."""
+        self._bar = self.trainer.progress_bar_callback
+        if self._bar is None or "get_metrics" in vars(self._bar):
+            self._bar = None
+            return
+        original = self._bar.get_metrics
+
+        def get_metrics(*args: Any) -> dict[str, Any]:
+            words = {key: value for method in self.methods for key, value in method.headline().items()}
+            return {**original(*args), **words}
+
+        self._bar.get_metrics = get_metrics
 
     # ---- copies of the model -----------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
-from lightning_sparse.core.budget import Budget
+from lightning_sparse.core.budget import Budget, check_sparsity
 from lightning_sparse.core.catch_up import Attempt, CatchUp
 from lightning_sparse.core.masks import MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
@@ -30,6 +30,7 @@ __all__ = [
     "Target",
     "Unstructured",
     "Window",
+    "check_sparsity",
     "clear_moments",
     "describe",
     "find_targets",

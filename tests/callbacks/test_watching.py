@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from lightning_sparse.callbacks import Sparsifier
@@ -32,8 +33,8 @@ class Noting(Sparsifier):
     def batch_end(self) -> None:
         self.rates.append(self.stations.trainer.optimizers[0].param_groups[0]["lr"])
 
-    def headline(self) -> dict[str, float]:
-        return {"round": 1.0 + self.stations.trainer.current_epoch}
+    def headline(self) -> dict[str, str]:
+        return {"round": f"{1 + self.stations.trainer.current_epoch} of 2"}
 
     def numbers(self) -> dict[str, float]:
         return {"batches": float(len(self.rates))}
@@ -56,16 +57,18 @@ def test_methods_may_look(with_penalty: bool) -> None:
             return loss
 
         def on_train_batch_end(self, *args: Any) -> None:
-            bars.append(dict(self.trainer.progress_bar_metrics))
+            bars.append(self.trainer.progress_bar_callback.get_metrics(self.trainer, self))
 
     kept: list[float] = []
-    bars: list[dict[str, float]] = []
+    bars: list[dict[str, Any]] = []
     method = Noting()
-    runner = trainer(method, *[FeaturePenalty(0.5)] * with_penalty, max_epochs=2)
+    bar = TQDMProgressBar()
+    runner = trainer(method, *[FeaturePenalty(0.5)] * with_penalty, bar, max_epochs=2, enable_progress_bar=True)
     runner.fit(Kept(), loader(), loader(1))
     assert method.losses == kept  # of the loss alone
     assert method.rates == [0.5 * 0.5 ** (step + 1) for step in range(2 * BATCHES)]
-    assert [bar["round"] for bar in bars] == [1.0] * BATCHES + [2.0] * BATCHES
+    assert [shown["round"] for shown in bars] == ["1 of 2"] * BATCHES + ["2 of 2"] * BATCHES
+    assert "get_metrics" not in vars(bar)
     assert runner.callback_metrics["Noting/batches"] == BATCHES + 1
     assert "round" not in runner.logged_metrics
 
