@@ -320,9 +320,6 @@ class HyperSparse(Masked):
         for name, weight in step.weights.items():
             yield name, gradient(weight.detach()).mul_(strength)
 
-    def before_step(self, step: Step) -> None:
-        self._set_rates(step.optimizer)
-
     def batch_end(self) -> None:
         for optimizer in self.stations.trainer.optimizers:
             self._set_rates(optimizer)  # schedulers have just set theirs, and observers look before the next step

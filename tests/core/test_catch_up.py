@@ -43,7 +43,7 @@ def test_it_stops_fresh_with_the_attempt_of_the_epoch_before() -> None:
 
 
 def test_equal_is_not_caught_up() -> None:
-    assert trace(CatchUp(), [90, 90, 90], [90, 90, 90])[-1][0] is None
+    assert trace(CatchUp(), [90, 90, 90], [90, 90, 90]) == [(None, 1, 90, 90)] * 3
 
 
 @pytest.mark.parametrize("radius", [1, 2, 10])
