@@ -51,6 +51,7 @@ SETTINGS = {
     "lenet5-fashion": Setting(FashionMNIST, LeNet5, 30, 128, 0.05),
     "resnet8-fashion": Setting(FashionMNIST, lambda *shape: ResNet(*shape, depth=8), 30),
     "resnet20-cifar10": Setting(CIFAR10, ResNet, 40),
+    "resnet32x2-cifar10": Setting(CIFAR10, lambda *shape: ResNet(*shape, depth=32, width=2), 60, weight_decay=1e-4),
 }
 
 METHODS: dict[str, Callable[[float], list[L.Callback]]] = {

@@ -57,28 +57,27 @@ def peak_memory(function: Callable[[], Any]) -> int:
     return peak
 
 
-def penalty(quick: bool, rounds: int) -> tuple[dict[str, Any], dict[str, float]]:
+def penalty(quick: bool, rounds: int, device: str = "cpu") -> tuple[dict[str, Any], dict[str, float]]:
     """Time and memory of one penalty over all weights of a VGG-19."""
     torch.manual_seed(0)
-    net = VGG(width=0.1) if quick else VGG()
+    net = (VGG(width=0.1) if quick else VGG()).to(device)
     weights = [target.weight for target in find_targets(net)]
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     ways = {"closed form": lambda: closed_form(weights), "published": lambda: published(weights)}
-    seen = [{name: timed(way) for name, way in ways.items()} for _ in range(rounds + 1)][1:]
+    seen = [{name: timed(way, device) for name, way in ways.items()} for _ in range(rounds + 1)][1:]
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    return ratios(seen, "published"), {
-        f"{name}, copies of the weights": peak_memory(way) / size for name, way in ways.items()
-    }
+    memory = {} if device != "cpu" else {name: peak_memory(way) / size for name, way in ways.items()}
+    return ratios(seen, "published"), {f"{name}, copies of the weights": copies for name, copies in memory.items()}
 
 
-def step(quick: bool, rounds: int, width: int) -> dict[str, Any]:
+def step(quick: bool, rounds: int, width: int, device: str = "cpu") -> dict[str, Any]:
     """A training step of a ResNet-32 with and without the penalty, taking turns on one model."""
     torch.manual_seed(0)
-    net = ResNet(depth=8 if quick else 32, width=width)
+    net = ResNet(depth=8 if quick else 32, width=width).to(device)
     weights = [target.weight for target in find_targets(net)]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    images, labels = torch.rand(64, 3, 32, 32), torch.randint(0, 10, (64,))
+    images, labels = torch.rand(64, 3, 32, 32, device=device), torch.randint(0, 10, (64,), device=device)
 
     def train(penalise: bool) -> None:
         optimizer.zero_grad()
@@ -90,11 +89,11 @@ def step(quick: bool, rounds: int, width: int) -> dict[str, Any]:
     seen: list[dict[str, float]] = []
     for number in range(rounds + 3):
         order = (False, True) if number % 2 else (True, False)
-        times = {("with penalty" if penalise else "dense"): timed(lambda p=penalise: train(p)) for penalise in order}
+        times = {("with penalty" if penalise else "dense"): timed(lambda p=penalise: train(p), device) for penalise in order}
         if number >= 3:
             seen.append({name: times[name] for name in ("dense", "with penalty")})
     table = ratios(seen, "dense")
-    alone = sorted(timed(lambda: closed_form(weights)) for _ in range(rounds))
+    alone = sorted(timed(lambda: closed_form(weights), device) for _ in range(rounds))
     dense = table["dense"]["seconds"]
     middle, quarter = alone[len(alone) // 2], len(alone) // 4
     row = {"ratio": middle / dense, "low": alone[quarter] / dense, "high": alone[-1 - quarter] / dense, "seconds": middle}
