@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.callbacks.stations import Step
-from lightning_sparse.core import LayerRow, MaskSet, Remembered, clear_moments, summarize
+from lightning_sparse.core import Budget, LayerRow, MaskSet, Remembered, clear_moments, summarize
 
 __all__ = ["Masked"]
 
@@ -70,6 +71,20 @@ class Masked(Sparsifier):
                     f"{self.label} has removed all of '{name}'; signals no longer pass this layer. Use a lower sparsity, "
                     "allocation='erk', or give the layer its own layer_sparsity."
                 )
+
+    def prune(self, budget: Budget, sparsity: float, score: Callable[[str, Tensor], Tensor]) -> None:
+        """Remove the lowest scores until exactly this fraction is removed; entries removed before come first.
+
+        Args:
+            budget: shares the sparsity among layers.
+            sparsity: the fraction removed after this.
+            score: of a weight, by name; higher survives.
+        """
+        scores = [
+            score(name, weight).masked_fill(self.masks.dropped(name), -torch.inf) for name, weight in self.weights.items()
+        ]
+        masks = budget.masks(self.chosen, scores, sparsity, list(self.masks.counts.values()))
+        self.set_masks(dict(zip(self.weights, masks, strict=True)))
 
     def silence(self, step: Step) -> None:
         self.masks.apply_({name: weight.grad for name, weight in step.weights.items()})

@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -102,12 +101,7 @@ class Pruning(Masked):
 
     def prune_to(self, sparsity: float) -> None:
         """Remove the lowest scores until exactly this fraction is removed; entries removed before come first."""
-        scores = [
-            self.score(name, weight).masked_fill(self.masks.dropped(name), -torch.inf)
-            for name, weight in self.weights.items()
-        ]
-        masks = self.budget.masks(self.chosen, scores, sparsity, list(self.masks.counts.values()))
-        self.set_masks(dict(zip(self.weights, masks, strict=True)))
+        self.prune(self.budget, sparsity, self.score)
 
     def conclude(self) -> None:
         if self._tick != FINAL:

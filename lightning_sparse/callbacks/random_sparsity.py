@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import final
 
-import torch
-
 from lightning_sparse.callbacks.masked import Masked
+from lightning_sparse.callbacks.rng import check_seed, draw_seed
 from lightning_sparse.core import Budget, Remembered, RunLength
-from lightning_sparse.functional import random_generator, random_score
 
 __all__ = ["RandomSparsity"]
 
@@ -55,8 +51,7 @@ class RandomSparsity(Masked):
         super().__init__(targets=targets, name=name)
         self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
         self.layer_sparsity, self.rescale, self.seed = layer_sparsity, rescale, seed
-        if not isinstance(0 if seed is None else seed, Integral):
-            raise ValueError(f"seed={seed!r} must be a whole number.")
+        check_seed(seed)
         default = "uniform" if ":" in str(structure) else "erk"
         self.budget = Budget(sparsity, allocation or default, structure, layer_sparsity)
 
@@ -68,20 +63,9 @@ class RandomSparsity(Masked):
 
     def begin(self) -> None:
         super().begin()
-        self.drawn_seed = self._draw_seed()
-        scores = [random_score(weight, random_generator(self.drawn_seed, 0, name)) for name, weight in self.weights.items()]
-        masks = self.budget.masks(self.chosen, scores)
-        self.set_masks(dict(zip(self.weights, masks, strict=True)))
+        self.drawn_seed = draw_seed(self.stations.trainer, self.seed)
+        self.set_masks(self.budget.random_masks(self.chosen, self.drawn_seed))
         if self.rescale:
             for name, weight in self.weights.items():
                 kept = self.masks.counts[name] or 1
                 weight.mul_((weight.numel() / kept) ** 0.5)
-
-    def _draw_seed(self) -> int:
-        """The same on every rank, whatever their generators have been used for."""
-        if self.seed is not None:
-            return int(self.seed)
-        if "PL_GLOBAL_SEED" in os.environ:
-            return int(os.environ["PL_GLOBAL_SEED"])
-        drawn = int(torch.randint(1 << 31, ()).item())
-        return self.stations.trainer.strategy.broadcast(drawn)

@@ -1,12 +1,31 @@
-"""Random states of all ranks, so that a resumed run draws what the uninterrupted one would have drawn."""
+"""Random states and seeds of all ranks, so that they draw alike and a resumed run draws what the uninterrupted one would."""
 
 from __future__ import annotations
+
+import os
+from numbers import Integral
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-__all__ = ["collect_rng", "restore_rng"]
+__all__ = ["check_seed", "collect_rng", "draw_seed", "restore_rng"]
+
+
+def check_seed(seed: int | None) -> None:
+    """Refuse what is neither a whole number nor None."""
+    if not isinstance(0 if seed is None else seed, Integral):
+        raise ValueError(f"seed={seed!r} must be a whole number.")
+
+
+def draw_seed(trainer: pl.Trainer, seed: int | None) -> int:
+    """The given seed, that of `seed_everything`, or a drawn one; the same on every rank."""
+    if seed is not None:
+        return int(seed)
+    if "PL_GLOBAL_SEED" in os.environ:
+        return int(os.environ["PL_GLOBAL_SEED"])
+    drawn = int(torch.randint(1 << 31, ()).item())
+    return trainer.strategy.broadcast(drawn)
 
 
 def collect_rng(trainer: pl.Trainer) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sparse.core.structure import Unstructured, parse_structure
 from lightning_sparse.core.targets import Target, matches_name
-from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, top_k_masks
+from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, random_generator, random_score, top_k_masks
 
 __all__ = ["Budget"]
 
@@ -83,9 +83,9 @@ class Budget:
         total = sum(self.structure.units(target) for target in targets)
         return total - exact_count(self.sparsity if sparsity is None else sparsity, total)
 
-    def kept_weights(self, targets: Sequence[Target]) -> tuple[int | None, dict[str, int]]:
-        """Weights that remain in the end: in all, and per layer; left out where only the scores can tell."""
-        units = self._plan(targets, self.sparsity)
+    def kept_weights(self, targets: Sequence[Target], sparsity: float | None = None) -> tuple[int | None, dict[str, int]]:
+        """Weights that remain at a sparsity (default: the final one): in all, and per layer where scores have no say."""
+        units = self._plan(targets, self.sparsity if sparsity is None else sparsity)
         kept = {
             targets[layer].name: number * targets[layer].weight.numel() // self.structure.units(targets[layer])
             for layers, number in units.items()
@@ -94,7 +94,7 @@ class Budget:
         }
         if len(kept) == len(targets):
             return sum(kept.values()), kept
-        return (self.kept_units(targets) if isinstance(self.structure, Unstructured) else None), kept
+        return (self.kept_units(targets, sparsity) if isinstance(self.structure, Unstructured) else None), kept
 
     def masks(
         self,
@@ -126,6 +126,12 @@ class Budget:
         for layers, number in self._plan(targets, self.sparsity if sparsity is None else sparsity, kept).items():
             chosen.update(zip(layers, top_k_masks([units[layer] for layer in layers], number), strict=True))
         return [self.structure.expand(chosen[layer], target) for layer, target in enumerate(targets)]
+
+    def random_masks(self, targets: Sequence[Target], seed: int, sparsity: float | None = None) -> dict[str, Tensor]:
+        """Masks by name, drawn at random; the same on every rank and device."""
+        scores = [random_score(target.weight, random_generator(seed, 0, target.name)) for target in targets]
+        masks = self.masks(targets, scores, sparsity)
+        return {target.name: mask for target, mask in zip(targets, masks, strict=True)}
 
     def _plan(
         self, targets: Sequence[Target], sparsity: float, kept: Sequence[int] | None = None
