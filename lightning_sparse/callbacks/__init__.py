@@ -1,12 +1,29 @@
 """When: one callback per method, on the stations of `base`."""
 
 from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.callbacks.granet import GraNet
 from lightning_sparse.callbacks.hypersparse import HyperSparse
 from lightning_sparse.callbacks.magnitude import MagnitudePruning
 from lightning_sparse.callbacks.masked import Masked
 from lightning_sparse.callbacks.mixin import SparsityMixin
 from lightning_sparse.callbacks.pruning import Pruning
 from lightning_sparse.callbacks.random_sparsity import RandomSparsity
+from lightning_sparse.callbacks.rewiring import Rewiring
+from lightning_sparse.callbacks.rigl import RigL
+from lightning_sparse.callbacks.set import SET
 from lightning_sparse.callbacks.stations import Step
 
-__all__ = ["HyperSparse", "MagnitudePruning", "Masked", "Pruning", "RandomSparsity", "Sparsifier", "SparsityMixin", "Step"]
+__all__ = [
+    "SET",
+    "GraNet",
+    "HyperSparse",
+    "MagnitudePruning",
+    "Masked",
+    "Pruning",
+    "RandomSparsity",
+    "Rewiring",
+    "RigL",
+    "Sparsifier",
+    "SparsityMixin",
+    "Step",
+]

@@ -12,6 +12,7 @@
                                    weight_penalty     grad += d penalty / d weight    closed form, no graph
                                    before_step        dense gradients may be read here
                                    silence            gradients of pruned entries become zero
+                                   replaces_step      whether the optimizer is to find no gradients at all
             optimizer.step()
             step post-hook         after_step         the other half of before_step
                                    project            PROJECTION: weight <- project(weight)
@@ -118,6 +119,10 @@ class Sparsifier(Memory, Callback, ABC):
 
     def silence(self, step: Step) -> None:
         """Remove the gradients that the optimizer must not see."""
+
+    def replaces_step(self, step: Step) -> bool:
+        """Whether the method has taken this step for itself: the optimizer then finds no gradients, and nothing moves."""
+        return False
 
     def after_step(self, step: Step) -> None:
         """Right after the optimizer has moved."""

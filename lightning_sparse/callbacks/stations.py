@@ -147,6 +147,8 @@ class Stations:
                 method.before_step(step)
             for method, step in steps:
                 method.silence(step)
+            if any(method.replaces_step(step) for method, step in steps):
+                self._withhold_gradients(optimizer)
         self._pending[id(optimizer)] = [step for _, step in steps]
 
     def _count(self) -> None:
@@ -297,6 +299,14 @@ class Stations:
                 weight.grad = gradient.to(weight.dtype).clone()
             else:
                 grad.add_(gradient)
+
+    def _withhold_gradients(self, optimizer: Optimizer) -> None:
+        """No weight, no moment and no counter moves where there is no gradient."""
+        if self._gradient_scale(optimizer) is not None:
+            self._scaler.unscale_(optimizer)  # a fused optimizer is searched for infinities in its step: too late
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def penalty(self) -> Tensor | None:
         """The sum of all feature penalties of this batch; asked for once, it is not added again."""

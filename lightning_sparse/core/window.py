@@ -154,6 +154,11 @@ class Window:
                 self._epoch_before(fraction, run.epochs, self._every.value) for fraction in (self.start, self.end)
             )
 
+    def interval(self, run: RunLength) -> float | None:
+        """Time between updates as a fraction of the run; None where the run's length in that unit is unknown."""
+        length = {"fraction": 1.0, "epochs": run.epochs, "steps": run.steps}[self._every.unit]
+        return None if length is None else self._every.value / length
+
     @staticmethod
     def _epoch_before(fraction: float, epochs: float, every: float) -> float:
         """The latest start of an epoch of the grid, at or before a point of the run; the end itself starts no epoch."""

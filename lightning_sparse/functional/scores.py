@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
-__all__ = ["magnitude", "random_generator", "random_score"]
+__all__ = ["hashed_score", "magnitude", "random_generator", "random_score"]
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -42,3 +42,23 @@ def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
     In float64, because float32 has only 2^24 values in [0, 1): ties would favour early entries.
     """
     return torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+
+
+def hashed_score(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers in the shape of the weight, computed where it lies from two numbers that the generator draws.
+
+    Whole-number arithmetic, so that devices agree as they do on `random_score`, without drawing every number on the CPU:
+    each entry's index and the two keys go through a hash (C. Wellons, "Prospecting for Hash Functions", lowbias32,
+    https://nullprogram.com/blog/2018/07/31/). Float32 with 2^24 different values: enough to choose by, too coarse for more
+    than a choice.
+    """
+    first, second = torch.randint(-(1 << 31), 1 << 31, (2,), generator=generator).tolist()
+    value = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device).add_(first)
+    # The shifts of a signed type carry the sign along; the masks take it away again.
+    value ^= (value >> 16) & 0xFFFF
+    value *= 0x7FEB352D
+    value ^= second
+    value ^= (value >> 15) & 0x1FFFF
+    value *= 0x846CA68B - (1 << 32)
+    value ^= (value >> 16) & 0xFFFF
+    return (value >> 8).float().view(weight.shape)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-__all__ = ["mask_sparsity", "zero_fraction"]
+__all__ = ["layer_density", "mask_overlap", "mask_sparsity", "over_parameterization_rate", "zero_fraction"]
 
 
 def mask_sparsity(masks: Iterable[Tensor]) -> float:
@@ -33,3 +33,47 @@ def zero_fraction(tensors: Iterable[Tensor]) -> float:
         0.5
     """
     return mask_sparsity(tensor.detach() != 0 for tensor in tensors)
+
+
+def layer_density(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """The fraction of entries of each layer that are in effect: kept by its mask, or not zero in its weight.
+
+    Example:
+        >>> import torch
+        >>> layer_density({"fc": torch.tensor([True, False]), "head": torch.tensor([0.0, 0.5, 0.0, 0.0])})
+        {'fc': 0.5, 'head': 0.25}
+    """
+    return {name: int(tensor.count_nonzero()) / tensor.numel() for name, tensor in tensors.items()}
+
+
+def mask_overlap(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
+    r"""The fraction of connections that are still there: $|A \cap B| / |A|$ for A before and B after.
+
+    With equal counts, as dynamic sparse training has them between updates, the order does not matter.
+
+    Example:
+        >>> import torch
+        >>> mask_overlap([torch.tensor([True, True, False])], [torch.tensor([False, True, True])])
+        0.5
+    """
+    shared = kept = 0
+    for old, new in zip(before, after, strict=True):
+        shared += int((old & new).count_nonzero())
+        kept += int(old.count_nonzero())
+    return shared / kept if kept else 1.0
+
+
+def over_parameterization_rate(ever: Iterable[Tensor]) -> float:
+    """In-time over-parameterisation: the fraction of all weights that have been active at any time.
+
+    Source: Liu et al. 2021, "Do We Actually Need Dense Over-Parameterization?", https://arxiv.org/abs/2102.02887.
+
+    Args:
+        ever: per layer, the union of its masks so far.
+
+    Example:
+        >>> import torch
+        >>> over_parameterization_rate([torch.tensor([True, True, False, False])])
+        0.5
+    """
+    return 1 - mask_sparsity(ever)

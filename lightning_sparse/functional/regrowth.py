@@ -1,0 +1,81 @@
+"""Connections of one layer that change places: so many are dropped, exactly as many are grown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.functional.order import top_k_masks
+from lightning_sparse.functional.schedules import Schedule, cosine
+
+__all__ = ["DROP_SCHEDULES", "drop_count", "held", "regrow"]
+
+
+def held(progress: float, start: float, end: float) -> float:
+    """The start value throughout."""
+    return start
+
+
+DROP_SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "constant": held}
+r"""How the share that is dropped moves. The cosine is that of RigL, $\frac{\alpha}{2}(1 + \cos(\pi t / T))$ for an end at 0.
+
+Source: Evci et al. 2020, "Rigging the Lottery", https://arxiv.org/abs/1911.11134, section 3.2.
+"""
+
+
+def drop_count(kept: int, fraction: float) -> int:
+    """How many of the kept connections are dropped: the fraction, rounded down.
+
+    Example:
+        >>> drop_count(10, 0.3), drop_count(100, 0.29), drop_count(3, 0.3)
+        (3, 29, 0)
+    """
+    return math.floor(fraction * kept + 1e-6)
+
+
+def regrow(
+    mask: Tensor,
+    keep: Tensor,
+    grow: Tensor,
+    count: int,
+    kept: int | None = None,
+    protect: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The mask after `count` connections have been dropped and as many grown.
+
+    Of the connections in the mask, those with the highest `keep` survive. Of all others, those just dropped included, the
+    ones with the highest `grow` join them. Among equal scores the earlier entry comes first.
+
+    Sources: Mocanu et al. 2018, https://arxiv.org/abs/1707.04780 (grown at random); Evci et al. 2020,
+    https://arxiv.org/abs/1911.11134, algorithm 1 (grown by gradient).
+
+    Args:
+        mask: True = kept.
+        keep: how much each connection matters, of the mask's shape.
+        grow: how much each entry would gain by becoming one, finite.
+        count: from 0 to the number of connections.
+        kept: that number, where it is known.
+        protect: gives the score inf to entries that a structure such as n of m cannot do without; called with `grow`, in
+            which survivors have that score already.
+
+    Raises:
+        ValueError: if the count is out of range, a score is NaN, or `grow` is infinite.
+
+    Example:
+        >>> mask = torch.tensor([True, True, True, False, False])
+        >>> regrow(mask, torch.tensor([3.0, 1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 2.0, 3.0]), 1)
+        tensor([ True, False,  True, False,  True])
+    """
+    kept = int(mask.count_nonzero()) if kept is None else kept
+    if not 0 <= count <= kept:
+        raise ValueError(f"count={count} connections cannot be dropped where there are {kept}; give 0 <= count <= {kept}.")
+    if count == 0:
+        return mask.clone()
+    if not bool(grow.isfinite().all()):
+        raise ValueError("A growth score is NaN or infinite, so nothing can be ranked; look for a diverged loss.")
+    [survivors] = top_k_masks([keep.masked_fill(~mask, -torch.inf)], kept - count)
+    order = grow.masked_fill(survivors, torch.inf)
+    return top_k_masks([order if protect is None else protect(order)], kept)[0]
