@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "functional": {"functional"},
     "core": {"functional", "core"},
     "callbacks": {"functional", "core", "callbacks"},
+    "metrics": {"functional", "core", "metrics"},
     "observe": {"functional", "core", "observe"},
     "models": {"models"},
     "data": {"data"},

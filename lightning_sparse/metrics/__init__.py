@@ -1,0 +1,5 @@
+"""What the field reads off sparse training, as torchmetrics classes; each has a twin in `functional`."""
+
+from lightning_sparse.metrics.masks import LayerDensity, MaskOverlap, OverParameterizationRate
+
+__all__ = ["LayerDensity", "MaskOverlap", "OverParameterizationRate"]
