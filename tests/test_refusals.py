@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from lightning_sparse import HyperSparse, MagnitudePruning, RandomSparsity
+from lightning_sparse import SET, GraNet, HyperSparse, MagnitudePruning, RandomSparsity, RigL
 from lightning_sparse.core import find_targets
 from tests import toys
 from tests.toys import Toy, fit, toy, trainer
@@ -63,6 +63,20 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: HyperSparse(0.9, regularize="1.5 epochs"), "regularize='1.5 epochs' must be whole epochs"),
     (lambda: HyperSparse(0.9, regularize=0), "regularize=0 leaves the phase out"),
     (lambda: HyperSparse(0.9, finetune=0.5), "finetune=0.5 must be a number of epochs, such as '160 epochs'"),
+    (lambda: RigL(), "structure='unstructured' needs a sparsity; write sparsity=0.9"),
+    (lambda: RigL(0.9, drop_fraction=0), "drop_fraction=0 must be in (0, 1): the share of a layer's connections that an"),
+    (lambda: SET(0.9, drop_fraction=1.0), "drop_fraction=1.0 must be in (0, 1)"),
+    (lambda: GraNet(0.9, drop_fraction="half"), "drop_fraction='half' must be in (0, 1)"),
+    (lambda: RigL(0.9, final_drop_fraction=-0.1), "final_drop_fraction=-0.1 must be in [0, 1)"),
+    (lambda: RigL(0.9, drop_schedule="linear"), "drop_schedule='linear' is unknown; choose from ['cosine', 'constant']"),
+    (lambda: RigL(0.9, structure="channel"), "structure='channel' is not rewired; write 'unstructured' or 'n:m'"),
+    (lambda: RigL(structure="2:4", allocation="erk"), "leave allocation='erk' out"),
+    (lambda: SET(0.9, seed="lucky"), "seed='lucky' must be a whole number"),
+    (lambda: SET(0.9, every=1), "every=1 would be the whole run; write '1 epoch'"),
+    (lambda: GraNet(0.3), "initial_sparsity=0.5 is above sparsity=0.3"),
+    (lambda: GraNet(0.9, initial_sparsity=50), "for 50 % write 0.5"),
+    (lambda: GraNet(0.9, pruning_end="soon"), "pruning_end='soon' is not a span of time"),
+    (lambda: GraNet(0.9, initial_allocation="ERK"), "initial_allocation='ERK' is unknown; choose from"),
 ]
 
 
@@ -153,6 +167,23 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (toy, lambda: [HyperSparse(0.9)], {"max_epochs": -1}, "pretrain=0.2 is a fraction of a run without a length"),
     (toy, lambda: [HyperSparse(0.9999)], {}, "sparsity=0.9999 of 2,760 weights leaves nothing"),
+    (toy, lambda: [RigL(0.9, every="9 epochs")], {}, "every='9 epochs' leaves no update between start=0.0 and end=0.75 in"),
+    (toy, lambda: [SET(0.9, every="99 steps")], {}, "in a training of 3 epochs or 12 steps; choose a shorter interval"),
+    (toy, lambda: [RigL(0.9, every=0.8)], {}, "every=0.8 leaves no update between"),
+    (toy, lambda: [RigL(0.9, start=0.5, end="1 epoch")], {}, "start='0.5' lies after end='1 epochs'"),
+    (toy, lambda: [RigL(0.999, allocation="uniform")], {}, "leaves nothing of 'net.0.weight' (72 units)"),
+    (toy, lambda: [SET(0.99, allocation="erk+")], {}, "the layers with a sparsity of their own keep"),
+    (toy, lambda: [RigL(structure="2:4")], {}, "'net.0.weight' has 1; exclude it"),
+    (toy, lambda: [RigL(0.9, drop_schedule=lambda p, a, b: float("nan"))], {}, "drop_schedule gives nan at progress 0.0"),
+    (toy, lambda: [GraNet(0.9, pruning_end="9 epochs")], {}, "pruning_end='9 epochs' lies after the end of training"),
+    (
+        toy,
+        lambda: [GraNet(0.9, start=0.6)],
+        {},
+        "pruning_end=0.5 is 50% of the run as it was begun, but updates start at 60%",
+    ),
+    (toy, lambda: [GraNet(0.9, end=0.4)], {}, "but updates start at 0% and end at 40%; move it between them"),
+    (toy, lambda: [GraNet(0.99, initial_sparsity=0.98, initial_allocation="erk+")], {}, "keep"),
     (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
 ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sparse.callbacks.rewiring import Rewiring
 from lightning_sparse.core import Budget, Position, RunLength, Span
 from lightning_sparse.core.budget import check_sparsity
-from lightning_sparse.functional import cubic, magnitude
+from lightning_sparse.functional import ALLOCATIONS, cubic, magnitude
 from lightning_sparse.functional.schedules import Schedule
 
 __all__ = ["GraNet"]
@@ -97,6 +97,10 @@ class GraNet(Rewiring):
                 f"initial_sparsity={initial_sparsity} is above sparsity={self.budget.sparsity}, and nothing that is pruned "
                 "comes back in number; start less sparse, or dense with initial_sparsity=0."
             )
+        if initial_allocation not in (None, "global", *ALLOCATIONS):
+            raise ValueError(
+                f"initial_allocation={initial_allocation!r} is unknown; choose from {['global', *ALLOCATIONS]}."
+            )
         default = "uniform" if ":" in str(structure) else "erk"
         self._initial = Budget(sparsity, initial_allocation or default, structure, layer_sparsity)
         self._pruning_span = Span.parse(pruning_end, "pruning_end")
@@ -110,13 +114,13 @@ class GraNet(Rewiring):
     def check(self, run: RunLength, until: float = 1.0) -> None:
         super().check(run, until)
         self._initial.kept_weights(self.chosen, self.initial_sparsity)  # refuses what layers cannot hold
-        pruned = self._pruning_span.fraction(run, "pruning_end")
-        if not self.window.start <= pruned <= until + 1e-9:
+        self._pruned = self._pruning_span.fraction(run, "pruning_end")
+        last = min(Span.parse(self.end).fraction(run), until)
+        if not self.window.start <= self._pruned <= last + 1e-9:
             raise ValueError(
-                f"pruning_end={self.pruning_end!r} is {pruned:.0%} of the run as it was begun, but updates start at "
-                f"{self.window.start:.0%} and training ends at {until:.0%}; move it between them."
+                f"pruning_end={self.pruning_end!r} is {self._pruned:.0%} of the run as it was begun, but updates start at "
+                f"{self.window.start:.0%} and end at {last:.0%}; move it between them."
             )
-        self._pruned = pruned
 
     def first_masks(self) -> dict[str, Tensor]:
         if self.initial_sparsity == 0:
@@ -137,6 +141,7 @@ class GraNet(Rewiring):
         super().update(position)
 
     def conclude(self) -> None:
+        super().conclude()
         if self.masks.kept != self.goal["total"]:
             rank_zero_warn(
                 f"{self.label} ends at sparsity {self.masks.sparsity:.4f}, not {self.budget.sparsity}: training stopped "

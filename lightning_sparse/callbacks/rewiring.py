@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse.callbacks.masked import Masked
@@ -191,6 +192,13 @@ class Rewiring(Masked):
         self.update(position)
         self._gradients = {}
         self._tick, self._last = self._due, self.steps
+
+    def conclude(self) -> None:
+        if self.updates == 0:
+            rank_zero_warn(
+                f"{self.label} has moved no connection: training ended before the first update, or all steps were made with "
+                "a closure past Lightning, which shows no gradients; update more often, or step with self.optimizers()."
+            )
 
     def update(self, position: Position) -> None:
         """All that happens at an update."""

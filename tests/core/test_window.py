@@ -127,3 +127,9 @@ def test_windows_that_do_not_fit(window: tuple[object, ...], run: RunLength, sen
     with pytest.raises(ValueError, match="end|start") as error:
         Window(*window).resolve(run)  # type: ignore[arg-type]
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("every", "expected"), [("2 epochs", 0.2), ("5 steps", 0.005), (0.01, 0.01)])
+def test_the_interval_as_a_fraction(every: float | str, expected: float) -> None:
+    assert Window(0, 1, every).interval(RUN) == pytest.approx(expected)
+    assert Window(0, 1, "5 steps").interval(RunLength(3, None)) is None
