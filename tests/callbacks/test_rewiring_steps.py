@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
@@ -186,6 +187,46 @@ def test_optimizers_that_take_turns(tmp_path: Path) -> None:
         assert differences(method.memorise(), again.memorise()) == []
 
 
+class Uneven(Manual):
+    """The first optimizer steps in every batch, the second in every fourth."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, steps in zip(self.optimizers(), (True, batch_idx % 4 == 3), strict=True):
+            optimizer.zero_grad()
+            if steps:
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+
+def test_an_optimizer_that_waits_for_another_gives_up_one_step_only() -> None:
+    method, module = RigL(0.8, every=0.25, end=1.0), Uneven()
+    diary = Diary(method)
+    seen: list[Tensor] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append(pl_module.net[0].bias.detach().clone())
+
+    fit(module, method, diary, Look())
+    assert diary.changes() == [4, 8]  # the third waits until the end, where nothing is moved any more
+    assert [i + 1 for i in range(1, STEPS) if seen[i].equal(seen[i - 1])] == [3, 6, 10]
+
+
+def test_manual_steps_counted_in_steps() -> None:
+    class ByHand(Toy):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.optimizers().step()
+
+    method = RigL(0.8, every=0.2, end=1.0)
+    diary = Diary(method)
+    fit(ByHand(), method, diary, max_epochs=-1, max_steps=10)
+    assert diary.changes() == [2, 4, 6, 8]
+
+
 def test_two_methods_under_one_optimizer() -> None:
     """Each reads its gradients before either takes the step."""
     first, second = (RigL(0.8, every="3 steps", targets=[layer], name=layer) for layer in ("net.2", "net.6"))
@@ -195,6 +236,12 @@ def test_two_methods_under_one_optimizer() -> None:
 
 
 # ---- gradients that do not come -------------------------------------------------------------------------------------
+
+
+def test_a_run_that_became_too_short_to_prune(tmp_path: Path) -> None:
+    fit(toy(), GraNet(0.9), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1), max_epochs=10)
+    with pytest.raises(ValueError, match=r"pruning_end=0.5 is 50% of the run as it was begun, but .* end at 30%"):
+        fit(toy(), GraNet(0.9), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=3)
 
 
 def test_a_layer_without_a_gradient_stays_as_it_is() -> None:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sparse import MagnitudePruning, RandomSparsity
+from lightning_sparse import MagnitudePruning, RandomSparsity, RigL
 from lightning_sparse.core import find_targets
 from tests.contract.test_contract import Manual, differences, state_of, zeros_hold
 from tests.toys import BATCHES, FeaturePenalty, L2Penalty, Toy, UnitNorm, fit, loader, method_of, toy, trainer
@@ -38,6 +38,7 @@ SETTINGS: dict[str, tuple[Callable[[], list[L.Callback]], dict[str, Any]]] = {
 METHODS: dict[str, Callable[[], L.Callback]] = {
     "magnitude": lambda: MagnitudePruning(0.9, start=0.1, end=1.0),
     "epochs": lambda: MagnitudePruning(0.9, start=0, end=1, every="1 epoch", schedule="linear"),
+    "rigl": lambda: RigL(0.9, every="2 steps"),
     "steps": lambda: MagnitudePruning(0.9, start=0, end=1, every="3 steps", schedule="linear"),
 }
 
