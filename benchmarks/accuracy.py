@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks.record import RESULTS, machine
-from lightning_sparse import HyperSparse, MagnitudePruning, RandomSparsity
+from lightning_sparse import SET, GraNet, HyperSparse, MagnitudePruning, RandomSparsity, RigL
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.core import find_targets
 from lightning_sparse.data import CIFAR10, Digits, FashionMNIST, ImageData
@@ -59,6 +59,9 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "random": lambda s: [RandomSparsity(s)],
     "one-shot + fine-tuning": lambda s: [MagnitudePruning(s, start=0.5, end=0.5)],
     "gradual": lambda s: [MagnitudePruning(s)],
+    "SET": lambda s: [SET(s)],
+    "RigL": lambda s: [RigL(s)],
+    "GraNet": lambda s: [GraNet(s)],
     "L1-ART": lambda s: [HyperSparse(s, penalty="l1")],
     "HyperSparse": lambda s: [HyperSparse(s)],
 }
@@ -80,6 +83,7 @@ SUITES = {
         ("dense", "one-shot + fine-tuning", "gradual", "L1-ART", "HyperSparse"),
         (0.9, 0.98, 0.995),
     ),
+    "dynamic": Suite("lenet300-fashion", ("dense", "random", "SET", "RigL", "GraNet", "gradual"), (0.9, 0.98, 0.995)),
 }
 
 

@@ -36,7 +36,8 @@ class Rewiring(Masked):
         start: when rewiring starts: a fraction of the run, `'n epochs'` or `'n steps'`. At 0 the random mask counts as the
             first update.
         end: when it ends; the number of connections moved is 0 from there on.
-        every: time between updates; `'n epochs'` updates at the start of epochs, all else after steps.
+        every: time between updates; `'n epochs'` updates at the start of epochs, all else after steps. About a hundred steps
+            or more: what has been grown needs time to matter before it is judged.
         drop_fraction: share of each layer's connections that an update drops, in (0, 1).
         final_drop_fraction: to which it falls at `end`, in [0, 1).
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
@@ -71,7 +72,7 @@ class Rewiring(Masked):
         *,
         start: float | str = 0.0,
         end: float | str = 0.75,
-        every: float | str = 0.01,
+        every: float | str = 0.05,
         drop_fraction: float = 0.3,
         final_drop_fraction: float = 0.0,
         drop_schedule: Schedule | str = "cosine",

@@ -19,7 +19,7 @@ class RigL(Rewiring):
     Source: Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners", https://arxiv.org/abs/1911.11134, and the
     official repository google-research/rigl. As there, an update takes the place of an optimizer step: for that step no
     parameter of the optimizer moves. There the first update falls on the very first step, here one interval later. The
-    paper updates every 100 steps of 32,000 (`every=0.003`).
+    paper updates every 100 steps of 32,000 (`every=0.003`); the default is rarer, so that short runs do well too.
 
     For the arguments see `Rewiring`.
 
