@@ -29,7 +29,8 @@ class Rewiring(Masked):
     At station `evolve`, at the cost of two selections per layer and update; between updates at that of every mask. Each
     layer keeps its number of connections exactly. Grown weights start at zero with zero moments; a connection that is
     dropped and grown again in the same update keeps its weight, as in the official code of RigL. Gradients are those of
-    the backward pass that happens anyway, read in `before_step` and held in one buffer until the update is done.
+    the backward pass that happens anyway, penalties included, read in `before_step` and held in one buffer until the update
+    is done.
 
     Args:
         sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
