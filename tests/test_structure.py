@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lightning_sparse
-from lightning_sparse.callbacks import Masked, Pruning, Sparsifier
+from lightning_sparse.callbacks import Masked, Pruning, Sparsifier, Swapped
 from tests.toys import OVERLAYS, ROOT, overlay
 
 PACKAGE = ROOT / "lightning_sparse"
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"models"},
     "data": {"data"},
 }
-BASES = {"base", "masked", "pruning", "quiet", "rng", "scoring", "stations", "__init__"}
+BASES = {"base", "masked", "pruning", "quiet", "rng", "scoring", "stations", "swapped", "__init__"}
 METHODS = [cls for name in lightning_sparse.__all__ if issubclass(cls := getattr(lightning_sparse, name), Sparsifier)]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -82,7 +82,7 @@ def test_every_argument_is_documented(cls: type[Sparsifier]) -> None:
         assert name == "self" or re.search(rf"^\s+{name}: ", text, flags=re.M), name
 
 
-@pytest.mark.parametrize("cls", [Sparsifier, Masked, Pruning])
+@pytest.mark.parametrize("cls", [Sparsifier, Masked, Pruning, Swapped])
 def test_bases_are_not_methods(cls: type) -> None:
     assert cls not in METHODS
     assert cls is Sparsifier or inspect.isabstract(cls)

@@ -8,5 +8,16 @@ from lightning_sparse.callbacks.mixin import SparsityMixin
 from lightning_sparse.callbacks.pruning import Pruning
 from lightning_sparse.callbacks.random_sparsity import RandomSparsity
 from lightning_sparse.callbacks.stations import Step
+from lightning_sparse.callbacks.swapped import Swapped
 
-__all__ = ["HyperSparse", "MagnitudePruning", "Masked", "Pruning", "RandomSparsity", "Sparsifier", "SparsityMixin", "Step"]
+__all__ = [
+    "HyperSparse",
+    "MagnitudePruning",
+    "Masked",
+    "Pruning",
+    "RandomSparsity",
+    "Sparsifier",
+    "SparsityMixin",
+    "Step",
+    "Swapped",
+]
