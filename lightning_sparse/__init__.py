@@ -1,7 +1,13 @@
 """Sparse training for PyTorch Lightning: add a callback; your model, optimizer and checkpoints stay yours."""
 
-from lightning_sparse.callbacks import HyperSparse, MagnitudePruning, RandomSparsity, SparsityMixin
+from lightning_sparse.callbacks import (
+    HyperSparse,
+    MagnitudePruning,
+    RandomSparsity,
+    SparseConnectivityLearning,
+    SparsityMixin,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["HyperSparse", "MagnitudePruning", "RandomSparsity", "SparsityMixin"]
+__all__ = ["HyperSparse", "MagnitudePruning", "RandomSparsity", "SparseConnectivityLearning", "SparsityMixin"]

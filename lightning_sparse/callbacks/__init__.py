@@ -7,6 +7,7 @@ from lightning_sparse.callbacks.masked import Masked
 from lightning_sparse.callbacks.mixin import SparsityMixin
 from lightning_sparse.callbacks.pruning import Pruning
 from lightning_sparse.callbacks.random_sparsity import RandomSparsity
+from lightning_sparse.callbacks.scl import SparseConnectivityLearning
 from lightning_sparse.callbacks.stations import Step
 from lightning_sparse.callbacks.swapped import Swapped
 
@@ -16,6 +17,7 @@ __all__ = [
     "Masked",
     "Pruning",
     "RandomSparsity",
+    "SparseConnectivityLearning",
     "Sparsifier",
     "SparsityMixin",
     "Step",
