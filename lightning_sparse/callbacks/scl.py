@@ -98,7 +98,7 @@ class SparseConnectivityLearning(Swapped):
     frozen = Remembered(bool)
     """Whether masks have stopped changing."""
     _tick = Remembered(int)
-    _steering = Remembered[dict[str, float]](lambda: {"drive": math.asinh(1.0), "error": 0.0, "progress": 0.0})
+    _steering = Remembered[dict[str, float]](lambda: {"memory": math.asinh(1.0), "progress": 0.0})
     _full_rates = Remembered[dict[str, float]](dict)
     _regrown = Remembered[dict[str, Tensor]](dict)
     _kept_before = Remembered[dict[str, int]](dict)
@@ -248,8 +248,8 @@ class SparseConnectivityLearning(Swapped):
         masks, last = self.mask_set, self._steering
         wanted = 1 - cubic(min(1.0, progress / ARRIVAL), 0.0, sparsity)
         error = density_error(max(masks.kept, 0.5) / masks.total, wanted, 1 - sparsity)
-        drive = steer_price(last["drive"], error, last["error"], progress - last["progress"])
-        self._steering = {"drive": drive, "error": error, "progress": progress}
+        memory, drive = steer_price(last["memory"], error, progress - last["progress"])
+        self._steering = {"memory": memory, "progress": progress}
         self.cost = connection_price(drive, self._first_cost)
 
     def _settle(self, budget: Budget) -> None:

@@ -183,26 +183,29 @@ def density_error(density: float, wanted: float, target: float) -> float:
     return math.log(density / min(max(density, target), wanted))
 
 
-def steer_price(drive: float, error: float, previous: float, elapsed: float) -> float:
-    r"""The next drive of a price that leads a density to its target: proportional and integral control.
+def steer_price(memory: float, error: float, elapsed: float) -> tuple[float, float]:
+    r"""What a controller remembers, and the drive of the price that leads a density to its target.
 
-    $$ u \leftarrow u + 8\,(e - e') + 20\, e\, \Delta t, \qquad |u| \le 6 $$
+    Proportional and integral control, both in logarithms:
+
+    $$ i \leftarrow i + 20\, e\, \Delta t, \qquad u = i + 8\, e, \qquad |i|, |u| \le 6 $$
 
     The bound is a price of 200 units, beyond which the task has no say. The logarithm of the density follows that of the
     price with a slope between 1/2 and 1 and some lag; the gains were chosen on a LeNet-300-100, from 50 to 99 % sparsity
     and from 235 to 4,700 steps. An extension of ours, not of the paper.
 
     Args:
-        drive: u so far.
+        memory: i so far.
         error: e, see `density_error`.
-        previous: e' of the update before.
-        elapsed: $\Delta t$ since then, as a fraction of the time until the masks freeze.
+        elapsed: $\Delta t$ since the last update, as a fraction of the time until the masks freeze.
 
     Example:
-        >>> steer_price(1.0, error=0.1, previous=0.1, elapsed=0.01)
-        1.02
+        >>> memory, drive = steer_price(1.0, error=0.1, elapsed=0.01)
+        >>> round(memory, 3), round(drive, 3)
+        (1.02, 1.82)
     """
-    return max(-6.0, min(drive + 8 * (error - previous) + 20 * error * elapsed, 6.0))
+    memory = max(-6.0, min(memory + 20 * error * elapsed, 6.0))
+    return memory, max(-6.0, min(memory + 8 * error, 6.0))
 
 
 def _others(tensor: Tensor, feature: int | None) -> tuple[int, ...]:
