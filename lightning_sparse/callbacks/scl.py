@@ -332,22 +332,22 @@ class SparseConnectivityLearning(Swapped):
             "initial": (False, math.inf, "a positive number"),
             "mask_lr": (True, math.inf, "a number, 0 (masks stay dense) or more"),
             "mask_momentum": (True, 1, "a number in [0, 1)"),
-            "min_kept": (True, math.inf, "a number, 0 or more"),
+            "min_kept": (True, math.inf, "a whole number, 0 or more"),
         }
         for name, (zero, below, meaning) in limits.items():
             value = getattr(self, name)
             number = float(value) if isinstance(value, Real) else -1.0
             fits = (number > 0 or (zero and number == 0)) and number < below
+            fits &= name != "min_kept" or number % 1 == 0
             if not fits and not (name == "connection_cost" and value is None):
                 raise ValueError(f"{name}={value!r} must be {meaning}.")
-        if self.min_kept != int(self.min_kept):
-            raise ValueError(f"min_kept={self.min_kept!r} must be a whole number of connections.")
         for name, known in (("proxy", STEP_PROXIES), ("norm", FEATURE_NORMS), ("feature", FEATURES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {list(known)}.")
         if self.sparsity == 0:
             raise ValueError("sparsity=0 removes nothing; leave the callback out.")
-        if self.sparsity is not None and Span.parse(self.warmup, "warmup").value:
+        warms_up = Span.parse(self.warmup, "warmup").value > 0
+        if self.sparsity is not None and warms_up:
             raise ValueError(
                 f"warmup={self.warmup!r} is for a price; with a sparsity the controller sets it, leave warmup out."
             )
