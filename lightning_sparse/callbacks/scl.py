@@ -60,8 +60,8 @@ class SparseConnectivityLearning(Swapped):
 
     Source: Tang et al. 2022, "Automatic Sparse Connectivity Learning for Neural Networks",
     https://arxiv.org/abs/2201.05020, of which only the abstract was at hand: faithful to that, not to the paper. All
-    default values are ours. So is `sparsity`: a controller moves the price until the density is reached, then the
-    variables choose exactly, and masks stay.
+    default values are ours. So is `sparsity`: a controller moves the price (below zero, a reward, if need be) until the
+    density is reached; then the highest variables are kept, exactly as many as promised, and masks stay.
 
     Args:
         connection_cost: the price of a connection (lambda), positive; higher is sparser. With rms-normalised gradients
@@ -224,9 +224,7 @@ class SparseConnectivityLearning(Swapped):
     # ---- the price and the freeze ------------------------------------------------------------------------------------
 
     def evolve(self, position: Position) -> None:
-        if position.epoch_start:
-            self.mask_set.changed = True  # let the ranks compare; after every step it would take too long
-        elif self.stations.time_to_count:
+        if not position.epoch_start and self.stations.time_to_count:
             self._warn_of_empty_layers(self.mask_set.counts)
         if self.frozen:
             return
@@ -256,9 +254,9 @@ class SparseConnectivityLearning(Swapped):
         """Keep exactly as many connections as promised: those with the highest variables."""
         scores = []
         for variable in self.variables.values():
-            score = variable.clone()
+            score = variable.clone(memory_format=torch.contiguous_format)
             if self.min_kept:
-                score.masked_fill_(variable >= variable.flatten().topk(self.min_kept).values[-1], torch.inf)
+                score.view(-1)[variable.flatten().topk(self.min_kept).indices] = torch.inf
             scores.append(score)
         for variable, mask in zip(self.variables.values(), budget.masks(self.chosen, scores), strict=True):
             kept = variable.clamp(min=torch.finfo(variable.dtype).tiny)
@@ -293,6 +291,8 @@ class SparseConnectivityLearning(Swapped):
         for count in self._regrown.values():
             count.zero_()
         self._kept_before = counts
+        self.mask_set.changed = True
+        self.stations.check_ranks()  # once per epoch: after every step it would take too long
 
     def _warn_of_empty_layers(self, counts: dict[str, int]) -> None:
         empty = [name for name, count in counts.items() if count == 0 and name not in self._emptied]

@@ -25,9 +25,9 @@ class Swapped(Sparsifier):
     Gradients of dropped entries are removed (the chain rule through a mask); the optimizer's weight decay and moments still
     move them, as they would if the mask were part of the network.
 
-    At stations `before_step` and `after_step`, at the cost of four passes over the weights per step, and of one more copy of
-    them in memory. In between, `hidden` is free: a method may keep there what it must carry over the step, for example a
-    gradient that is not to be applied if the step is skipped.
+    At stations `before_step` and `after_step`, at the cost of some seven passes over the weights per step, and of one more
+    copy of them in memory. In between, `hidden` is free: a method may keep there what it must carry over the step, such as
+    a gradient that is not to be applied if the step is skipped.
     """
 
     hidden = Remembered[dict[str, Tensor]](dict)

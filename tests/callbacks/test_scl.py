@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.callbacks.stations import Stations
+from lightning_sparse.core import LiveMasks
 from lightning_sparse.functional import exact_count, unit_step
 from lightning_sparse.observe import SparsityTable
 from tests.callbacks.test_stations import PlainSGD, Scaled, SelfUnscaling, SkippedSteps, without_dropout
@@ -135,6 +136,15 @@ def test_training_starts_dense_and_unchanged() -> None:
 
     fit(module, method, First(), max_epochs=1)
     assert outputs == [True]
+
+
+def test_without_a_mask_rate_training_is_dense_and_untouched() -> None:
+    module, plain = toy("adamw"), toy("adamw")
+    torch.manual_seed(0)
+    fit(plain, gradient_clip_val=0.5)
+    torch.manual_seed(0)
+    fit(module, SCL(0.05, mask_lr=0.0), gradient_clip_val=0.5)
+    assert differences(dict(plain.state_dict()), dict(module.state_dict())) == []
 
 
 def first_push(cost: float, norm: str = "rms") -> dict[str, Tensor]:
@@ -535,6 +545,19 @@ def test_logged_numbers() -> None:
     assert last[f"{label}/smallest_variable"] == min(float(v.min()) for v in method.variables.values()) < 0
     assert last[f"{label}/cost"] == pytest.approx(0.3)
     assert last["sparsity"] == pytest.approx(method.mask_set.sparsity)
+
+
+@pytest.mark.parametrize(("interval", "often"), [(100, 3 * 3), (1, 2 * 12 + 3)])
+def test_connections_are_counted_as_often_as_lightning_logs(
+    interval: int, often: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting waits for the device."""
+    counted: list[int] = []
+    count = LiveMasks.counts.fget
+    assert count is not None
+    monkeypatch.setattr(LiveMasks, "counts", property(lambda self: counted.append(1) or count(self)))
+    fit(toy(), SCL(0.2), log_every_n_steps=interval)
+    assert len(counted) == often
 
 
 def test_the_table_and_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
