@@ -173,12 +173,9 @@ class SparseConnectivityLearning(Swapped):
         self._full_rates = {name: self._full_rate(weight) for name, weight in self.weights.items()}
         self._regrown = {name: variable.new_zeros((), dtype=torch.int64) for name, variable in self.variables.items()}
         self._kept_before = {name: variable.numel() for name, variable in self.variables.items()}
-        if self.budget is None:
-            assert self.connection_cost is not None
-            self.cost = 0.0 if self.warmup else float(self.connection_cost)
-        else:
+        self.cost = self._first_cost
+        if self.budget is not None:
             self.goal = {"total": self.budget.kept_units(self.chosen), "layers": {}}
-            self.cost = self._first_cost
         super().begin()
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -229,8 +226,7 @@ class SparseConnectivityLearning(Swapped):
         if self.frozen:
             return
         if self.budget is None:
-            assert self.connection_cost is not None
-            self.cost = self.connection_cost * self.rise.progress(position)
+            self.cost = self._first_cost * self.rise.progress(position)
             self.frozen = self.freeze is not None and self.window.tick(position) == FINAL
             return
         tick = self.window.tick(position)

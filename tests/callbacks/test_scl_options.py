@@ -63,9 +63,10 @@ def test_the_price_warms_up() -> None:
     assert diary.costs[-1] == 0.6
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9, 0.97])
-def test_a_target_is_met_exactly_and_stays(sparsity: float) -> None:
-    method = SCL(sparsity=sparsity, min_kept=2)
+@pytest.mark.parametrize("mask_lr", [0.01, 0.0003])  # the second is too slow to come near
+@pytest.mark.parametrize(("sparsity", "min_kept"), [(0.3, 0), (0.5, 2), (0.9, 2), (0.97, 20)])
+def test_a_target_is_met_exactly_and_stays(sparsity: float, min_kept: int, mask_lr: float) -> None:
+    method = SCL(sparsity=sparsity, min_kept=min_kept, mask_lr=mask_lr)
     diary = Diary(method)
     module = toy()
     fit(module, method, diary, max_epochs=8)
@@ -73,9 +74,9 @@ def test_a_target_is_met_exactly_and_stays(sparsity: float) -> None:
     kept = [int(mask.count_nonzero()) for mask in diary.masks]
     assert kept[-9:] == [total - exact_count(sparsity, total)] * 9
     assert method.goal["total"] == kept[-1]
-    assert len(set(diary.costs)) > 10
+    assert len(set(diary.costs)) > 2
     assert diary.changed[-8:] == [False] * 8
-    assert all(count >= 2 for count in method.mask_set.counts.values())
+    assert all(count >= min_kept for count in method.mask_set.counts.values())
 
 
 def test_the_controller_has_nearly_arrived_when_masks_are_settled() -> None:
