@@ -89,6 +89,16 @@ def test_the_controller_has_nearly_arrived_when_masks_are_settled() -> None:
     assert diary.costs[settled - 2] != pytest.approx(0.01)
 
 
+def test_the_controller_acts_by_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_sparse.callbacks.scl.STEERING", 0.125)
+    method = SCL(sparsity=0.8)
+    diary = Diary(method)
+    fit(toy(), method, diary, max_epochs=8)
+    acted = [step for step in range(1, 32) if diary.costs[step] != diary.costs[step - 1]]
+    assert set(acted) <= {3, 7, 11, 15, 19}  # at 23 masks are settled
+    assert len(acted) > 2
+
+
 def test_those_with_the_highest_variables_settle() -> None:
     method = SCL(sparsity=0.6)
     settle, seen = method._settle, []
