@@ -1,7 +1,25 @@
 """Sparse training for PyTorch Lightning: add a callback; your model, optimizer and checkpoints stay yours."""
 
-from lightning_sparse.callbacks import SET, GraNet, HyperSparse, MagnitudePruning, RandomSparsity, RigL, SparsityMixin
+from lightning_sparse.callbacks import (
+    SET,
+    GraNet,
+    HyperSparse,
+    MagnitudePruning,
+    RandomSparsity,
+    RigL,
+    SparseConnectivityLearning,
+    SparsityMixin,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["SET", "GraNet", "HyperSparse", "MagnitudePruning", "RandomSparsity", "RigL", "SparsityMixin"]
+__all__ = [
+    "SET",
+    "GraNet",
+    "HyperSparse",
+    "MagnitudePruning",
+    "RandomSparsity",
+    "RigL",
+    "SparseConnectivityLearning",
+    "SparsityMixin",
+]

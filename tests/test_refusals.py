@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
 from lightning_sparse import SET, GraNet, HyperSparse, MagnitudePruning, RandomSparsity, RigL
+from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.core import find_targets
 from tests import toys
 from tests.toys import Toy, fit, toy, trainer
@@ -77,6 +78,25 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: GraNet(0.9, initial_sparsity=50), "for 50 % write 0.5"),
     (lambda: GraNet(0.9, pruning_end="soon"), "pruning_end='soon' is not a span of time"),
     (lambda: GraNet(0.9, initial_allocation="ERK"), "initial_allocation='ERK' is unknown; choose from"),
+    (lambda: SCL(), "needs the price of a connection, such as connection_cost=0.05, or sparsity=0.95"),
+    (lambda: SCL(0.0), "connection_cost=0.0 must be a positive number"),
+    (lambda: SCL(-0.1), "connection_cost=-0.1 must be a positive number"),
+    (lambda: SCL("cheap"), "connection_cost='cheap' must be a positive number"),
+    (lambda: SCL(float("nan")), "connection_cost=nan must be a positive number"),
+    (lambda: SCL(0.05, initial=0), "initial=0 must be a positive number"),
+    (lambda: SCL(0.05, mask_lr=-1), "mask_lr=-1 must be a number, 0 (masks stay dense) or more"),
+    (lambda: SCL(0.05, mask_momentum=1), "mask_momentum=1 must be a number in [0, 1)"),
+    (lambda: SCL(0.05, min_kept=-1), "min_kept=-1 must be a whole number, 0 or more"),
+    (lambda: SCL(0.05, min_kept=0.5), "min_kept=0.5 must be a whole number, 0 or more"),
+    (lambda: SCL(0.05, proxy="relu"), "proxy='relu' is unknown; choose from ['identity', 'leaky_relu', 'softplus']"),
+    (lambda: SCL(0.05, norm="L2"), "norm='L2' is unknown; choose from ['rms', 'l2', 'max', 'none']"),
+    (lambda: SCL(0.05, feature="channel"), "feature='channel' is unknown; choose from ['filter', 'layer']"),
+    (lambda: SCL(0.05, warmup="slowly"), "warmup='slowly' is not a span of time"),
+    (lambda: SCL(0.05, freeze=30), "freeze=30 is not a span of time; write a fraction of the run from 0 to 1"),
+    (lambda: SCL(0.05, freeze=0), "freeze=0 leaves no time to learn; freeze later, or leave it out"),
+    (lambda: SCL(sparsity=0), "sparsity=0 removes nothing; leave the callback out"),
+    (lambda: SCL(sparsity=95), "sparsity=95.0 must be in [0, 1): the fraction that is removed; for 95 % write 0.95"),
+    (lambda: SCL(sparsity=0.9, warmup=0.1), "warmup=0.1 is for a price; with a sparsity the controller sets it"),
 ]
 
 
@@ -102,6 +122,12 @@ class HalfOptimized(Toy):
 class SecondOrder(Toy):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(self.parameters())
+
+
+class HalfStepping(Toy):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        rest = {"params": list(self.net[2:].parameters())}
+        return torch.optim.SGD([{"params": list(self.net[0].parameters()), "lr": 0.0}, rest], lr=0.1)
 
 
 class Normalised(Toy):
@@ -185,6 +211,24 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [GraNet(0.9, end=0.4)], {}, "but updates start at 0% and end at 40%; move it between them"),
     (toy, lambda: [GraNet(0.99, initial_sparsity=0.98, initial_allocation="erk+")], {}, "keep"),
     (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
+    (HalfOptimized, lambda: [SCL(0.05)], {}, "no optimizer updates 'net.2.weight'"),
+    (HalfStepping, lambda: [SCL(0.05)], {}, "the optimizer does not step 'net.0.weight', whose learning rate is 0; give it"),
+    (toy, lambda: [SCL(0.05, min_kept=65)], {}, "min_kept=65 is more than 'net.8.weight' has (64)"),
+    (
+        toy,
+        lambda: [SCL(sparsity=0.99, min_kept=8)],
+        {},
+        "sparsity=0.99 keeps 28 connections, fewer than min_kept=8 in each of 4",
+    ),
+    (toy, lambda: [SCL(sparsity=0.9, freeze="9 epochs")], {}, "freeze='9 epochs' lies after the end of training (3 epochs)"),
+    (toy, lambda: [SCL(0.05, warmup="99 steps")], {}, "warmup='99 steps' lies after the end of training (12 steps)"),
+    (toy, lambda: [SCL(0.05, freeze=0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
+    (
+        toy,
+        lambda: [SCL(0.05, targets=["net.6"]), MagnitudePruning(0.5, targets=["net.6"])],
+        {},
+        "SparseConnectivityLearning and MagnitudePruning both own masks of 'net.6.weight'",
+    ),
 ]
 
 

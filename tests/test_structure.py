@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lightning_sparse
-from lightning_sparse.callbacks import Masked, Pruning, Rewiring, Sparsifier
+from lightning_sparse.callbacks import Masked, Pruning, Rewiring, Sparsifier, Swapped
 from tests.toys import OVERLAYS, ROOT, overlay
 
 PACKAGE = ROOT / "lightning_sparse"
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": {"models"},
     "data": {"data"},
 }
-BASES = {"base", "masked", "pruning", "quiet", "rewiring", "rng", "scoring", "stations", "__init__"}
+BASES = {"base", "masked", "pruning", "quiet", "rewiring", "rng", "scoring", "stations", "__init__", "swapped"}
 METHODS = [cls for name in lightning_sparse.__all__ if issubclass(cls := getattr(lightning_sparse, name), Sparsifier)]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -83,7 +83,7 @@ def test_every_argument_is_documented(cls: type[Sparsifier]) -> None:
         assert name == "self" or re.search(rf"^\s+{name}: ", text, flags=re.M), name
 
 
-@pytest.mark.parametrize("cls", [Sparsifier, Masked, Pruning, Rewiring])
+@pytest.mark.parametrize("cls", [Sparsifier, Masked, Pruning, Rewiring, Swapped])
 def test_bases_are_not_methods(cls: type) -> None:
     assert cls not in METHODS
     assert cls is Sparsifier or inspect.isabstract(cls)

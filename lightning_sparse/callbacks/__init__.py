@@ -10,8 +10,10 @@ from lightning_sparse.callbacks.pruning import Pruning
 from lightning_sparse.callbacks.random_sparsity import RandomSparsity
 from lightning_sparse.callbacks.rewiring import Rewiring
 from lightning_sparse.callbacks.rigl import RigL
+from lightning_sparse.callbacks.scl import SparseConnectivityLearning
 from lightning_sparse.callbacks.set import SET
 from lightning_sparse.callbacks.stations import Step
+from lightning_sparse.callbacks.swapped import Swapped
 
 __all__ = [
     "SET",
@@ -23,7 +25,9 @@ __all__ = [
     "RandomSparsity",
     "Rewiring",
     "RigL",
+    "SparseConnectivityLearning",
     "Sparsifier",
     "SparsityMixin",
     "Step",
+    "Swapped",
 ]

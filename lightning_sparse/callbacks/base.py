@@ -44,7 +44,17 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_sparse.callbacks.rng import collect_rng, restore_rng
 from lightning_sparse.callbacks.stations import Stations, Step
-from lightning_sparse.core import MaskSet, Memory, Position, Remembered, RunLength, Target, find_targets
+from lightning_sparse.core import (
+    LayerRow,
+    MaskSet,
+    Memory,
+    Position,
+    Remembered,
+    RunLength,
+    Target,
+    find_targets,
+    summarize,
+)
 
 __all__ = ["Sparsifier", "Step"]
 
@@ -173,6 +183,15 @@ class Sparsifier(Memory, Callback, ABC):
         return None
 
     @property
+    def dropped_live_on(self) -> bool:
+        """Whether dropped entries live on out of sight, with moments in the optimizer, and may return after any step."""
+        return False
+
+    def summary(self) -> list[LayerRow]:
+        """One row per masked layer: what is kept, of how many, and what is to be kept; the sum last."""
+        return [] if self.mask_set is None else summarize(self.mask_set, self.goal["total"], self.goal["layers"])
+
+    @property
     def prepares_steps(self) -> bool:
         """Whether `before_step` and `after_step` are a pair here."""
         return type(self).after_step is not Sparsifier.after_step or type(self).undo_step is not Sparsifier.undo_step
@@ -281,9 +300,9 @@ class Sparsifier(Memory, Callback, ABC):
         if self._saved is not None:  # the run was over before it began; keep what it knew
             self.recall(self._saved["memory"])
             self._saved = None
-        stations, self._stations = self._stations, None
-        if stations is not None:
-            stations.close()
+        if self._stations is not None:
+            self._stations.close()
+            self._stations = None
         self.chosen = []
 
     def _leads(self, trainer: pl.Trainer) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.callbacks.stations import Step
-from lightning_sparse.core import Budget, LayerRow, MaskSet, Remembered, clear_moments, summarize
+from lightning_sparse.core import Budget, MaskSet, Remembered, clear_moments
 
 __all__ = ["Masked"]
 
@@ -41,10 +41,6 @@ class Masked(Sparsifier):
 
     def resume(self) -> None:
         self.masks.apply_(self.weights)
-
-    def summary(self) -> list[LayerRow]:
-        """One row per layer: what is kept, of how many, and what is to be kept."""
-        return summarize(self.masks, self.goal["total"], self.goal["layers"])
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Exchange masks, and bring weights, moments and moving averages in line.

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.callbacks.base import Sparsifier, sparsifiers
-from lightning_sparse.callbacks.masked import Masked
 from lightning_sparse.core import format_table
 
 __all__ = ["SparsityMixin"]
@@ -41,7 +40,7 @@ class SparsityMixin:
         """A table of kept weights per layer, for the methods of the attached Trainer that own masks."""
         rows = []
         for method in self._methods():
-            if isinstance(method, Masked) and len(method.masks):
+            if method.mask_set is not None and len(method.mask_set):
                 rows += method.summary()
         return format_table(rows)
 

@@ -105,6 +105,8 @@ class Stations:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for optimizer in self.trainer.optimizers:
+            self._undo(optimizer)  # interrupted between the two halves of a step
         if self._training_step is not None:
             was_on_instance, original = self._training_step
             if was_on_instance:
@@ -204,12 +206,20 @@ class Stations:
                 numbers = {f"{method.label}/{key}": value for key, value in method.numbers().items()}
                 self.module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1)
         masks = [masks for method in self.methods if (masks := method.mask_set) is not None]
+        if any(mask.live for mask in masks) and not self.time_to_count:
+            return
         kept = sum(mask.kept for mask in masks)
         # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
         if masks and (self._batch_idx == 0 or kept != self._logged):
             sparsity = 1 - kept / sum(mask.total for mask in masks)
             self.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
             self._logged = kept
+
+    @property
+    def time_to_count(self) -> bool:
+        """Whether to count masks that move with every step: as often as Lightning logs, for it waits for the device."""
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self._batch_idx == 0 or self.trainer.global_step % max(interval, 1) == 0
 
     def _undo(self, optimizer: Optimizer) -> None:
         """A step was prepared and never made: the gradient scaler has skipped it."""

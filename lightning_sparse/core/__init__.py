@@ -2,7 +2,7 @@
 
 from lightning_sparse.core.budget import Budget, check_sparsity
 from lightning_sparse.core.catch_up import Attempt, CatchUp
-from lightning_sparse.core.masks import MaskSet
+from lightning_sparse.core.masks import LiveMasks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
 from lightning_sparse.core.structure import Channels, NOfM, Structure, Unstructured, parse_structure
@@ -19,6 +19,7 @@ __all__ = [
     "CatchUp",
     "Channels",
     "LayerRow",
+    "LiveMasks",
     "MaskSet",
     "Memory",
     "NOfM",

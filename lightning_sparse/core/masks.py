@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sparse.functional import apply_bits_, mask_bits, pack, unpack
 
-__all__ = ["MaskSet"]
+__all__ = ["LiveMasks", "MaskSet"]
 
 
 class MaskSet:
@@ -23,6 +23,9 @@ class MaskSet:
         >>> masks.kept, masks.total, masks.sparsity
         (3, 4, 0.25)
     """
+
+    live = False
+    """Whether masks move with every step; then they are counted only as often as Lightning logs."""
 
     def __init__(self, weights: Mapping[str, Tensor] | None = None) -> None:
         # As int8 with all bits one where kept: a byte per weight, in the form that is applied twice every step.
@@ -67,8 +70,8 @@ class MaskSet:
     def apply_(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Set dropped entries of the given tensors to zero, in place; names without a mask pass through."""
         for name, tensor in tensors.items():
-            if tensor is not None and name in self._bits and self._kept[name] < tensor.numel():
-                apply_bits_(tensor, self._bits[name])
+            if tensor is not None and name in self._bits and self._kept.get(name, 0) < tensor.numel():
+                apply_bits_(tensor, self._bits[name].to(tensor.device))
 
     def numel(self, name: str) -> int:
         """How many entries one weight has."""
@@ -113,3 +116,58 @@ class MaskSet:
         self._bits = {name: mask_bits(mask) for name, mask in masks.items()}
         self._kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
         self.changed = True
+
+
+class LiveMasks(MaskSet):
+    """Masks that follow variables: what is positive is kept. Nothing is stored; every question is answered anew.
+
+    Args:
+        variables: by name of the weight, in its shape; they may change in place.
+
+    Example:
+        >>> variables = {"fc.weight": torch.tensor([0.1, -0.1])}
+        >>> masks = LiveMasks(variables)
+        >>> _ = variables["fc.weight"].sub_(1)
+        >>> masks.counts
+        {'fc.weight': 0}
+    """
+
+    live = True
+
+    def __init__(self, variables: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.variables = variables
+        self._bits = _Positive(variables)  # type: ignore[assignment]
+
+    def numel(self, name: str) -> int:
+        return self.variables[name].numel()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        kept = [(variable > 0).sum() for variable in self.variables.values()]
+        together = torch.stack([count.to(kept[0].device) for count in kept]).tolist() if kept else []  # waits once
+        return dict(zip(self.variables, together, strict=True))
+
+    @property
+    def kept(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def total(self) -> int:
+        return sum(variable.numel() for variable in self.variables.values())
+
+
+class _Positive(Mapping[str, Tensor]):
+    """The bits of the masks of variables."""
+
+    def __init__(self, variables: Mapping[str, Tensor]) -> None:
+        self.variables = variables
+
+    def __getitem__(self, name: str) -> Tensor:
+        return mask_bits(self.variables[name] > 0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.variables)
+
+    def __len__(self) -> int:
+        return len(self.variables)

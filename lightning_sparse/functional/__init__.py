@@ -1,15 +1,6 @@
 """The mathematics: tensors in, tensors out; no modules, no state, no Lightning."""
 
-from lightning_sparse.functional.allocation import (
-    ALLOCATIONS,
-    allocate,
-    counts,
-    er,
-    erk,
-    erk_plus,
-    uniform,
-    uniform_plus,
-)
+from lightning_sparse.functional.allocation import ALLOCATIONS, allocate, counts, er, erk, erk_plus, uniform, uniform_plus
 from lightning_sparse.functional.hypersparse import (
     HYPERSPARSE_ALIGNMENT,
     HyperSparseScale,
@@ -18,18 +9,24 @@ from lightning_sparse.functional.hypersparse import (
     hypersparse_scale,
     quantile_rank,
 )
-from lightning_sparse.functional.masks import (
-    apply_bits_,
-    channel_score,
-    expand_channels,
-    mask_bits,
-    n_m_mask,
-    pack,
-    unpack,
-)
+from lightning_sparse.functional.masks import apply_bits_, channel_score, expand_channels, mask_bits, n_m_mask, pack, unpack
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional.regrowth import DROP_SCHEDULES, drop_count, held, regrow
 from lightning_sparse.functional.schedules import SCHEDULES, constant, cosine, cubic, exponential, linear
+from lightning_sparse.functional.scl import (
+    FEATURE_NORMS,
+    STEP_PROXIES,
+    connection_count,
+    connection_price,
+    dead_features,
+    density_error,
+    identity_proxy,
+    leaky_relu_proxy,
+    normalise_features_,
+    softplus_proxy,
+    steer_price,
+    unit_step,
+)
 from lightning_sparse.functional.scores import hashed_score, magnitude, random_generator, random_score
 from lightning_sparse.functional.statistics import (
     layer_density,
@@ -42,16 +39,22 @@ from lightning_sparse.functional.statistics import (
 __all__ = [
     "ALLOCATIONS",
     "DROP_SCHEDULES",
+    "FEATURE_NORMS",
     "HYPERSPARSE_ALIGNMENT",
     "SCHEDULES",
+    "STEP_PROXIES",
     "HyperSparseScale",
     "allocate",
     "apply_bits_",
     "channel_score",
+    "connection_count",
+    "connection_price",
     "constant",
     "cosine",
     "counts",
     "cubic",
+    "dead_features",
+    "density_error",
     "drop_count",
     "er",
     "erk",
@@ -64,23 +67,29 @@ __all__ = [
     "hypersparse_gradient",
     "hypersparse_loss",
     "hypersparse_scale",
+    "identity_proxy",
     "kth_smallest",
     "layer_density",
+    "leaky_relu_proxy",
     "linear",
     "magnitude",
     "mask_bits",
     "mask_overlap",
     "mask_sparsity",
     "n_m_mask",
+    "normalise_features_",
     "over_parameterization_rate",
     "pack",
     "quantile_rank",
     "random_generator",
     "random_score",
     "regrow",
+    "softplus_proxy",
+    "steer_price",
     "top_k_masks",
     "uniform",
     "uniform_plus",
+    "unit_step",
     "unpack",
     "zero_fraction",
 ]

@@ -34,5 +34,5 @@ class SparsityTable(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(getattr(callback, "masks", None), MaskSet) and len(callback.masks):
+            if isinstance(masks := getattr(callback, "mask_set", None), MaskSet) and len(masks):
                 Console().print("", render(callback.summary(), title=callback.label))  # the progress bar may still stand
