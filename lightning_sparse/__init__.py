@@ -1,7 +1,7 @@
 """Sparse training for PyTorch Lightning: add a callback; your model, optimizer and checkpoints stay yours."""
 
-from lightning_sparse.callbacks import HyperSparse, MagnitudePruning, RandomSparsity, SparsityMixin
+from lightning_sparse.callbacks import HyperSparse, LpSphere, MagnitudePruning, RandomSparsity, SparsityMixin
 
 __version__ = "0.1.0"
 
-__all__ = ["HyperSparse", "MagnitudePruning", "RandomSparsity", "SparsityMixin"]
+__all__ = ["HyperSparse", "LpSphere", "MagnitudePruning", "RandomSparsity", "SparsityMixin"]

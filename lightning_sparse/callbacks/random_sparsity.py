@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import final
-
-import torch
 
 from lightning_sparse.callbacks.masked import Masked
 from lightning_sparse.core import Budget, Remembered, RunLength
@@ -68,7 +65,7 @@ class RandomSparsity(Masked):
 
     def begin(self) -> None:
         super().begin()
-        self.drawn_seed = self._draw_seed()
+        self.drawn_seed = self.stations.draw_seed(self.seed)
         scores = [random_score(weight, random_generator(self.drawn_seed, 0, name)) for name, weight in self.weights.items()]
         masks = self.budget.masks(self.chosen, scores)
         self.set_masks(dict(zip(self.weights, masks, strict=True)))
@@ -76,12 +73,3 @@ class RandomSparsity(Masked):
             for name, weight in self.weights.items():
                 kept = self.masks.counts[name] or 1
                 weight.mul_((weight.numel() / kept) ** 0.5)
-
-    def _draw_seed(self) -> int:
-        """The same on every rank, whatever their generators have been used for."""
-        if self.seed is not None:
-            return int(self.seed)
-        if "PL_GLOBAL_SEED" in os.environ:
-            return int(os.environ["PL_GLOBAL_SEED"])
-        drawn = int(torch.randint(1 << 31, ()).item())
-        return self.stations.trainer.strategy.broadcast(drawn)

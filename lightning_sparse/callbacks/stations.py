@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -347,6 +348,13 @@ class Stations:
 
         self._bar.get_metrics = get_metrics
 
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Divide gradients by their scale now, and look for infinities, where a fused optimizer would do so in its step.
+
+        For methods that hide gradients from it: what is hidden would not be searched.
+        """
+        self._scaler.unscale_(optimizer)
+
     # ---- copies of the model -----------------------------------------------------------------------------------------
 
     def averages(self) -> Iterator[dict[str, nn.Parameter]]:
@@ -361,6 +369,15 @@ class Stations:
                 yield dict((model.module if isinstance(model, AveragedModel) else model).named_parameters())
 
     # ---- ranks -------------------------------------------------------------------------------------------------------
+
+    def draw_seed(self, seed: int | None) -> int:
+        """The given seed, or that of `seed_everything`, or a new one; the same on all ranks."""
+        if seed is not None:
+            return int(seed)
+        if "PL_GLOBAL_SEED" in os.environ:
+            return int(os.environ["PL_GLOBAL_SEED"])
+        drawn = int(torch.randint(1 << 31, ()).item())
+        return self.trainer.strategy.broadcast(drawn)
 
     def check_ranks(self) -> None:
         """After a change of masks: every rank must hold the same ones.

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "LpPoint",
     "check_exponent",
+    "check_vectors",
     "expected_hoyer",
     "from_dual",
     "growth_factor",
@@ -26,7 +26,6 @@ __all__ = [
     "hoyer_sparsity",
     "lp_norm",
     "lp_normalise",
-    "lp_retract",
     "lp_sgd_",
     "lp_sgd_step",
     "relative_magnitude",
@@ -34,25 +33,35 @@ __all__ = [
 ]
 
 
-class LpPoint(NamedTuple):
-    """Points of unit spheres, in both coordinates.
-
-    Args:
-        dual: v, of unit q-norm.
-        weight: w = sign(v) |v|^(1 / (p-1)), of unit p-norm.
-    """
-
-    dual: Tensor
-    weight: Tensor
-
-
-def check_exponent(p: float, name: str = "p") -> float:
+def check_exponent(p: Any, name: str = "p") -> float:
     """The exponent of a sphere, or a ValueError: at p <= 1 the dual coordinates do not exist."""
     if not isinstance(p, Real) or not 1 < float(p) < math.inf:
         raise ValueError(
             f"{name}={p!r} must be a finite number above 1, from 1.05 (very sparse) over 2 (round) to 6 (flat)."
         )
     return float(p)
+
+
+def check_vectors(weight: Tensor, name: str, remedy: str, dim: int = 0) -> None:
+    """Refuse a weight whose outputs cannot be put on a sphere.
+
+    Args:
+        weight: vectors are its slices along `dim`.
+        name: how the message calls it.
+        remedy: what the message advises.
+        dim: that counts the vectors.
+
+    Raises:
+        ValueError: if it is cut into shards, is a vector itself, or has vectors of a single entry.
+    """
+    if hasattr(weight, "placements"):  # a DTensor, known without importing torch.distributed.tensor
+        raise ValueError(
+            f"{name} is cut into shards, so the norm of an output is not at hand; train with 'ddp', or {remedy}."
+        )
+    if weight.ndim < 2:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)} and no vector per output; {remedy}.")
+    if weight.numel() == weight.shape[dim]:
+        raise ValueError(f"{name} has outputs of a single entry, which a sphere would hold at 1 or -1 for ever; {remedy}.")
 
 
 def lp_norm(vectors: Tensor, p: float, dim: int = 0) -> Tensor:
@@ -108,38 +117,21 @@ def to_dual(weight: Tensor, p: float) -> Tensor:
 
 
 def from_dual(dual: Tensor, p: float) -> Tensor:
-    """The inverse of `to_dual`: w = sign(v) |v|^(1 / (p-1)).
+    """The inverse of `to_dual`: w = sign(v) |v|^(1 / (p-1)), of unit p-norm where v has unit q-norm.
 
     Near p = 1 small duals become weights too small for the number format, that is zeros; the duals keep what they were.
     """
     return dual.abs().pow_(1 / (p - 1)).copysign_(dual)
 
 
-def lp_retract(vectors: Tensor, p: float, dim: int = 0) -> LpPoint:
-    r"""The points of the unit Lp sphere whose dual coordinates have these directions.
-
-    One power per entry gives both coordinates, because $|u|^q = |u| \, |u|^{q-1}$ and q - 1 = 1 / (p-1).
-
-    Args:
-        vectors: u, slices along `dim`; a vector of zeros stays one.
-        p: above 1.
-        dim: that counts the vectors.
-    """
-    size, _, others = _scaled(vectors, dim)
-    power = size.pow(1 / (p - 1))
-    total = (size * power).sum(others, keepdim=True).clamp_(min=1)  # |u / max|_q to the q; see `lp_normalise`
-    dual = size.div_(total.pow((p - 1) / p)).copysign_(vectors)
-    return LpPoint(dual, power.div_(total.pow_(1 / p)).copysign_(vectors))
-
-
-def lp_sgd_step(dual: Tensor, gradient: Tensor, rate: float | Tensor, p: float, dim: int = 0) -> LpPoint:
+def lp_sgd_step(dual: Tensor, gradient: Tensor, rate: float | Tensor, p: float, dim: int = 0) -> Tensor:
     r"""One step of gradient descent on the unit Lp sphere.
 
-    $$ u = (1 - \eta) \, v - \eta \, g / \|g\|_q, \qquad v^+ = u / \|u\|_q, \qquad w^+ = sign(v^+) |v^+|^{1/(p-1)} $$
+    $$ u = (1 - \eta) \, v - \eta \, g / \|g\|_q, \qquad v^+ = u / \|u\|_q, \qquad q = p / (p-1) $$
 
     A damped fixed-point iteration towards $v = -g / \|g\|_q$, where the loss is stationary on the sphere; the length of
     the gradient does not matter. A vector without a gradient stays; one whose u vanishes (eta = 1/2, gradient along v)
-    stays too.
+    stays too. A vector of zeros joins the sphere with its first gradient.
 
     Args:
         dual: v, of unit q-norm.
@@ -148,15 +140,19 @@ def lp_sgd_step(dual: Tensor, gradient: Tensor, rate: float | Tensor, p: float, 
         p: above 1.
         dim: that counts the vectors.
 
+    Returns:
+        the new dual coordinates; `from_dual` makes weights of them.
+
     Example:
         >>> v = torch.tensor([[0.6, 0.8]])
-        >>> lp_sgd_step(v, torch.tensor([[-1e-20, 0.0]]), 1.0, p=2.0).weight
+        >>> lp_sgd_step(v, torch.tensor([[-1e-20, 0.0]]), 1.0, p=2.0)
         tensor([[1., 0.]])
     """
-    moved = lp_normalise(gradient, p / (p - 1), dim).mul_(-rate).add_(dual * (1 - rate))
+    q = p / (p - 1)
+    moved = lp_normalise(gradient, q, dim).mul_(-rate).add_(dual * (1 - rate))
     peak = moved.abs().amax(_others(moved, dim), keepdim=True)
     # Both parts have unit norm: what is left below machine precision is rounding, not a direction.
-    return lp_retract(torch.where(peak <= torch.finfo(moved.dtype).eps, dual, moved), p, dim)
+    return lp_normalise(torch.where(peak <= torch.finfo(moved.dtype).eps, dual, moved), q, dim)
 
 
 @torch.no_grad()
@@ -191,9 +187,8 @@ def lp_sgd_(
     if buffer is not None:
         buffer.mul_(momentum).add_(direction)
         direction = direction.add(buffer, alpha=momentum) if nesterov else buffer
-    point = lp_sgd_step(dual, direction, rate, p, dim)
-    dual.copy_(point.dual)
-    weight.copy_(point.weight)
+    dual.copy_(lp_sgd_step(dual, direction, rate, p, dim))
+    weight.copy_(from_dual(dual, p))
 
 
 def hoyer_sparsity(weight: Tensor, dim: int = 0) -> Tensor:
