@@ -55,9 +55,7 @@ def check_vectors(weight: Tensor, name: str, remedy: str, dim: int = 0) -> None:
         ValueError: if it is cut into shards, is a vector itself, or has vectors of a single entry.
     """
     if hasattr(weight, "placements"):  # a DTensor, known without importing torch.distributed.tensor
-        raise ValueError(
-            f"{name} is cut into shards, so the norm of an output is not at hand; train with 'ddp', or {remedy}."
-        )
+        raise ValueError(f"{name} is cut into shards, and the norm of an output needs all of it; use 'ddp', or {remedy}.")
     if weight.ndim < 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)} and no vector per output; {remedy}.")
     if weight.numel() == weight.shape[dim]:

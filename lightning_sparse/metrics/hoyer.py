@@ -70,7 +70,7 @@ class HoyerSparsity(Metric):
                 seen += 1
         if not seen:
             raise ValueError(
-                f"targets={self.targets} chooses no weight of {type(module).__name__} with outputs of two entries."
+                f"targets={self.targets} chooses no weight of {type(module).__name__} whose outputs have two entries or more."
             )
 
     def compute(self) -> Tensor:
