@@ -219,11 +219,8 @@ class LpSphere(Masked):
         return (self._kept_at(self.sparsity) if self.sparsity is not None and self.mode == "feedback" else None), {}
 
     def begin(self) -> None:
-        for name, sphere in self.spheres.items():
-            weight = sphere.target.weight
-            self.duals[name] = to_dual(lp_normalise(weight, sphere.p, sphere.dim), sphere.p)
-            self.momenta[name] = torch.zeros_like(self.duals[name])
-            weight.copy_(from_dual(self.duals[name], sphere.p))
+        for name in self.spheres:
+            self._enter(name)
         if self.sparsity is None:
             return
         super().begin()
@@ -237,16 +234,21 @@ class LpSphere(Masked):
         self.set_masks(masks)
 
     def resume(self) -> None:
-        super().resume()
         for name, sphere in self.spheres.items():
             weight = sphere.target.weight
-            expected = from_dual(self.duals[name], sphere.p)
+            expected, found = from_dual(self.duals[name], sphere.p), weight.detach().to(self.duals[name].dtype, copy=True)
             self.masks.apply_({name: expected})
-            if (weight - expected).norm() > 1e-3 * expected.norm():  # other weights have been loaded since: begin with them
-                self.duals[name] = to_dual(lp_normalise(weight, sphere.p, sphere.dim), sphere.p)
-                self.momenta[name].zero_()
-                weight.copy_(from_dual(self.duals[name], sphere.p))
-                self.masks.apply_({name: weight})
+            self.masks.apply_({name: found})
+            if (found - expected).norm() > 1e-2 * expected.norm():  # other weights have been loaded since: begin with them
+                self._enter(name)
+        super().resume()
+
+    def _enter(self, name: str) -> None:
+        """Put a weight on its sphere, from wherever it is."""
+        sphere = self.spheres[name]
+        self.duals[name] = to_dual(lp_normalise(sphere.target.weight, sphere.p, sphere.dim), sphere.p)
+        self.momenta[name] = torch.zeros_like(self.duals[name])
+        sphere.target.weight.copy_(from_dual(self.duals[name], sphere.p))
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -271,8 +273,9 @@ class LpSphere(Masked):
             step.weights[name].grad = gradient
 
     def after_unseen_step(self, step: Step) -> None:
-        super().after_unseen_step(step)
-        super().silence(step)
+        if self.sparsity is not None:
+            super().after_unseen_step(step)
+            super().silence(step)
         for name in self._constrained(step):  # the optimizer has moved it too, which counts for nothing
             self._move(name, step.weights[name].grad)
 
@@ -342,6 +345,7 @@ class LpSphere(Masked):
 
     # ---- what falls, and what returns --------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         for name in self.spheres.keys() & masks.keys():
             self.momenta[name].masked_fill_(self.masks.dropped(name) | ~masks[name], 0)

@@ -69,9 +69,8 @@ class HoyerSparsity(Metric):
                 self.entries += weight.numel()
                 seen += 1
         if not seen:
-            raise ValueError(
-                f"targets={self.targets} chooses no weight of {type(module).__name__} whose outputs have two entries or more."
-            )
+            name = type(module).__name__
+            raise ValueError(f"targets={self.targets} chooses no weight of {name} whose outputs have two entries or more.")
 
     def compute(self) -> Tensor:
         """The mean over all that was taken in."""
