@@ -57,6 +57,10 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
         "must list pairs of (fraction of the run, fraction",
     ),
     (lambda: LpSphere(1.2, mixing_schedule=[0.5]), "mixing_schedule=[0.5] must list pairs"),
+    (
+        lambda: LpSphere(1.2, mixing_schedule=[[0, 1], [0.5, 200]]),
+        "makes eta 1.5625 at 50% of the run; keep it in",
+    ),
     (lambda: LpSphere(1.2, momentum=1.0), "momentum=1.0 must be in [0, 1)"),
     (lambda: LpSphere(1.2, growth_margin=-0.1), "growth_margin=-0.1 must be in [0, 1)"),
     (lambda: LpSphere(1.2, drop_threshold=-1), "drop_threshold=-1 must not be negative"),
@@ -195,7 +199,6 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (Upsampling, lambda: [LpSphere(1.2)], {}, "'net.0.weight' is a grouped transposed convolution"),
     (Narrow, lambda: [LpSphere(1.2)], {}, "'net.0.weight' has outputs of a single entry"),
     (toy, lambda: [LpSphere(1.2)], {"max_epochs": -1}, "The length of this run is unknown, so eta has no schedule"),
-    (toy, lambda: [LpSphere(1.2, mixing_schedule=lambda t: 200.0)], {}, "mixing_schedule gives 1.5625 at 0% of the run"),
     (toy, lambda: [LpSphere(1.2, sparsity=0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
     (toy, lambda: [LpSphere(1.2, sparsity=0.99, of_all_parameters=True)], {}, "sparsity=0.99 of 2,796 leaves nothing"),
     (toy, lambda: [LpSphere(1.2), LpSphere(1.3, name="b")], {}, "LpSphere moves 'net.0.weight' by itself, so LpSphere(name"),

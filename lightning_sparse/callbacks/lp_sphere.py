@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import final
 
@@ -23,9 +23,9 @@ from lightning_sparse.core import (
     Sphere,
     Window,
     check_exponents,
+    check_sparsity,
     find_spheres,
 )
-from lightning_sparse.core.budget import check_sparsity
 from lightning_sparse.functional import (
     counts,
     cubic,
@@ -64,9 +64,9 @@ class LpSphere(Masked):
        \hat g = m / \|m\|_q, \qquad q = p / (p-1) $$
 
     with m the gradient after momentum. The callback makes this step itself, at station `after_step`, and hides the
-    gradients of constrained weights from the optimizer, which therefore neither moves nor decays them, keeps no state
-    for them, and clips by the norm of the others alone. Cost: three powers per constrained weight and step; in memory v
-    and m, where SGD would keep m and Adam two moments.
+    gradients of constrained weights from the optimizer until then: it neither moves nor decays them, keeps no state for
+    them, and gradients are clipped by the norm of the others alone (the step does not depend on theirs). Cost: three
+    powers per constrained weight and step; in memory v and m, where SGD would keep m and Adam two moments.
 
     With a `sparsity`, connections also fall and return (at `evolve`, from the gradients of that very step). A connection
     falls where its weight is small beside the mean of its output; others return where the gradient is large. What has
@@ -84,7 +84,7 @@ class LpSphere(Masked):
         sparsity: the fraction removed in the end, in [0, 1); None trains on the spheres and removes nothing.
         mixing: eta at its peak, in (0, 1]. Published: 2 / batch size, at 256.
         mixing_schedule: along which eta moves: `published` (up for a sixth of the run, down to a quarter, out at the end),
-            `constant`, knots such as [[0, 0.1], [1, 1]] of (fraction of the run, fraction of the peak), or a function.
+            `constant`, or knots of (fraction of the run, fraction of the peak) such as [[0, 0.1], [1, 1]].
         momentum: in [0, 1), on the gradient.
         nesterov: look ahead along the momentum.
         mode: `official` steers towards the sparsity with the published controller, which need not arrive: choose p as
@@ -122,7 +122,7 @@ class LpSphere(Masked):
         *,
         sparsity: float | None = None,
         mixing: float = 2 / 256,
-        mixing_schedule: str | Knots | Callable[[float], float] = "published",
+        mixing_schedule: str | Knots = "published",
         momentum: float = 0.9,
         nesterov: bool = True,
         mode: str = "official",
@@ -134,7 +134,7 @@ class LpSphere(Masked):
         every: float | str = 1 / 300,
         of_all_parameters: bool = False,
         seed: int | None = None,
-        free: Sequence[str] | None = None,
+        free: str | Sequence[str] | None = None,
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -165,7 +165,7 @@ class LpSphere(Masked):
                 f"every={every!r} falls before the first batch of an epoch, where there is no gradient to grow by; write a "
                 "fraction of the run, or 'n steps'."
             )
-        self._knots()
+        self.knots = _read_knots(mixing_schedule, mixing)
         self.window = Window(start, end, every)
         self.spheres: dict[str, Sphere] = {}
         self._hidden: dict[str, Tensor] = {}
@@ -186,8 +186,6 @@ class LpSphere(Masked):
                 "The length of this run is unknown, so eta has no schedule; set max_epochs or max_steps, or "
                 "mixing_schedule='constant'."
             )
-        for progress in (0.0, 0.5, 1.0):
-            self._mixing_at(progress)
         if self.sparsity is None:
             return
         self.window.resolve(run)
@@ -311,37 +309,9 @@ class LpSphere(Masked):
             dim=sphere.dim,
         )
 
-    def _knots(self) -> Knots | None:
-        """The knots of eta's schedule; None where it is a function."""
-        schedule = self.mixing_schedule
-        if callable(schedule):
-            return None
-        if isinstance(schedule, str):
-            if schedule not in MIXING_SCHEDULES:
-                raise ValueError(
-                    f"mixing_schedule='{schedule}' is unknown; choose from {list(MIXING_SCHEDULES)}, or give knots or a "
-                    "function."
-                )
-            return MIXING_SCHEDULES[schedule]
-        try:
-            times = [float(time) for time, _ in schedule]
-        except (TypeError, ValueError):
-            times = []
-        if not times or times != sorted(times) or not 0 <= times[0] <= times[-1] <= 1:
-            raise ValueError(
-                f"mixing_schedule={schedule!r} must list pairs of (fraction of the run, fraction of the peak) in order, "
-                "such as [[0, 0.1], [1, 1]]."
-            )
-        return schedule
-
     def _mixing_at(self, progress: float) -> float:
         """Eta, at a fraction of the run."""
-        knots = self._knots()
-        factor = self.mixing_schedule(progress) if knots is None else piecewise_linear(progress, knots)  # type: ignore[operator]
-        rate = self.mixing * float(factor)
-        if not 0 <= rate <= 1:
-            raise ValueError(f"mixing_schedule gives {rate} at {progress:.0%} of the run; eta must stay in [0, 1].")
-        return rate
+        return self.mixing * piecewise_linear(progress, self.knots)
 
     # ---- what falls, and what returns --------------------------------------------------------------------------------
 
@@ -455,3 +425,26 @@ class LpSphere(Masked):
                 f"{self.label} ends at sparsity {reached:.4f}, not {self.sparsity}: the published controller steers, but "
                 "does not promise. A smaller p or more mixing makes more weights fall; mode='feedback' arrives exactly."
             )
+
+
+def _read_knots(schedule: str | Knots, peak: float) -> Knots:
+    """The knots of eta's schedule, as fractions of its peak."""
+    if isinstance(schedule, str):
+        if schedule not in MIXING_SCHEDULES:
+            raise ValueError(
+                f"mixing_schedule='{schedule}' is unknown; choose from {list(MIXING_SCHEDULES)}, or give knots."
+            )
+        return MIXING_SCHEDULES[schedule]
+    try:
+        times, factors = [float(time) for time, _ in schedule], [float(factor) for _, factor in schedule]
+    except (TypeError, ValueError):
+        times = factors = []
+    if not times or times != sorted(times) or not 0 <= times[0] <= times[-1] <= 1:
+        raise ValueError(
+            f"mixing_schedule={schedule!r} must list pairs of (fraction of the run, fraction of the peak) in order, such as "
+            "[[0, 0.1], [1, 1]]."
+        )
+    for time, factor in zip(times, factors, strict=True):
+        if not 0 <= peak * factor <= 1:
+            raise ValueError(f"mixing_schedule makes eta {peak * factor:g} at {time:.0%} of the run; keep it in [0, 1].")
+    return schedule

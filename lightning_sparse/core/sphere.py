@@ -37,7 +37,7 @@ class Sphere(NamedTuple):
 
 
 def find_spheres(
-    module: nn.Module, p: Exponents, targets: Sequence[str] = ("*",), free: Sequence[str] | None = None
+    module: nn.Module, p: Exponents, targets: str | Sequence[str] = ("*",), free: str | Sequence[str] | None = None
 ) -> list[Sphere]:
     """The weights that the patterns choose and `free` leaves in, each with its p, in the order of the module.
 
@@ -52,6 +52,8 @@ def find_spheres(
     """
     if free is None:
         free = [pattern for pattern in FREE if any(candidate.chosen for candidate in describe(module, [pattern]))]
+    free = [free] if isinstance(free, str) else free
+    targets = [targets] if isinstance(targets, str) else targets
     found = find_targets(module, [*targets, *(f"!{pattern}" for pattern in free)])
     for target in found:
         if target.transposed and target.groups > 1:

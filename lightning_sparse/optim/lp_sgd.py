@@ -183,8 +183,8 @@ def sphere_groups(
     *,
     lr: float,
     mixing: float = 2 / 256,
-    targets: Sequence[str] = ("*",),
-    free: Sequence[str] | None = None,
+    targets: str | Sequence[str] = ("*",),
+    free: str | Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for `LpSGD`: the weights of a module by their p, and last all that stays free.
 

@@ -231,9 +231,6 @@ def test_eta_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     rates.clear()
     fit(toy(), LpSphere(1.2, mixing=0.5, mixing_schedule=[[0.5, 1.0], [1.0, 0.0]], targets=["net.0"], free=[]))
     assert rates == pytest.approx([0.5] * 6 + [0.5 * (1 - t / 6) for t in range(1, 7)])
-    rates.clear()
-    fit(toy(), LpSphere(1.2, mixing=0.5, mixing_schedule=lambda t: 1 - t, targets=["net.0"], free=[]))
-    assert rates == pytest.approx([0.5 * (1 - t / 12) for t in range(1, 13)])
 
 
 @pytest.mark.filterwarnings("ignore:.*begins in the middle")

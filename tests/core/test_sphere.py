@@ -35,6 +35,7 @@ def test_downsampling_by_its_name_in_torchvision() -> None:
 
     assert names(Block()) == ["conv.weight"]
     assert names(Block(), free=[":first"]) == ["downsample.0.weight", "fc.weight"]
+    assert names(Block(), free="downsample") == ["conv.weight", "fc.weight"]
     assert names(Block(), targets=["!conv"], free=[":last"]) == ["downsample.0.weight"]
 
 
