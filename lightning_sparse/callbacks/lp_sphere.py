@@ -245,7 +245,8 @@ class LpSphere(Masked):
         """Put a weight on its sphere, from wherever it is."""
         sphere = self.spheres[name]
         self.duals[name] = to_dual(lp_normalise(sphere.target.weight, sphere.p, sphere.dim), sphere.p)
-        self.momenta[name] = torch.zeros_like(self.duals[name])
+        if self.momentum:
+            self.momenta[name] = torch.zeros_like(self.duals[name])
         sphere.target.weight.copy_(from_dual(self.duals[name], sphere.p))
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ class LpSphere(Masked):
         lp_sgd_(
             sphere.target.weight,
             dual,
-            self.momenta[name],
+            self.momenta.get(name),
             gradient,
             self._mixing_at(self.stations.position(self, under_way=1).fraction),
             sphere.p,
@@ -317,7 +318,7 @@ class LpSphere(Masked):
 
     @torch.no_grad()
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        for name in self.spheres.keys() & masks.keys():
+        for name in self.momenta.keys() & masks.keys():
             self.momenta[name].masked_fill_(self.masks.dropped(name) | ~masks[name], 0)
         super().set_masks(masks)
         for name in self.spheres.keys() & masks.keys():  # what returns takes up what is left of it
