@@ -66,7 +66,8 @@ class LpSphere(Masked):
     with m the gradient after momentum. The callback makes this step itself, at station `after_step`, and hides the
     gradients of constrained weights from the optimizer until then: it neither moves nor decays them, keeps no state for
     them, and gradients are clipped by the norm of the others alone (the step does not depend on theirs). Cost: three
-    powers per constrained weight and step; in memory v and m, where SGD would keep m and Adam two moments.
+    powers per constrained weight and step; in memory and in checkpoints v and m, where SGD would keep m and Adam two
+    moments.
 
     With a `sparsity`, connections also fall and return (at `evolve`, from the gradients of that very step). A connection
     falls where its weight is small beside the mean of its output; others return where the gradient is large. What has
@@ -257,13 +258,12 @@ class LpSphere(Masked):
 
     def silence(self, step: Step) -> None:
         super().silence(step)
-        if step.gradient_scale is not None:
+        moving = [name for name in self._constrained(step) if step.weights[name].grad is not None]
+        if moving and step.gradient_scale is not None:
             self.stations.unscale(step.optimizer)
-        for name in self._constrained(step):
-            weight = step.weights[name]
-            if weight.grad is not None:
-                self._hidden[name] = weight.grad
-                weight.grad = None
+        for name in moving:
+            self._hidden[name] = step.weights[name].grad  # type: ignore[assignment]
+            step.weights[name].grad = None
 
     def after_step(self, step: Step) -> None:
         for name in self._constrained(step):
@@ -410,7 +410,8 @@ class LpSphere(Masked):
 
     def numbers(self) -> Mapping[str, float | Tensor]:
         mixing = self._mixing_at(self.stations.position(self).fraction)
-        return {"mixing": mixing} if self.mask_set is None else {"mixing": mixing, "growth": self.growth}
+        steered = self.sparsity is not None and self.mode == "official"
+        return {"mixing": mixing, "growth": self.growth} if steered else {"mixing": mixing}
 
     def conclude(self) -> None:
         if self.sparsity is None:
