@@ -122,6 +122,7 @@ def test_a_skipped_step_leaves_no_trace() -> None:
             states.append(copy.deepcopy({"weights": dict(observed.state_dict()), **memory}))
             assert not method._hidden
             assert not method._dense
+            assert all(p.grad is not None for p in observed.parameters()), "a hidden gradient has not come back"
 
     from tests.contract.test_contract import differences
 

@@ -220,6 +220,7 @@ def test_momentum_is_that_of_torch(nesterov: bool) -> None:
 
 
 def test_duals_are_wider_than_weights() -> None:
+    assert lp_normalise(torch.ones(2, 3).bfloat16(), 1.2).dtype == torch.float32
     weight, dual = sphere(1.2)
     low = weight.bfloat16()
     lp_sgd_(low, dual, None, torch.randn(weight.shape).bfloat16(), 0.1, 1.2)
