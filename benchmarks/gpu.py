@@ -23,6 +23,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from benchmarks import lpss
 from benchmarks.record import machine, timed
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.functional import apply_bits_, kth_smallest, mask_bits
@@ -150,6 +151,10 @@ TRAININGS: dict[str, tuple[str, str, float, int]] = {
     )
     for method in methods
     for sparsity in sparsities
+} | {
+    # The published recipe of training on Lp spheres, whole, beside the dense network and a static random mask.
+    f"wrn18-fashion_{method}_{sparsity}_seed{seed}": ("lpss", method, sparsity, seed)
+    for seed, method, sparsity in lpss.RUNS
 }
 """Name -> setting, method, sparsity and seed of `benchmarks.accuracy`. Independent runs of the published HyperSparse code
 at 99 % with 284 epochs reached 91.3 % as the best of all test epochs."""
@@ -160,6 +165,8 @@ def train(name: str, data: str, device: str, quick: bool) -> Numbers:
     from benchmarks import accuracy
 
     setting, method, sparsity, seed = TRAININGS[name]
+    if setting == "lpss":
+        return lpss.train(lpss.RECIPES["quick" if quick else "full"], method, sparsity, seed, data, device)
     epochs = 3 if quick else None
     return accuracy.train(accuracy.SETTINGS["digits" if quick else setting], method, sparsity, seed, data, epochs)
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lightning_sparse.cli import main
-from tests.toys import OVERLAYS, ROOT
+from tests.toys import OVERLAYS, ROOT, method_of, overlay
 
 CONFIGS = ROOT / "configs"
 SMALL = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
@@ -72,7 +72,8 @@ def test_fit_validate_and_test(path: Path, tmp_path: Path) -> None:
     main(["fit", *run, "--trainer.max_epochs=3", "--trainer.limit_train_batches=4"])
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert any((value == 0).float().mean() > 0.1 for value in saved.values() if value.ndim > 1)  # a price promises no more
+    zeros = max(float((value == 0).float().mean()) for value in saved.values() if value.ndim > 1)
+    assert zeros > 0.1 or method_of(overlay(path)).mask_set is None
     for command in ("validate", "test", "predict"):
         main([command, *files, *SMALL, f"--ckpt_path={checkpoint}"])
 

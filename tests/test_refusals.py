@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from lightning_sparse import SET, GraNet, HyperSparse, MagnitudePruning, RandomSparsity, RigL
+from lightning_sparse import SET, GraNet, HyperSparse, LpSphere, MagnitudePruning, RandomSparsity, RigL
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.core import find_targets
 from tests import toys
@@ -47,6 +47,31 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: MagnitudePruning(0.5, structure=None), "structure=None is unknown"),
     (lambda: MagnitudePruning(0.5, schedule=None), "schedule=None is unknown"),
     (lambda: MagnitudePruning(0.5, layer_sparsity=0.5), "layer_sparsity=0.5 must map layers to sparsities"),
+    (lambda: LpSphere(1.0), "p=1.0 must be a finite number above 1, from 1.05 (very sparse)"),
+    (lambda: LpSphere([1.2, 0.9]), "p[1]=0.9 must be a finite number above 1"),
+    (lambda: LpSphere({"conv*": 1.0}), "p['conv*']=1.0 must be a finite number above 1"),
+    (lambda: LpSphere(1.2, mixing=0.0), "mixing=0.0 must be in (0, 1]"),
+    (lambda: LpSphere(1.2, mixing=2.0), "mixing=2.0 must be in (0, 1]"),
+    (lambda: LpSphere(1.2, mixing_schedule="cosine"), "mixing_schedule='cosine' is unknown; choose from ['published', 'con"),
+    (
+        lambda: LpSphere(1.2, mixing_schedule=[[1, 0], [0, 1]]),
+        "must list pairs of (fraction of the run, fraction",
+    ),
+    (lambda: LpSphere(1.2, mixing_schedule=[0.5]), "mixing_schedule=[0.5] must list pairs"),
+    (
+        lambda: LpSphere(1.2, mixing_schedule=[[0, 1], [0.5, 200]]),
+        "makes eta 1.5625 at 50% of the run; keep it in",
+    ),
+    (lambda: LpSphere(1.2, momentum=1.0), "momentum=1.0 must be in [0, 1)"),
+    (lambda: LpSphere(1.2, growth_margin=-0.1), "growth_margin=-0.1 must be in [0, 1)"),
+    (lambda: LpSphere(1.2, drop_threshold=-1), "drop_threshold=-1 must not be negative"),
+    (lambda: LpSphere(1.2, sparsity=90), "for 90 % write 0.9"),
+    (lambda: LpSphere(1.2, sparsity=0.9, mode="exact"), "mode='exact' is unknown; choose from ['official', 'feedback']"),
+    (
+        lambda: LpSphere(1.2, sparsity=0.9, every="1 epoch"),
+        "every='1 epoch' falls before the first batch of an epoch",
+    ),
+    (lambda: LpSphere(1.2, seed=0.5), "seed=0.5 must be a whole number"),
     (lambda: RandomSparsity(0.5, seed=1.5), "seed=1.5 must be a whole number"),
     (lambda: RandomSparsity(1.5), "sparsity=1.5 must be in [0, 1)"),
     (lambda: RandomSparsity(structure="2:4", allocation="erk"), "leave allocation='erk' out"),
@@ -142,6 +167,16 @@ class Embedded(Toy):
         self.embedding = nn.Embedding(4, 4, sparse=True)
 
 
+class Upsampling(Toy):
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.Flatten(), nn.Linear(4, 4)))
+
+
+class Narrow(Toy):
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(256, 4)))
+
+
 class Diverged(Toy):
     def __init__(self) -> None:
         super().__init__()
@@ -210,6 +245,20 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (toy, lambda: [GraNet(0.9, end=0.4)], {}, "but updates start at 0% and end at 40%; move it between them"),
     (toy, lambda: [GraNet(0.99, initial_sparsity=0.98, initial_allocation="erk+")], {}, "keep"),
+    (
+        toy,
+        lambda: [LpSphere([1.2, 1.3])],
+        {},
+        "p lists 2 values for 3 constrained weights (net.0.weight, net.2",
+    ),
+    (toy, lambda: [LpSphere({"net.1": 1.2})], {}, "p: the glob 'net.1' matches none of the constrained weights"),
+    (toy, lambda: [LpSphere({"net.0": 1.2})], {}, "says nothing about 'net.2.weight'; add '*' for all others"),
+    (Upsampling, lambda: [LpSphere(1.2)], {}, "'net.0.weight' is a grouped transposed convolution"),
+    (Narrow, lambda: [LpSphere(1.2)], {}, "'net.0.weight' has outputs of a single entry"),
+    (toy, lambda: [LpSphere(1.2)], {"max_epochs": -1}, "The length of this run is unknown, so eta has no schedule"),
+    (toy, lambda: [LpSphere(1.2, sparsity=0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
+    (toy, lambda: [LpSphere(1.2, sparsity=0.99, of_all_parameters=True)], {}, "sparsity=0.99 of 2,796 leaves nothing"),
+    (toy, lambda: [LpSphere(1.2), LpSphere(1.3, name="b")], {}, "LpSphere moves 'net.0.weight' by itself, so LpSphere(name"),
     (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
     (HalfOptimized, lambda: [SCL(0.05)], {}, "no optimizer updates 'net.2.weight'"),
     (HalfStepping, lambda: [SCL(0.05)], {}, "the optimizer does not step 'net.0.weight', whose learning rate is 0; give it"),

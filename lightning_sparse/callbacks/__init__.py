@@ -3,6 +3,7 @@
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.callbacks.granet import GraNet
 from lightning_sparse.callbacks.hypersparse import HyperSparse
+from lightning_sparse.callbacks.lp_sphere import LpSphere
 from lightning_sparse.callbacks.magnitude import MagnitudePruning
 from lightning_sparse.callbacks.masked import Masked
 from lightning_sparse.callbacks.mixin import SparsityMixin
@@ -19,6 +20,7 @@ __all__ = [
     "SET",
     "GraNet",
     "HyperSparse",
+    "LpSphere",
     "MagnitudePruning",
     "Masked",
     "Pruning",

@@ -31,7 +31,7 @@ class Masked(Sparsifier):
         """What `goal` holds, for the chosen weights."""
 
     @property
-    def mask_set(self) -> MaskSet:
+    def mask_set(self) -> MaskSet | None:
         return self.masks
 
     def begin(self) -> None:

@@ -63,6 +63,7 @@ class Stations:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
         self._pending: dict[int, list[Step]] = {}
+        self._depth: dict[int, int] = {}
         self._stepped = False
         self._batch_idx = 0
         self._epoch = -1
@@ -137,6 +138,7 @@ class Stations:
                 self.epoch_start()
             self._epoch = epoch
         self._batch_idx, self._stepped, self.handed_over = batch_idx, False, False
+        self._depth.clear()
 
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)
@@ -162,6 +164,7 @@ class Stations:
 
     def _direct_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """A step past Lightning (`use_pl_optimizer=False`): there is no closure, and nobody has announced it."""
+        self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
         if closure is None and id(optimizer) not in self._pending:
             self.before_step(optimizer)
@@ -173,6 +176,10 @@ class Stations:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # An optimizer whose `step` calls that of its base class fires its hooks twice; the outer one is the step.
+        depth = self._depth[id(optimizer)] = max(self._depth.get(id(optimizer), 0) - 1, 0)
+        if depth:
+            return
         found_inf = getattr(optimizer, "found_inf", None) if self._paired else None
         if found_inf is not None and bool(found_inf.any()):  # waits for the device, so only where somebody must know
             return  # a fused optimizer was called, but its kernel skipped the step
@@ -366,6 +373,13 @@ class Stations:
             return {**original(*args), **words}
 
         self._bar.get_metrics = get_metrics
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Divide gradients by their scale now, and look for infinities, where a fused optimizer would do so in its step.
+
+        For methods that hide gradients from it: what is hidden would not be searched.
+        """
+        self._scaler.unscale_(optimizer)
 
     # ---- copies of the model -----------------------------------------------------------------------------------------
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect
+from collections.abc import Callable, Sequence
 
-__all__ = ["SCHEDULES", "Schedule", "constant", "cosine", "cubic", "exponential", "linear"]
+__all__ = ["SCHEDULES", "Schedule", "constant", "cosine", "cubic", "exponential", "linear", "piecewise_linear"]
 
 Schedule = Callable[[float, float, float], float]
 """`schedule(progress, start, end)` is `start` before, and exactly `end` at, the end."""
@@ -48,6 +49,24 @@ def exponential(progress: float, start: float, end: float) -> float:
     Needs start < 1 and end < 1.
     """
     return end if progress >= 1 else 1 - (1 - start) * ((1 - end) / (1 - start)) ** progress
+
+
+def piecewise_linear(progress: float, knots: Sequence[Sequence[float]]) -> float:
+    """A value along straight lines between knots; before the first and after the last it stays.
+
+    Args:
+        progress: in [0, 1].
+        knots: pairs of (progress, value), in order.
+
+    Example:
+        >>> piecewise_linear(0.25, [(0, 0.0), (0.5, 1.0), (1, 0.5)])
+        0.5
+    """
+    after = bisect([knot[0] for knot in knots], progress)
+    if after in (0, len(knots)):
+        return float(knots[min(after, len(knots) - 1)][1])
+    (x0, y0), (x1, y1) = knots[after - 1], knots[after]
+    return float(y0 + (y1 - y0) * (progress - x0) / (x1 - x0))
 
 
 SCHEDULES: dict[str, Schedule] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import MagnitudePruning, RandomSparsity
 from tests.callbacks.test_stations import AutomaticMixin, Swap, without_dropout
-from tests.toys import FeaturePenalty, Toy, fit, loader, toy, trainer
+from tests.toys import BATCHES, FeaturePenalty, Toy, fit, loader, toy, trainer
 
 
 class TwoNets(Toy):
@@ -89,6 +89,30 @@ def test_steps_past_lightning_with_a_closure() -> None:
         weight = dict(module.named_parameters())[name]
         assert not weight[method.masks.dropped(name)].any()
         assert not runner.optimizers[0].state[weight]["exp_avg"][method.masks.dropped(name)].any()
+
+
+@pytest.mark.parametrize("base_has_been_used", [False, True])
+def test_an_optimizer_that_calls_its_base_class_steps_once(base_has_been_used: bool) -> None:
+    """Torch hooks the `step` of every class of which an instance has been made; both may fire in one step."""
+
+    class Base(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    class Chatty(Base):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    class Module(Toy):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return Chatty(self.parameters(), lr=0.01)
+
+    if base_has_been_used:
+        Base([nn.Parameter(torch.zeros(1))])
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    method = Swap()
+    fit(Module(), method, max_epochs=1)
+    assert method.events == ["before", "after"] * BATCHES
 
 
 def test_a_number_of_steps_where_only_every_fourth_batch_steps() -> None:

@@ -1,0 +1,107 @@
+"""Which weights live on unit Lp spheres, and with which p."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_sparse.core.targets import Target, describe, find_targets, matches_name
+from lightning_sparse.functional import check_exponent, check_vectors
+
+__all__ = ["FREE", "Exponents", "Sphere", "check_exponents", "find_spheres"]
+
+Exponents = float | Sequence[float] | Mapping[str, float]
+"""One p, or one per constrained weight in the order of the module, or glob over names -> p, of which the first counts."""
+
+FREE = (":last", "*shortcut*", "*downsample*")
+"""What stays off the spheres by default: the last layer, and the projections around residual blocks."""
+
+
+class Sphere(NamedTuple):
+    """A weight whose outputs each lie on a unit Lp sphere.
+
+    Args:
+        target: the weight.
+        p: of the sphere.
+    """
+
+    target: Target
+    p: float
+
+    @property
+    def dim(self) -> int:
+        """The dimension that counts the vectors."""
+        return self.target.output_dim
+
+
+def find_spheres(
+    module: nn.Module, p: Exponents, targets: str | Sequence[str] = ("*",), free: str | Sequence[str] | None = None
+) -> list[Sphere]:
+    """The weights that the patterns choose and `free` leaves in, each with its p, in the order of the module.
+
+    Args:
+        module: the network.
+        p: see `Exponents`.
+        targets: patterns; see `find_targets`.
+        free: patterns of weights that stay off the spheres; None takes those of `FREE` that match something.
+
+    Raises:
+        ValueError: if nothing is left, p does not fit, or a weight cannot be put on a sphere.
+    """
+    if free is None:
+        free = [pattern for pattern in FREE if any(candidate.chosen for candidate in describe(module, [pattern]))]
+    free = [free] if isinstance(free, str) else free
+    targets = [targets] if isinstance(targets, str) else targets
+    found = find_targets(module, [*targets, *(f"!{pattern}" for pattern in free)])
+    for target in found:
+        if target.transposed and target.groups > 1:
+            raise ValueError(
+                f"'{target.name}' is a grouped transposed convolution, where one row serves several outputs; leave it free "
+                f"with free=[..., '{target.name}']."
+            )
+        check_vectors(
+            target.weight, f"'{target.name}'", f"leave it free with free=[..., '{target.name}']", target.output_dim
+        )
+    return [Sphere(target, value) for target, value in zip(found, _per_layer(p, found), strict=True)]
+
+
+def check_exponents(p: Exponents) -> None:
+    """Refuse values of p that no layer could have.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if isinstance(p, Mapping):
+        for pattern, value in p.items():
+            check_exponent(value, f"p['{pattern}']")
+    elif isinstance(p, list | tuple):
+        for position, value in enumerate(p):
+            check_exponent(value, f"p[{position}]")
+    else:
+        check_exponent(p)
+
+
+def _per_layer(p: Exponents, targets: Sequence[Target]) -> list[float]:
+    names = [target.name for target in targets]
+    if isinstance(p, Mapping):
+        for pattern in p:
+            if not any(matches_name(pattern, name) for name in names):
+                raise ValueError(f"p: the glob '{pattern}' matches none of the constrained weights ({_few(names)}).")
+        values = []
+        for name in names:
+            hits = [value for pattern, value in p.items() if matches_name(pattern, name)]
+            if not hits:
+                raise ValueError(f"p={dict(p)} says nothing about '{name}'; add '*' for all others.")
+            values.append(float(hits[0]))
+        return values
+    if isinstance(p, list | tuple):
+        if len(p) != len(names):
+            raise ValueError(f"p lists {len(p)} values for {len(names)} constrained weights ({_few(names)}).")
+        return [float(value) for value in p]
+    return [float(p)] * len(names)  # type: ignore[arg-type]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -1,0 +1,77 @@
+"""How sparse weights are by their magnitudes, zeros or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torchmetrics import Metric
+
+from lightning_sparse.core import describe
+from lightning_sparse.functional import hoyer_sparsity
+
+__all__ = ["HoyerSparsity"]
+
+
+@final
+class HoyerSparsity(Metric):
+    r"""Hoyer's sparsity of a network: 0 where all weights of each output are equally large, 1 where one is left of each.
+
+    The mean over the outputs of a layer, and over layers in proportion to their numbers of weights. Layers whose outputs
+    have a single entry do not count. `functional.hoyer_sparsity` gives single outputs, `functional.expected_hoyer` what
+    training on the unit Lp sphere is expected to lead to.
+
+    Source: Hoyer 2004, "Non-negative Matrix Factorization with Sparseness Constraints", JMLR 5, section 3; the mean as in
+    Li et al. 2021, https://arxiv.org/abs/2103.16013, by its official repository.
+
+    Args:
+        targets: patterns that choose the weights; see `core.find_targets`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 2))
+        >>> _ = net[0].weight.data.copy_(torch.tensor([[0.0, 5.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+        >>> metric = HoyerSparsity()
+        >>> metric.update(net)
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    weighted: Tensor
+    entries: Tensor
+
+    def __init__(self, targets: str | Sequence[str] = ("*",)) -> None:
+        super().__init__()
+        self.targets = [targets] if isinstance(targets, str) else list(targets)
+        self.add_state("weighted", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("entries", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, module: nn.Module) -> None:
+        """Take in the weights of a module as they are now.
+
+        Raises:
+            ValueError: if the patterns choose nothing that has a sparsity.
+        """
+        seen = 0
+        for candidate in describe(module, self.targets):
+            if not candidate.chosen:
+                continue
+            weight = module.get_parameter(candidate.name)
+            layer = module.get_submodule(candidate.name.rpartition(".")[0])
+            dim = 1 if isinstance(layer, _ConvTransposeNd) else 0
+            if weight.numel() > weight.shape[dim]:
+                self.weighted += hoyer_sparsity(weight, dim).mean().to(self.weighted) * weight.numel()
+                self.entries += weight.numel()
+                seen += 1
+        if not seen:
+            name = type(module).__name__
+            raise ValueError(f"targets={self.targets} chooses no weight of {name} whose outputs have two entries or more.")
+
+    def compute(self) -> Tensor:
+        """The mean over all that was taken in."""
+        return self.weighted / self.entries

@@ -1,0 +1,44 @@
+"""Every notebook runs from top to bottom, quickly, and is stored without its outputs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.toys import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def run(path: Path) -> dict[str, Any]:
+    """The names a notebook ends with; its code cells are plain Python."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
+    matplotlib.pyplot.close("all")
+    return names
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUICK", "1")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_stripped(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+def test_lp_sphere() -> None:
+    names = run(ROOT / "notebooks" / "lp_sphere.ipynb")
+    assert set(names["measured"]) == set(names["predicted"]) == set(names["LAYERS"])
+    for values in (*names["measured"].values(), *names["predicted"].values()):
+        assert all(a > b for a, b in itertools.pairwise(values)), "sparsity falls along p"
