@@ -192,9 +192,7 @@ def _pair_weights(matrix: Tensor, pair_weight: Callable[[int], float]) -> Tensor
     return torch.tensor(rows, dtype=matrix.dtype, device=matrix.device)
 
 
-def _centred_grams(
-    features: Sequence[Tensor], unbiased: bool, centred: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _centred_grams(features: Sequence[Tensor], unbiased: bool, centred: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Centred Gram matrices, one flat row per feature, and the mean square times the size that each was divided by.
 
     Rows of features that do not vary are exactly zero.
