@@ -94,7 +94,7 @@ class CKARegularization(Sparsifier):
         for layer in self._found:
             if isinstance(layer.module, torch.jit.ScriptModule):
                 raise ValueError(
-                    f"Layer '{layer.name}' is compiled with torch.jit, which hides its features; train the module it came from."
+                    f"Layer '{layer.name}' is compiled with torch.jit, which hides features; train the module it came from."
                 )
 
     def begin(self) -> None:
@@ -177,12 +177,15 @@ class CKARegularization(Sparsifier):
             )
 
     def _check_arguments(self) -> None:
-        if not isinstance(self.strength, Real) or not 0 <= self.strength < math.inf:
-            raise ValueError(f"strength={self.strength!r} must be a number of at least 0, such as 1e-4.")
-        if self.samples is not None and (not isinstance(self.samples, Integral) or self.samples < 4):
-            raise ValueError(f"samples={self.samples!r} must be a whole number of at least 4, or None for the whole batch.")
-        if not isinstance(self.every_n_batches, Integral) or self.every_n_batches < 1:
-            raise ValueError(f"every_n_batches={self.every_n_batches!r} must be a whole number of at least 1.")
+        strength: object = self.strength  # from a config, anything may come
+        samples: object = self.samples
+        every: object = self.every_n_batches
+        if not isinstance(strength, Real) or not 0 <= float(strength) < math.inf:
+            raise ValueError(f"strength={strength!r} must be a number of at least 0, such as 1e-4.")
+        if samples is not None and (not isinstance(samples, Integral) or int(samples) < 4):
+            raise ValueError(f"samples={samples!r} must be a whole number of at least 4, or None for the whole batch.")
+        if not isinstance(every, Integral) or int(every) < 1:
+            raise ValueError(f"every_n_batches={every!r} must be a whole number of at least 1.")
         if self.groups is not None and not isinstance(self.groups, Mapping):
             raise ValueError(f"groups={self.groups!r} must map names to patterns, such as {{'early': ['layer1.*']}}.")
         if self.groups is not None and (self.layers is not None or self.pairs != "auto" or not self.groups):
@@ -203,6 +206,6 @@ def _refuse_other_samples(counts: list[tuple[str, int]]) -> None:
     for name, count in counts:
         if count != counts[0][1]:
             raise ValueError(
-                f"Layers '{counts[0][0]}' and '{name}' are to be compared, but their outputs have {counts[0][1]} and {count} "
+                f"Layers '{counts[0][0]}' and '{name}' are compared, but their outputs have {counts[0][1]} and {count} "
                 "samples; choose layers that see whole samples with layers=[...] or groups."
             )

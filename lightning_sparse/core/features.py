@@ -252,7 +252,7 @@ def _refuse_small_groups(found: list[FeatureLayer], groups: Mapping[str, Sequenc
     for group in groups:
         if sizes[group] < 2:
             raise ValueError(
-                f"groups['{group}']={groups[group]!r} has {sizes[group]} layer, and a similarity takes two; widen its patterns."
+                f"groups['{group}']={groups[group]!r} has {sizes[group]} layer, and it takes two; widen its patterns."
             )
 
 
