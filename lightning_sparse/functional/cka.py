@@ -81,8 +81,7 @@ def linear_cka_matrix(
     grams, _ = _centred_grams(features, unbiased, centred, dtype)
     norms = grams.square().sum(1, keepdim=True)
     # Made safe before the root is taken and divided by, or the gradient of what is not chosen would be NaN.
-    unit = grams / torch.where(norms > 0, norms, 1).sqrt()
-    return unit @ unit.T
+    return _all_pairs(grams / torch.where(norms > 0, norms, 1).sqrt())
 
 
 def linear_hsic(
@@ -129,7 +128,7 @@ def linear_hsic_matrix(
     grams, levels = _centred_grams(features, unbiased, centred, dtype)
     n = len(features[0])
     pairs = n * (n - 3) if unbiased else (n - 1) ** 2
-    return (grams @ grams.T) * levels.outer(levels) / max(pairs, 1)
+    return _all_pairs(grams) * levels.outer(levels) / max(pairs, 1)
 
 
 def cka_from_hsic(hsic: Tensor) -> Tensor:
@@ -216,6 +215,11 @@ def _centred_grams(features: Sequence[Tensor], unbiased: bool, centred: bool, dt
         # n is the largest norm there can be before centring. What is left of a constant feature is rounding.
         dead = grams.detach().square().sum(1, keepdim=True) <= (8 * torch.finfo(wide).eps * n) ** 2
         return torch.where(dead, 0, grams), levels
+
+
+def _all_pairs(rows: Tensor) -> Tensor:
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ rows.T
 
 
 def _gram(feature: Tensor, centred: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,8 @@ class CKA(Metric):
         >>> metric.update([x, -2 * x])
         >>> metric.update([x, x**2])
         >>> metric.compute()
-        tensor([[1.0000, 0.8920],
-                [0.8920, 1.0000]])
+        tensor([[1.0000, 0.8105],
+                [0.8105, 1.0000]])
     """
 
     higher_is_better = None
