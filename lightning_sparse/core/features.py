@@ -293,7 +293,7 @@ def _weight_layers(module: nn.Module) -> int:
 def _units(named: Mapping[str, nn.Module]) -> list[str]:
     """Where each convolution, or each hidden linear layer, ends: behind its normalisation and its activation."""
     attended = {id(part) for m in named.values() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
-    places = Counter(id(m) for parent in named.values() for m in parent.children())
+    places = Counter(id(m) for parent in named.values() for m in parent._modules.values())  # children() hides repetitions
     layers = [name for name, m in named.items() if isinstance(m, nn.Linear | _ConvNd) and id(m) not in attended]
     convolutions = [name for name in layers if isinstance(named[name], _ConvNd)]
     return [_end_of_unit(name, named, places) for name in (convolutions if len(convolutions) > 1 else layers[:-1])]
