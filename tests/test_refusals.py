@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -189,14 +188,6 @@ class Upsampling(Toy):
 class Narrow(Toy):
     def __init__(self) -> None:
         super().__init__(net=nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(256, 4)))
-
-
-class Scripted(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated, and still met
-            self.net = torch.jit.script(self.net)
 
 
 class Diverged(Toy):

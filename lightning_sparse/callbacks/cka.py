@@ -91,11 +91,6 @@ class CKARegularization(Sparsifier):
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         self._found = feature_layers(self.stations.module, self._patterns, self.groups)
-        for layer in self._found:
-            if isinstance(layer.module, torch.jit.ScriptModule):
-                raise ValueError(
-                    f"Layer '{layer.name}' is compiled with torch.jit, which hides features; train the module it came from."
-                )
 
     def begin(self) -> None:
         self.resume()
