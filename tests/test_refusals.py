@@ -246,12 +246,6 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "No group has two layers whose outputs were seen in training mode",
     ),
-    (
-        Scripted,
-        lambda: [CKARegularization(layers=["net.*"])],
-        {},
-        "'net.0' is compiled with torch.jit, which hides features",
-    ),
     (toy, lambda: [HyperSparse(0.9)], {"max_epochs": 2}, "HyperSparse needs 3 epochs (pretrain 1, regularize 1, finetune"),
     (
         toy,
