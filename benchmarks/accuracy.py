@@ -37,7 +37,7 @@ from lightning_sparse.observe import SimilarityMap
 
 @dataclass(frozen=True)
 class Setting:
-    """How a network is trained; cosine from `lr` to zero, or a tenth at each milestone, unless a method sets its own rates."""
+    """How a network is trained; cosine to zero, or a tenth at each milestone, unless a method sets its own rates."""
 
     data: type[ImageData]
     network: Callable[[int, int, int], nn.Module]
