@@ -23,19 +23,21 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from benchmarks.record import RESULTS, machine
-from lightning_sparse import SET, GraNet, HyperSparse, MagnitudePruning, RandomSparsity, RigL
+from lightning_sparse import SET, CKARegularization, GraNet, HyperSparse, MagnitudePruning, RandomSparsity, RigL
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.core import find_targets
-from lightning_sparse.data import CIFAR10, Digits, FashionMNIST, ImageData
+from lightning_sparse.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageData
 from lightning_sparse.models import Classifier, LeNet5, LeNet300, ResNet
+from lightning_sparse.observe import SimilarityMap
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a network is trained; cosine from `lr` to zero unless a method sets its own rates."""
+    """How a network is trained; cosine to zero, or a tenth at each milestone, unless a method sets its own rates."""
 
     data: type[ImageData]
     network: Callable[[int, int, int], nn.Module]
@@ -43,6 +45,8 @@ class Setting:
     batch_size: int = 128
     lr: float = 0.1
     weight_decay: float = 5e-4
+    nesterov: bool = False
+    milestones: Sequence[int] = ()
 
 
 SETTINGS = {
@@ -51,12 +55,25 @@ SETTINGS = {
     "lenet5-fashion": Setting(FashionMNIST, LeNet5, 30, 128, 0.05),
     "resnet8-fashion": Setting(FashionMNIST, lambda *shape: ResNet(*shape, depth=8), 30),
     "resnet20-cifar10": Setting(CIFAR10, ResNet, 40),
+    "resnet20-half-cifar10": Setting(CIFAR10, lambda *shape: ResNet(*shape, width=0.5), 15),
+    # The recipe of random static masks and CKA-SR; the published one reads the test set at the best validation epoch.
+    "resnet20-cifar10-160": Setting(CIFAR10, ResNet, 160, nesterov=True, milestones=(80, 120)),
+    "resnet20-cifar100-160": Setting(CIFAR100, ResNet, 160, nesterov=True, milestones=(80, 120)),
     "resnet32x2-cifar10": Setting(CIFAR10, lambda *shape: ResNet(*shape, depth=32, width=2), 60, weight_decay=1e-4),
 }
 
 METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "dense": lambda s: [],
     "random": lambda s: [RandomSparsity(s)],
+    "random + CKA-SR": lambda s: [RandomSparsity(s), CKARegularization(1e-4)],
+    "random + CKA-SR, all samples": lambda s: [
+        RandomSparsity(s),
+        CKARegularization(8e-4, samples=None, every_n_batches=1),
+    ],
+    "random + AugCKA-SR": lambda s: [
+        RandomSparsity(s),
+        CKARegularization(0.1, samples=None, every_n_batches=1, pairs="all", reduction="mean", unbiased=False),
+    ],
     "one-shot + fine-tuning": lambda s: [MagnitudePruning(s, start=0.5, end=0.5)],
     "gradual": lambda s: [MagnitudePruning(s)],
     "SET": lambda s: [SET(s)],
@@ -75,8 +92,10 @@ class Suite:
     methods: Sequence[str]
     sparsities: Sequence[float]
     seeds: Sequence[int] = (0, 1, 2)
+    similarity: bool = False
 
 
+CKA = ("random + CKA-SR", "random + CKA-SR, all samples", "random + AugCKA-SR")
 SUITES = {
     "hypersparse": Suite(
         "lenet300-fashion",
@@ -84,6 +103,9 @@ SUITES = {
         (0.9, 0.98, 0.995),
     ),
     "dynamic": Suite("lenet300-fashion", ("dense", "random", "SET", "RigL", "GraNet", "gradual"), (0.9, 0.98, 0.995)),
+    "cka": Suite("resnet20-half-cifar10", ("random", "random + CKA-SR"), (0.9, 0.95, 0.98), similarity=True),
+    "cka-cifar10": Suite("resnet20-cifar10-160", ("random", *CKA), (0.95,), seeds=(0, 1, 2, 3, 4), similarity=True),
+    "cka-cifar100": Suite("resnet20-cifar100-160", ("random", *CKA), (0.7, 0.85, 0.9, 0.95, 0.98, 0.998), similarity=True),
 }
 
 
@@ -97,8 +119,16 @@ def runs(suite: Suite) -> list[tuple[int, str, float]]:
     ]
 
 
-def train(setting: Setting, method: str, sparsity: float, seed: int, root: str, epochs: int | None = None) -> dict[str, Any]:
-    """One run; its numbers."""
+def train(
+    setting: Setting,
+    method: str,
+    sparsity: float,
+    seed: int,
+    root: str,
+    epochs: int | None = None,
+    similarity: bool = False,
+) -> dict[str, Any]:
+    """One run; its numbers, with the mean similarity of layers on validation data before and after if asked for."""
     L.seed_everything(seed, verbose=False)
     data = setting.data(root=root, batch_size=setting.batch_size, seed=seed)
     module = Classifier(
@@ -106,19 +136,19 @@ def train(setting: Setting, method: str, sparsity: float, seed: int, root: str, 
         data.num_classes,
         data.in_channels,
         data.image_size,
-        lambda p: torch.optim.SGD(p, lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay),
+        lambda p: torch.optim.SGD(
+            p, lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay, nesterov=setting.nesterov
+        ),
+        (lambda o: torch.optim.lr_scheduler.MultiStepLR(o, list(setting.milestones))) if setting.milestones else None,
     )
     callbacks = METHODS[method](sparsity)
-    trainer = L.Trainer(
-        max_epochs=epochs or setting.epochs,
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-    )
+    quiet: dict[str, Any] = {"accelerator": "auto", "devices": 1, "logger": False, "enable_checkpointing": False}
+    quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
+    similarities = SimilarityMap(figure=False)
+    if similarity:
+        with isolate_rng():
+            L.Trainer(**quiet, callbacks=[similarities]).validate(module, data, verbose=False)
+    trainer = L.Trainer(max_epochs=epochs or setting.epochs, callbacks=callbacks, **quiet)
     start = perf_counter()
     trainer.fit(module, data)
     seconds = perf_counter() - start
@@ -133,6 +163,9 @@ def train(setting: Setting, method: str, sparsity: float, seed: int, root: str, 
         "epochs": trainer.current_epoch,
         "seconds": round(seconds, 1),
     }
+    if similarity:
+        L.Trainer(**quiet, callbacks=[similarities]).validate(module, data, verbose=False)
+        numbers["similarity"] = [round(value, 4) for value in similarities.history]
     for callback in callbacks:
         if isinstance(callback, Sparsifier):
             numbers |= {key: value for key in ("stop_reason", "history") if (value := getattr(callback, key, None))}
@@ -154,7 +187,7 @@ def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Pa
         done = {(r["seed"], r["method"], r["sparsity"]) for r in collect(name, out)["runs"]}
         if index % part[1] != part[0] - 1 or (seed, method, sparsity) in done:
             continue
-        numbers = train(setting, method, sparsity, seed, root, epochs)
+        numbers = train(setting, method, sparsity, seed, root, epochs, suite.similarity)
         result = load(path)
         how = {"setting": suite.setting, **{k: v for k, v in asdict(setting).items() if k not in ("data", "network")}}
         result |= {"command": f"python -m benchmarks.accuracy {name} --data DIR", "machine": machine(), "recipe": how}

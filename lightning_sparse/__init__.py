@@ -2,6 +2,7 @@
 
 from lightning_sparse.callbacks import (
     SET,
+    CKARegularization,
     GraNet,
     HyperSparse,
     LpSphere,
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SET",
+    "CKARegularization",
     "GraNet",
     "HyperSparse",
     "LpSphere",

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from lightning_sparse import SET, GraNet, HyperSparse, LpSphere, MagnitudePruning, RandomSparsity, RigL
+from lightning_sparse import SET, CKARegularization, GraNet, HyperSparse, LpSphere, MagnitudePruning, RandomSparsity, RigL
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.core import find_targets
 from tests import toys
@@ -75,6 +75,19 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: RandomSparsity(0.5, seed=1.5), "seed=1.5 must be a whole number"),
     (lambda: RandomSparsity(1.5), "sparsity=1.5 must be in [0, 1)"),
     (lambda: RandomSparsity(structure="2:4", allocation="erk"), "leave allocation='erk' out"),
+    (lambda: CKARegularization(-1), "strength=-1 must be a number of at least 0"),
+    (lambda: CKARegularization("1e-4"), "strength='1e-4' must be a number of at least 0"),
+    (lambda: CKARegularization(float("nan")), "strength=nan must be a number of at least 0"),
+    (lambda: CKARegularization(samples=3), "samples=3 must be a whole number of at least 4, or None for the whole batch"),
+    (lambda: CKARegularization(samples=-1), "samples=-1 must be a whole number of at least 4, or None"),
+    (lambda: CKARegularization(every_n_batches=0), "every_n_batches=0 must be a whole number of at least 1"),
+    (lambda: CKARegularization(pairs="stages"), "pairs='stages' is unknown; choose from ['auto', 'stage', 'all']"),
+    (lambda: CKARegularization(reduction="max"), "reduction='max' is unknown; choose from ['sum', 'mean']"),
+    (lambda: CKARegularization(dtype="float16"), "dtype='float16' is unknown; choose from ['float32', 'float64']"),
+    (lambda: CKARegularization(pair_weight="near"), "pair_weight='near' is unknown; choose from ['constant', 'adjacent'"),
+    (lambda: CKARegularization(groups=["layer1.*"]), "groups=['layer1.*'] must map names to patterns"),
+    (lambda: CKARegularization(groups={}), "groups={} says which layers are compared; name some"),
+    (lambda: CKARegularization(groups={"a": ["b"]}, pairs="all"), "leave layers and pairs out"),
     (lambda: HyperSparse(0), "sparsity=0 would regularise for nothing; leave the callback out"),
     (lambda: HyperSparse(1.0), "sparsity=1.0 must be in [0, 1)"),
     (lambda: HyperSparse("0.9"), "sparsity='0.9' must be a number in [0, 1)"),
@@ -219,6 +232,20 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [MagnitudePruning(0.5, schedule=lambda p, a, b: float("nan"))], {}, "schedule gives nan at progress 0.0"),
     (Embedded, lambda: [MagnitudePruning(0.5, targets=["type:Embedding"])], {}, "make the layer with sparse=False"),
     (toy, lambda: [MagnitudePruning(0.9999)], {}, "sparsity=0.9999 of 2,760 units leaves nothing"),
+    (toy, lambda: [CKARegularization(layers=["net.9"])], {}, "layers: 'net.9' matches no layer; did you mean 'net.8'?"),
+    (
+        toy,
+        lambda: [CKARegularization(layers=["net.1"])],
+        {},
+        "1 layers of Toy are to be compared ('net.1'), and it takes two",
+    ),
+    (toy, lambda: [CKARegularization(groups={"a": ["net.1"]})], {}, "groups['a']=['net.1'] has 1 layer, and it takes two"),
+    (
+        toy,
+        lambda: [CKARegularization(pairs="stage")],
+        {},
+        "No group has two layers whose outputs were seen in training mode",
+    ),
     (toy, lambda: [HyperSparse(0.9)], {"max_epochs": 2}, "HyperSparse needs 3 epochs (pretrain 1, regularize 1, finetune"),
     (
         toy,

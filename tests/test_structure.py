@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "core": {"functional", "core"},
     "callbacks": {"functional", "core", "callbacks"},
     "metrics": {"functional", "core", "metrics"},
-    "observe": {"functional", "core", "observe"},
+    "observe": {"functional", "core", "metrics", "observe"},
     "optim": {"functional", "core", "optim"},
     "models": {"models"},
     "data": {"data"},

@@ -1,6 +1,7 @@
 """When: one callback per method, on the stations of `base`."""
 
 from lightning_sparse.callbacks.base import Sparsifier
+from lightning_sparse.callbacks.cka import CKARegularization
 from lightning_sparse.callbacks.granet import GraNet
 from lightning_sparse.callbacks.hypersparse import HyperSparse
 from lightning_sparse.callbacks.lp_sphere import LpSphere
@@ -18,6 +19,7 @@ from lightning_sparse.callbacks.swapped import Swapped
 
 __all__ = [
     "SET",
+    "CKARegularization",
     "GraNet",
     "HyperSparse",
     "LpSphere",

@@ -2,6 +2,7 @@
 
 from lightning_sparse.core.budget import Budget, check_sparsity
 from lightning_sparse.core.catch_up import Attempt, CatchUp
+from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.masks import LiveMasks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
@@ -21,6 +22,8 @@ __all__ = [
     "CatchUp",
     "Channels",
     "Exponents",
+    "FeatureLayer",
+    "FeatureTap",
     "LayerRow",
     "LiveMasks",
     "MaskSet",
@@ -39,9 +42,11 @@ __all__ = [
     "check_sparsity",
     "clear_moments",
     "describe",
+    "feature_layers",
     "find_spheres",
     "find_targets",
     "format_table",
+    "group_features",
     "parse_structure",
     "summarize",
 ]

@@ -1,6 +1,16 @@
 """The mathematics: tensors in, tensors out; no modules, no state, no Lightning."""
 
 from lightning_sparse.functional.allocation import ALLOCATIONS, allocate, counts, er, erk, erk_plus, uniform, uniform_plus
+from lightning_sparse.functional.cka import (
+    PAIR_WEIGHTS,
+    cka_from_hsic,
+    linear_cka,
+    linear_cka_matrix,
+    linear_hsic,
+    linear_hsic_matrix,
+    off_diagonal_mean,
+    similarity_penalty,
+)
 from lightning_sparse.functional.hypersparse import (
     HYPERSPARSE_ALIGNMENT,
     HyperSparseScale,
@@ -56,6 +66,7 @@ __all__ = [
     "DROP_SCHEDULES",
     "FEATURE_NORMS",
     "HYPERSPARSE_ALIGNMENT",
+    "PAIR_WEIGHTS",
     "SCHEDULES",
     "STEP_PROXIES",
     "HyperSparseScale",
@@ -64,6 +75,7 @@ __all__ = [
     "channel_score",
     "check_exponent",
     "check_vectors",
+    "cka_from_hsic",
     "connection_count",
     "connection_price",
     "constant",
@@ -94,6 +106,10 @@ __all__ = [
     "layer_density",
     "leaky_relu_proxy",
     "linear",
+    "linear_cka",
+    "linear_cka_matrix",
+    "linear_hsic",
+    "linear_hsic_matrix",
     "lp_norm",
     "lp_normalise",
     "lp_sgd_",
@@ -104,6 +120,7 @@ __all__ = [
     "mask_sparsity",
     "n_m_mask",
     "normalise_features_",
+    "off_diagonal_mean",
     "over_parameterization_rate",
     "pack",
     "piecewise_linear",
@@ -112,6 +129,7 @@ __all__ = [
     "random_score",
     "regrow",
     "relative_magnitude",
+    "similarity_penalty",
     "softplus_proxy",
     "steer_price",
     "to_dual",

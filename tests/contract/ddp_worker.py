@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from lightning_sparse import CKARegularization
 from lightning_sparse.callbacks import Pruning, Sparsifier
 from tests.toys import BATCHES, OVERLAYS, FeaturePenalty, L2Penalty, Toy, loader, method_of, overlay, toy, trainer
 
@@ -87,7 +88,8 @@ def main(folder: Path) -> None:
         results["local score"] = "was not noticed"
     except RuntimeError as error:
         results["local score"] = str(error)
-    for name, penalty in {"weights": L2Penalty(0.5), "features": FeaturePenalty(0.5)}.items():
+    penalties = {"weights": L2Penalty(0.5), "features": FeaturePenalty(0.5)}
+    for name, penalty in {**penalties, "similarity": CKARegularization(0.5, every_n_batches=1)}.items():
         module = toy()
         module.net[5] = torch.nn.Identity()
         run(module, [penalty], accumulate_grad_batches=2)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from tests.functional.test_cka import slow_cka
 from tests.toys import OVERLAYS, ROOT, L2Penalty, Toy, fit, loader, network, toy, trainer
 
 
@@ -64,7 +65,7 @@ def test_a_decision_from_local_data_is_an_error(ranks: list[dict[str, Any]]) -> 
         assert "LocalScore: the ranks hold different masks of 'net." in rank["local score"]
 
 
-@pytest.mark.parametrize("kind", ["weights", "features"])
+@pytest.mark.parametrize("kind", ["weights", "features", "similarity"])
 def test_penalties_count_once(ranks: list[dict[str, Any]], kind: str) -> None:
     """Two ranks with accumulation equal one process whose loss has the penalty written out."""
 
@@ -73,6 +74,9 @@ def test_penalties_count_once(ranks: list[dict[str, Any]], kind: str) -> None:
             if kind == "features":
                 feature = self.net[0](batch[0])
                 return self.loss(batch) + 0.5 * feature.square().mean()
+            if kind == "similarity":  # not additive: the mean of the terms of the ranks, each from its own samples
+                terms = [2 * slow_cka(self.net[:2](half), self.net[:4](half)) for half in batch[0].chunk(2)]
+                return self.loss(batch) + 0.5 * (terms[0] + terms[1]).float() / 2
             weights = [p for p in self.parameters() if p.ndim > 1]
             return self.loss(batch) + 0.25 * sum(w.square().sum() for w in weights)
 
