@@ -3,6 +3,18 @@
 from lightning_sparse.core.budget import Budget, check_sparsity
 from lightning_sparse.core.catch_up import Attempt, CatchUp
 from lightning_sparse.core.masks import LiveMasks, MaskSet
+from lightning_sparse.core.chains import (
+    Chains,
+    Link,
+    Network,
+    analyse,
+    convolution_of,
+    effective_pair,
+    find_chains,
+    find_networks,
+    is_linear,
+)
+from lightning_sparse.core.masks import MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
 from lightning_sparse.core.sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
@@ -19,13 +31,16 @@ __all__ = [
     "Budget",
     "Candidate",
     "CatchUp",
+    "Chains",
     "Channels",
     "Exponents",
     "LayerRow",
     "LiveMasks",
+    "Link",
     "MaskSet",
     "Memory",
     "NOfM",
+    "Network",
     "Position",
     "Remembered",
     "RunLength",
@@ -36,12 +51,18 @@ __all__ = [
     "Unstructured",
     "Window",
     "check_exponents",
+    "analyse",
     "check_sparsity",
     "clear_moments",
+    "convolution_of",
     "describe",
     "find_spheres",
+    "effective_pair",
+    "find_chains",
+    "find_networks",
     "find_targets",
     "format_table",
+    "is_linear",
     "parse_structure",
     "summarize",
 ]
