@@ -25,3 +25,6 @@ __all__ = [
     "SparseConnectivityLearning",
     "SparsityMixin",
 ]
+from lightning_sparse.callbacks import HyperSparse, LayerSparsity, MagnitudePruning, RandomSparsity, SparsityMixin
+from lightning_sparse.export import merge_layers
+__all__ = ["HyperSparse", "LayerSparsity", "MagnitudePruning", "RandomSparsity", "SparsityMixin", "merge_layers"]

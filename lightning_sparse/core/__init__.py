@@ -12,7 +12,10 @@ from lightning_sparse.core.chains import (
     effective_pair,
     find_chains,
     find_networks,
+    is_collapsed,
     is_linear,
+    padding_of,
+    shared_parameters,
 )
 from lightning_sparse.core.masks import MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
@@ -20,7 +23,7 @@ from lightning_sparse.core.moments import clear_moments
 from lightning_sparse.core.sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.structure import Channels, NOfM, Structure, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
-from lightning_sparse.core.targets import Candidate, Target, describe, find_targets
+from lightning_sparse.core.targets import Candidate, Target, describe, find_targets, matches_name
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window
 
 __all__ = [
@@ -62,7 +65,11 @@ __all__ = [
     "find_networks",
     "find_targets",
     "format_table",
+    "is_collapsed",
     "is_linear",
+    "matches_name",
+    "padding_of",
     "parse_structure",
+    "shared_parameters",
     "summarize",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_sparse.functional import Convolution, fold_batch_norm, shift_input
 
-__all__ = ["Chains", "Link", "Network", "convolution_of", "effective_pair", "find_chains", "find_networks", "is_linear"]
+__all__ = [
+    "Chains",
+    "Link",
+    "Network",
+    "analyse",
+    "convolution_of",
+    "effective_pair",
+    "find_chains",
+    "find_networks",
+    "is_collapsed",
+    "is_linear",
+    "padding_of",
+    "shared_parameters",
+]
 
 Bounds = tuple[float, float]
 INF = math.inf
@@ -138,7 +151,7 @@ def find_chains(module: nn.Module, input_range: Sequence[float] | None = None) -
     """
     networks, obstacles = find_networks(module)
     links: list[Link] = []
-    shared = _shared(module)
+    shared = shared_parameters(module)
     for network in networks:
         found = analyse(network, input_range, shared)
         links += found.links
@@ -146,7 +159,7 @@ def find_chains(module: nn.Module, input_range: Sequence[float] | None = None) -
     return Chains(links, obstacles)
 
 
-def _shared(module: nn.Module) -> set[int]:
+def shared_parameters(module: nn.Module) -> set[int]:
     """Parameters that several layers hold."""
     seen: set[int] = set()
     twice: set[int] = set()
@@ -157,8 +170,17 @@ def _shared(module: nn.Module) -> set[int]:
     return twice
 
 
-def analyse(network: Network, input_range: Sequence[float] | None, shared: set[int]) -> Chains:
-    """The links of one traced network; see `find_chains`."""
+def analyse(
+    network: Network, input_range: Sequence[float] | None = None, shared: Collection[int] = (), padded: bool = False
+) -> Chains:
+    """The links of one traced network; see `find_chains`.
+
+    Args:
+        network: of `find_networks`.
+        input_range: of what it is given.
+        shared: ids of parameters that several layers hold.
+        padded: whether pairs of convolutions with zeros padded between them count as links too.
+    """
     modules = dict(network.module.named_modules(remove_duplicate=False))
     bounds = _bounds(network.graph, modules, ANY if input_range is None else (float(input_range[0]), float(input_range[1])))
     calls: dict[int, int] = {}
@@ -172,7 +194,7 @@ def analyse(network: Network, input_range: Sequence[float] | None, shared: set[i
         if layer is None or not is_linear(layer):
             continue
         name = f"{network.path}.{node.target}".lstrip(".")
-        found = _follow(node, modules, bounds, network.path)
+        found = _follow(node, modules, bounds, network.path, padded)
         if isinstance(found, Link) and (
             calls[id(layer)] > 1 or any(id(p) in shared for p in layer.parameters(recurse=False))
         ):
@@ -184,11 +206,14 @@ def analyse(network: Network, input_range: Sequence[float] | None, shared: set[i
     return Chains(links, obstacles)
 
 
-def _follow(node: fx.Node, modules: Mapping[str, nn.Module], bounds: Mapping[fx.Node, Bounds], path: str) -> Link | str:
+def _follow(
+    node: fx.Node, modules: Mapping[str, nn.Module], bounds: Mapping[fx.Node, Bounds], path: str, padded: bool
+) -> Link | str:
     """From a layer to the next one; the link, or what is in the way."""
     layer = modules[str(node.target)]
-    low, high = bounds.get(node.args[0], ANY) if isinstance(node.args[0], fx.Node) else ANY
-    if isinstance(layer, CONVOLUTIONS) and any(_padding(layer) or ()):
+    before = node.args[0] if node.args else None
+    low, high = bounds.get(before, ANY) if isinstance(before, fx.Node) else ANY
+    if isinstance(layer, CONVOLUTIONS) and any(padding_of(layer) or ()):
         low, high = min(low, 0.0), max(high, 0.0)  # zeros are padded
     low = min(low, 0.0)
     nodes, norm_node, activated = [node], None, False
@@ -217,11 +242,10 @@ def _follow(node: fx.Node, modules: Mapping[str, nn.Module], bounds: Mapping[fx.
             return f"{described} between it and the next layer is not linear, or not one that can be merged over"
         nodes.append(current)
     assert part is not None
-    obstacle = _between(layer, part, norm_node is not None and _shifts(modules[str(norm_node.target)]))
+    obstacle = _between(layer, part, norm_node is not None, padded)
     if obstacle is not None:
         return obstacle
     if activated and low == -INF:
-        before = node.args[0]
         first = isinstance(before, fx.Node) and before.op == "placeholder"
         return "its input may be negative" + ("; give input_range if it is not" if first else "")
     target = None if norm_node is None else str(norm_node.target)
@@ -238,13 +262,13 @@ def _follow(node: fx.Node, modules: Mapping[str, nn.Module], bounds: Mapping[fx.
     )
 
 
-def _between(first: nn.Module, second: nn.Module, shifted: bool) -> str | None:
+def _between(first: nn.Module, second: nn.Module, shifted: bool, padded: bool) -> str | None:
     """Why two layers with nothing between them are not one, if they are not."""
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         return None
     if not isinstance(first, CONVOLUTIONS) or type(first) is not type(second):
         return f"a {type(first).__name__} does not merge with a {type(second).__name__}"
-    one, two = _padding(first), _padding(second)
+    one, two = padding_of(first), padding_of(second)
     if one is None or two is None:
         return "padding='same' that is not the same on both sides cannot be merged"
     pads = [conv for conv, padding in ((first, one), (second, two)) if any(padding)]
@@ -258,16 +282,12 @@ def _between(first: nn.Module, second: nn.Module, shifted: bool) -> str | None:
         if all(s == 1 for s in first.stride) and all(2 * p == r for p, r in zip(one, reach, strict=True)):
             return None
     bare = all(k == 1 for k in first.kernel_size) and not any(one) and first.bias is None and not shifted
-    if modes == {"zeros"} and bare:
+    if modes == {"zeros"} and (bare or padded):
         return None
     return "the next layer pads between the two, so a merge is wrong at the border; move padding in front (pad_in_front)"
 
 
-def _shifts(norm: nn.Module) -> bool:
-    return isinstance(norm, _BatchNorm)
-
-
-def _padding(layer: nn.Module) -> tuple[int, ...] | None:
+def padding_of(layer: nn.Module) -> tuple[int, ...] | None:
     """Zeros in front, per dimension; None where there are more of them behind."""
     assert isinstance(layer, CONVOLUTIONS)
     if layer.padding == "valid":
@@ -285,7 +305,7 @@ def convolution_of(layer: nn.Module) -> Convolution:
     if isinstance(layer, nn.Linear):
         return Convolution(weight, bias, (), (), ())
     assert isinstance(layer, CONVOLUTIONS)
-    return Convolution(weight, bias, layer.stride, _padding(layer) or (), layer.dilation, layer.groups)
+    return Convolution(weight, bias, layer.stride, padding_of(layer) or (), layer.dilation, layer.groups)
 
 
 def effective_pair(link: Link, tensors: Mapping[str, Tensor] | None = None, shifted: bool = True) -> list[Tensor]:
@@ -305,6 +325,19 @@ def effective_pair(link: Link, tensors: Mapping[str, Tensor] | None = None, shif
     if shifted:
         weight, bias = shift_input(weight, bias, link.low)
     return [weight] if bias is None else [weight, bias]
+
+
+def is_collapsed(link: Link, smallest: float = 1e-3) -> bool:
+    """Whether a layer's weights are so small that it cuts the signal: on the scale of usual initial values, below 1e-3.
+
+    Such a layer has next to no negative part either, but merging it would be no success.
+
+    Args:
+        link: of `find_chains`.
+        smallest: the Frobenius norm per square root of the number of outputs.
+    """
+    weight = effective_pair(link, shifted=False)[0].detach()
+    return float(torch.linalg.vector_norm(weight.double())) <= smallest * weight.shape[0] ** 0.5
 
 
 # ---- what the operations of a graph do to bounds ------------------------------------------------------------------------
