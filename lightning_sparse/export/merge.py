@@ -52,8 +52,8 @@ def merge_layers(
 
     A layer merges if its activation does nothing: for all inputs (`certified`), or up to a negative part within the
     tolerance (`near`: the activation is deleted, the weights stay as they are). Merged layers are judged again, and again,
-    until nothing changes. A residual block whose first layer is gone becomes one layer with its shortcut. Products are made in
-    float64. Batch normalisation is folded where its layer merges, and stays elsewhere.
+    until nothing changes. A residual block whose first layer is gone becomes one layer with its shortcut. Products are made
+    in float64. Batch normalisation is folded where its layer merges, and stays elsewhere.
 
     The result is a `nn.Sequential` if modules simply follow each other, else a `torch.fx.GraphModule`, in evaluation mode;
     for a LightningModule it is a copy of it whose networks are such. `F.dropout` is left out where a network is traced.
@@ -87,8 +87,8 @@ def merge_layers(
     if not networks:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(failures.items())[:3])
         raise ValueError(
-            f"Nothing in {type(model).__name__} can be merged: {reasons or 'it has no linear layer or convolution'}. Put the "
-            "layers into a module that torch.fx can trace, such as nn.Sequential."
+            f"Nothing in {type(model).__name__} can be merged: {reasons or 'it has no linear layer or convolution'}. Put "
+            "the layers into a module that torch.fx can trace, such as nn.Sequential."
         )
     judge = _Judge(tolerance, input_range, allow_growth, shared_parameters(after), _positive_shares(before, inputs))
     for network in networks:
@@ -454,21 +454,21 @@ def _positive_shares(model: nn.Module, inputs: Tensor | None) -> dict[str, float
     if inputs is None:
         return {}
     shares: dict[str, float] = {}
-    last: dict[int, str] = {}
+    last: dict[int, tuple[str, Tensor]] = {}  # with the tensor itself, or its id could be given to another
     handles = []
     for name, layer in model.named_modules():
         if is_linear(layer):
 
             def note(layer: Any, given: Any, output: Tensor, name: str = name) -> None:
                 shares[name] = float((output >= 0).double().mean())
-                last[id(output)] = name
+                last[id(output)] = (name, output)
 
             handles.append(layer.register_forward_hook(note))
         elif isinstance(layer, _BatchNorm):
 
             def renote(layer: Any, given: Any, output: Tensor) -> None:
                 if id(given[0]) in last:
-                    shares[last[id(given[0])]] = float((output >= 0).double().mean())
+                    shares[last[id(given[0])][0]] = float((output >= 0).double().mean())
 
             handles.append(layer.register_forward_hook(renote))
     try:
