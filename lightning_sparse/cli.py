@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -111,22 +112,37 @@ class SparseTrainer(pl.Trainer):
             allow_growth: merge also where the product has more parameters than its factors.
         """
         if not Path(ckpt_path).is_file():
-            raise FileNotFoundError(
-                f"ckpt_path='{ckpt_path}' is no file; give a checkpoint that fit with LayerSparsity wrote."
-            )
+            raise FileNotFoundError(f"ckpt_path='{ckpt_path}' is no file; give a checkpoint of a fit with LayerSparsity.")
         saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["state_dict"])
+        try:
+            model.load_state_dict(saved["state_dict"])
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"ckpt_path='{ckpt_path}' holds another model than the one configured: {reason}.") from None
         methods = [c for c in self.callbacks if isinstance(c, LayerSparsity)]  # type: ignore[attr-defined]
         ranges = next((method.input_range for method in methods), None)
         merged, report = merge_layers(model, tolerance=tolerance, input_range=ranges, allow_growth=allow_growth)
+        assert isinstance(merged, pl.LightningModule)
         rank_zero_only(print)(f"{report}\n")
+        tests = is_overridden("test_step", merged)
+        before = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
         if start == "fresh":
             fresh_start(merged)
         for method in methods:  # what they pin the scale by is ordinary regularisation, and stays
             method.strength, method.layer_strength = 0.0, None
-        assert isinstance(merged, pl.LightningModule)
         self.fit(merged.train(), datamodule=datamodule)
+        after = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
+        if tests and self.is_global_zero:
+            Console().print(side_by_side("Merged, and fitted once more", merged=before, refit=after))
         return merged
+
+
+def side_by_side(title: str, **results: Mapping[str, float]) -> Table:
+    """Metrics of several tests, a column each."""
+    table = Table("test", *results, title=title, title_justify="left")
+    for metric in sorted(next(iter(results.values()))):
+        table.add_row(metric.removeprefix("test/"), *(f"{result[metric]:.4f}" for result in results.values()))
+    return table
 
 
 class SparseCLI(LightningCLI):
@@ -196,10 +212,7 @@ class SparseCLI(LightningCLI):
         trainer.fit(self.model, datamodule=self.datamodule)
         dense = trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
         if trainer.is_global_zero:
-            table = Table("test", "sparse", "dense", title="Same recipe, same seed", title_justify="left")
-            for metric in sorted(sparse):
-                table.add_row(metric.removeprefix("test/"), f"{sparse[metric]:.4f}", f"{dense[metric]:.4f}")
-            Console().print(table)
+            Console().print(side_by_side("Same recipe, same seed", sparse=sparse, dense=dense))
 
 
 def main(args: list[str] | None = None) -> None:

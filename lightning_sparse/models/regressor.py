@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sparse.models.networks import MLP
 
@@ -68,6 +70,10 @@ class Regressor(pl.LightningModule):
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is not None:
             return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+        schedule = LambdaLR(optimizer, self._cosine)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _cosine(self, step: int) -> float:
+        if step == 0:  # asking for the length now would load the data before the checkpoint
+            return 1.0
+        return (1 + math.cos(math.pi * min(1.0, step / self.trainer.estimated_stepping_batches))) / 2
