@@ -101,14 +101,14 @@ class LayerSparsity(Sparsifier):
         self.strength, self.norm, self.proximal = strength, norm, proximal
         self.scale_decay, self.l1, self.layer_strength = scale_decay, l1, layer_strength
         self.warmup, self.tolerance, self.input_range = warmup, tolerance, input_range
-        numbers = {"strength": strength, "scale_decay": scale_decay, "l1": l1}
+        numbers: dict[str, Any] = {"strength": strength, "scale_decay": scale_decay, "l1": l1}
         numbers |= {f"layer_strength['{glob}']": value for glob, value in (layer_strength or {}).items()}
         for argument, value in numbers.items():
             if not (isinstance(value, Real) and 0 <= float(value) < float("inf")):
                 raise ValueError(f"{argument}={value!r} must be a number from 0 up.")
         if norm not in LAYER_NORMS:
             raise ValueError(f"norm={norm!r} is unknown; choose from {list(LAYER_NORMS)}.")
-        if not (isinstance(tolerance, Real) and 0 <= float(tolerance) < 1):
+        if not 0 <= tolerance < 1:
             raise ValueError(f"tolerance={tolerance!r} must be in [0, 1): a ratio of norms.")
         if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
             raise ValueError(f"input_range={input_range!r} must be the least and the largest input, such as [0, 1].")

@@ -301,7 +301,7 @@ def padding_of(layer: nn.Module) -> tuple[int, ...] | None:
 def convolution_of(layer: nn.Module) -> Convolution:
     """A convolution layer, or a linear one as a convolution without pixels, in float64."""
     bias = None if layer.bias is None else layer.bias.detach().double()  # type: ignore[operator]
-    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator, assignment]
+    weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
     if isinstance(layer, nn.Linear):
         return Convolution(weight, bias, (), (), ())
     assert isinstance(layer, CONVOLUTIONS)
@@ -337,7 +337,8 @@ def is_collapsed(link: Link, smallest: float = 1e-3) -> bool:
         smallest: the Frobenius norm per square root of the number of outputs.
     """
     weight = effective_pair(link, shifted=False)[0].detach()
-    return float(torch.linalg.vector_norm(weight.double())) <= smallest * weight.shape[0] ** 0.5
+    size = float(torch.linalg.vector_norm(weight.double()))
+    return size <= smallest * math.sqrt(weight.shape[0])
 
 
 # ---- what the operations of a graph do to bounds ------------------------------------------------------------------------

@@ -137,14 +137,15 @@ def pad_in_front(model: nn.Module) -> nn.Module:
     for network in find_networks(model)[0]:
         links = analyse(network, (0.0, math.inf), shared, padded=True).links
         for link in reversed(links):
-            first, second = link.layer, model.get_submodule(f"{network.path}.{link.nodes[-1].target}".lstrip("."))
+            first: Any = link.layer
+            second: Any = model.get_submodule(link.successor)
             if isinstance(first, nn.Linear) or first.padding_mode != "zeros" or second.padding_mode != "zeros":
                 continue
             ahead, behind = padding_of(first) or (), padding_of(second) or ()
-            moved = tuple(p + s * q for p, s, q in zip(ahead, first.stride, behind, strict=True))  # type: ignore[call-overload]
+            moved = tuple(p + s * q for p, s, q in zip(ahead, first.stride, behind, strict=True))
             for layer, padding in ((first, moved), (second, (0,) * len(behind))):
-                layer.padding = padding  # type: ignore[assignment]
-                layer._reversed_padding_repeated_twice = [p for p in reversed(padding) for _ in range(2)]  # type: ignore[assignment]
+                layer.padding = padding
+                layer._reversed_padding_repeated_twice = [p for p in reversed(padding) for _ in range(2)]
     return model
 
 
@@ -262,7 +263,7 @@ class _Surgery:
 
     def _make(self, what: Convolution, like: nn.Module, padding_mode: str = "zeros") -> nn.Module:
         """A layer in float64; it is rounded once, when all is done."""
-        made: nn.Module
+        made: Any
         options: dict[str, Any] = {"bias": what.bias is not None, "device": "meta"}
         if isinstance(like, nn.Linear):
             made = nn.Linear(what.weight.shape[1], what.weight.shape[0], **options)
@@ -273,8 +274,8 @@ class _Surgery:
             made = type(like)(inputs, outputs, what.kernel, **options)
         made.weight = nn.Parameter(what.weight)
         made.bias = None if what.bias is None else nn.Parameter(what.bias)
-        self.dtypes[made] = self.dtypes.get(like, like.weight.dtype)  # type: ignore[assignment, arg-type]
-        return made
+        self.dtypes[made] = self.dtypes.get(like, like.weight.dtype)  # type: ignore[arg-type]
+        return made  # type: ignore[no-any-return]
 
     def _put(self, node: fx.Node, layer: nn.Module, old: nn.Module) -> str:
         """Let a node call another layer: under the old name, unless others need the old one under it."""

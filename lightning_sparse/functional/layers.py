@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,12 +148,14 @@ def negative_ratio(tensors: Sequence[Tensor]) -> Tensor:
     """
     parts = [tensor.detach() for tensor in tensors]
     whole = _length(parts)
-    return _length([part.clamp(max=0) for part in parts]) / torch.where(whole > 0, whole, 1.0)
+    ratio: Tensor = _length([part.clamp(max=0) for part in parts]) / torch.where(whole > 0, whole, 1.0)
+    return ratio
 
 
 def _length(tensors: Sequence[Tensor]) -> Tensor:
     wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in wide]))
+    length: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in wide]))
+    return length
 
 
 def lowest_output(weight: Tensor, bias: Tensor | None, low: float, high: float) -> Tensor:
@@ -332,7 +335,8 @@ def add_convolutions(large: Convolution, small: Convolution) -> Convolution | No
     same = all(k - 2 * p == c - 2 * q for k, p, c, q in zip(sizes, large.padding, inner, small.padding, strict=True))
     if weight.shape[:2] != added.shape[:2] or not same or min(starts, default=0) < 0:
         return None
-    weight[(..., *(slice(start, start + size) for start, size in zip(starts, inner, strict=True)))] += added
+    window: Any = (..., *(slice(start, start + size) for start, size in zip(starts, inner, strict=True)))
+    weight[window] += added
     biases = [conv.bias.double() for conv in (large, small) if conv.bias is not None]
     dtype = large.weight.dtype
     bias = sum(biases[1:], biases[0]).to(dtype) if biases else None
@@ -372,5 +376,6 @@ def _dilate(kernel: Tensor, steps: tuple[int, ...]) -> Tensor:
         return kernel
     sizes = [(size - 1) * step + 1 for size, step in zip(kernel.shape[2:], steps, strict=True)]
     wide = kernel.new_zeros(*kernel.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, step) for step in steps))] = kernel
+    grid: Any = (..., *(slice(None, None, step) for step in steps))
+    wide[grid] = kernel
     return wide
