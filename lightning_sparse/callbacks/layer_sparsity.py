@@ -108,7 +108,7 @@ class LayerSparsity(Sparsifier):
                 raise ValueError(f"{argument}={value!r} must be a number from 0 up.")
         if norm not in LAYER_NORMS:
             raise ValueError(f"norm={norm!r} is unknown; choose from {list(LAYER_NORMS)}.")
-        if not 0 <= tolerance < 1:
+        if not (isinstance(tolerance, int | float) and 0 <= tolerance < 1):
             raise ValueError(f"tolerance={tolerance!r} must be in [0, 1): a ratio of norms.")
         if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
             raise ValueError(f"input_range={input_range!r} must be the least and the largest input, such as [0, 1].")
