@@ -6,9 +6,9 @@
     python -m benchmarks.layers simulation --quick       small, to see that it runs
     python -m benchmarks.layers simulation --table       print the table of what is there
 
-Every fit is one line of the result: plain, weight decay, with layer penalty (before and after merging), and the refits of the
-merged network, warm and fresh. Errors are test errors after the last step; strengths are listed, none is chosen by looking
-at the test set. Latency is measured in one run, both networks taking turns. A suite goes on where it stopped.
+Every fit is one line of the result: plain, weight decay, with layer penalty (before and after merging), and the refits of
+the merged network, warm and fresh. Errors are test errors after the last step; strengths are listed, none is chosen by
+looking at the test set. Latency is measured in one run, both networks taking turns. A suite goes on where it stopped.
 """
 
 from __future__ import annotations

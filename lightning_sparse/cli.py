@@ -133,7 +133,7 @@ class SparseTrainer(pl.Trainer):
         self.fit(merged.train(), datamodule=datamodule)
         after = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
         if tests and self.is_global_zero:
-            Console().print(side_by_side("Merged, and fitted once more", merged=before, refit=after))
+            Console().print(side_by_side("Refit", merged=before, refit=after))
         return merged
 
 

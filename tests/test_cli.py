@@ -180,7 +180,8 @@ def test_refit_from_a_checkpoint(start: str, tmp_path: Path, capsys: pytest.Capt
     main(["refit", *again, f"--ckpt_path={checkpoint}", "--tolerance=0.99"])  # everything counts as linear
     out = capsys.readouterr().out
     assert "depth         8 -> 2" in out
-    assert "refit" in out.split("Merged, and fitted once more")[1]
+    merged, refit = (float(cell) for cell in out.split("│ loss")[1].split("│")[1:3])
+    assert merged != refit
     saved = torch.load(next((tmp_path / "again").rglob("*.ckpt")), weights_only=True)
     assert len(saved["state_dict"]) == 4, "two layers"
     with pytest.raises(SystemExit):

@@ -203,8 +203,9 @@ class Dynamic(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 4)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers if x.sum() > 0 else self.layers:
-            x = layer(x.flatten(1)).relu()
+        for layer in self.layers:
+            x = layer(x.flatten(1))
+            x = x.relu() if x.sum() > 0 else x
         return x
 
 
@@ -294,6 +295,9 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         ),
         lambda: [LayerSparsity()],
         "'net.1': GELU between it and the next layer is not linear, or not one that can be merged over; 'net.3': GELU",
+        {},
+        "'net.0': GELU between it and the next layer is not linear, or not one that can be merged over; 'net.2': GELU",
+    ),
     (Normed, lambda: [LayerSparsity(proximal=True)], {}, "no closed form for 'net.3', a layer with batch normalisation"),
     (toy, lambda: [LayerSparsity(layer_strength={"net.0": 1.0})], {}, "'net.0' matches none of the layers that may merge"),
     (toy, lambda: [LayerSparsity(targets=["!net.6"])], {}, "'net.0': the next layer pads between the two"),

@@ -126,7 +126,7 @@ def find_networks(module: nn.Module) -> tuple[list[Network], dict[str, str]]:
                 )
                 for name, layer in part.named_modules(prefix=path):
                     if is_linear(layer):
-                        failures[name] = reason
+                        failures.setdefault(name, reason)
         for name, child in part.named_children():
             visit(f"{path}.{name}".lstrip("."), child)
 
