@@ -25,6 +25,3 @@ __all__ = [
     "SparseConnectivityLearning",
     "SparsityMixin",
 ]
-from lightning_sparse.callbacks import HyperSparse, LayerSparsity, MagnitudePruning, RandomSparsity, SparsityMixin
-from lightning_sparse.export import merge_layers
-__all__ = ["HyperSparse", "LayerSparsity", "MagnitudePruning", "RandomSparsity", "SparsityMixin", "merge_layers"]

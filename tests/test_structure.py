@@ -19,7 +19,6 @@ MAY_IMPORT = {
     "core": {"functional", "core"},
     "callbacks": {"functional", "core", "callbacks"},
     "metrics": {"functional", "core", "metrics"},
-    "export": {"functional", "core", "export"},
     "observe": {"functional", "core", "observe"},
     "optim": {"functional", "core", "optim"},
     "models": {"models"},
@@ -27,9 +26,6 @@ MAY_IMPORT = {
 }
 BASES = {"base", "masked", "pruning", "quiet", "rewiring", "rng", "scoring", "stations", "__init__", "swapped"}
 METHODS = [cls for name in lightning_sparse.__all__ if issubclass(cls := getattr(lightning_sparse, name), Sparsifier)]
-BASES = {"base", "masked", "pruning", "quiet", "rng", "scoring", "stations", "__init__"}
-EXPORTS = [getattr(lightning_sparse, name) for name in lightning_sparse.__all__]
-METHODS = [cls for cls in EXPORTS if inspect.isclass(cls) and issubclass(cls, Sparsifier)]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -54,7 +50,6 @@ def test_imports_point_one_way(path: Path) -> None:
     if folder == "functional":
         assert not theirs & {"lightning", "torchmetrics", "wandb"}
     if folder in ("core", "metrics", "optim"):
-    if folder in ("core", "export"):
         assert "lightning" not in theirs
     assert "wandb" not in theirs or folder == "observe"
 

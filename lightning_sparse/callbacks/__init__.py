@@ -3,8 +3,8 @@
 from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.callbacks.granet import GraNet
 from lightning_sparse.callbacks.hypersparse import HyperSparse
-from lightning_sparse.callbacks.lp_sphere import LpSphere
 from lightning_sparse.callbacks.layer_sparsity import LayerSparsity
+from lightning_sparse.callbacks.lp_sphere import LpSphere
 from lightning_sparse.callbacks.magnitude import MagnitudePruning
 from lightning_sparse.callbacks.masked import Masked
 from lightning_sparse.callbacks.mixin import SparsityMixin
@@ -21,8 +21,8 @@ __all__ = [
     "SET",
     "GraNet",
     "HyperSparse",
-    "LpSphere",
     "LayerSparsity",
+    "LpSphere",
     "MagnitudePruning",
     "Masked",
     "Pruning",

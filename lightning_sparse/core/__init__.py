@@ -2,7 +2,6 @@
 
 from lightning_sparse.core.budget import Budget, check_sparsity
 from lightning_sparse.core.catch_up import Attempt, CatchUp
-from lightning_sparse.core.masks import LiveMasks, MaskSet
 from lightning_sparse.core.chains import (
     Chains,
     Link,
@@ -17,7 +16,7 @@ from lightning_sparse.core.chains import (
     padding_of,
     shared_parameters,
 )
-from lightning_sparse.core.masks import MaskSet
+from lightning_sparse.core.masks import LiveMasks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
 from lightning_sparse.core.sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
@@ -38,8 +37,8 @@ __all__ = [
     "Channels",
     "Exponents",
     "LayerRow",
-    "LiveMasks",
     "Link",
+    "LiveMasks",
     "MaskSet",
     "Memory",
     "NOfM",
@@ -53,16 +52,16 @@ __all__ = [
     "Target",
     "Unstructured",
     "Window",
-    "check_exponents",
     "analyse",
+    "check_exponents",
     "check_sparsity",
     "clear_moments",
     "convolution_of",
     "describe",
-    "find_spheres",
     "effective_pair",
     "find_chains",
     "find_networks",
+    "find_spheres",
     "find_targets",
     "format_table",
     "is_collapsed",
