@@ -4,6 +4,7 @@ from lightning_sparse.callbacks import (
     SET,
     GraNet,
     HyperSparse,
+    LayerSparsity,
     LpSphere,
     MagnitudePruning,
     RandomSparsity,
@@ -11,6 +12,7 @@ from lightning_sparse.callbacks import (
     SparseConnectivityLearning,
     SparsityMixin,
 )
+from lightning_sparse.export import merge_layers
 
 __version__ = "0.1.0"
 
@@ -18,10 +20,12 @@ __all__ = [
     "SET",
     "GraNet",
     "HyperSparse",
+    "LayerSparsity",
     "LpSphere",
     "MagnitudePruning",
     "RandomSparsity",
     "RigL",
     "SparseConnectivityLearning",
     "SparsityMixin",
+    "merge_layers",
 ]
