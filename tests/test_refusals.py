@@ -299,7 +299,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [LayerSparsity(layer_strength={"net.0": 1.0})], {}, "'net.0' matches none of the layers that may merge"),
     (toy, lambda: [LayerSparsity(targets=["!net.6"])], {}, "'net.0': the next layer pads between the two"),
     (toy, lambda: [LayerSparsity(warmup="9 epochs")], {}, "warmup='9 epochs' lies after the end of training"),
-    (Untraceable, lambda: [LayerSparsity()], {}, "Dynamic cannot be traced by torch.fx"),
+    (Untraceable, lambda: [LayerSparsity()], {}, "'net.layers.0': Dynamic cannot be traced (symbolically traced"),
     (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
     (HalfOptimized, lambda: [SCL(0.05)], {}, "no optimizer updates 'net.2.weight'"),
     (HalfStepping, lambda: [SCL(0.05)], {}, "the optimizer does not step 'net.0.weight', whose learning rate is 0; give it"),
