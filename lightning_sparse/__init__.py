@@ -5,6 +5,7 @@ from lightning_sparse.callbacks import (
     CKARegularization,
     GraNet,
     HyperSparse,
+    LayerSparsity,
     LpSphere,
     MagnitudePruning,
     RandomSparsity,
@@ -12,6 +13,7 @@ from lightning_sparse.callbacks import (
     SparseConnectivityLearning,
     SparsityMixin,
 )
+from lightning_sparse.export import merge_layers
 
 __version__ = "0.1.0"
 
@@ -20,10 +22,12 @@ __all__ = [
     "CKARegularization",
     "GraNet",
     "HyperSparse",
+    "LayerSparsity",
     "LpSphere",
     "MagnitudePruning",
     "RandomSparsity",
     "RigL",
     "SparseConnectivityLearning",
     "SparsityMixin",
+    "merge_layers",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `lightning-sparse fit|validate|test|predict --config FILE ...`."""
+"""The command line: `lightning-sparse fit|refit|validate|test|predict --config FILE ...`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import inspect
 import re
 import sys
 import traceback
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +27,8 @@ import lightning_sparse
 import lightning_sparse.data
 import lightning_sparse.models
 import lightning_sparse.observe
-from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.callbacks import LayerSparsity, Sparsifier
+from lightning_sparse.export import fresh_start, merge_layers
 from lightning_sparse.observe import SparsityTable
 
 __all__ = ["SparseCLI", "main"]
@@ -84,6 +89,62 @@ def _known_classes() -> list[type]:
     return [cls for module in modules for name in module.__all__ if inspect.isclass(cls := getattr(module, name))]
 
 
+class SparseTrainer(pl.Trainer):
+    """A Trainer that can also train a merged network on, as `lightning-sparse refit` does."""
+
+    def refit(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str = "",
+        start: Literal["warm", "fresh"] = "warm",
+        tolerance: float = 1e-3,
+        allow_growth: bool = False,
+    ) -> pl.LightningModule:
+        """Merge the linear layers of a trained model and fit what is left once more, without the layer penalty.
+
+        Args:
+            model: whose layers are merged.
+            datamodule: to fit it to.
+            ckpt_path: the checkpoint of a fit with LayerSparsity.
+            start: from the merged weights (`warm`), or from new ones in the same structure (`fresh`).
+            tolerance: the largest ratio of negative part to whole of a layer that is merged.
+            allow_growth: merge also where the product has more parameters than its factors.
+        """
+        if not Path(ckpt_path).is_file():
+            raise FileNotFoundError(f"ckpt_path='{ckpt_path}' is no file; give a checkpoint of a fit with LayerSparsity.")
+        saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        try:
+            model.load_state_dict(saved["state_dict"])
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"ckpt_path='{ckpt_path}' holds another model than the one configured: {reason}.") from None
+        methods = [c for c in self.callbacks if isinstance(c, LayerSparsity)]  # type: ignore[attr-defined]
+        ranges = next((method.input_range for method in methods), None)
+        merged, report = merge_layers(model, tolerance=tolerance, input_range=ranges, allow_growth=allow_growth)
+        assert isinstance(merged, pl.LightningModule)
+        rank_zero_only(print)(f"{report}\n")
+        tests = is_overridden("test_step", merged)
+        before = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
+        if start == "fresh":
+            fresh_start(merged)
+        for method in methods:  # what they pin the scale by is ordinary regularisation, and stays
+            method.strength, method.layer_strength = 0.0, None
+        self.fit(merged.train(), datamodule=datamodule)
+        after = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
+        if tests and self.is_global_zero:
+            Console().print(side_by_side("Refit", merged=before, refit=after))
+        return merged
+
+
+def side_by_side(title: str, **results: Mapping[str, float]) -> Table:
+    """Metrics of several tests, a column each."""
+    table = Table("test", *results, title=title, title_justify="left")
+    for metric in sorted(next(iter(results.values()))):
+        table.add_row(metric.removeprefix("test/"), *(f"{result[metric]:.4f}" for result in results.values()))
+    return table
+
+
 class SparseCLI(LightningCLI):
     """LightningCLI whose model learns the shape of its data, and which can train the dense model beside the sparse one."""
 
@@ -91,11 +152,17 @@ class SparseCLI(LightningCLI):
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
+            trainer_class=SparseTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
             args=args,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of Lightning, and `refit`."""
+        return {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = SparseParser(dump_header=[f"lightning_sparse=={lightning_sparse.__version__}"], **kwargs)
@@ -145,10 +212,7 @@ class SparseCLI(LightningCLI):
         trainer.fit(self.model, datamodule=self.datamodule)
         dense = trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
         if trainer.is_global_zero:
-            table = Table("test", "sparse", "dense", title="Same recipe, same seed", title_justify="left")
-            for metric in sorted(sparse):
-                table.add_row(metric.removeprefix("test/"), f"{sparse[metric]:.4f}", f"{dense[metric]:.4f}")
-            Console().print(table)
+            Console().print(side_by_side("Same recipe, same seed", sparse=sparse, dense=dense))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -168,3 +168,26 @@ def test_a_mistake_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         main(["fit", f"--config={DIGITS}", f"--config={MLP}", f"--config={wrong}"])
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == "lightning-sparse: 'sparseness' is not an option; did you mean 'sparsity'?"
+
+
+@pytest.mark.parametrize("start", ["warm", "fresh"])
+def test_refit_from_a_checkpoint(start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"--config={CONFIGS / 'data' / 'teacher.yaml'}", f"--config={CONFIGS / 'models' / 'deep_regressor.yaml'}"]
+    files += ["--trainer.callbacks+=LayerSparsity", "--trainer.callbacks.strength=0.3", "--trainer.max_epochs=1", *SMALL]
+    main(["fit", *files, f"--trainer.default_root_dir={tmp_path}"])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    again = [*files, f"--trainer.default_root_dir={tmp_path / 'again'}", f"--start={start}"]
+    main(["refit", *again, f"--ckpt_path={checkpoint}", "--tolerance=0.99"])  # everything counts as linear
+    out = capsys.readouterr().out
+    assert "depth         8 -> 2" in out
+    merged, refit = (float(cell) for cell in out.split("│ loss")[1].split("│")[1:3])
+    assert merged != refit
+    saved = torch.load(next((tmp_path / "again").rglob("*.ckpt")), weights_only=True)
+    assert len(saved["state_dict"]) == 4, "two layers"
+    with pytest.raises(SystemExit):
+        main(["refit", *again, "--ckpt_path=nowhere.ckpt"])
+    assert "ckpt_path='nowhere.ckpt' is no file; give a checkpoint" in capsys.readouterr().err
+    other = [*again, "--model.init_args.network.init_args.hidden=[5]", f"--ckpt_path={checkpoint}"]
+    with pytest.raises(SystemExit):
+        main(["refit", *other])
+    assert "holds another model than the one configured" in capsys.readouterr().err

@@ -42,3 +42,11 @@ def test_lp_sphere() -> None:
     assert set(names["measured"]) == set(names["predicted"]) == set(names["LAYERS"])
     for values in (*names["measured"].values(), *names["predicted"].values()):
         assert all(a > b for a, b in itertools.pairwise(values)), "sparsity falls along p"
+
+
+def test_layer_sparsity() -> None:
+    names = run(ROOT / "notebooks" / "layer_sparsity.ipynb")
+    before, after = names["report"].depth
+    assert before == 8 == after + len(names["report"].merged)
+    assert names["errors"]["merged"] == pytest.approx(names["errors"]["penalised"], rel=0.05)
+    assert len(names["method"].history) == names["epochs"] + 1

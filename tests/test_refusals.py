@@ -12,7 +12,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from lightning_sparse import SET, CKARegularization, GraNet, HyperSparse, LpSphere, MagnitudePruning, RandomSparsity, RigL
+from lightning_sparse import (
+    SET,
+    CKARegularization,
+    GraNet,
+    HyperSparse,
+    LayerSparsity,
+    LpSphere,
+    MagnitudePruning,
+    RandomSparsity,
+    RigL,
+)
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.core import find_targets
 from tests import toys
@@ -135,6 +145,13 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: SCL(sparsity=0), "sparsity=0 removes nothing; leave the callback out"),
     (lambda: SCL(sparsity=95), "sparsity=95.0 must be in [0, 1): the fraction that is removed; for 95 % write 0.95"),
     (lambda: SCL(sparsity=0.9, warmup=0.1), "warmup=0.1 is for a price; with a sparsity the controller sets it"),
+    (lambda: LayerSparsity(-1.0), "strength=-1.0 must be a number from 0 up"),
+    (lambda: LayerSparsity("high"), "strength='high' must be a number from 0 up"),
+    (lambda: LayerSparsity(0.3, layer_strength={"fc": -1}), "layer_strength['fc']=-1 must be a number from 0 up"),
+    (lambda: LayerSparsity(0.3, norm="l2"), "norm='l2' is unknown; choose from ['fro', 'l1', 'fro_sq']"),
+    (lambda: LayerSparsity(0.3, tolerance=1), "tolerance=1 must be in [0, 1): a ratio of norms"),
+    (lambda: LayerSparsity(0.3, input_range=(1, 0)), "input_range=(1, 0) must be the least and the largest input"),
+    (lambda: LayerSparsity(0.3, warmup=5), "warmup=5 is not a span of time"),
 ]
 
 
@@ -194,6 +211,29 @@ class Diverged(Toy):
     def __init__(self) -> None:
         super().__init__()
         nn.init.constant_(self.net[6].weight, torch.nan)
+
+
+class Normed(Toy):
+    def __init__(self) -> None:
+        layers = [nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)]
+        super().__init__(net=nn.Sequential(*layers))
+
+
+class Dynamic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x.flatten(1))
+            x = x.relu() if x.sum() > 0 else x
+        return x
+
+
+class Untraceable(Toy):
+    def __init__(self) -> None:
+        super().__init__(net=Dynamic())
 
 
 AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callback]], dict[str, Any], str]] = [
@@ -286,6 +326,17 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [LpSphere(1.2, sparsity=0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
     (toy, lambda: [LpSphere(1.2, sparsity=0.99, of_all_parameters=True)], {}, "sparsity=0.99 of 2,796 leaves nothing"),
     (toy, lambda: [LpSphere(1.2), LpSphere(1.3, name="b")], {}, "LpSphere moves 'net.0.weight' by itself, so LpSphere(name"),
+    (
+        lambda: toy(net=nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))),
+        lambda: [LayerSparsity()],
+        {},
+        "'net.0': GELU between it and the next layer is not linear, or not one that can be merged over; 'net.2': GELU",
+    ),
+    (Normed, lambda: [LayerSparsity(proximal=True)], {}, "no closed form for 'net.3', a layer with batch normalisation"),
+    (toy, lambda: [LayerSparsity(layer_strength={"net.0": 1.0})], {}, "'net.0' matches none of the layers that may merge"),
+    (toy, lambda: [LayerSparsity(targets=["!net.6"])], {}, "'net.0': the next layer pads between the two"),
+    (toy, lambda: [LayerSparsity(warmup="9 epochs")], {}, "warmup='9 epochs' lies after the end of training"),
+    (Untraceable, lambda: [LayerSparsity()], {}, "'net.layers.0': Dynamic cannot be traced (symbolically traced"),
     (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
     (HalfOptimized, lambda: [SCL(0.05)], {}, "no optimizer updates 'net.2.weight'"),
     (HalfStepping, lambda: [SCL(0.05)], {}, "the optimizer does not step 'net.0.weight', whose learning rate is 0; give it"),

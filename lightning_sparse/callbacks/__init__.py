@@ -4,6 +4,7 @@ from lightning_sparse.callbacks.base import Sparsifier
 from lightning_sparse.callbacks.cka import CKARegularization
 from lightning_sparse.callbacks.granet import GraNet
 from lightning_sparse.callbacks.hypersparse import HyperSparse
+from lightning_sparse.callbacks.layer_sparsity import LayerSparsity
 from lightning_sparse.callbacks.lp_sphere import LpSphere
 from lightning_sparse.callbacks.magnitude import MagnitudePruning
 from lightning_sparse.callbacks.masked import Masked
@@ -22,6 +23,7 @@ __all__ = [
     "CKARegularization",
     "GraNet",
     "HyperSparse",
+    "LayerSparsity",
     "LpSphere",
     "MagnitudePruning",
     "Masked",

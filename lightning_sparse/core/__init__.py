@@ -2,6 +2,20 @@
 
 from lightning_sparse.core.budget import Budget, check_sparsity
 from lightning_sparse.core.catch_up import Attempt, CatchUp
+from lightning_sparse.core.chains import (
+    Chains,
+    Link,
+    Network,
+    analyse,
+    convolution_of,
+    effective_pair,
+    find_chains,
+    find_networks,
+    is_collapsed,
+    is_linear,
+    padding_of,
+    shared_parameters,
+)
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.masks import LiveMasks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
@@ -9,7 +23,7 @@ from lightning_sparse.core.moments import clear_moments
 from lightning_sparse.core.sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.structure import Channels, NOfM, Structure, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
-from lightning_sparse.core.targets import Candidate, Target, describe, find_targets
+from lightning_sparse.core.targets import Candidate, Target, describe, find_targets, matches_name
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window
 
 __all__ = [
@@ -20,15 +34,18 @@ __all__ = [
     "Budget",
     "Candidate",
     "CatchUp",
+    "Chains",
     "Channels",
     "Exponents",
     "FeatureLayer",
     "FeatureTap",
     "LayerRow",
+    "Link",
     "LiveMasks",
     "MaskSet",
     "Memory",
     "NOfM",
+    "Network",
     "Position",
     "Remembered",
     "RunLength",
@@ -38,15 +55,25 @@ __all__ = [
     "Target",
     "Unstructured",
     "Window",
+    "analyse",
     "check_exponents",
     "check_sparsity",
     "clear_moments",
+    "convolution_of",
     "describe",
+    "effective_pair",
     "feature_layers",
+    "find_chains",
+    "find_networks",
     "find_spheres",
     "find_targets",
     "format_table",
     "group_features",
+    "is_collapsed",
+    "is_linear",
+    "matches_name",
+    "padding_of",
     "parse_structure",
+    "shared_parameters",
     "summarize",
 ]

@@ -10,6 +10,7 @@ from lightning_sparse.data.images import (
     ImageFolderData,
 )
 from lightning_sparse.data.loader import Augmentation, TensorLoader, augment
+from lightning_sparse.data.teacher import Teacher, teacher_network
 
 __all__ = [
     "CIFAR10",
@@ -20,6 +21,8 @@ __all__ = [
     "FashionMNIST",
     "ImageData",
     "ImageFolderData",
+    "Teacher",
     "TensorLoader",
     "augment",
+    "teacher_network",
 ]

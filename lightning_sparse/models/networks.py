@@ -20,6 +20,8 @@ class MLP(nn.Sequential):
         image_size: height and width of the image.
         hidden: width of each hidden layer.
         batch_norm: after each hidden linear layer.
+        kaiming: initial values by which signals keep their size (He et al. 2015), biases zero; deep networks without batch
+            normalisation need them, or signals fade. False takes those of nn.Linear.
     """
 
     def __init__(
@@ -29,12 +31,17 @@ class MLP(nn.Sequential):
         image_size: int = 28,
         hidden: Sequence[int] = (256, 256),
         batch_norm: bool = False,
+        kaiming: bool = False,
     ) -> None:
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in pairwise([in_channels * image_size**2, *hidden]):
             layers += [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if batch_norm else []), nn.ReLU()]
         last = hidden[-1] if hidden else in_channels * image_size**2
         super().__init__(*layers, nn.Linear(last, num_classes))
+        for layer in self if kaiming else ():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
 
 class LeNet300(MLP):

@@ -1,0 +1,135 @@
+"""What a merge has changed: depth, size, work, time, and the outputs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.core import is_linear
+
+__all__ = ["LayerVerdict", "MergeReport", "count_depth", "count_macs", "count_parameters", "measure"]
+
+
+@dataclass(frozen=True)
+class LayerVerdict:
+    """What became of one layer.
+
+    Args:
+        layer: its name before.
+        level: `certified` (linear for all inputs, the merge is exact), `near` (negative part within the tolerance, the merge
+            changes outputs a little), `active`, or `collapsed` (weights almost zero: a signal is cut, no success).
+        merged: whether it is gone.
+        ratio: of the negative part to the whole; None where inputs have no lower bound.
+        positive: share of positive pre-activations on the inputs given; None without inputs.
+        note: into which layer it was merged, or why it was not.
+    """
+
+    layer: str
+    level: str
+    merged: bool
+    ratio: float | None = None
+    positive: float | None = None
+    note: str = ""
+
+
+@dataclass
+class MergeReport:
+    """Before and after a merge; prints as a table.
+
+    Args:
+        depth: layers with weights.
+        parameters: numbers in them.
+        macs: multiplications per sample of linear layers and convolutions; None without inputs.
+        milliseconds: median time of a forward pass, both networks taking turns; None without inputs.
+        change: the largest difference of any output on the inputs given, and the largest output; None without inputs.
+        layers: one verdict per layer.
+    """
+
+    depth: tuple[int, int]
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None = None
+    milliseconds: tuple[float, float] | None = None
+    change: tuple[float, float] | None = None
+    layers: list[LayerVerdict] = field(default_factory=list)
+
+    @property
+    def merged(self) -> list[str]:
+        """The layers that are gone."""
+        return [verdict.layer for verdict in self.layers if verdict.merged]
+
+    @property
+    def collapsed(self) -> list[str]:
+        """Layers whose weights are almost zero."""
+        return [verdict.layer for verdict in self.layers if verdict.level == "collapsed"]
+
+    def __str__(self) -> str:
+        rows = [("layer", "level", "ratio", "positive", "")]
+        for v in self.layers:
+            numbers = ("" if v.ratio is None else f"{v.ratio:.1e}", "" if v.positive is None else f"{v.positive:.1%}")
+            rows.append((v.layer, v.level, *numbers, v.note))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
+        ]
+        lines += ["", f"depth         {self.depth[0]:,} -> {self.depth[1]:,}"]
+        lines.append(f"parameters    {self.parameters[0]:,} -> {self.parameters[1]:,}")
+        if self.macs:
+            lines.append(f"MACs          {self.macs[0]:,} -> {self.macs[1]:,} per sample")
+        if self.milliseconds:
+            lines.append(f"latency       {self.milliseconds[0]:.3g} ms -> {self.milliseconds[1]:.3g} ms")
+        if self.change:
+            lines.append(f"outputs       differ by at most {self.change[0]:.2g}; the largest is {self.change[1]:.3g}")
+        if self.collapsed:
+            lines.append(
+                f"collapsed     {', '.join(self.collapsed)}: weights almost zero cut the signal; train with less strength"
+            )
+        return "\n".join(lines)
+
+
+def count_depth(module: nn.Module) -> int:
+    """Layers with weights: linear layers and convolutions."""
+    return sum(map(is_linear, module.modules()))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers that can be trained or are frozen, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_macs(module: nn.Module, run: Callable[[], Any], samples: int) -> int:
+    """Multiplications per sample of all linear layers and convolutions in one forward pass."""
+    total = 0
+
+    def count(layer: Any, inputs: Any, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * layer.weight[0].numel()
+
+    handles = [layer.register_forward_hook(count) for layer in module.modules() if is_linear(layer)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total // samples
+
+
+def measure(first: Callable[[], Any], second: Callable[[], Any], rounds: int, device: torch.device) -> tuple[float, float]:
+    """Median milliseconds of two functions that take turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 2):
+        for function, seen in zip((first, second), times, strict=True):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number >= 2:
+                seen.append(1e3 * (perf_counter() - start))
+    return statistics.median(times[0]), statistics.median(times[1])
