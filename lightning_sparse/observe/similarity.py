@@ -95,10 +95,11 @@ class SimilarityMap(Callback):
         assert self.metric is not None
         figure, _ = self.metric.plot(matrix)
         for logger in trainer.loggers:
+            experiment: Any = getattr(logger, "experiment", None)
             if hasattr(logger, "log_image"):
                 logger.log_image("similarity", [figure])
-            elif hasattr(logger.experiment, "add_figure"):
-                logger.experiment.add_figure("similarity", figure, trainer.global_step)
+            elif hasattr(experiment, "add_figure"):
+                experiment.add_figure("similarity", figure, trainer.global_step)
             elif logger.log_dir:
                 folder = Path(logger.log_dir) / "similarity"
                 folder.mkdir(parents=True, exist_ok=True)
