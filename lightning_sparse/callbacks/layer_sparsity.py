@@ -50,6 +50,9 @@ class LayerSparsity(Sparsifier):
     layer's negative part vanishes as a whole. Layers are judged by the ratio of that part to the whole layer. Behind a layer
     with batch normalisation the folded tensors are penalised.
 
+    Deep networks without normalisation need initial values that keep the signal's size, such as Kaiming's: from smaller ones
+    this objective can end in a constant, which is reported as collapsed.
+
     Costs one pass over the weights per step; a ratio per layer is read back once per epoch.
 
     Source: Hebiri and Lederer 2020, "Layer Sparsity in Neural Networks", https://arxiv.org/abs/2006.15604. Only the abstract

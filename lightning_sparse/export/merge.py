@@ -208,6 +208,8 @@ class _Surgery:
             return self.original
         for layer, dtype in self.dtypes.items():
             layer.to(dtype)
+        for node in self.graph_module.graph.nodes:
+            node.type = None  # annotations may be strings, which some versions of torch cannot pickle
         self.graph_module.graph.lint()
         self.graph_module.recompile()
         self.graph_module.delete_all_unused_submodules()
