@@ -391,6 +391,21 @@ def test_connections_are_counted_as_often_as_lightning_logs(
     assert len(counted) == often
 
 
+def test_ranks_compare_masks_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = SCL(0.2)
+    compared: list[int] = []
+    check = Stations.check_ranks
+
+    def note(stations: Stations) -> None:
+        if method.mask_set.changed:
+            compared.append(stations.trainer.global_step)
+        check(stations)
+
+    monkeypatch.setattr(Stations, "check_ranks", note)
+    fit(toy(), method)
+    assert compared == [BATCHES, 2 * BATCHES, 3 * BATCHES]
+
+
 def test_the_table_and_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
     method = SCL(0.2)
     fit(toy(), method, SparsityTable())

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_sparse import SparseConnectivityLearning as SCL
-from lightning_sparse.functional import exact_count
+from lightning_sparse.functional import exact_count, steer_price
 from tests.contract.test_contract import differences, state_of
 from tests.toys import BATCHES, fit, toy
 
@@ -91,12 +91,35 @@ def test_the_controller_has_nearly_arrived_when_masks_are_settled() -> None:
 
 def test_the_controller_acts_by_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_sparse.callbacks.scl.STEERING", 0.125)
+    elapsed: list[float] = []
+
+    def steer(memory: float, error: float, time: float) -> tuple[float, float]:
+        elapsed.append(time)
+        return steer_price(memory, error, time)
+
+    monkeypatch.setattr("lightning_sparse.callbacks.scl.steer_price", steer)
     method = SCL(sparsity=0.8)
     diary = Diary(method)
     fit(toy(), method, diary, max_epochs=8)
     acted = [step for step in range(1, 32) if diary.costs[step] != diary.costs[step - 1]]
     assert set(acted) <= {3, 7, 11, 15, 19}  # at 23 masks are settled
     assert len(acted) > 2
+    assert elapsed[0] <= 1 / 24  # at the first step
+    assert sum(elapsed) == pytest.approx(20 / 24)  # of the time until masks are settled
+    assert elapsed[2:] == pytest.approx([1 / 6] * (len(elapsed) - 2))
+
+
+def test_a_price_beside_a_target_is_where_the_controller_starts() -> None:
+    method = SCL(0.003, sparsity=0.8)
+    costs: list[float] = []
+
+    class Note(L.Callback):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            costs.append(method.cost)
+
+    fit(toy(), method, Note(), max_epochs=20)
+    assert costs[0] == pytest.approx(0.003)
+    assert max(costs) > 0.01
 
 
 def test_those_with_the_highest_variables_settle() -> None:
