@@ -94,7 +94,8 @@ class SimilarityMap(Callback):
     def _log_figure(self, trainer: pl.Trainer, matrix: Tensor) -> None:
         assert self.metric is not None
         figure, _ = self.metric.plot(matrix)
-        for logger in trainer.loggers:
+        loggers: list[Any] = list(trainer.loggers)  # what a logger can do differs
+        for logger in loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("similarity", [figure])
             elif hasattr(logger.experiment, "add_figure"):
