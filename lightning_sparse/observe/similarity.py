@@ -94,12 +94,12 @@ class SimilarityMap(Callback):
     def _log_figure(self, trainer: pl.Trainer, matrix: Tensor) -> None:
         assert self.metric is not None
         figure, _ = self.metric.plot(matrix)
-        for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
+        loggers: list[Any] = list(trainer.loggers)  # what a logger can do differs
+        for logger in loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("similarity", [figure])
-            elif hasattr(experiment, "add_figure"):
-                experiment.add_figure("similarity", figure, trainer.global_step)
+            elif hasattr(logger.experiment, "add_figure"):
+                logger.experiment.add_figure("similarity", figure, trainer.global_step)
             elif logger.log_dir:
                 folder = Path(logger.log_dir) / "similarity"
                 folder.mkdir(parents=True, exist_ok=True)
