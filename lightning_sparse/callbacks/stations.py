@@ -64,6 +64,7 @@ class Stations:
         self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
         self._pending: dict[int, list[Step]] = {}
         self._depth: dict[int, int] = {}
+        self._unscaled: set[int] = set()
         self._stepped = False
         self._batch_idx = 0
         self._epoch = -1
@@ -143,6 +144,7 @@ class Stations:
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)
         self._count()
+        self._unscaled.discard(id(optimizer))
         steps = list(self._steps(optimizer, self._gradient_scale(optimizer)))
         with torch.no_grad():
             for method, step in steps:
@@ -320,7 +322,7 @@ class Stations:
     def _withhold_gradients(self, optimizer: Optimizer) -> None:
         """No weight, no moment and no counter moves where there is no gradient."""
         if self._gradient_scale(optimizer) is not None:
-            self._scaler.unscale_(optimizer)  # a fused optimizer is searched for infinities in its step: too late
+            self.unscale(optimizer)  # a fused optimizer is searched for infinities in its step: too late
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -377,9 +379,12 @@ class Stations:
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide gradients by their scale now, and look for infinities, where a fused optimizer would do so in its step.
 
-        For methods that hide gradients from it: what is hidden would not be searched.
+        For methods that hide gradients from it: what is hidden would not be searched. At station `silence`, when nobody
+        reads scaled gradients any more; only the first call does it, for a scaler allows one.
         """
-        self._scaler.unscale_(optimizer)
+        if id(optimizer) not in self._unscaled:
+            self._unscaled.add(id(optimizer))
+            self._scaler.unscale_(optimizer)
 
     # ---- copies of the model -----------------------------------------------------------------------------------------
 
