@@ -64,7 +64,7 @@ class Stations:
         self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
         self._pending: dict[int, list[Step]] = {}
         self._depth: dict[int, int] = {}
-        self._unscaled = False
+        self._unscaled: set[int] = set()
         self._stepped = False
         self._batch_idx = 0
         self._epoch = -1
@@ -144,7 +144,7 @@ class Stations:
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)
         self._count()
-        self._unscaled = False
+        self._unscaled.discard(id(optimizer))
         steps = list(self._steps(optimizer, self._gradient_scale(optimizer)))
         with torch.no_grad():
             for method, step in steps:
@@ -378,11 +378,12 @@ class Stations:
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide gradients by their scale now, and look for infinities, where a fused optimizer would do so in its step.
 
-        For methods that hide gradients from it: what is hidden would not be searched.
+        For methods that hide gradients from it: what is hidden would not be searched. At station `silence`, when nobody
+        reads scaled gradients any more; only the first call does it, for a scaler allows one.
         """
-        if not self._unscaled and self._gradient_scale(optimizer) is not None:
+        if id(optimizer) not in self._unscaled and self._gradient_scale(optimizer) is not None:
+            self._unscaled.add(id(optimizer))
             self._scaler.unscale_(optimizer)
-            self._unscaled = True
 
     # ---- copies of the model -----------------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ class Swapped(Sparsifier):
 
     Between steps the model holds the kept entries, with exact zeros elsewhere, and `hidden` holds the others. Right before a
     step the two are put together, right after it they are taken apart by the mask as it is then. So whatever else changes
-    a kept weight between steps is honoured, and forward, backward, validation and checkpoints never see a dropped one.
+    a kept weight between steps is honoured, and forward, backward, validation and checkpoints never see a dropped one (after
+    a step that a gradient scaler skips, they are hidden again at the end of the batch).
     Gradients of dropped entries are removed (the chain rule through a mask); the optimizer's weight decay and moments still
     move them, as they would if the mask were part of the network.
 
@@ -77,6 +78,8 @@ class Swapped(Sparsifier):
         self.reveal(step.weights)
 
     def silence(self, step: Step) -> None:
+        if step.gradient_scale is not None:
+            self.stations.unscale(step.optimizer)  # or infinities in what is removed, and was read, would not be found
         for name, weight in step.weights.items():
             if weight.grad is not None:
                 apply_bits_(weight.grad, mask_bits(self.shown(name, weight)))

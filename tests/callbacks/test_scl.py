@@ -9,16 +9,18 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lightning_sparse import LpSphere
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.callbacks.stations import Stations
 from lightning_sparse.core import LiveMasks
 from lightning_sparse.functional import unit_step
 from lightning_sparse.observe import SparsityTable
-from tests.callbacks.test_stations import PlainSGD, Scaled, SelfUnscaling, SkippedSteps, without_dropout
+from tests.callbacks.test_stations import SkippedSteps, without_dropout
 from tests.contract.test_contract import differences
 from tests.functional.test_scl import by_loop
 from tests.toys import BATCHES, Toy, fit, toy
@@ -272,18 +274,64 @@ def test_a_skipped_step_leaves_everything_as_it_was() -> None:
     assert all(value.isfinite().all() for value in method.variables.values())
 
 
-def test_gradients_that_the_optimizer_itself_unscales(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference, module = PlainSGD(net=without_dropout()), SelfUnscaling(net=without_dropout())
-    module.load_state_dict(reference.state_dict())
+def half() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+
+class Fused(Toy):
+    """An optimizer that unscales by itself, or not."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__(net=without_dropout())
+        self.fused = fused
+        self.load_state_dict(toy().state_dict())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, fused=self.fused)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_16_bit_training_are_unscaled(fused: bool) -> None:
+    """Without normalisation, where the scale would count."""
     expected, method = (SCL(1e-3, norm="none", mask_lr=1.0) for _ in range(2))
     torch.manual_seed(0)
-    fit(reference, expected, max_epochs=1)
-    monkeypatch.setattr(Stations, "_scaler", property(lambda self: Scaled.Scaler()))
+    fit(Fused(False), expected, max_epochs=1)
     torch.manual_seed(0)
-    fit(module, method, plugins=[Scaled()], max_epochs=1)
+    fit(Fused(fused), method, plugins=[half()], max_epochs=1)
     for name, velocity in expected.velocity.items():
         assert velocity.sub(0.003439).abs().max() > 1e-4  # the task has its share, too
         torch.testing.assert_close(method.velocity[name], velocity, rtol=5e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_infinity_in_the_gradient_of_a_dropped_entry_is_found(fused: bool) -> None:
+    """Its optimizer would not see it, but its variable, and by normalising those of the whole filter."""
+    method, module = SCL(0.3, min_kept=1), Fused(fused)
+    weight = module.net[6].weight
+    states: list[Any] = []
+
+    def plant(gradient: Tensor) -> Tensor:
+        if len(states) != 9:
+            return gradient
+        assert (weight == 0).any()
+        return gradient.masked_fill(weight == 0, torch.inf)
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+            memory = {key: value for key, value in method.memorise().items() if key != "steps"}
+            states.append(({n: p.detach().clone() for n, p in pl_module.named_parameters()}, memory))
+
+    weight.register_hook(plant)
+    fit(module, method, Note(), plugins=[half()])
+    assert [step for step in range(1, 12) if not differences(states[step - 1], states[step])] == [9]
+    assert all(variable.isfinite().all() for variable in method.variables.values())
+
+
+def test_two_methods_that_hide_gradients_from_a_scaler() -> None:
+    """A scaler refuses to unscale twice."""
+    method = SCL(0.3, targets=["net.6"])
+    fit(Fused(True), LpSphere(1.5, targets=["net.2"]), method, plugins=[half()])
+    assert 0 < method.mask_set.sparsity < 1
 
 
 def test_weights_that_take_no_part_are_left_alone() -> None:
