@@ -258,7 +258,7 @@ class LpSphere(Masked):
     def silence(self, step: Step) -> None:
         super().silence(step)
         moving = [name for name in self._constrained(step) if step.weights[name].grad is not None]
-        if moving and step.gradient_scale is not None:
+        if moving:
             self.stations.unscale(step.optimizer)
         for name in moving:
             self._hidden[name] = step.weights[name].grad  # type: ignore[assignment]

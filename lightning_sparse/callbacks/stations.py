@@ -64,6 +64,7 @@ class Stations:
         self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
         self._pending: dict[int, list[Step]] = {}
         self._depth: dict[int, int] = {}
+        self._unscaled = False
         self._stepped = False
         self._batch_idx = 0
         self._epoch = -1
@@ -143,6 +144,7 @@ class Stations:
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)
         self._count()
+        self._unscaled = False
         steps = list(self._steps(optimizer, self._gradient_scale(optimizer)))
         with torch.no_grad():
             for method, step in steps:
@@ -319,8 +321,7 @@ class Stations:
 
     def _withhold_gradients(self, optimizer: Optimizer) -> None:
         """No weight, no moment and no counter moves where there is no gradient."""
-        if self._gradient_scale(optimizer) is not None:
-            self._scaler.unscale_(optimizer)  # a fused optimizer is searched for infinities in its step: too late
+        self.unscale(optimizer)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -379,7 +380,9 @@ class Stations:
 
         For methods that hide gradients from it: what is hidden would not be searched.
         """
-        self._scaler.unscale_(optimizer)
+        if not self._unscaled and self._gradient_scale(optimizer) is not None:
+            self._scaler.unscale_(optimizer)
+            self._unscaled = True
 
     # ---- copies of the model -----------------------------------------------------------------------------------------
 
