@@ -231,6 +231,10 @@ def test_eta_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     rates.clear()
     fit(toy(), LpSphere(1.2, mixing=0.5, mixing_schedule=[[0.5, 1.0], [1.0, 0.0]], targets=["net.0"], free=[]))
     assert rates == pytest.approx([0.5] * 6 + [0.5 * (1 - t / 6) for t in range(1, 7)])
+    rates.clear()
+    ramp = LpSphere(1.2, mixing=0.5, mixing_schedule=[[0.0, 0.0], [1.0, 1.0]], targets=["net.0"], free=[])
+    fit(toy(), ramp, max_epochs=-1, max_steps=10)
+    assert rates == pytest.approx([0.5 * t / 10 for t in range(1, 11)]), "counted in steps"
 
 
 @pytest.mark.filterwarnings("ignore:.*begins in the middle")
