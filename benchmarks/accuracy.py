@@ -26,7 +26,19 @@ import torch
 from torch import nn
 
 from benchmarks.record import RESULTS, machine
-from lightning_sparse import SET, GraNet, HyperSparse, MagnitudePruning, RandomSparsity, RigL
+from lightning_sparse import (
+    SET,
+    SNIP,
+    GraNet,
+    GraSP,
+    HyperSparse,
+    LotteryTicket,
+    MagnitudePruning,
+    RandomSparsity,
+    RigL,
+    SynFlow,
+    WeightPenalty,
+)
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.core import find_targets
 from lightning_sparse.data import CIFAR10, Digits, FashionMNIST, ImageData
@@ -57,6 +69,12 @@ SETTINGS = {
 METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "dense": lambda s: [],
     "random": lambda s: [RandomSparsity(s)],
+    "SNIP": lambda s: [SNIP(s, batches=10)],
+    "GraSP": lambda s: [GraSP(s, batches=10)],
+    "SynFlow": lambda s: [SynFlow(s)],
+    "L1, then one-shot": lambda s: [WeightPenalty(s)],
+    "lottery ticket": lambda s: [LotteryTicket(s, rounds=3)],
+    "lottery ticket, learning rate": lambda s: [LotteryTicket(s, rounds=3, rewind="learning rate")],
     "one-shot + fine-tuning": lambda s: [MagnitudePruning(s, start=0.5, end=0.5)],
     "gradual": lambda s: [MagnitudePruning(s)],
     "SET": lambda s: [SET(s)],
@@ -78,6 +96,22 @@ class Suite:
 
 
 SUITES = {
+    "baselines": Suite(
+        "digits",
+        (
+            "dense",
+            "random",
+            "SNIP",
+            "GraSP",
+            "SynFlow",
+            "L1, then one-shot",
+            "lottery ticket",
+            "lottery ticket, learning rate",
+            "one-shot + fine-tuning",
+            "gradual",
+        ),
+        (0.9, 0.98, 0.995),
+    ),
     "hypersparse": Suite(
         "lenet300-fashion",
         ("dense", "one-shot + fine-tuning", "gradual", "L1-ART", "HyperSparse"),
@@ -101,14 +135,16 @@ def train(setting: Setting, method: str, sparsity: float, seed: int, root: str, 
     """One run; its numbers."""
     L.seed_everything(seed, verbose=False)
     data = setting.data(root=root, batch_size=setting.batch_size, seed=seed)
+    callbacks = METHODS[method](sparsity)
+    rounds = [callback.plan.count + 1 for callback in callbacks if isinstance(callback, LotteryTicket)]
     module = Classifier(
         setting.network,
         data.num_classes,
         data.in_channels,
         data.image_size,
         lambda p: torch.optim.SGD(p, lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay),
+        annealing=1 / max([1, *rounds]),  # the schedule is that of one round
     )
-    callbacks = METHODS[method](sparsity)
     trainer = L.Trainer(
         max_epochs=epochs or setting.epochs,
         accelerator="auto",

@@ -12,7 +12,22 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from lightning_sparse import SET, GraNet, HyperSparse, LpSphere, MagnitudePruning, RandomSparsity, RigL
+from lightning_sparse import (
+    SET,
+    SNIP,
+    STR,
+    GraNet,
+    GraSP,
+    HyperSparse,
+    LotteryTicket,
+    LpSphere,
+    MagnitudePruning,
+    RandomSparsity,
+    RigL,
+    SynFlow,
+    TrainableThreshold,
+    WeightPenalty,
+)
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.core import find_targets
 from tests import toys
@@ -122,6 +137,27 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: SCL(sparsity=0), "sparsity=0 removes nothing; leave the callback out"),
     (lambda: SCL(sparsity=95), "sparsity=95.0 must be in [0, 1): the fraction that is removed; for 95 % write 0.95"),
     (lambda: SCL(sparsity=0.9, warmup=0.1), "warmup=0.1 is for a price; with a sparsity the controller sets it"),
+    (lambda: LotteryTicket(-0.5), "sparsity=-0.5 must be in [0, 1)"),
+    (lambda: LotteryTicket(0.5, rounds=0), "rounds=0 must be a whole number from 1 up"),
+    (lambda: LotteryTicket(0.5, rewind_to=500), "rewind_to=500 is not a span of time"),
+    (lambda: LotteryTicket(0.5, rewind="all"), "rewind='all' is unknown; choose from ['weights', 'learning rate']"),
+    (lambda: SNIP(1.5), "sparsity=1.5 must be in [0, 1)"),
+    (lambda: SNIP(0.5, batches=0), "batches=0 must be a whole number from 1 up"),
+    (lambda: GraSP(90), "for 90 % write 0.9"),
+    (lambda: SynFlow(0.5, iterations=0.5), "iterations=0.5 must be a whole number from 1 up"),
+    (lambda: STR(-1.0), "decay=-1.0 must be a number from 0 up"),
+    (lambda: STR(initial_threshold=0.5), "initial_threshold=0.5 must be in (0, 0.5)"),
+    (lambda: TrainableThreshold("strong"), "strength='strong' must be a number from 0 up"),
+    (lambda: TrainableThreshold(momentum=1.0), "momentum=1.0 must be in [0, 1)"),
+    (lambda: TrainableThreshold(learning_rate=-0.1), "learning_rate=-0.1 must be a number from 0 up"),
+    (lambda: WeightPenalty(1.5), "sparsity=1.5 must be in [0, 1)"),
+    (lambda: WeightPenalty(kind="lasso"), "kind='lasso' is unknown; choose from ['l1', 'l2', 'group_lasso', 'hoyer']"),
+    (lambda: WeightPenalty(end="soon"), "end='soon' is not a span of time"),
+    (lambda: WeightPenalty(end=30), "end=30 is not a span of time; write a fraction of the run from 0 to 1, '30 epochs'"),
+    (lambda: WeightPenalty(strength=-1), "strength=-1 must be a number from 0 up"),
+    (lambda: WeightPenalty(strength="strong"), "strength='strong' must be a number from 0 up"),
+    (lambda: WeightPenalty(kind="hoyer", proximal=True), "kind='hoyer' has no proximal map in closed form; leave proximal"),
+    (lambda: WeightPenalty(layer_sparsity={"fc": 0.5}), "structure='unstructured' needs a sparsity"),
 ]
 
 
@@ -259,6 +295,18 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [LpSphere(1.2, sparsity=0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
     (toy, lambda: [LpSphere(1.2, sparsity=0.99, of_all_parameters=True)], {}, "sparsity=0.99 of 2,796 leaves nothing"),
     (toy, lambda: [LpSphere(1.2), LpSphere(1.3, name="b")], {}, "LpSphere moves 'net.0.weight' by itself, so LpSphere(name"),
+    (toy, lambda: [LotteryTicket(0.5)], {"max_epochs": -1}, "The length of this run is unknown, so no rounds can be laid"),
+    (
+        toy,
+        lambda: [LotteryTicket(0.5, rounds=12)],
+        {},
+        "rounds=12 leave less than one of the run's 12 steps to each training",
+    ),
+    (toy, lambda: [LotteryTicket(0.5, rewind_to="12 steps")], {}, "rewind_to='12 steps' is the end of training"),
+    (toy, lambda: [LotteryTicket(0.5, rewind_to="9 epochs")], {}, "rewind_to='9 epochs' lies after the end of training (3"),
+    (toy, lambda: [LotteryTicket(0.5, every="2 epochs")], {}, "rounds=4 need 5 trainings of every='2 epochs'"),
+    (toy, lambda: [WeightPenalty(0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
+    (toy, lambda: [WeightPenalty(end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
     (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
     (HalfOptimized, lambda: [SCL(0.05)], {}, "no optimizer updates 'net.2.weight'"),
     (HalfStepping, lambda: [SCL(0.05)], {}, "the optimizer does not step 'net.0.weight', whose learning rate is 0; give it"),

@@ -24,7 +24,20 @@ MAY_IMPORT = {
     "models": {"models"},
     "data": {"data"},
 }
-BASES = {"base", "masked", "pruning", "quiet", "rewiring", "rng", "scoring", "stations", "__init__", "swapped"}
+BASES = {
+    "at_init",
+    "base",
+    "learned_threshold",
+    "masked",
+    "pruning",
+    "quiet",
+    "rewiring",
+    "rng",
+    "scoring",
+    "stations",
+    "swapped",
+    "__init__",
+}
 METHODS = [cls for name in lightning_sparse.__all__ if issubclass(cls := getattr(lightning_sparse, name), Sparsifier)]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

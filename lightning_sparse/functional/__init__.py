@@ -26,7 +26,9 @@ from lightning_sparse.functional.lpss import (
 )
 from lightning_sparse.functional.masks import apply_bits_, channel_score, expand_channels, mask_bits, n_m_mask, pack, unpack
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
+from lightning_sparse.functional.penalties import PENALTIES, Penalty
 from lightning_sparse.functional.regrowth import DROP_SCHEDULES, drop_count, held, regrow
+from lightning_sparse.functional.saliency import connection_sensitivity, gradient_flow, hessian_times
 from lightning_sparse.functional.schedules import SCHEDULES, constant, cosine, cubic, exponential, linear, piecewise_linear
 from lightning_sparse.functional.scl import (
     FEATURE_NORMS,
@@ -50,15 +52,23 @@ from lightning_sparse.functional.statistics import (
     over_parameterization_rate,
     zero_fraction,
 )
+from lightning_sparse.functional.thresholds import (
+    long_tailed_slope,
+    soft_threshold,
+    soft_threshold_slope,
+    step_threshold_gradients,
+)
 
 __all__ = [
     "ALLOCATIONS",
     "DROP_SCHEDULES",
     "FEATURE_NORMS",
     "HYPERSPARSE_ALIGNMENT",
+    "PENALTIES",
     "SCHEDULES",
     "STEP_PROXIES",
     "HyperSparseScale",
+    "Penalty",
     "allocate",
     "apply_bits_",
     "channel_score",
@@ -66,6 +76,7 @@ __all__ = [
     "check_vectors",
     "connection_count",
     "connection_price",
+    "connection_sensitivity",
     "constant",
     "cosine",
     "counts",
@@ -81,10 +92,12 @@ __all__ = [
     "expected_hoyer",
     "exponential",
     "from_dual",
+    "gradient_flow",
     "growth_factor",
     "growth_score",
     "hashed_score",
     "held",
+    "hessian_times",
     "hoyer_sparsity",
     "hypersparse_gradient",
     "hypersparse_loss",
@@ -94,6 +107,7 @@ __all__ = [
     "layer_density",
     "leaky_relu_proxy",
     "linear",
+    "long_tailed_slope",
     "lp_norm",
     "lp_normalise",
     "lp_sgd_",
@@ -112,8 +126,11 @@ __all__ = [
     "random_score",
     "regrow",
     "relative_magnitude",
+    "soft_threshold",
+    "soft_threshold_slope",
     "softplus_proxy",
     "steer_price",
+    "step_threshold_gradients",
     "to_dual",
     "top_k_masks",
     "uniform",
