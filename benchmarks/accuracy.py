@@ -27,7 +27,20 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from benchmarks.record import RESULTS, machine
-from lightning_sparse import SET, CKARegularization, GraNet, HyperSparse, MagnitudePruning, RandomSparsity, RigL
+from lightning_sparse import (
+    SET,
+    SNIP,
+    CKARegularization,
+    GraNet,
+    GraSP,
+    HyperSparse,
+    LotteryTicket,
+    MagnitudePruning,
+    RandomSparsity,
+    RigL,
+    SynFlow,
+    WeightPenalty,
+)
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.core import find_targets
 from lightning_sparse.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageData
@@ -74,6 +87,12 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
         RandomSparsity(s),
         CKARegularization(0.1, samples=None, every_n_batches=1, pairs="all", reduction="mean", unbiased=False),
     ],
+    "SNIP": lambda s: [SNIP(s, batches=10)],
+    "GraSP": lambda s: [GraSP(s, batches=10)],
+    "SynFlow": lambda s: [SynFlow(s)],
+    "L1, then one-shot": lambda s: [WeightPenalty(s)],
+    "lottery ticket": lambda s: [LotteryTicket(s, rounds=3)],
+    "lottery ticket, learning rate": lambda s: [LotteryTicket(s, rounds=3, rewind="learning rate")],
     "one-shot + fine-tuning": lambda s: [MagnitudePruning(s, start=0.5, end=0.5)],
     "gradual": lambda s: [MagnitudePruning(s)],
     "SET": lambda s: [SET(s)],
@@ -97,6 +116,22 @@ class Suite:
 
 CKA = ("random + CKA-SR", "random + CKA-SR, all samples", "random + AugCKA-SR")
 SUITES = {
+    "baselines": Suite(
+        "digits",
+        (
+            "dense",
+            "random",
+            "SNIP",
+            "GraSP",
+            "SynFlow",
+            "L1, then one-shot",
+            "lottery ticket",
+            "lottery ticket, learning rate",
+            "one-shot + fine-tuning",
+            "gradual",
+        ),
+        (0.9, 0.98, 0.995),
+    ),
     "hypersparse": Suite(
         "lenet300-fashion",
         ("dense", "one-shot + fine-tuning", "gradual", "L1-ART", "HyperSparse"),
@@ -131,6 +166,8 @@ def train(
     """One run; its numbers, with the mean similarity of layers on validation data before and after if asked for."""
     L.seed_everything(seed, verbose=False)
     data = setting.data(root=root, batch_size=setting.batch_size, seed=seed)
+    callbacks = METHODS[method](sparsity)
+    rounds = [callback.plan.count + 1 for callback in callbacks if isinstance(callback, LotteryTicket)]
     module = Classifier(
         setting.network,
         data.num_classes,
@@ -140,8 +177,8 @@ def train(
             p, lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay, nesterov=setting.nesterov
         ),
         (lambda o: torch.optim.lr_scheduler.MultiStepLR(o, list(setting.milestones))) if setting.milestones else None,
+        annealing=1 / max([1, *rounds]),  # the schedule is that of one round
     )
-    callbacks = METHODS[method](sparsity)
     quiet: dict[str, Any] = {"accelerator": "auto", "devices": 1, "logger": False, "enable_checkpointing": False}
     quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
     similarities = SimilarityMap(figure=False)

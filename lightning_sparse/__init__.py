@@ -2,16 +2,23 @@
 
 from lightning_sparse.callbacks import (
     SET,
+    SNIP,
+    STR,
     CKARegularization,
     GraNet,
+    GraSP,
     HyperSparse,
     LayerSparsity,
+    LotteryTicket,
     LpSphere,
     MagnitudePruning,
     RandomSparsity,
     RigL,
     SparseConnectivityLearning,
     SparsityMixin,
+    SynFlow,
+    TrainableThreshold,
+    WeightPenalty,
 )
 from lightning_sparse.export import merge_layers
 
@@ -19,15 +26,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SET",
+    "SNIP",
+    "STR",
     "CKARegularization",
     "GraNet",
+    "GraSP",
     "HyperSparse",
     "LayerSparsity",
+    "LotteryTicket",
     "LpSphere",
     "MagnitudePruning",
     "RandomSparsity",
     "RigL",
     "SparseConnectivityLearning",
     "SparsityMixin",
+    "SynFlow",
+    "TrainableThreshold",
+    "WeightPenalty",
     "merge_layers",
 ]

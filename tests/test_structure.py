@@ -25,7 +25,20 @@ MAY_IMPORT = {
     "models": {"models"},
     "data": {"data"},
 }
-BASES = {"base", "masked", "pruning", "quiet", "rewiring", "rng", "scoring", "stations", "__init__", "swapped"}
+BASES = {
+    "at_init",
+    "base",
+    "learned_threshold",
+    "masked",
+    "pruning",
+    "quiet",
+    "rewiring",
+    "rng",
+    "scoring",
+    "stations",
+    "swapped",
+    "__init__",
+}
 EXPORTS = [getattr(lightning_sparse, name) for name in lightning_sparse.__all__]
 METHODS = [cls for cls in EXPORTS if inspect.isclass(cls) and issubclass(cls, Sparsifier)]
 FILES = sorted(PACKAGE.rglob("*.py"))

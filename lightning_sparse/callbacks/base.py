@@ -5,6 +5,7 @@
     for each epoch
         on_train_epoch_start       evolve             TOPOLOGY by epoch: scores -> masks
         for each batch
+            on_train_batch_start   before_batch       TOPOLOGY by rounds: unseen by validation, checkpoints, schedulers
             training_step          watch              what it returned
                                    feature_penalty    + penalty(features)             in the graph
             backward
@@ -103,6 +104,13 @@ class Sparsifier(Memory, Callback, ABC):
     def evolve(self, position: Position) -> None:
         """Topology: called at the start of every epoch and right after every step."""
 
+    def before_batch(self, position: Position) -> None:
+        """Topology: right before a batch to which no gradients of earlier ones are added.
+
+        For changes that belong to what comes and not to what was: validation, checkpoints and learning rate schedulers that
+        follow the last step are over.
+        """
+
     def watch(self, output: Any, batch: Any) -> None:
         """What `training_step` returned for a batch, before any penalty is added; keep no graph alive."""
 
@@ -185,6 +193,11 @@ class Sparsifier(Memory, Callback, ABC):
     @property
     def dropped_live_on(self) -> bool:
         """Whether dropped entries live on out of sight, with moments in the optimizer, and may return after any step."""
+        return False
+
+    @property
+    def dropped_learn(self) -> bool:
+        """Whether the optimizer sees gradients of dropped entries, by which they may return."""
         return False
 
     def summary(self) -> list[LayerRow]:

@@ -65,7 +65,7 @@ class Stations:
         self._pending: dict[int, list[Step]] = {}
         self._depth: dict[int, int] = {}
         self._unscaled: set[int] = set()
-        self._stepped = False
+        self._stepped = True  # no gradients wait
         self._batch_idx = 0
         self._epoch = -1
         self._logged = -1
@@ -134,10 +134,16 @@ class Stations:
         # epoch; neither we nor GradientAccumulationScheduler have been told.
         epoch = self.trainer.current_epoch
         if self._epoch != epoch:
-            self.trainer.accumulate_grad_batches = self._accumulation(epoch)
+            self.trainer.accumulate_grad_batches = self.accumulation(epoch)
             if batch_idx == 0:
                 self.epoch_start()
             self._epoch = epoch
+        if self._stepped or batch_idx == 0:
+            self._batch_idx = batch_idx - 1
+            with torch.no_grad():
+                for method in self.methods:
+                    method.before_batch(self.position(method))
+            self.check_ranks()
         self._batch_idx, self._stepped, self.handed_over = batch_idx, False, False
         self._depth.clear()
 
@@ -259,13 +265,13 @@ class Stations:
             return RunLength(whole_epochs, max_steps)
         epochs = steps = 0
         while (max_epochs is None or epochs < max_epochs) and (max_steps is None or steps < max_steps):
-            in_epoch = -(-int(batches) // self._accumulation(epochs))
+            in_epoch = -(-int(batches) // self.accumulation(epochs))
             if max_steps is not None and steps + in_epoch > max_steps:
                 return RunLength(epochs + (max_steps - steps) / in_epoch, max_steps)
             epochs, steps = epochs + 1, steps + in_epoch
         return RunLength(float(epochs), steps)
 
-    def _accumulation(self, epoch: int) -> int:
+    def accumulation(self, epoch: int) -> int:
         """Batches per optimizer step in an epoch."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientAccumulationScheduler):
@@ -290,6 +296,18 @@ class Stations:
         if length.steps and trainer.max_steps != -1:
             fraction = max(fraction, (trainer.global_step + under_way) / length.steps)
         return Position(min(fraction, 1.0), epoch, method.steps, epoch_start)
+
+    @property
+    def ends_with_next_step(self) -> bool:
+        """Whether no step follows the one that the current batch begins to gather gradients for; False if not known."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if trainer.max_epochs in (None, -1) or batches == float("inf") or not self.module.automatic_optimization:
+            return False
+        begun = self._batch_idx + 1
+        return (
+            trainer.current_epoch + 1 == trainer.max_epochs and begun + self.accumulation(trainer.current_epoch) >= batches
+        )
 
     # ---- gradients and penalties -------------------------------------------------------------------------------------
 
@@ -393,10 +411,27 @@ class Stations:
         An entry that is pruned must leave the average too: there it would fade but never become zero. Lightning keeps
         the averaged model in a private attribute and offers no hook, so this is the one place that reads it.
         """
+        for model in self._average_models():
+            yield dict((model.module if isinstance(model, AveragedModel) else model).named_parameters())
+
+    def restart_averages(self) -> None:
+        """Let moving averages begin again from the module as it is now."""
+        for model in self._average_models():
+            if isinstance(model, AveragedModel):
+                model.n_averaged.zero_()
+                model = model.module
+            for copies, originals in (
+                (model.named_parameters(), dict(self.module.named_parameters())),
+                (model.named_buffers(), dict(self.module.named_buffers())),
+            ):
+                for name, tensor in copies:
+                    tensor.data.copy_(originals[name])
+
+    def _average_models(self) -> Iterator[nn.Module]:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             model = getattr(callback, "_average_model", None)
             if isinstance(model, nn.Module):
-                yield dict((model.module if isinstance(model, AveragedModel) else model).named_parameters())
+                yield model
 
     # ---- ranks -------------------------------------------------------------------------------------------------------
 

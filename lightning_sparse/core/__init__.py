@@ -20,6 +20,8 @@ from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_lay
 from lightning_sparse.core.masks import LiveMasks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
+from lightning_sparse.core.rounds import Rounds
+from lightning_sparse.core.snapshot import Snapshot
 from lightning_sparse.core.sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.structure import Channels, NOfM, Structure, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
@@ -48,7 +50,9 @@ __all__ = [
     "Network",
     "Position",
     "Remembered",
+    "Rounds",
     "RunLength",
+    "Snapshot",
     "Span",
     "Sphere",
     "Structure",

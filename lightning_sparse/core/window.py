@@ -113,7 +113,7 @@ class Window:
     """
 
     def __init__(self, start: float | str, end: float | str, every: float | str) -> None:
-        self._start, self._end = Span.parse(start, "start"), Span.parse(end, "end")
+        self._end, self._start = Span.parse(end, "end"), Span.parse(start, "start")
         for name, value in (("start", start), ("every", every)):
             if isinstance(value, int) and value == 1:
                 raise ValueError(f"{name}=1 would be the whole run; write '1 epoch', '1 step' or a fraction such as 0.01.")
@@ -134,8 +134,8 @@ class Window:
             raise ValueError(
                 "The length of this run is unknown, so no schedule can be laid out; set max_epochs or max_steps."
             )
-        self.start = self._start.fraction(run, "start")
         self.end = self._end.fraction(run, "end")
+        self.start = self._start.fraction(run, "start")
         if self.start > self.end:
             raise ValueError(
                 f"start='{self._start}' lies after end='{self._end}' in a run of {run.epochs} epochs; exchange them."

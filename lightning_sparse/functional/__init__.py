@@ -54,7 +54,9 @@ from lightning_sparse.functional.lpss import (
 )
 from lightning_sparse.functional.masks import apply_bits_, channel_score, expand_channels, mask_bits, n_m_mask, pack, unpack
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
+from lightning_sparse.functional.penalties import PENALTIES, Penalty
 from lightning_sparse.functional.regrowth import DROP_SCHEDULES, drop_count, held, regrow
+from lightning_sparse.functional.saliency import connection_sensitivity, gradient_flow, hessian_times
 from lightning_sparse.functional.schedules import SCHEDULES, constant, cosine, cubic, exponential, linear, piecewise_linear
 from lightning_sparse.functional.scl import (
     FEATURE_NORMS,
@@ -78,6 +80,12 @@ from lightning_sparse.functional.statistics import (
     over_parameterization_rate,
     zero_fraction,
 )
+from lightning_sparse.functional.thresholds import (
+    long_tailed_slope,
+    soft_threshold,
+    soft_threshold_slope,
+    step_threshold_gradients,
+)
 
 __all__ = [
     "ALLOCATIONS",
@@ -86,11 +94,13 @@ __all__ = [
     "HYPERSPARSE_ALIGNMENT",
     "LAYER_NORMS",
     "PAIR_WEIGHTS",
+    "PENALTIES",
     "SCHEDULES",
     "STEP_PROXIES",
     "Convolution",
     "HyperSparseScale",
     "LayerNorm",
+    "Penalty",
     "add_convolutions",
     "allocate",
     "apply_bits_",
@@ -101,6 +111,7 @@ __all__ = [
     "compose",
     "connection_count",
     "connection_price",
+    "connection_sensitivity",
     "constant",
     "cosine",
     "counts",
@@ -117,10 +128,12 @@ __all__ = [
     "exponential",
     "fold_batch_norm",
     "from_dual",
+    "gradient_flow",
     "growth_factor",
     "growth_score",
     "hashed_score",
     "held",
+    "hessian_times",
     "hoyer_sparsity",
     "hypersparse_gradient",
     "hypersparse_loss",
@@ -137,6 +150,7 @@ __all__ = [
     "linear_cka_matrix",
     "linear_hsic",
     "linear_hsic_matrix",
+    "long_tailed_slope",
     "lowest_output",
     "lp_norm",
     "lp_normalise",
@@ -163,9 +177,12 @@ __all__ = [
     "relative_magnitude",
     "shift_input",
     "similarity_penalty",
+    "soft_threshold",
     "soft_threshold_",
+    "soft_threshold_slope",
     "softplus_proxy",
     "steer_price",
+    "step_threshold_gradients",
     "to_dual",
     "top_k_masks",
     "uniform",

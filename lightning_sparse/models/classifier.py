@@ -36,6 +36,8 @@ class Classifier(pl.LightningModule):
         optimizer: called with the parameters; default SGD with momentum 0.9, rate 0.1, weight decay 5e-4.
         lr_scheduler: called with the optimizer and stepped per epoch; None is a cosine over the run, per step.
         label_smoothing: of the training loss.
+        annealing: the fraction of the run after which the default cosine has come to zero; for a method that trains in
+            rounds and rewinds the learning rate, the share of one round.
     """
 
     def __init__(
@@ -47,11 +49,14 @@ class Classifier(pl.LightningModule):
         optimizer: OptimizerCallable = _sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        annealing: float = 1.0,
     ) -> None:
         super().__init__()
         self.network = network(num_classes, in_channels, image_size)
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.annealing = label_smoothing, annealing
+        if not 0 < annealing <= 1:
+            raise ValueError(f"annealing={annealing} must be a fraction of the run, above 0 and up to 1.")
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -96,4 +101,4 @@ class Classifier(pl.LightningModule):
         # The length is asked for only after the first step: asking earlier would load the data before the checkpoint.
         if step == 0:
             return 1.0
-        return (1 + math.cos(math.pi * min(1.0, step / self.trainer.estimated_stepping_batches))) / 2
+        return (1 + math.cos(math.pi * min(1.0, step / (self.annealing * self.trainer.estimated_stepping_batches)))) / 2

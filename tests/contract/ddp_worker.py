@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from lightning_sparse import CKARegularization
+from lightning_sparse import SNIP, CKARegularization, GraSP
 from lightning_sparse.callbacks import Pruning, Sparsifier
 from tests.toys import BATCHES, OVERLAYS, FeaturePenalty, L2Penalty, Toy, loader, method_of, overlay, toy, trainer
 
@@ -94,6 +94,11 @@ def main(folder: Path) -> None:
         module.net[5] = torch.nn.Identity()
         run(module, [penalty], accumulate_grad_batches=2)
         results[name] = dict(module.state_dict())
+    for method in (SNIP(0.8), GraSP(0.8)):
+        module = toy()
+        module.net[5] = torch.nn.Identity()
+        run(module.double(), [method], max_steps=1)
+        results[method.label] = {name: method.masks[name] for name in method.masks}
     torch.save(results, folder / f"rank{RANK}.pt")
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_sparse import SNIP, GraSP
 from tests.functional.test_cka import slow_cka
 from tests.toys import OVERLAYS, ROOT, L2Penalty, Toy, fit, loader, network, toy, trainer
 
@@ -95,6 +96,19 @@ def test_penalties_count_once(ranks: list[dict[str, Any]], kind: str) -> None:
     for rank in ranks:
         for name, value in module.state_dict().items():
             torch.testing.assert_close(rank[kind][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", ["SNIP", "GraSP"])
+def test_scores_are_those_of_all_ranks(ranks: list[dict[str, Any]], method: str) -> None:
+    """The first batches of both ranks together, scored by one process, give the same mask."""
+    module = toy()
+    module.net[5] = torch.nn.Identity()
+    batches = [next(iter(loader(rank=rank, world_size=2))) for rank in (0, 1)]
+    both = DataLoader([tuple(map(torch.cat, zip(*batches, strict=True)))], batch_size=None)  # type: ignore[arg-type,var-annotated]
+    alone = {"SNIP": SNIP, "GraSP": GraSP}[method](0.8)
+    trainer(alone, max_steps=1).fit(module.double(), both, loader(1))
+    for rank in ranks:
+        assert all(rank[method][name].equal(alone.masks[name]) for name in alone.masks)
 
 
 def test_the_reference_differs_without_the_penalty() -> None:

@@ -1,9 +1,13 @@
+import math
+
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from lightning_sparse.core import find_targets
 from lightning_sparse.models import MLP, VGG, Classifier, LeNet5, LeNet300, ResNet, TorchvisionNetwork, WideResNet
+from tests.toys import fit
 
 
 def weights(net: nn.Module) -> int:
@@ -98,3 +102,18 @@ def test_the_classifier_takes_optimizer_and_scheduler() -> None:
     made = module.configure_optimizers()
     assert isinstance(made["optimizer"], torch.optim.Adam)
     assert isinstance(made["lr_scheduler"], torch.optim.lr_scheduler.StepLR)
+
+
+def test_the_default_cosine_may_end_before_the_run_does() -> None:
+    """As methods that rewind the learning rate need it: half of twelve steps, and then zero."""
+    module = Classifier(LeNet300, in_channels=1, image_size=8, num_classes=4, annealing=0.5)
+    rates: list[float] = []
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(module, Note())
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * min(step, 6) / 6)) for step in range(12)])
+    with pytest.raises(ValueError, match=r"annealing=2 must be a fraction of the run, above 0 and up to 1"):
+        Classifier(annealing=2)

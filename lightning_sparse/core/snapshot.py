@@ -1,0 +1,119 @@
+"""A moment of a training, to which it can return."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["Snapshot"]
+
+
+class _Scheduler(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
+
+
+class Snapshot:
+    """Weights, buffers, optimizers and learning rate schedulers at one moment, on the CPU.
+
+    Costs once the memory of the model and, after the first step, of the optimizer's moments; in checkpoints too.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> snapshot = Snapshot()
+        >>> snapshot.take(layer, [], [])
+        >>> before = layer.weight.item()
+        >>> nn.init.constant_(layer.weight, 7.0).item()
+        7.0
+        >>> snapshot.restore_weights(layer)
+        >>> layer.weight.item() == before
+        True
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None
+
+    def __bool__(self) -> bool:
+        return self._state is not None
+
+    def take(self, module: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[_Scheduler]) -> None:
+        """Remember this moment."""
+        self._state = _on_cpu(
+            {
+                "tensors": dict(_tensors(module)),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "schedulers": [[type(scheduler).__name__, scheduler.state_dict()] for scheduler in schedulers],
+            }
+        )
+
+    @torch.no_grad()
+    def restore_weights(self, module: nn.Module) -> None:
+        """Put all parameters and buffers back, in place."""
+        saved = self._taken["tensors"]
+        for name, tensor in _tensors(module):
+            if name in saved:
+                tensor.copy_(saved[name])
+
+    def restore_optimizers(
+        self, optimizers: Sequence[Optimizer], schedulers: Sequence[_Scheduler], moments: bool = True
+    ) -> None:
+        """Put learning rates and all other settings back, with or without what optimizers remember of each weight.
+
+        A scheduler that somebody has exchanged since is left alone, and settings that have been added stay.
+
+        Raises:
+            ValueError: if the parameter groups are no longer the same.
+        """
+        for optimizer, saved in zip(optimizers, self._taken["optimizers"], strict=True):
+            current = optimizer.state_dict()
+            groups = zip(current["param_groups"], saved["param_groups"], strict=False)
+            if [g["params"] for g in current["param_groups"]] != [g["params"] for g in saved["param_groups"]]:
+                raise ValueError(
+                    f"{type(optimizer).__name__} holds other parameter groups than at the moment to return to; add all of "
+                    "them in configure_optimizers."
+                )
+            # A copy, because an optimizer takes over tensors that are on its device and then changes them in place.
+            state = copy.deepcopy(saved["state"]) if moments else current["state"]
+            settings = [{**now, **copy.deepcopy(then)} for now, then in groups]
+            optimizer.load_state_dict({"state": state, "param_groups": settings})
+        for scheduler, (kind, state) in zip(schedulers, self._taken["schedulers"], strict=False):
+            if type(scheduler).__name__ == kind:
+                scheduler.load_state_dict(copy.deepcopy(state))
+
+    @property
+    def _taken(self) -> dict[str, Any]:
+        if self._state is None:
+            raise ValueError("There is no moment to return to: it never came.")
+        return self._state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, without a copy: nothing of it is ever changed."""
+        return {} if self._state is None else dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self._state = dict(state) if state else None
+
+    def to(self, weights: Mapping[str, Tensor]) -> None:
+        """Stays on the CPU."""
+
+
+def _tensors(module: nn.Module) -> itertools.chain[tuple[str, Tensor]]:
+    return itertools.chain(module.named_parameters(), module.named_buffers())
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value) is dict:
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on_cpu(item) for item in value)
+    return copy.deepcopy(value)

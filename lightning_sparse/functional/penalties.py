@@ -1,0 +1,143 @@
+r"""Penalties on one weight tensor in closed form: value, gradient, and the proximal map where there is one.
+
+All take the dimension that counts output channels; only the group lasso uses it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["PENALTIES", "Penalty"]
+
+
+@dataclass(frozen=True)
+class Penalty:
+    r"""A penalty R and its derivatives.
+
+    Args:
+        value: R(w), a 0-d tensor.
+        gradient: dR/dw, one of the subgradients where R has a kink: zero for what is zero.
+        proximal_: moves w in place to $\arg\min_u \frac12 \|u - w\|^2 + t\,R(u)$, given (w, t, dim); None where this has
+            no closed form. With t = learning rate x strength after a gradient step on the loss alone it is one step of
+            proximal gradient descent, which makes exact zeros if the penalty has a kink there.
+    """
+
+    value: Callable[[Tensor, int], Tensor]
+    gradient: Callable[[Tensor, int], Tensor]
+    proximal_: Callable[[Tensor, float | Tensor, int], None] | None = None
+
+
+def l1(weight: Tensor, dim: int = 0) -> Tensor:
+    """The sum of magnitudes."""
+    return _wide(weight).abs().sum()
+
+
+def l1_gradient(weight: Tensor, dim: int = 0) -> Tensor:
+    """The sign."""
+    return weight.sign()
+
+
+def soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: int = 0) -> None:
+    """Everything towards zero by the threshold, and what would cross zero stays there.
+
+    Example:
+        >>> weight = torch.tensor([-3.0, 0.5, 2.0])
+        >>> soft_threshold_(weight, 1.0)
+        >>> weight
+        tensor([-2.,  0.,  1.])
+    """
+    threshold = torch.as_tensor(threshold, dtype=weight.dtype, device=weight.device)
+    weight.sub_(weight.clamp(-threshold, threshold))
+
+
+def l2(weight: Tensor, dim: int = 0) -> Tensor:
+    """Half the squared norm, whose gradient is the weight: weight decay."""
+    return _wide(weight).square().sum() / 2
+
+
+def l2_gradient(weight: Tensor, dim: int = 0) -> Tensor:
+    """The weight itself."""
+    return weight.clone()
+
+
+def shrink_(weight: Tensor, threshold: float | Tensor, dim: int = 0) -> None:
+    """Everything by the same factor, 1 / (1 + t)."""
+    weight.div_(1 + threshold)
+
+
+def group_lasso(weight: Tensor, dim: int = 0) -> Tensor:
+    r"""The norms of all output channels, each times the root of its size: $\sum_c \sqrt{n} \, \|w_c\|_2$.
+
+    Source: Yuan and Lin 2006, "Model selection and estimation in regression with grouped variables",
+    https://doi.org/10.1111/j.1467-9868.2005.00532.x.
+    """
+    return _root_size(weight, dim) * _norms(weight, dim).sum()
+
+
+def group_lasso_gradient(weight: Tensor, dim: int = 0) -> Tensor:
+    """Each channel as a unit vector, times the root of its size; zero for a channel that is zero."""
+    norms = _norms(weight, dim)
+    scale = torch.where(norms > 0, _root_size(weight, dim) / norms, 0.0)
+    return weight * scale.to(weight.dtype)
+
+
+def group_soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: int = 0) -> None:
+    """Every channel's norm towards zero by the threshold times the root of its size; short channels become zero.
+
+    Example:
+        >>> weight = torch.tensor([[3.0, 4.0], [0.1, 0.1]])
+        >>> group_soft_threshold_(weight, 2.5 / 2**0.5)
+        >>> weight
+        tensor([[1.5000, 2.0000],
+                [0.0000, 0.0000]])
+    """
+    norms = _norms(weight, dim)
+    reach = threshold * _root_size(weight, dim)
+    weight.mul_(torch.where(norms > reach, 1 - reach / norms, 0.0).to(weight.dtype))
+
+
+def hoyer(weight: Tensor, dim: int = 0) -> Tensor:
+    r"""Hoyer-Square: $(\sum_i |w_i|)^2 / \sum_i w_i^2$, between 1 (one entry left) and n (all alike), whatever the scale.
+
+    Source: Yang, Wen and Li 2020, "DeepHoyer: Learning Sparser Neural Network with Differentiable Scale-Invariant
+    Sparsity Measures", https://arxiv.org/abs/1908.09979.
+    """
+    weight = _wide(weight)
+    energy = weight.square().sum()
+    return torch.where(energy > 0, weight.abs().sum().square() / energy, 0.0)
+
+
+def hoyer_gradient(weight: Tensor, dim: int = 0) -> Tensor:
+    r"""With $r = \sum |w| / \sum w^2$, $2 r \,(sign(w) - r\,w)$: entries below 1/r shrink, those above it grow."""
+    wide = _wide(weight)
+    energy = wide.square().sum()
+    ratio = torch.where(energy > 0, wide.abs().sum() / energy, 0.0)
+    return wide.sign().sub_(ratio * wide).mul_(2 * ratio).to(weight.dtype)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+
+
+def _norms(weight: Tensor, dim: int) -> Tensor:
+    """The norm of every output channel, in the shape that broadcasts over the weight."""
+    others = [d for d in range(weight.ndim) if d != dim]
+    norms: Tensor = torch.linalg.vector_norm(_wide(weight), dim=others, keepdim=True)
+    return norms
+
+
+def _root_size(weight: Tensor, dim: int) -> float:
+    return math.sqrt(weight.numel() // weight.shape[dim])
+
+
+PENALTIES: dict[str, Penalty] = {
+    "l1": Penalty(l1, l1_gradient, soft_threshold_),
+    "l2": Penalty(l2, l2_gradient, shrink_),
+    "group_lasso": Penalty(group_lasso, group_lasso_gradient, group_soft_threshold_),
+    "hoyer": Penalty(hoyer, hoyer_gradient),
+}
