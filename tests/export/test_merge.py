@@ -438,3 +438,13 @@ def test_gradients_flow_in_the_merged_network() -> None:
     smaller(signed(5, 7)).sum().backward()
     assert all(p.requires_grad and p.grad is not None for p in smaller.parameters())
     assert convolution_of(smaller[2]).weight.dtype == torch.float64  # type: ignore[index]
+
+
+def test_padded_zeros_belong_to_the_range_of_inputs() -> None:
+    """For inputs from -2 to -1, nine weights of -1 give at least 9, but four of them, in a corner, only 4."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.ReLU(), nn.Conv2d(1, 1, 1))
+    net[0].weight.data.fill_(-1)  # type: ignore[operator, union-attr]
+    net[0].bias.data.fill_(-5)  # type: ignore[operator, union-attr]
+    assert not merge_layers(net, input_range=(-2, -1), tolerance=0)[1].merged
+    net[0].padding = (0, 0)  # type: ignore[assignment]
+    assert merge_layers(net, input_range=(-2, -1), tolerance=0)[1].merged == ["0"]
