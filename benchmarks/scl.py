@@ -161,7 +161,7 @@ def cost(arguments: argparse.Namespace) -> None:
 SETTING = accuracy.Setting(FashionMNIST, LeNet300, epochs=10, batch_size=256, lr=0.05)
 COSTS = (0.02, 0.05, 0.1, 0.2, 0.5)
 SEEDS = (0, 1, 2)
-RATES = {"rms": (0.0003, 0.001, 0.003, 0.01, 0.03), "none": (10.0, 30.0, 100.0, 300.0, 1000.0)}
+RATES = {"rms": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1), "none": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)}
 UNIT = {"rms": 0.01, "none": 3e-7}
 """Where the controller starts: a hundredth of the rms of the first layer's gradients, normalised and as they are (3e-5)."""
 
