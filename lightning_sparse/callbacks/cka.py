@@ -34,8 +34,7 @@ class CKARegularization(Sparsifier):
     A layer called several times in a step contributes its last output; calls in evaluation mode, without gradients, or
     of a copy of the model do not count. Each rank, and each batch of an accumulated step, has a term of its own, and the
     step sees their mean: similarity is not additive, so this is not the similarity of the large batch. Growth that reads
-    gradients (RigL) reads those of loss and penalty. A model may be compiled before the fit, but not run. With TF32
-    matrix products the term is good to about three digits.
+    gradients (RigL) reads those of loss and penalty. With TF32 matrix products the term is good to about three digits.
 
     Source: Ni et al. 2023, "Learning Sparse Neural Networks with Identity Layers", https://arxiv.org/abs/2307.07389, as the
     published code and appendix have it. AugCKA-SR of the same appendix is `pairs="all", reduction="mean",
@@ -96,6 +95,9 @@ class CKARegularization(Sparsifier):
         self.resume()
 
     def resume(self) -> None:
+        module = self.stations.module
+        if module._compiler_ctx is not None or any("_orig_mod" in name for name, _ in module.named_modules()):
+            torch.compiler.reset()  # graphs compiled before do not know of the hooks
         self._tap = FeatureTap(self._found)
         self._due = self._announced = self._warned = False
         self._similarities = []

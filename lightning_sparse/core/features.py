@@ -131,8 +131,7 @@ def group_features(layers: Sequence[FeatureLayer], shapes: Sequence[torch.Size],
     seen = ", ".join(f"{layer.name} {tuple(shape)}" for layer, shape in zip(layers, shapes, strict=True)) or "none"
     raise ValueError(
         f"No group has two layers whose outputs were seen in training mode and with gradients (seen: {seen}). Set "
-        "pairs='all' or name groups; let no layer be run under torch.no_grad or checkpointed with use_reentrant=True; "
-        "begin the fit with a model that has not been compiled and run before."
+        "pairs='all' or name groups; let no layer be run under torch.no_grad or checkpointed with use_reentrant=True."
     )
 
 
