@@ -16,6 +16,9 @@ from torch.optim import lr_scheduler as schedules
 from lightning_sparse.core import Snapshot
 from tests.contract.test_contract import differences
 
+# How SequentialLR of torch before 2.7 steps its schedules.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9),
     "adamw": lambda p: AdamW(p, lr=0.1, amsgrad=True),
