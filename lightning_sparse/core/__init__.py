@@ -16,6 +16,7 @@ from lightning_sparse.core.chains import (
     padding_of,
     shared_parameters,
 )
+from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.masks import LiveMasks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
@@ -29,6 +30,7 @@ from lightning_sparse.core.targets import Candidate, Target, describe, find_targ
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window
 
 __all__ = [
+    "BETWEEN_ACTIVATIONS",
     "FINAL",
     "FREE",
     "HEADER",
@@ -64,7 +66,9 @@ __all__ = [
     "check_sparsity",
     "clear_moments",
     "convolution_of",
+    "count_macs",
     "describe",
+    "effective_macs",
     "effective_pair",
     "feature_layers",
     "find_chains",

@@ -17,6 +17,7 @@ from lightning_sparse.core import (
     Network,
     analyse,
     convolution_of,
+    count_macs,
     effective_pair,
     find_networks,
     is_collapsed,
@@ -24,7 +25,7 @@ from lightning_sparse.core import (
     padding_of,
     shared_parameters,
 )
-from lightning_sparse.export.report import LayerVerdict, MergeReport, count_depth, count_macs, count_parameters, measure
+from lightning_sparse.export.report import LayerVerdict, MergeReport, count_depth, count_parameters, measure
 from lightning_sparse.functional import (
     Convolution,
     add_convolutions,
@@ -447,7 +448,8 @@ def _compare(before: nn.Module, after: nn.Module, inputs: Tensor, rounds: int, r
     expected, found = first(), second()
     if isinstance(expected, Tensor):
         report.change = float((expected - found).abs().max()), float(expected.abs().max())
-    report.macs = count_macs(before, first, len(inputs)), count_macs(after, second, len(inputs))
+    first_macs, second_macs = count_macs(before, first, len(inputs)), count_macs(after, second, len(inputs))
+    report.macs = sum(first_macs.values()), sum(second_macs.values())
     if rounds:
         report.milliseconds = measure(first, second, rounds, next(before.parameters()).device)
 

@@ -9,11 +9,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_sparse.core import is_linear
 
-__all__ = ["LayerVerdict", "MergeReport", "count_depth", "count_macs", "count_parameters", "measure"]
+__all__ = ["LayerVerdict", "MergeReport", "count_depth", "count_parameters", "measure"]
 
 
 @dataclass(frozen=True)
@@ -100,23 +100,6 @@ def count_depth(module: nn.Module) -> int:
 def count_parameters(module: nn.Module) -> int:
     """Numbers that can be trained or are frozen, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def count_macs(module: nn.Module, run: Callable[[], Any], samples: int) -> int:
-    """Multiplications per sample of all linear layers and convolutions in one forward pass."""
-    total = 0
-
-    def count(layer: Any, inputs: Any, output: Tensor) -> None:
-        nonlocal total
-        total += output.numel() * layer.weight[0].numel()
-
-    handles = [layer.register_forward_hook(count) for layer in module.modules() if is_linear(layer)]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total // samples
 
 
 def measure(first: Callable[[], Any], second: Callable[[], Any], rounds: int, device: torch.device) -> tuple[float, float]:

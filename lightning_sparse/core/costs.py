@@ -1,0 +1,105 @@
+"""What a forward pass costs, by the weights that its products are made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lightning_sparse.functional import layer_density
+
+__all__ = ["BETWEEN_ACTIVATIONS", "count_macs", "effective_macs"]
+
+BETWEEN_ACTIVATIONS = "(between activations)"
+"""The name under which products without a weight are counted, such as attention scores."""
+
+COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
+
+
+def count_macs(module: nn.Module, run: Callable[[], Any], samples: int = 1) -> dict[str, int]:
+    """Multiply-accumulates of a forward pass per sample, by the name of the weight that takes part in them.
+
+    Every matrix product and convolution counts, wherever it is written, at the size of its operands: zeros as numbers, and
+    padding as input. Norms, activations, poolings, recurrent layers and embeddings do not count. A weight that is used twice
+    counts twice.
+
+    Args:
+        module: whose weights are known by name.
+        run: makes one forward pass of it; it is run in evaluation mode, without gradients.
+        samples: in that pass.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> count_macs(net, lambda: net(torch.ones(5, 1, 4, 4)), samples=5)
+        {'0.weight': 144, '2.weight': 32}
+    """
+    counter = _Counter(module)
+    with _plainly(module), counter:
+        run()
+    return {name: round(macs / samples) for name, macs in counter.macs.items()}
+
+
+def effective_macs(macs: Mapping[str, int], weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """What is left of `count_macs` if nothing is multiplied by zero.
+
+    Args:
+        macs: of the dense model.
+        weights: masks, or weights of which exact zeros count as removed; those not given are dense.
+
+    Example:
+        >>> effective_macs({"fc": 100, "head": 10}, {"fc": torch.tensor([True, False, False, False])})
+        {'fc': 25, 'head': 10}
+    """
+    density = layer_density({name: weights[name] for name in macs if name in weights})
+    return {name: round(count * density.get(name, 1.0)) for name, count in macs.items()}
+
+
+class _Counter(TorchDispatchMode):
+    """Counts products, and finds the weight among their operands by its storage."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: dict[str, int] = {}
+        self.names = {_address(weight): name for name, weight in module.named_parameters() if weight.ndim >= 2}
+        self.copies: list[Tensor] = []  # kept, so that no other tensor takes their place
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in COPIES and (name := self.names.get(_address(args[0]))):
+            self.names[_address(result)] = name
+            self.copies.append(result)
+        elif packet in flop_registry:
+            operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim >= 2]
+            found = [name for operand in operands if (name := self.names.get(_address(operand)))]
+            name = found[0] if found else BETWEEN_ACTIVATIONS
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+            self.macs[name] = self.macs.get(name, 0) + flops // 2
+        return result
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextmanager
+def _plainly(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and by operations that can be counted: neither compiled nor fused into one kernel."""
+    training = [(part, part.training) for part in module.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    module.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for part, was_training in training:
+            part.training = was_training
