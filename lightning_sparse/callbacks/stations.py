@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +69,7 @@ class Stations:
         self._batch_idx = 0
         self._epoch = -1
         self._logged = -1
-        self._training_step: tuple[bool, Any] | None = None
-        self._bar: Any = None
+        self._replaced: list[tuple[Any, str, Any, bool]] = []
 
     # ---- opening and closing -----------------------------------------------------------------------------------------
 
@@ -96,6 +95,7 @@ class Stations:
             self._handles.append(optimizer.register_step_pre_hook(self._direct_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._wrap_training_step()
+        self._wrap_optimizer_step()
         self._wrap_progress_bar()
         self.check_ranks()
 
@@ -109,16 +109,9 @@ class Stations:
         self._handles.clear()
         for optimizer in self.trainer.optimizers:
             self._undo(optimizer)  # interrupted between the two halves of a step
-        if self._training_step is not None:
-            was_on_instance, original = self._training_step
-            if was_on_instance:
-                self.module.training_step = original  # type: ignore[method-assign]
-            else:
-                del self.module.training_step
-            self._training_step = None
-        if self._bar is not None:
-            del self._bar.get_metrics
-            self._bar = None
+        while self._replaced:
+            owner, name, original, was_its_own = self._replaced.pop()
+            setattr(owner, name, original) if was_its_own else delattr(owner, name)
         for method in self.methods:
             method.release()
 
@@ -363,7 +356,6 @@ class Stations:
         if not watchers and not penalised:
             return
         original = self.module.training_step
-        self._training_step = ("training_step" in vars(self.module), original)
 
         @functools.wraps(original)  # Lightning asks for the signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -377,21 +369,38 @@ class Stations:
                 return {**output, "loss": output["loss"] + penalty}
             return output + penalty
 
-        self.module.training_step = training_step  # type: ignore[method-assign]
+        self._replace(self.module, "training_step", training_step)
+
+    def _wrap_optimizer_step(self) -> None:
+        """Learn at once that a gradient scaler has skipped a step: nothing else is called before the batch ends."""
+        if not self._paired:
+            return
+        original = self.trainer.strategy.optimizer_step
+
+        def optimizer_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            result = original(optimizer, *args, **kwargs)
+            self._undo(optimizer)
+            return result
+
+        self._replace(self.trainer.strategy, "optimizer_step", optimizer_step)
+
+    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Until `close`, a function of one object, not of its class."""
+        self._replaced.append((owner, name, getattr(owner, name), name in vars(owner)))
+        setattr(owner, name, function)
 
     def _wrap_progress_bar(self) -> None:
         """Show words: what is logged can only be a number, and stays on the bar when its name is no longer used."""
-        self._bar = self.trainer.progress_bar_callback
-        if self._bar is None or "get_metrics" in vars(self._bar):
-            self._bar = None
+        bar: Any = self.trainer.progress_bar_callback
+        if bar is None or "get_metrics" in vars(bar):
             return
-        original = self._bar.get_metrics
+        original = bar.get_metrics
 
         def get_metrics(*args: Any) -> dict[str, Any]:
             words = {key: value for method in self.methods for key, value in method.headline().items()}
             return {**original(*args), **words}
 
-        self._bar.get_metrics = get_metrics
+        self._replace(bar, "get_metrics", get_metrics)
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide gradients by their scale now, and look for infinities, where a fused optimizer would do so in its step.

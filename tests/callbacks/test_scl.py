@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lightning_sparse import LpSphere
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.callbacks.stations import Stations
-from lightning_sparse.core import LiveMasks
+from lightning_sparse.core import LiveMasks, count_macs, effective_macs
 from lightning_sparse.functional import unit_step
 from lightning_sparse.observe import SparsityTable
 from tests.callbacks.test_stations import SkippedSteps, without_dropout
@@ -376,15 +376,38 @@ def test_the_trained_model_is_plain(tmp_path: Any) -> None:
     plain = toy(seed=9)
     plain.load_state_dict(saved["state_dict"], strict=True)
     x = torch.rand(4, 1, 8, 8)
-    assert (
-        plain.eval()(x).equal(module.eval()(x))
-        if hasattr(plain, "forward_only")
-        else plain.net.eval()(x).equal(module.net.eval()(x))
-    )
+    assert plain.net.eval()(x).equal(module.net.eval()(x))
     memory = saved["callbacks"][method.state_key]["memory"]
     assert memory["variables"].keys() == method.variables.keys() == memory["hidden"].keys() == memory["velocity"].keys()
     for name, variable in memory["variables"].items():
         assert (variable > 0).equal(saved["state_dict"][name] != 0)
+
+
+def test_connections_sparsity_and_macs_counted_by_hand() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 4))  # every kernel entry acts in 36 places
+    method, checked = SCL(0.1), []
+
+    class Cut(L.Callback):
+        @torch.no_grad()
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            method.variables["net.0.weight"][0] = -1.0  # a filter of nine
+            method.variables["net.0.weight"][1, 0, 0] = 0.0  # three more; a connection must be worth more than nothing
+            method.variables["net.2.weight"][:, 2:] = -1.0  # four outputs keep two inputs
+            method.take_in(method.weights)
+            kept = method.mask_set
+            assert kept.counts == {"net.0.weight": 6, "net.2.weight": 8}
+            assert kept.sparsity == 1 - 14 / (18 + 288)
+            macs = count_macs(pl_module, lambda: net(torch.ones(5, 1, 8, 8)), samples=5)
+            assert macs == {"net.0.weight": 18 * 36, "net.2.weight": 288}
+            assert (
+                effective_macs(macs, kept)
+                == effective_macs(macs, method.weights)
+                == {"net.0.weight": 216, "net.2.weight": 8}
+            )
+            checked.append(True)
+
+    fit(Toy(net=net), method, Cut(), max_epochs=1)
+    assert checked
 
 
 def test_logged_numbers() -> None:

@@ -67,6 +67,20 @@ def test_equals_a_mask_in_the_graph(optimizer: str, accumulate: int) -> None:
     assert returned > 0
 
 
+def test_after_a_skipped_step_every_callback_sees_masked_weights() -> None:
+    method, seen = Bands(), []
+
+    class Early(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+            hidden = [method.hidden[name] != 0 for name in method.weights]
+            shown = [weight != 0 for weight in method.weights.values()]
+            seen.append(not any((h & s).any() for h, s in zip(hidden, shown, strict=True)) and any(h.any() for h in hidden))
+
+    runner = fit(toy(), Early(), method, plugins=[SkippedSteps({2})], max_epochs=1)
+    assert seen == [True] * BATCHES
+    assert "optimizer_step" not in vars(runner.strategy)
+
+
 def test_a_skipped_step_leaves_no_trace() -> None:
     method = Bands()
     states: list[list[Tensor]] = []
