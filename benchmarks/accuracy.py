@@ -3,9 +3,15 @@
     python -m benchmarks.accuracy hypersparse --data DIR           run what is not in results/accuracy_hypersparse.json yet
     python -m benchmarks.accuracy hypersparse --data DIR --part 1/2    one of two processes that share the work
     python -m benchmarks.accuracy hypersparse --table              print the table of what is there
+    python -m benchmarks.accuracy desk --data DIR                  a group of suites: all that two CPU cores can do
 
 Every run is one line of the result: method, sparsity, seed, test accuracy after the last epoch (none is chosen by looking
 at the test set), kept weights counted as non-zeros. A suite that was interrupted goes on where it stopped.
+
+Two numbers say what a run would cost if nothing were ever multiplied by zero, as ratios to the dense network: `inference`,
+of the final weights, and `training`, the mean over the run of a forward pass and both parts of the backward pass. The
+gradients of weights are counted sparse, or dense for methods that need them dense at every step; what a method reads now
+and then (at its updates, or before the first step) is not counted.
 """
 
 from __future__ import annotations
@@ -38,11 +44,12 @@ from lightning_sparse import (
     MagnitudePruning,
     RandomSparsity,
     RigL,
+    SparseConnectivityLearning,
     SynFlow,
     WeightPenalty,
 )
 from lightning_sparse.callbacks import Sparsifier
-from lightning_sparse.core import find_targets
+from lightning_sparse.core import count_macs, effective_macs, find_targets
 from lightning_sparse.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageData
 from lightning_sparse.models import Classifier, LeNet5, LeNet300, ResNet
 from lightning_sparse.observe import SimilarityMap
@@ -65,6 +72,7 @@ class Setting:
 SETTINGS = {
     "digits": Setting(Digits, LeNet300, 12, 64, 0.05),
     "lenet300-fashion": Setting(FashionMNIST, LeNet300, 30, 128, 0.05),
+    "lenet300-fashion-15": Setting(FashionMNIST, LeNet300, 15, 128, 0.05),
     "lenet5-fashion": Setting(FashionMNIST, LeNet5, 30, 128, 0.05),
     "resnet8-fashion": Setting(FashionMNIST, lambda *shape: ResNet(*shape, depth=8), 30),
     "resnet20-cifar10": Setting(CIFAR10, ResNet, 40),
@@ -100,7 +108,11 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "GraNet": lambda s: [GraNet(s)],
     "L1-ART": lambda s: [HyperSparse(s, penalty="l1")],
     "HyperSparse": lambda s: [HyperSparse(s)],
+    "SCL": lambda s: [SparseConnectivityLearning(sparsity=s)],
 }
+
+DENSE_GRADIENTS = ("SCL",)
+"""Methods that need the gradients of all weights at every step, of dropped ones too."""
 
 
 @dataclass(frozen=True)
@@ -115,33 +127,36 @@ class Suite:
 
 
 CKA = ("random + CKA-SR", "random + CKA-SR, all samples", "random + AugCKA-SR")
+WITH_TARGET = (
+    "dense",
+    "random",
+    "SNIP",
+    "GraSP",
+    "SynFlow",
+    "L1, then one-shot",
+    "lottery ticket",
+    "one-shot + fine-tuning",
+    "gradual",
+    "SET",
+    "RigL",
+    "GraNet",
+    "L1-ART",
+    "HyperSparse",
+    "SCL",
+)
 SUITES = {
-    "baselines": Suite(
-        "digits",
-        (
-            "dense",
-            "random",
-            "SNIP",
-            "GraSP",
-            "SynFlow",
-            "L1, then one-shot",
-            "lottery ticket",
-            "lottery ticket, learning rate",
-            "one-shot + fine-tuning",
-            "gradual",
-        ),
-        (0.9, 0.98, 0.995),
-    ),
     "hypersparse": Suite(
         "lenet300-fashion",
         ("dense", "one-shot + fine-tuning", "gradual", "L1-ART", "HyperSparse"),
         (0.9, 0.98, 0.995),
     ),
-    "dynamic": Suite("lenet300-fashion", ("dense", "random", "SET", "RigL", "GraNet", "gradual"), (0.9, 0.98, 0.995)),
+    "desk-lenet300": Suite("lenet300-fashion-15", WITH_TARGET, (0.9, 0.95, 0.98)),
     "cka": Suite("resnet20-half-cifar10", ("random", "random + CKA-SR"), (0.9, 0.95, 0.98), similarity=True),
     "cka-cifar10": Suite("resnet20-cifar10-160", ("random", *CKA), (0.95,), seeds=(0, 1, 2, 3, 4), similarity=True),
     "cka-cifar100": Suite("resnet20-cifar100-160", ("random", *CKA), (0.7, 0.85, 0.9, 0.95, 0.98, 0.998), similarity=True),
 }
+
+GROUPS = {"desk": ("desk-lenet300",), "paper": ("cka-cifar10", "cka-cifar100")}
 
 
 def runs(suite: Suite) -> list[tuple[int, str, float]]:
@@ -152,6 +167,27 @@ def runs(suite: Suite) -> list[tuple[int, str, float]]:
         for method in suite.methods
         for sparsity in ((0.0,) if method == "dense" else suite.sparsities)
     ]
+
+
+class Work(L.Callback):
+    """What forward passes would cost without multiplications by zero, in the course of a training."""
+
+    def __init__(self, macs: dict[str, int], every: int = 50) -> None:
+        self.macs, self.every, self.readings = macs, every, list[float]()
+
+    def read(self, module: nn.Module) -> float:
+        """Now, as a ratio to the dense network."""
+        weights = {target.name: target.weight.detach() for target in find_targets(module)}
+        return sum(effective_macs(self.macs, weights).values()) / sum(self.macs.values())
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.every == 0:
+            self.readings.append(self.read(pl_module))
+
+    def training(self, dense_gradients: bool) -> float:
+        """The mean of all readings, for a forward pass, the gradients of activations and those of weights."""
+        mean = statistics.mean(self.readings)
+        return (2 * mean + (1.0 if dense_gradients else mean)) / 3
 
 
 def train(
@@ -185,7 +221,9 @@ def train(
     if similarity:
         with isolate_rng():
             L.Trainer(**quiet, callbacks=[similarities]).validate(module, data, verbose=False)
-    trainer = L.Trainer(max_epochs=epochs or setting.epochs, callbacks=callbacks, **quiet)
+    image = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
+    work = Work(count_macs(module, lambda: module(image)))
+    trainer = L.Trainer(max_epochs=epochs or setting.epochs, callbacks=[*callbacks, work], **quiet)
     start = perf_counter()
     trainer.fit(module, data)
     seconds = perf_counter() - start
@@ -197,6 +235,8 @@ def train(
         "test_loss": scores[1]["test/loss"],
         "kept": sum(int(weight.count_nonzero()) for weight in weights),
         "total": sum(weight.numel() for weight in weights),
+        "inference": round(work.read(module), 5),
+        "training": round(work.training(dense_gradients=method in DENSE_GRADIENTS), 5),
         "epochs": trainer.current_epoch,
         "seconds": round(seconds, 1),
     }
@@ -252,23 +292,31 @@ def merge(name: str, out: Path) -> None:
 
 
 def table(name: str, out: Path = RESULTS) -> str:
-    """Mean and standard deviation over seeds, as a Markdown table."""
+    """Mean and standard deviation over seeds, and the two costs, as a Markdown table."""
     suite, found = SUITES[name], collect(name, out)["runs"]
-    lines = ["| test accuracy, % | " + " | ".join(f"{100 * s:g} %" for s in suite.sparsities) + " |"]
+    lines = ["| test accuracy, %; inference, training | " + " | ".join(f"{100 * s:g} %" for s in suite.sparsities) + " |"]
     lines.append("| --- |" + " --- |" * len(suite.sparsities))
     for method in suite.methods:
-        cells = []
-        for sparsity in (0.0,) if method == "dense" else suite.sparsities:
-            values = [100 * r["test"] for r in found if (r["method"], r["sparsity"]) == (method, sparsity)]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f} ({len(values)})" if values else "")
+        columns = (0.0,) if method == "dense" else suite.sparsities
+        chosen = [[r for r in found if (r["method"], r["sparsity"]) == (method, s)] for s in columns]
+        cells = [_cell(rows) for rows in chosen]
         lines.append(f"| {method} | " + " | ".join(cells + [""] * (len(suite.sparsities) - len(cells))) + " |")
     return "\n".join(lines)
 
 
+def _cell(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    values = [100 * row["test"] for row in rows]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    text = f"{statistics.mean(values):.2f} ± {spread:.2f} ({len(values)})"
+    costs = [statistics.mean(row[key] for row in rows) for key in ("inference", "training") if key in rows[0]]
+    return "; ".join([text, ", ".join(f"{cost:.3f}" for cost in costs)] if costs else [text])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=[*SUITES, *GROUPS], help="one, or a group of them")
     parser.add_argument("--data", default="data", help="folder of the data, in torchvision's layout")
     parser.add_argument("--part", default="1/1", help="k/n: the k-th of n processes")
     parser.add_argument("--epochs", type=int, help="instead of the setting's, to see that it runs")
@@ -276,15 +324,16 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="put the parts into one file")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
-    if options.merge:
-        merge(options.suite, options.out)
-    elif not options.table:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-        torch.set_float32_matmul_precision("high")
-        warnings.filterwarnings("ignore", ".*does not have many workers|.*tensorboard")
-        part, parts = map(int, options.part.split("/"))
-        run(options.suite, options.data, (part, parts), options.epochs, options.out)
-    print(table(options.suite, options.out))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_float32_matmul_precision("high")
+    warnings.filterwarnings("ignore", ".*does not have many workers|.*tensorboard")
+    part, parts = map(int, options.part.split("/"))
+    for suite in GROUPS.get(options.suite, (options.suite,)):
+        if options.merge:
+            merge(suite, options.out)
+        elif not options.table:
+            run(suite, options.data, (part, parts), options.epochs, options.out)
+        print(table(suite, options.out))
 
 
 if __name__ == "__main__":
