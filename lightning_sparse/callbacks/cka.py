@@ -123,7 +123,7 @@ class CKARegularization(Sparsifier):
             if self.unbiased and len(features[members[0]]) < 4:
                 self._warn_of_small_batches(len(features[members[0]]))
                 continue
-            chosen = [features[i][: self.samples] for i in members]
+            chosen = [features[i] if self.samples is None else features[i][: self.samples] for i in members]
             matrices.append(linear_cka_matrix(chosen, self.unbiased, dtype=DTYPES[self.dtype]))
         self._similarities = [matrix.detach() for matrix in matrices]
         if not matrices:

@@ -169,7 +169,7 @@ class FeatureTap:
         """What was seen since, in the order of the layers, samples first; the tap is then closed and holds nothing."""
         self.open = False
         seen, self._seen = self._seen, {}
-        return [(self.layers[i], seen[i].transpose(0, self.layers[i].sample_dim)) for i in sorted(seen)]
+        return [(self.layers[i], _samples_first(seen[i], self.layers[i].sample_dim)) for i in sorted(seen)]
 
     def remove(self) -> None:
         """Take the hooks off the model; safe to call again."""
@@ -186,6 +186,11 @@ class FeatureTap:
                 self._seen[index] = _tensor(output, self.layers[index].name)
 
         return see
+
+
+def _samples_first(feature: Tensor, dim: int) -> Tensor:
+    # The gradient of a view, even of one that changes nothing, cannot be added in place to that of the other branches.
+    return feature.transpose(0, dim) if dim else feature
 
 
 def _learns(module: nn.Module) -> bool:
