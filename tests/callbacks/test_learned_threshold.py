@@ -208,6 +208,33 @@ def test_a_layer_that_is_nearly_empty_opens_again() -> None:
     assert 0 < method.mask_set.counts["net.2.weight"] < 576
 
 
+def test_a_layer_that_keeps_more_than_a_hundredth_stays_as_it_is() -> None:
+    method = TrainableThreshold(0.0, learning_rate=0.0)
+
+    class Close(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+            dense = (method.weights["net.6.weight"].detach() + method.hidden["net.6.weight"]).abs().flatten()
+            method.sources["net.6.weight"].fill_(float(dense.sort().values[-60]))
+
+    fit(toy(), Close(), method, max_steps=2)
+    assert method.sources["net.6.weight"].all()
+    assert 20 < method.mask_set.counts["net.6.weight"] < 100  # of 2,048
+
+
+def test_ranks_compare_masks_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, compared = STR(), []
+    check = Stations.check_ranks
+
+    def note(stations: Stations) -> None:
+        if method.mask_set.changed:
+            compared.append(stations.trainer.global_step)
+        check(stations)
+
+    monkeypatch.setattr(Stations, "check_ranks", note)
+    fit(toy(), method)
+    assert sorted(set(compared)) == [0, BATCHES, 2 * BATCHES]
+
+
 def test_a_layer_that_is_emptied_is_named() -> None:
     with pytest.warns(UserWarning, match=r"STR has removed all of 'net.6.weight', so signals no longer"):
         fit(toy(), STR(5.0, targets=["net.6"]))

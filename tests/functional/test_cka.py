@@ -196,6 +196,12 @@ def test_sums_are_wide_under_autocast(dtype: torch.dtype) -> None:
     assert not abs(float(narrow) - exact) < 3e-2
 
 
+def test_features_far_from_zero_are_centred_before_they_are_multiplied() -> None:
+    hidden = sample(8, 4096, seed=1)
+    x, y = (sample(8, 4096) + 30).float(), (sample(8, 4096) + hidden + 30).float()
+    assert float(linear_cka(x, y)) == pytest.approx(float(slow_cka(x, y)), abs=1e-4)
+
+
 def test_float32_is_enough_and_float64_can_be_had() -> None:
     x, y = sample(8, 8192).relu(), sample(8, 8192, seed=1).relu() + 3
     exact = float(slow_cka(x.float(), y.float()))
