@@ -1,0 +1,190 @@
+"""What SIGKILL leaves of a training: killed at random moments, resumed, and compared with one that was not.
+
+    python -m benchmarks.robustness                       every method below, and Lightning's ModelPruning beside them
+    python -m benchmarks.robustness gradual --kills 10    one method
+
+Each training is a process that checkpoints every few steps and, when it is started, goes on from the newest checkpoint that
+can be read. The end is the same if every weight, every buffer and every moment of the optimizer has the same bits. All
+methods prune to 90 %; ModelPruning removes the same share in three steps. Data: scikit-learn's digits, on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from torch import Tensor, nn
+
+from benchmarks.accuracy import METHODS
+from benchmarks.record import save
+from lightning_sparse import LpSphere
+from lightning_sparse.core import find_targets
+from lightning_sparse.data import Digits
+from lightning_sparse.models import Classifier, LeNet300
+
+EPOCHS, EVERY = 20, 9
+SPARSITY = 0.9
+
+
+def lightnings() -> list[L.Callback]:
+    """Lightning's own callback; what is left of the weights after three removals of the same share is a tenth."""
+    share = 1 - (1 - SPARSITY) ** (1 / 3)
+    return [ModelPruning("l1_unstructured", amount=lambda epoch: share if epoch in (4, 8, 12) else 0)]
+
+
+RUNS: dict[str, Callable[[], list[L.Callback]]] = {
+    **{
+        name: (lambda name=name: METHODS[name](SPARSITY))
+        for name in ("gradual", "lottery ticket", "RigL", "GraNet", "HyperSparse", "SCL")
+    },
+    "LpSS": lambda: [LpSphere(1.1, sparsity=SPARSITY, mode="feedback")],
+    "ModelPruning": lightnings,
+}
+
+
+# ---- the process that is killed -------------------------------------------------------------------------------------------
+
+
+class Beat(L.Callback):
+    """Tells the other process how far training is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "step"
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.file.write_text(str(trainer.global_step))
+
+
+def newest(folder: Path) -> Path | None:
+    """The latest checkpoint that is whole; one that was being written when the process died is removed."""
+    for path in sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]), reverse=True):
+        try:
+            torch.load(path, weights_only=False)
+            return path
+        except (RuntimeError, EOFError, OSError):
+            path.unlink()
+    return None
+
+
+def train(name: str, folder: Path) -> None:
+    """Begin, or go on, and write down the end."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    L.seed_everything(0, verbose=False)
+    data = Digits(batch_size=64, seed=0)
+    module = Classifier(
+        LeNet300, 10, 1, data.image_size, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    )
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=EVERY, save_top_k=-1)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=EPOCHS,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*RUNS[name](), Beat(folder), saving],
+    )
+    trainer.fit(module, data, ckpt_path=newest(folder), weights_only=False)
+    weights = [target.weight for target in find_targets(module)]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    end = {
+        "bits": hashlib.sha256(b"".join(_bits(module, trainer.optimizers))).hexdigest(),
+        "zeros": round(zeros, 5),
+        "accuracy": round(trainer.test(module, data, verbose=False)[0]["test/accuracy"], 4),
+        "steps": trainer.global_step,
+    }
+    (folder / "end.json").write_text(json.dumps(end))
+
+
+def _bits(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[bytes]:
+    for _, tensor in sorted(module.state_dict().items()):
+        yield tensor.contiguous().numpy().tobytes()
+    for optimizer in optimizers:
+        for state in optimizer.state_dict()["state"].values():
+            yield from (value.contiguous().numpy().tobytes() for value in state.values() if isinstance(value, Tensor))
+
+
+# ---- the one that kills ---------------------------------------------------------------------------------------------------
+
+
+def run(name: str, folder: Path, deaths: list[int]) -> dict[str, Any]:
+    """Train to the end, and die at these steps, each counted over the whole training."""
+    folder.mkdir(parents=True)
+    died = []
+    deaths = list(deaths)
+    while not (folder / "end.json").exists():
+        child = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.robustness", name, "--train", str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while child.poll() is None:
+            if deaths and (step := _step(folder)) >= deaths[0]:
+                child.send_signal(signal.SIGKILL)
+                deaths.pop(0)
+                died.append(step)
+                child.wait()
+                (folder / "step").unlink()
+            time.sleep(0.002)
+        if child.returncode not in (0, -signal.SIGKILL):
+            assert child.stderr is not None
+            return {"error": child.stderr.read().strip().splitlines()[-1], "killed at": died}
+    return {**json.loads((folder / "end.json").read_text()), "killed at": died}
+
+
+def _step(folder: Path) -> int:
+    try:
+        return int((folder / "step").read_text() or 0)
+    except FileNotFoundError:
+        return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help=f"of {list(RUNS)}; all by default")
+    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", action="store_true", help="write the numbers to benchmarks/results")
+    parser.add_argument("--train", type=Path, help="the process that is killed: a folder to train in")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.methods if name not in RUNS]
+    if unknown:
+        parser.error(f"no method {unknown[0]!r}; choose from {list(RUNS)}")
+    if arguments.train:
+        train(arguments.methods[0], arguments.train)
+        return
+    numbers = {}
+    dice = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in arguments.methods or RUNS:
+            whole = run(name, Path(temporary) / f"{name} whole", [])
+            steps = sorted(dice.sample(range(2, whole["steps"] - 2), arguments.kills))
+            killed = run(name, Path(temporary) / f"{name} killed", steps)
+            same = killed.get("bits") == whole["bits"]
+            numbers[name] = {"same end": same, "whole": whole, "killed": killed}
+            after = killed.get("error") or f"{killed['zeros']:.2%} zeros, accuracy {killed['accuracy']:.4f}"
+            print(f"{name:16s} killed at {killed['killed at']}: {'the same bits' if same else 'ANOTHER END'}")
+            print(f"{'':16s} {whole['zeros']:.2%} zeros, accuracy {whole['accuracy']:.4f}; killed: {after}", flush=True)
+    if arguments.save:
+        save("robustness", numbers)
+
+
+if __name__ == "__main__":
+    main()
