@@ -23,7 +23,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from benchmarks import lpss
+from benchmarks import accuracy, lpss
+from benchmarks.accuracy import SUITES, runs
 from benchmarks.record import machine, timed
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.functional import apply_bits_, kth_smallest, mask_bits
@@ -132,6 +133,24 @@ def hypersparse(device: str, quick: bool) -> Numbers:
     return {"VGG-19": penalty(quick, rounds, device)[0], **steps}
 
 
+def rewiring(device: str, quick: bool) -> Numbers:
+    """Steps between updates of dynamic sparse training, and updates beside a step of ResNet-50."""
+    from benchmarks.rewiring import steps, updates
+
+    between = steps("quick" if quick else "resnet18", 128, 3 if quick else 30, device, "32-true" if quick else "16-mixed")
+    return {"between updates": between, "updates": updates(quick, 3 if quick else 10, device)}
+
+
+def cka(device: str, quick: bool) -> Numbers:
+    """The penalty on similar layers in a step of ResNet-20."""
+    from benchmarks.cka import Net, ours, turns
+
+    numbers: Numbers = {}
+    ways: Any = {"plain step": (None, None), "8 samples": (ours, 8), "all samples": (ours, None)}
+    turns("step of ResNet-20", ways, Net(quick, 128, device), device, 3 if quick else 40, numbers)
+    return numbers
+
+
 CHECKS: dict[str, Callable[[str, bool], Numbers]] = {
     "contract": contract,
     "order_statistics": order_statistics,
@@ -139,36 +158,46 @@ CHECKS: dict[str, Callable[[str, bool], Numbers]] = {
     "masking": masking,
     "overhead": overhead,
     "hypersparse": hypersparse,
+    "rewiring": rewiring,
+    "cka": cka,
 }
 
-TRAININGS: dict[str, tuple[str, str, float, int]] = {
-    f"{setting}_{method.replace(' ', '_')}_{sparsity}_seed{seed}": (setting, method, sparsity, seed)
-    for seed in (0, 1, 2)
-    for setting, methods, sparsities in (
-        ("resnet32x2-cifar10", ("dense",), (0.0,)),
-        ("resnet32x2-cifar10", ("HyperSparse", "L1-ART", "gradual"), (0.99,)),
-        ("lenet5-fashion", ("gradual", "random", "HyperSparse"), (0.9, 0.98)),
-    )
-    for method in methods
-    for sparsity in sparsities
-} | {
-    # The published recipe of training on Lp spheres, whole, beside the dense network and a static random mask.
-    f"wrn18-fashion_{method}_{sparsity}_seed{seed}": ("lpss", method, sparsity, seed)
-    for seed, method, sparsity in lpss.RUNS
-}
+TRAININGS: dict[str, tuple[str, str, float, int]] = (
+    {
+        f"{setting}_{method.replace(' ', '_')}_{sparsity}_seed{seed}": (setting, method, sparsity, seed)
+        for seed in (0, 1, 2)
+        for setting, methods, sparsities in (
+            ("resnet32x2-cifar10", ("dense",), (0.0,)),
+            ("resnet32x2-cifar10", ("HyperSparse", "L1-ART", "gradual"), (0.99,)),
+            ("lenet5-fashion", ("gradual", "random", "HyperSparse"), (0.9, 0.98)),
+        )
+        for method in methods
+        for sparsity in sparsities
+    }
+    | {
+        # The published recipe of training on Lp spheres, whole, beside the dense network and a static random mask.
+        f"wrn18-fashion_{method}_{sparsity}_seed{seed}": ("lpss", method, sparsity, seed)
+        for seed, method, sparsity in lpss.RUNS
+    }
+    | {
+        # The rows of the appendix of CKA-SR.
+        f"{suite.setting}_{method.replace(' ', '_')}_{sparsity}_seed{seed}": (suite.setting, method, sparsity, seed)
+        for suite in (SUITES["cka-cifar10"], SUITES["cka-cifar100"])
+        for seed, method, sparsity in runs(suite)
+    }
+)
 """Name -> setting, method, sparsity and seed of `benchmarks.accuracy`. Independent runs of the published HyperSparse code
 at 99 % with 284 epochs reached 91.3 % as the best of all test epochs."""
 
 
 def train(name: str, data: str, device: str, quick: bool) -> Numbers:
     """One training of the list, in a process of its own."""
-    from benchmarks import accuracy
-
     setting, method, sparsity, seed = TRAININGS[name]
     if setting == "lpss":
         return lpss.train(lpss.RECIPES["quick" if quick else "full"], method, sparsity, seed, data, device)
     epochs = 3 if quick else None
-    return accuracy.train(accuracy.SETTINGS["digits" if quick else setting], method, sparsity, seed, data, epochs)
+    how = accuracy.SETTINGS["digits" if quick else setting]
+    return accuracy.train(how, method, sparsity, seed, data, epochs, similarity="-160" in setting)
 
 
 def write(out: Path, name: str, numbers: Numbers) -> None:
