@@ -79,7 +79,7 @@ SETTINGS = {
     "resnet8-fashion": Setting(FashionMNIST, lambda *shape: ResNet(*shape, depth=8), 30),
     "resnet20-cifar10": Setting(CIFAR10, ResNet, 40),
     "resnet20-half-cifar10": Setting(
-        CIFAR10, lambda *shape: ResNet(*shape, width=0.5), 8, precision="bf16-mixed", memory_format=torch.channels_last
+        CIFAR10, lambda *shape: ResNet(*shape, width=0.5), 6, precision="bf16-mixed", memory_format=torch.channels_last
     ),
     # The recipe of random static masks and CKA-SR; the published one reads the test set at the best validation epoch.
     "resnet20-cifar10-160": Setting(CIFAR10, ResNet, 160, nesterov=True, milestones=(80, 120)),

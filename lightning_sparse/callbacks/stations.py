@@ -129,6 +129,7 @@ class Stations:
         if self._epoch != epoch:
             self.trainer.accumulate_grad_batches = self.accumulation(epoch)
             if batch_idx == 0:
+                self._announce_epoch()
                 self.epoch_start()
             self._epoch = epoch
         if self._stepped or batch_idx == 0:
@@ -139,6 +140,13 @@ class Stations:
             self.check_ranks()
         self._batch_idx, self._stepped, self.handed_over = batch_idx, False, False
         self._depth.clear()
+
+    def _announce_epoch(self) -> None:
+        """Lightning has not counted this epoch as begun, and would take what is saved in it for the end of the last one."""
+        progress: Any = self.trainer.fit_loop.epoch_progress
+        if progress.current.ready == progress.current.processed:
+            progress.increment_ready()
+            progress.increment_started()
 
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)

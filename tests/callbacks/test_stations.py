@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_sparse import MagnitudePruning, RandomSparsity, SparsityMixin
@@ -416,6 +418,26 @@ def test_the_summary_counts_masks() -> None:
 
 
 # ---- what is logged -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("stops", [[BATCHES, BATCHES + 2], [2, BATCHES, BATCHES + 1, 2 * BATCHES, 2 * BATCHES + 1]])
+def test_a_run_that_is_stopped_again_and_again(stops: list[int], tmp_path: Path) -> None:
+    """From the last batch of an epoch, and then inside the next."""
+
+    def run(seed: int, start: Path | None = None) -> L.LightningModule:
+        files = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+        module = toy(seed=seed)
+        torch.manual_seed(seed)
+        assert fit(module, MagnitudePruning(0.5, every="1 steps"), files, ckpt_path=start).global_step == 3 * BATCHES
+        return module
+
+    expected = run(0)
+    for stop in stops:
+        for lost in range(stop + 1, 3 * BATCHES + 1):
+            (tmp_path / f"step={lost}.ckpt").unlink()
+        module = run(stop, tmp_path / f"step={stop}.ckpt")
+        assert all(value.equal(module.state_dict()[name]) for name, value in expected.state_dict().items()), stop
 
 
 def test_sparsity_is_on_the_progress_bar() -> None:
