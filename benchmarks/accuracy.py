@@ -265,20 +265,32 @@ def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Pa
     setting = SETTINGS[suite.setting]
     path = out / (f"accuracy_{name}.json" if part[1] == 1 else f"accuracy_{name}.{part[0]}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {key: value for key, value in asdict(setting).items() if key not in ("data", "network", "memory_format")}
+    how = json.loads(json.dumps({"setting": suite.setting, **plain, **({"epochs": epochs} if epochs else {})}))
+    refuse_other_results(collect(name, out), how)
     for index, (seed, method, sparsity) in enumerate(runs(suite)):
         done = {(r["seed"], r["method"], r["sparsity"]) for r in collect(name, out)["runs"]}
         if index % part[1] != part[0] - 1 or (seed, method, sparsity) in done:
             continue
         numbers = train(setting, method, sparsity, seed, root, epochs, suite.similarity)
         result = load(path)
-        how = {
-            "setting": suite.setting,
-            **{k: v for k, v in asdict(setting).items() if k not in ("data", "network", "memory_format")},
-        }
         result |= {"command": f"python -m benchmarks.accuracy {name} --data DIR", "machine": machine(), "recipe": how}
         result["runs"].append({"seed": seed, "method": method, "sparsity": sparsity, **numbers})
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{method:28s} {sparsity:6} seed {seed}  test {numbers['test']:.4f}  {numbers['seconds']:7.1f} s", flush=True)
+
+
+def refuse_other_results(found: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Runs of another recipe, or of another version of the package, are not gone on with."""
+    theirs, mine = found.get("machine", {}).get("lightning_sparse"), machine()["lightning_sparse"]
+    if found["runs"] and theirs != mine:
+        raise SystemExit(f"These results are of lightning_sparse {theirs}, this is {mine}; begin anew with another --out.")
+    for key, value in found.get("recipe", recipe).items():
+        if value != recipe.get(key, value):
+            raise SystemExit(
+                f"These results were made with {key}={value!r}, the recipe now says {recipe[key]!r}; begin anew with "
+                "another --out."
+            )
 
 
 def collect(name: str, out: Path) -> dict[str, Any]:

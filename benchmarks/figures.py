@@ -1,0 +1,81 @@
+"""Draw a suite of `benchmarks.accuracy`: one axis per method, all others behind it in grey.
+
+python -m benchmarks.figures desk-lenet300 --out docs/accuracy.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+
+from benchmarks.accuracy import SUITES, collect
+from benchmarks.record import RESULTS
+
+COLUMNS = 5
+
+Curve = list[tuple[float, float, float]]
+"""Density, mean and spread, both in percent."""
+
+
+def curves(name: str, out: Path) -> tuple[dict[str, Curve], float | None]:
+    """The curve of every method that has runs, and the accuracy of the dense network."""
+    found = collect(name, out)["runs"]
+    made: dict[str, Curve] = {}
+    for method in SUITES[name].methods:
+        for sparsity in sorted({r["sparsity"] for r in found if r["method"] == method}):
+            values = [100 * r["test"] for r in found if (r["method"], r["sparsity"]) == (method, sparsity)]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            made.setdefault(method, []).append((100 * (1 - sparsity), statistics.mean(values), spread))
+    dense = made.pop("dense", None)
+    return made, dense[0][1] if dense else None
+
+
+def draw(name: str, out: Path, file: Path) -> None:
+    """Write the picture."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    made, dense = curves(name, out)
+    if not made:
+        raise SystemExit(f"{name} has no results in {out}; run `python -m benchmarks.accuracy {name} --data DIR` first.")
+    rows = math.ceil(len(made) / COLUMNS)
+    figure, axes = pyplot.subplots(
+        rows, COLUMNS, figsize=(2.1 * COLUMNS, 1.9 * rows), sharex=True, sharey=True, squeeze=False
+    )
+    ticks = sorted({density for curve in made.values() for density, _, _ in curve}, reverse=True)
+    for axis in axes.flat[len(made) :]:
+        axis.set_visible(False)
+    for axis, (method, curve) in zip(axes.flat, made.items(), strict=False):
+        for other in made.values():
+            axis.plot(*zip(*[point[:2] for point in other], strict=True), color="0.85", linewidth=1)
+        if dense is not None:
+            axis.axhline(dense, color="0.5", linewidth=0.8, linestyle=":")
+        axis.errorbar(*zip(*curve, strict=True), color="tab:blue", linewidth=1.6, marker="o", markersize=3, capsize=2)
+        axis.set_title(method, fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{100 - tick:g} %" for tick in ticks], fontsize=6.5)
+        axis.minorticks_off()
+        axis.tick_params(axis="y", labelsize=6.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].invert_xaxis()
+    figure.supxlabel("sparsity", fontsize=8)
+    figure.supylabel("test accuracy, %", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, required=True, help="the picture")
+    options = parser.parse_args()
+    draw(options.suite, options.results, options.out)
+
+
+if __name__ == "__main__":
+    main()
