@@ -48,7 +48,7 @@ def plain_convolutions(num_classes: int, in_channels: int, image_size: int) -> n
     """Eight convolutions, four per resolution, padding in front of each chain; no normalisation."""
     layers: list[nn.Module] = []
     channels = in_channels
-    for width in (16, 32):
+    for width in (8, 16):
         for _ in range(4):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
             channels = width
@@ -121,7 +121,7 @@ SUITES: dict[str, dict[str, Setting]] = {
         "eight convolutions": Setting(
             lambda seed, root: FashionMNIST(root=root, seed=seed),
             classifier(plain_convolutions, 1e-3),
-            6,
+            3,
             (0.01, 0.03, 0.1),
             allow_growth=True,
         ),
