@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "core": {"functional", "core"},
     "callbacks": {"functional", "core", "callbacks"},
     "metrics": {"functional", "core", "metrics"},
-    "observe": {"functional", "core", "metrics", "observe"},
+    "observe": {"functional", "core", "callbacks", "metrics", "observe"},
     "export": {"functional", "core", "export"},
     "optim": {"functional", "core", "optim"},
     "models": {"models"},

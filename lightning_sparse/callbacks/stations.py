@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from lightning_sparse.core import Position, RunLength
 if TYPE_CHECKING:
     from lightning_sparse.callbacks.base import Sparsifier
 
-__all__ = ["Stations", "Step"]
+__all__ = ["Stations", "Step", "phase_of"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Stations:
         self._batch_idx = 0
         self._epoch = -1
         self._logged = -1
+        self._phase: str | None = None
         self._replaced: list[tuple[Any, str, Any, bool]] = []
 
     # ---- opening and closing -----------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ class Stations:
         if masks and (self._batch_idx == 0 or kept != self._logged):
             sparsity = 1 - kept / sum(mask.total for mask in masks)
             self.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
-            self._logged = kept
+            self._logged, self._phase = kept, phase_of(self.methods)
 
     @property
     def time_to_count(self) -> bool:
@@ -405,8 +406,9 @@ class Stations:
         original = bar.get_metrics
 
         def get_metrics(*args: Any) -> dict[str, Any]:
+            phase = {} if self._phase is None else {"phase": self._phase}
             words = {key: value for method in self.methods for key, value in method.headline().items()}
-            return {**original(*args), **words}
+            return {**original(*args), **phase, **words}
 
         self._replace(bar, "get_metrics", get_metrics)
 
@@ -472,6 +474,20 @@ class Stations:
                         f"{method.label}: the ranks hold different masks of '{list(masks)[wrong[0]]}'; a score or a random "
                         "choice was made from data of one rank only."
                     )
+
+
+def phase_of(methods: Sequence[Sparsifier]) -> str | None:
+    """Where a run is: `dense`, `sparsifying`, or `at target` once every method that promises a sparsity has reached it.
+
+    None where no method promises one.
+    """
+    reached = [answer for method in methods if (answer := method.at_target) is not None]
+    if not reached:
+        return None
+    if all(reached):
+        return "at target"
+    masks = [masks for method in methods if (masks := method.mask_set) is not None]
+    return "dense" if all(mask.kept == mask.total for mask in masks) else "sparsifying"
 
 
 def _share(run: RunLength, begun: RunLength, by_steps: bool) -> float:
