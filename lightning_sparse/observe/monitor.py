@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, final
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
@@ -20,9 +24,13 @@ from lightning_sparse.callbacks.stations import phase_of
 from lightning_sparse.core import MaskSet, Target, count_macs, describe, effective_macs
 from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
 from lightning_sparse.observe.history import History, choose_metric
+from lightning_sparse.observe.report import FILE, describe_machine, picture, write_report
 from lightning_sparse.observe.table import render
 
-__all__ = ["SparsityMonitor"]
+__all__ = ["SparsityMonitor", "run_folder"]
+
+PICTURES = 3
+"""Masks that are drawn, from the first layer on."""
 
 
 @final
@@ -36,10 +44,12 @@ class SparsityMonitor(Callback):
     Args:
         metric: what accuracy is drawn from; None takes validation accuracy, or what comes nearest.
         table: print what is left of each layer when training ends.
+        report: write `report.html`, one page that needs nothing else, beside the logs of the first logger or into the
+            Trainer's `default_root_dir`; `lightning-sparse report` lays several side by side.
     """
 
-    def __init__(self, metric: str | None = None, table: bool = True) -> None:
-        self.metric, self.table = metric, table
+    def __init__(self, metric: str | None = None, table: bool = True, report: bool = True) -> None:
+        self.metric, self.table, self.report = metric, table, report
         self.history = History()
         """A row of readings per epoch."""
         self.macs: dict[str, int] = {}
@@ -105,6 +115,10 @@ class SparsityMonitor(Callback):
             for method in sparsifiers(trainer):
                 if isinstance(masks := method.mask_set, MaskSet) and len(masks):
                     Console().print("", render(method.summary(), title=method.label))
+        if self.report and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = run_folder(trainer)
+            write_report(folder / FILE, self._describe(trainer, pl_module, folder))
+            rank_zero_info(f"SparsityMonitor: see {folder / FILE}")
 
     # ---- readings ----------------------------------------------------------------------------------------------------
 
@@ -156,10 +170,74 @@ class SparsityMonitor(Callback):
         goals = {name: kept for method in methods for name, kept in method.goal["layers"].items()}
         return actual | {f"layer_targets/{name}": 1 - kept / sizes[name] for name, kept in goals.items()}
 
+    def _describe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> dict[str, Any]:
+        """The run as the report takes it."""
+        methods, masks = sparsifiers(trainer), self._masks(trainer)
+        rows = self.history.rows
+        goals = {name: kept for method in methods for name, kept in method.goal["layers"].items()}
+        totals = [method.goal["total"] for method in methods if method.mask_set is not None]
+        sizes = {name: target.weight.numel() for name, target in self._targets.items()}
+        known = totals and None not in totals
+        layers = [
+            {
+                "name": name,
+                "size": sizes[name],
+                "outputs": target.weight.shape[target.output_dim],
+                "dead": int(dead_outputs(masks.get(name, target.weight), target.output_dim).count_nonzero()),
+                "target": goals.get(name),
+            }
+            for name, target in self._targets.items()
+        ]
+        kind, label = (
+            [type(method).__name__ for method in methods] or ["dense"],
+            [method.label for method in methods] or ["Dense"],
+        )
+        inside = [type(child).__name__ for child in pl_module.children() if any(True for _ in child.parameters())]
+        model = f"{type(pl_module).__name__} ({', '.join(inside)})" if inside else type(pl_module).__name__
+        return {
+            "title": f"{' + '.join(label)} on {model}",
+            "name": "/".join(folder.resolve().parts[-2:]),
+            "method": " + ".join(kind),
+            "model": model,
+            "seed": os.environ.get("PL_GLOBAL_SEED"),
+            "metric": choose_metric(rows[-1]["metrics"], self.metric),
+            "target": 1 - sum(totals) / sum(sizes.values()) if known else None,
+            "dense": {"parameters": sum(p.numel() for p in pl_module.parameters()), "macs": sum(self.macs.values())},
+            "layers": layers,
+            "rows": rows,
+            "pictures": {name: picture(masks[name]) for name in list(masks)[:PICTURES]},
+            "config": _config(trainer, pl_module),
+            "machine": describe_machine(),
+        }
+
     def _log(self, trainer: pl.Trainer, numbers: Mapping[str, float], step: int) -> None:
         if numbers and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(dict(numbers), step=step)
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Where a run keeps what it writes: a folder of its own if a logger gives it one."""
+    for logger in trainer.loggers:
+        if getattr(logger, "log_dir", None):
+            return Path(str(logger.log_dir))
+        if logger.save_dir:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            return Path(logger.save_dir) / str(logger.name) / version
+    return Path(trainer.default_root_dir)
+
+
+def _config(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    """What the run was configured with: all of it from the command line, else what methods and module remember."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveConfigCallback):
+            return str(callback.parser.dump(callback.config, skip_none=False))
+    known: dict[str, Any] = {method.label: method.config() for method in sparsifiers(trainer)}
+    known |= {
+        type(module).__name__: dict(module.hparams),
+        "Trainer": {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps},
+    }
+    return json.dumps(known, indent=1, default=str)
 
 
 def _weights_of(module: nn.Module) -> list[Target]:
