@@ -184,7 +184,7 @@ def _several(runs: Sequence[Run]) -> str:
         ends = [(run, run["rows"][-1]["sparsity"], _metric(run, name)[-1]) for run in runs]
         points = [Series(_called(run), [x], [y], style[run["method"]], marks=True) for run, x, y in ends]
         means = [_means([(x, y) for run, x, y in ends if run["method"] == method], style[method]) for method in methods]
-        drawing = svg.chart([*means, *points], "sparsity", name, x_percent=True, y_percent=share)
+        drawing = svg.chart([*means, *points], "sparsity", name, x_percent=True, y_percent=share, by_density=True)
         figures.append(_figure(f"{name} against sparsity, lines through means", drawing, legend))
         drawing = svg.chart(curves(lambda run: _metric(run, name)), "epoch", name, y_percent=share)
         figures.append(_figure(name, drawing, legend))

@@ -11,7 +11,7 @@ __all__ = ["LEVELS", "Series", "bars", "bits", "chart", "heat_map", "thinned"]
 
 WIDTH, HEIGHT = 460, 270
 WIDE, NAMES = 820, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 26, 12, 40
 LEVELS = 12
 """Shades of a heat map."""
 POINTS, COLUMNS = 300, 150
@@ -69,13 +69,34 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(series: Sequence[Series], x_label: str, y_label: str, x_percent: bool = False, y_percent: bool = False) -> str:
-    """Curves and points over one pair of axes; an empty text if there is nothing to draw."""
+SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+
+
+def chart(
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    x_percent: bool = False,
+    y_percent: bool = False,
+    by_density: bool = False,
+) -> str:
+    """Curves and points over one pair of axes; an empty text if there is nothing to draw.
+
+    Args:
+        series: what is drawn, the last on top.
+        x_label: of the horizontal axis.
+        y_label: of the vertical axis, for those who cannot see it.
+        x_percent: whether positions are fractions.
+        y_percent: whether values are fractions.
+        by_density: positions are sparsities below 1, and halving what is left is the same step everywhere.
+    """
     drawn = [(one, one.points) for one in series]
+    if by_density:
+        drawn = [(one, [(_halvings(x), y) for x, y in points]) for one, points in drawn]
     everything = [point for _, points in drawn for point in points]
     if not everything:
         return ""
-    x0, x1 = _range([x for x, _ in everything], x_percent)
+    x0, x1 = _range([x for x, _ in everything], x_percent and not by_density)
     y0, y1 = _range([y for _, y in everything], y_percent)
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -87,9 +108,11 @@ def chart(series: Sequence[Series], x_label: str, y_label: str, x_percent: bool 
         _, y = at(x0, value)
         parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{_number(value, y_percent)}</text>')
-    for value in ticks(x0, x1):
-        x, _ = at(value, y0)
-        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_number(value, x_percent)}</text>')
+    stops = [(_halvings(x), x) for x in SPARSITIES] if by_density else [(x, x) for x in ticks(x0, x1)]
+    for place, value in stops:
+        if x0 <= place <= x1:
+            x, _ = at(place, y0)
+            parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_number(value, x_percent)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)}</text>')
     for one, points in drawn:
@@ -105,7 +128,7 @@ def chart(series: Sequence[Series], x_label: str, y_label: str, x_percent: bool 
 
 def bars(rows: Sequence[tuple[str, float, float | None, str]]) -> str:
     """A bar for each row: its name, the fraction filled, the fraction it is to be (a tick), and a text at its end."""
-    height, left, right, line = 20, NAMES, 150, []
+    height, left, right, line = 20, NAMES, 190, []
     span = WIDE - left - right
     for i, (name, fraction, target, text) in enumerate(rows):
         y = i * height
@@ -130,7 +153,7 @@ def heat_map(names: Sequence[str], columns: Sequence[Sequence[float]], heads: Se
     """
     chosen = thinned(len(columns), COLUMNS)
     row, left, width = max(3.0, min(18.0, 900 / max(len(names), 1))), NAMES, WIDE
-    cell = (width - left - 4) / max(len(chosen), 1)
+    top, cell = 6, (width - left - 4) / max(len(chosen), 1)
     paths: dict[int, list[str]] = {}
     for i in range(len(names)):
         values = [min(LEVELS - 1, int(columns[j][i] * (LEVELS - 1) + 0.5)) for j in chosen]
@@ -143,15 +166,15 @@ def heat_map(names: Sequence[str], columns: Sequence[Sequence[float]], heads: Se
         f'<path class="heat" stroke-opacity="{level / (LEVELS - 1):.2f}" d="{"".join(found)}"/>'
         for level, found in sorted(paths.items())
     )
-    body = f'<g transform="translate({left} 0) scale({cell:.3f} {row:.3f})">{strokes}</g>'
+    body = f'<g transform="translate({left} {top}) scale({cell:.3f} {row:.3f})">{strokes}</g>'
     step = max(1, math.ceil(11 / row))
     labels = [(i, name) for i, name in enumerate(names) if i % step == 0]
     body += "".join(
-        f'<text x="{left - 8}" y="{(i + 0.5) * row + 4:.1f}" text-anchor="end">{escape(_short(name))}</text>'
+        f'<text x="{left - 8}" y="{top + (i + 0.5) * row + 4:.1f}" text-anchor="end">{escape(_short(name))}</text>'
         for i, name in labels
     )
-    bottom = len(names) * row
-    body += f'<rect class="frame" x="{left}" y="0" width="{width - left - 4:g}" height="{bottom:.1f}"/>'
+    bottom = top + len(names) * row
+    body += f'<rect class="frame" x="{left}" y="{top}" width="{width - left - 4:g}" height="{bottom - top:.1f}"/>'
     if heads:
         body += f'<text x="{left}" y="{bottom + 16:.1f}">{escape(heads[0])}</text>'
         body += f'<text x="{width - 4:g}" y="{bottom + 16:.1f}" text-anchor="end">{escape(heads[-1])}</text>'
@@ -176,6 +199,10 @@ def bits(rows: Sequence[Sequence[bool]]) -> str:
 
 def _svg(width: float, height: float, body: str, label: str, more: str = "") -> str:
     return f'<svg {more}viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
+
+
+def _halvings(sparsity: float) -> float:
+    return -math.log2(max(1 - sparsity, 1e-6))
 
 
 def _range(values: Sequence[float], percent: bool) -> tuple[float, float]:

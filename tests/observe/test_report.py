@@ -207,6 +207,15 @@ def test_points_lie_where_their_values_are() -> None:
     assert chart([Series("nothing", [None], [1.0])], "x", "y") == ""
 
 
+def test_sparsities_are_apart_by_what_is_left() -> None:
+    drawing = chart(
+        [Series("runs", [0.0, 0.5, 0.75, 0.9], [0.9] * 4, marks=True)], "sparsity", "y", x_percent=True, by_density=True
+    )
+    x = [place for place, _ in places(drawing)]
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert re.findall(r">([\d.]+ %)<", drawing) == ["0 %", "50 %", "80 %", "90 %"]
+
+
 def test_long_curves_are_thinned() -> None:
     drawing = chart([Series("long", list(range(5000)), [float(i % 7) for i in range(5000)])], "x", "y")
     assert drawing.count("L") < 320
