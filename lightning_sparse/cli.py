@@ -32,6 +32,7 @@ from lightning_sparse.callbacks import LayerSparsity, Sparsifier
 from lightning_sparse.export import fresh_start, merge_layers
 from lightning_sparse.observe import SparsityMonitor, SparsityTable
 from lightning_sparse.observe.report import find_reports, read_report, write_report
+from lightning_sparse.observe.wandb import stay_offline
 
 __all__ = ["SparseCLI", "main"]
 
@@ -188,6 +189,12 @@ class SparseCLI(LightningCLI):
             raise ValueError("beside_dense needs a seed, so that both models start alike; set seed_everything.")
         if config.beside_dense and not is_overridden("test_step", self.model):
             raise ValueError(f"beside_dense tests both models, but {type(self.model).__name__} has no test_step; write one.")
+
+    def before_instantiate_classes(self) -> None:
+        """A run that cannot be sent stays here, and the rest of it goes on."""
+        logger = str(self.config[self.subcommand].get("trainer.logger", ""))
+        if "WandbLogger" in logger and (hint := stay_offline()) is not None:
+            rank_zero_only(print)(f"lightning-sparse: {hint}", file=sys.stderr)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Two methods of one class need names, or checkpoints could not tell them apart."""

@@ -11,8 +11,10 @@ from typing import Any, final
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
@@ -24,8 +26,9 @@ from lightning_sparse.callbacks.stations import phase_of
 from lightning_sparse.core import MaskSet, Target, count_macs, describe, effective_macs
 from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
 from lightning_sparse.observe.history import History, choose_metric
-from lightning_sparse.observe.report import FILE, describe_machine, picture, write_report
+from lightning_sparse.observe.report import FILE, corner, describe_machine, picture, write_report
 from lightning_sparse.observe.table import render
+from lightning_sparse.observe.wandb import Dashboard
 
 __all__ = ["SparsityMonitor", "run_folder"]
 
@@ -46,16 +49,18 @@ class SparsityMonitor(Callback):
         table: print what is left of each layer when training ends.
         report: write `report.html`, one page that needs nothing else, beside the logs of the first logger or into the
             Trainer's `default_root_dir`; `lightning-sparse report` lays several side by side.
+        artifacts: give Weights & Biases the best checkpoint, with its sparsity and accuracy.
     """
 
-    def __init__(self, metric: str | None = None, table: bool = True, report: bool = True) -> None:
-        self.metric, self.table, self.report = metric, table, report
+    def __init__(self, metric: str | None = None, table: bool = True, report: bool = True, artifacts: bool = True) -> None:
+        self.metric, self.table, self.report, self.artifacts = metric, table, report, artifacts
         self.history = History()
         """A row of readings per epoch."""
         self.macs: dict[str, int] = {}
         """Multiply-accumulates of the dense model by weight; empty where they could not be counted."""
         self._targets: dict[str, Target] = {}
         self._before: dict[str, Tensor] = {}
+        self._boards: list[Dashboard] = []
         self._seen = -1
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -87,6 +92,12 @@ class SparsityMonitor(Callback):
         self._targets = {target.name: target for target in chosen}
         self._before = self._masks(trainer)
         self.macs = self.macs or _dense_macs(trainer, pl_module, batch)
+        config = {method.label: method.config() for method in sparsifiers(trainer)}
+        self._boards = [Dashboard(logger, config) for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        plain = [type(logger).__name__ for logger in trainer.loggers if not isinstance(logger, WandbLogger | DummyLogger)]
+        if plain:
+            where = f"; pictures are in {FILE}" if self.report else ""
+            rank_zero_info(f"SparsityMonitor: {', '.join(plain)} gets numbers only{where}.")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -102,6 +113,7 @@ class SparsityMonitor(Callback):
             row = self._read(trainer, pl_module)
             self.history.add(row)
             self._log(trainer, {**self._numbers(row), **self._layers(row, sparsifiers(trainer))}, row["step"])
+            self._show(trainer, row)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._before = {}
@@ -115,10 +127,22 @@ class SparsityMonitor(Callback):
             for method in sparsifiers(trainer):
                 if isinstance(masks := method.mask_set, MaskSet) and len(masks):
                     Console().print("", render(method.summary(), title=method.label))
-        if self.report and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder = run_folder(trainer)
-            write_report(folder / FILE, self._describe(trainer, pl_module, folder))
-            rank_zero_info(f"SparsityMonitor: see {folder / FILE}")
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._conclude(trainer, pl_module, row["step"])
+
+    def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        """The report, for those with a browser; the same for those with a dashboard."""
+        folder = run_folder(trainer)
+        run, page = self._describe(trainer, pl_module, folder), folder / FILE
+        if self.report:
+            write_report(page, run)
+            rank_zero_info(f"SparsityMonitor: see {page}")
+        best = _best_checkpoint(trainer)
+        for board in self._boards:
+            board.conclude(step, run, page if self.report else None)
+            if best and self.artifacts:
+                board.checkpoint(best, run)
+        self._boards = []
 
     # ---- readings ----------------------------------------------------------------------------------------------------
 
@@ -170,6 +194,20 @@ class SparsityMonitor(Callback):
         goals = {name: kept for method in methods for name, kept in method.goal["layers"].items()}
         return actual | {f"layer_targets/{name}": 1 - kept / sizes[name] for name, kept in goals.items()}
 
+    def _show(self, trainer: pl.Trainer, row: Mapping[str, Any]) -> None:
+        """Pictures, some twenty times in a run."""
+        epochs = trainer.max_epochs or 0
+        last = row["epoch"] + 1 == epochs
+        if not self._boards or (row["epoch"] % max(1, epochs // 20) and not last):
+            return
+        weights = {name: target.weight.detach() for name, target in self._targets.items()}
+        survivors = {name: weight[weight != 0] for name, weight in weights.items()}
+        masks = {name: corner(mask) for name, mask in list(self._masks(trainer).items())[:PICTURES]}
+        sizes = [weight.numel() for weight in weights.values()]
+        columns = [[1 - kept / size for kept, size in zip(row["layers"], sizes, strict=True)] for row in self.history.rows]
+        for board in self._boards:
+            board.pictures(row["step"], survivors, masks, columns)
+
     def _describe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> dict[str, Any]:
         """The run as the report takes it."""
         methods, masks = sparsifiers(trainer), self._masks(trainer)
@@ -214,6 +252,14 @@ class SparsityMonitor(Callback):
         if numbers and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(dict(numbers), step=step)
+
+
+def _best_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The file of the best model: at target sparsity, where somebody has looked for that."""
+    found = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+    found.sort(key=lambda callback: getattr(callback, "phase", None) != "at target")
+    paths = [Path(callback.best_model_path) for callback in found if callback.best_model_path]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def run_folder(trainer: pl.Trainer) -> Path:

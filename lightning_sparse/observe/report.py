@@ -26,7 +26,7 @@ from lightning_sparse.observe import svg
 from lightning_sparse.observe.history import choose_metric
 from lightning_sparse.observe.svg import Series
 
-__all__ = ["describe_machine", "find_reports", "page", "picture", "read_report", "write_report"]
+__all__ = ["corner", "describe_machine", "find_reports", "page", "picture", "read_report", "write_report"]
 
 Run = dict[str, Any]
 """All that a page says of a run, as plain values; a page carries it along."""
@@ -48,9 +48,14 @@ def describe_machine() -> dict[str, str]:
     }
 
 
+def corner(mask: Tensor) -> Tensor:
+    """As much of a mask as a picture shows: outputs down, inputs across."""
+    return mask.flatten(1)[:PICTURE_ROWS, :PICTURE_COLUMNS].contiguous()
+
+
 def picture(mask: Tensor) -> dict[str, Any]:
-    """A corner of a mask as plain values: outputs down, inputs across."""
-    flat = mask.flatten(1)[:PICTURE_ROWS, :PICTURE_COLUMNS].contiguous()
+    """A corner of a mask as plain values."""
+    flat = corner(mask)
     packed = base64.b64encode(pack(flat).cpu().numpy().tobytes()).decode()
     return {"shape": list(mask.shape), "rows": len(flat), "columns": flat.shape[1], "bits": packed}
 
