@@ -32,6 +32,7 @@ BASES = {
     "base",
     "learned_threshold",
     "masked",
+    "phase",
     "pruning",
     "quiet",
     "rewiring",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_sparse.callbacks.phase import phase_of
 from lightning_sparse.core import Position, RunLength
 
 if TYPE_CHECKING:
     from lightning_sparse.callbacks.base import Sparsifier
 
-__all__ = ["Stations", "Step", "phase_of"]
+__all__ = ["Stations", "Step"]
 
 
 @dataclass(frozen=True)
@@ -474,20 +475,6 @@ class Stations:
                         f"{method.label}: the ranks hold different masks of '{list(masks)[wrong[0]]}'; a score or a random "
                         "choice was made from data of one rank only."
                     )
-
-
-def phase_of(methods: Sequence[Sparsifier]) -> str | None:
-    """Where a run is: `dense`, `sparsifying`, or `at target` once every method that promises a sparsity has reached it.
-
-    None where no method promises one.
-    """
-    reached = [answer for method in methods if (answer := method.at_target) is not None]
-    if not reached:
-        return None
-    if all(reached):
-        return "at target"
-    masks = [masks for method in methods if (masks := method.mask_set) is not None]
-    return "dense" if all(mask.kept == mask.total for mask in masks) else "sparsifying"
 
 
 def _share(run: RunLength, begun: RunLength, by_steps: bool) -> float:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse.callbacks.base import sparsifiers
-from lightning_sparse.callbacks.stations import phase_of
+from lightning_sparse.callbacks.phase import phase_of
 
 __all__ = ["SparsityCheckpoint"]
 

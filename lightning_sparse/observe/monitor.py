@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_sparse.callbacks.base import Sparsifier, sparsifiers
+from lightning_sparse.callbacks.phase import phase_of
 from lightning_sparse.callbacks.quiet import quietly, size_of
-from lightning_sparse.callbacks.stations import phase_of
 from lightning_sparse.core import MaskSet, Target, count_macs, describe, effective_macs
 from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
 from lightning_sparse.observe.history import History, choose_metric

@@ -11,7 +11,7 @@ import torch
 
 from lightning_sparse import SNIP, HyperSparse, LotteryTicket, MagnitudePruning, RigL, WeightPenalty
 from lightning_sparse.callbacks.base import Sparsifier, sparsifiers
-from lightning_sparse.callbacks.stations import phase_of
+from lightning_sparse.callbacks.phase import phase_of
 from lightning_sparse.functional import PENALTIES
 from tests.toys import OVERLAYS, L2Penalty, fit, method_of, overlay, toy
 
