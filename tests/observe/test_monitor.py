@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sparse import SET, MagnitudePruning, RandomSparsity, SparseConnectivityLearning
-from lightning_sparse.core import LiveMasks
 from lightning_sparse.observe import SparsityMonitor
 from tests.toys import BATCHES, Toy, fit, loader, network, toy, trainer
 
@@ -116,20 +116,35 @@ def test_churn_is_what_came_and_went_between_epochs() -> None:
     assert monitor.history.column("churn") == pytest.approx(expected)
 
 
-def test_nothing_is_counted_between_log_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Masks that are live wait for the device whenever they are counted."""
-    asked: list[int] = []
-    original = LiveMasks.counts.fget
-    method = SparseConnectivityLearning(0.05)
+class Operations(TorchDispatchMode):
+    """Notes whatever is asked of a device, and so whatever could wait for one."""
 
-    def counts(self: LiveMasks) -> Any:
-        asked.append(method.stations.trainer.global_step if method._stations else -1)
-        return original(self)
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
 
-    monkeypatch.setattr(LiveMasks, "counts", property(counts))
-    fit(toy(), method, SparsityMonitor(table=False), logger=CSVLogger(tmp_path), log_every_n_steps=3, max_epochs=1)
-    assert 2 not in asked
-    assert 3 in asked
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "at_log_steps"),
+    [(lambda: MagnitudePruning(0.5), False), (lambda: SparseConnectivityLearning(0.05), True)],
+    ids=["masks", "masks that are live"],
+)
+def test_no_device_is_asked_between_log_steps(method: Any, at_log_steps: bool, tmp_path: Path) -> None:
+    monitor, asked = SparsityMonitor(table=False), []
+    original = monitor.on_train_batch_end
+
+    def watched(*args: Any) -> None:
+        with Operations() as operations:
+            original(*args)
+        asked.append(operations.seen)
+
+    monitor.on_train_batch_end = watched  # type: ignore[method-assign]
+    fit(toy(), method(), monitor, logger=CSVLogger(tmp_path), log_every_n_steps=3)
+    assert [bool(seen) for seen in asked] == [at_log_steps and step % 3 == 2 for step in range(3 * BATCHES)]
 
 
 def test_the_run_is_the_same_without_it() -> None:
