@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 __all__ = ["Dashboard", "stay_offline"]
@@ -98,7 +99,7 @@ class Dashboard:
         """The sparse checkpoint as an artefact that knows its sparsity and its accuracy.
 
         Args:
-            path: of the checkpoint.
+            path: of the checkpoint; one that falls short of the target is left where it is.
             run: as the report takes it.
         """
         import wandb
@@ -106,6 +107,12 @@ class Dashboard:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights = [saved["state_dict"][layer["name"]] for layer in run["layers"]]
         zeros = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
+        if run["target"] is not None and zeros < run["target"] - 1e-6:
+            rank_zero_warn(
+                f"SparsityMonitor: '{path.name}', the best checkpoint, has sparsity {zeros:.4f}, not {run['target']:.4f}, "
+                "and is no artefact; add SparsityCheckpoint, which chooses among those at target."
+            )
+            return
         row = next((row for row in run["rows"] if row["epoch"] == saved["epoch"]), run["rows"][-1])
         facts = {**_facts(run, row), "sparsity": zeros, "epoch": saved["epoch"], "global_step": saved["global_step"]}
         artifact = wandb.Artifact(f"sparse-model-{self._id}", type="model", metadata=facts)

@@ -131,6 +131,19 @@ def test_artefacts_know_their_sparsity_and_their_score(tmp_path: Path) -> None:
     assert json.loads(artefacts["sparsity"]["metadata"])["method"] == "MagnitudePruning"
 
 
+def test_a_dense_checkpoint_is_no_sparse_artefact(tmp_path: Path) -> None:
+    first = ModelCheckpoint(tmp_path / "first", monitor="epoch", mode="min")
+    logger = WandbLogger(save_dir=tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"the best checkpoint, has sparsity 0.0000, not 0.7500, and is no artefact; add Spars"
+    ):
+        fit(
+            toy(), MagnitudePruning(0.75, start=0.5), SparsityMonitor(table=False), first, logger=logger, log_every_n_steps=1
+        )
+    [run] = records(tmp_path)
+    assert "model" not in {record["artifact"]["type"] for record in run if record["type"] == "artifact"}
+
+
 def test_runs_have_groups_and_know_their_methods(tmp_path: Path) -> None:
     train(tmp_path)
     [run] = records(tmp_path)
