@@ -42,7 +42,8 @@ class SparsityMonitor(Callback):
 
     Finds all methods by itself. At Lightning's log steps, from counts that are there anyway: target and actual sparsity, in
     all and by method. Once per epoch, at the cost of a few passes over the masks: each layer, exact zeros as a second
-    reading, churn, dead outputs, effective MACs and parameters. Nothing is done between. Holds one byte per masked weight.
+    reading, churn, dead outputs, effective MACs and parameters. Nothing is done between. Holds one byte per masked weight;
+    once, at the start, a forward pass of a copy of the module is made, to count its MACs.
 
     Args:
         metric: what accuracy is drawn from; None takes validation accuracy, or what comes nearest.
@@ -61,7 +62,7 @@ class SparsityMonitor(Callback):
         self._targets: dict[str, Target] = {}
         self._before: dict[str, Tensor] = {}
         self._boards: list[Dashboard] = []
-        self._seen = -1
+        self._seen, self._begun = -1, False
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -74,16 +75,18 @@ class SparsityMonitor(Callback):
     # ---- the run -----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._begun = False
         if stage == "fit" and not sparsifiers(trainer):
             rank_zero_info("SparsityMonitor: no method of lightning_sparse in this Trainer; only exact zeros are counted.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen, self._targets = trainer.global_step, {}
+        self._seen, self._begun = trainer.global_step, False
         if trainer.global_step == 0:
             self.history = History()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._targets and trainer.is_global_zero:  # now all methods have begun
+        if not self._begun and trainer.is_global_zero:  # now all methods have
+            self._begun = True
             self._begin(trainer, pl_module, batch)
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
@@ -109,7 +112,7 @@ class SparsityMonitor(Callback):
             self._log(trainer, _sparsities(sparsifiers(trainer)), _step(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and self._targets:
+        if self._begun and self._targets:
             row = self._read(trainer, pl_module)
             self.history.add(row)
             self._log(trainer, {**self._numbers(row), **self._layers(row, sparsifiers(trainer))}, row["step"])
@@ -117,7 +120,7 @@ class SparsityMonitor(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._before = {}
-        if not trainer.is_global_zero or not self.history.rows:
+        if not (self._begun and self.history.rows):  # no batch, nothing to see, or another rank
             return
         row = self.history.rows[-1]
         metric = choose_metric(row["metrics"], self.metric)
@@ -226,16 +229,14 @@ class SparsityMonitor(Callback):
             }
             for name, target in self._targets.items()
         ]
-        kind, label = (
-            [type(method).__name__ for method in methods] or ["dense"],
-            [method.label for method in methods] or ["Dense"],
-        )
+        kinds = [type(method).__name__ for method in methods] or ["dense"]
+        labels = [method.label for method in methods] or ["Dense"]
         inside = [type(child).__name__ for child in pl_module.children() if any(True for _ in child.parameters())]
         model = f"{type(pl_module).__name__} ({', '.join(inside)})" if inside else type(pl_module).__name__
         return {
-            "title": f"{' + '.join(label)} on {model}",
+            "title": f"{' + '.join(labels)} on {model}",
             "name": "/".join(folder.resolve().parts[-2:]),
-            "method": " + ".join(kind),
+            "method": " + ".join(kinds),
             "model": model,
             "seed": os.environ.get("PL_GLOBAL_SEED"),
             "metric": choose_metric(rows[-1]["metrics"], self.metric),

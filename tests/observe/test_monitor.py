@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sparse import SET, MagnitudePruning, RandomSparsity, SparseConnectivityLearning
 from lightning_sparse.observe import SparsityMonitor
-from tests.toys import BATCHES, Toy, fit, loader, network, toy, trainer
+from tests.toys import BATCHES, OVERLAYS, Toy, fit, loader, method_of, network, overlay, toy, trainer
 
 
 def logged(folder: Path) -> dict[str, dict[int, float]]:
@@ -173,6 +173,41 @@ def test_readings_go_on_after_a_resume(tmp_path: Path) -> None:
     assert resumed.history.rows[0] == whole.history.rows[0], "from the checkpoint"
     key = "sparsity/actual"
     assert after[key] == {step: value for step, value in before[key].items() if step >= 2 * BATCHES}
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_every_method_can_be_watched(path: Path) -> None:
+    callbacks, monitor, module = overlay(path), SparsityMonitor(table=False), toy()
+    fit(module, monitor, *callbacks)
+    [row] = monitor.history.rows[-1:]
+    masks = method_of(callbacks).mask_set
+    watched = [p for name, p in module.named_parameters() if (p.ndim > 1 if masks is None else name in masks)]
+    assert row["zeros"] == pytest.approx(sum(int((p == 0).sum()) for p in watched) / sum(p.numel() for p in watched))
+    if masks is not None:
+        assert row["layers"] == list(masks.counts.values())
+        assert row["sparsity"] == pytest.approx(masks.sparsity)
+    assert row["macs"] <= sum(monitor.macs.values())
+
+
+class Lookup(Toy):
+    """Nothing in it that a method would choose."""
+
+    def __init__(self) -> None:
+        super().__init__(net=nn.Embedding(3, 4))
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return self.net(batch[1] % 3).square().mean()
+
+
+def test_a_model_without_layers_and_a_run_that_is_over(tmp_path: Path) -> None:
+    monitor = SparsityMonitor()
+    with pytest.warns(UserWarning, match="MACs are left out"):
+        fit(Lookup(), monitor)
+    assert monitor.history.rows == []
+    again = SparsityMonitor()
+    fit(toy(), MagnitudePruning(0.5), SparsityMonitor(), ModelCheckpoint(tmp_path, "last"))
+    fit(toy(), MagnitudePruning(0.5), again, ckpt_path=tmp_path / "last.ckpt")
+    assert len(again.history.rows) == 3
 
 
 def test_a_new_fit_begins_a_new_history() -> None:
