@@ -134,8 +134,3 @@ def test_without_a_promise_it_is_a_plain_checkpoint(tmp_path: Path) -> None:
     ):
         fit(Scripted(), L2Penalty(1e-3), ours)
     assert float(ours.best_model_score) == 1
-
-
-def test_unknown_phases_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"phase='pruned' is unknown; choose from \['dense', 'sparsifying', 'at target'\]"):
-        SparsityCheckpoint(phase="pruned")
