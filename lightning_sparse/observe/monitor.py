@@ -325,6 +325,7 @@ def _dense_macs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> 
     """MACs per sample of a forward pass, or of what `training_step` does; of a silent copy, so nobody notices."""
     example = module.example_input_array
     inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    inputs = inputs[:1] if isinstance(inputs, Tensor) and inputs.ndim else inputs  # one sample will do
     ways: list[tuple[Any, Callable[[Any], Any]]] = [
         (inputs, lambda twin: twin(inputs)),
         (batch, lambda twin: twin.training_step(batch, 0)),
