@@ -1,4 +1,4 @@
-"""Where a run is: dense, sparsifying, at target; and when a method has kept its promise."""
+"""Where a run is: dense, sparsifying, at target; and what bars and loggers are told of it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_sparse import SNIP, HyperSparse, LotteryTicket, MagnitudePruning, RigL, WeightPenalty
 from lightning_sparse.callbacks.base import Sparsifier, sparsifiers
 from lightning_sparse.callbacks.phase import phase_of
 from lightning_sparse.functional import PENALTIES
-from tests.toys import OVERLAYS, L2Penalty, fit, method_of, overlay, toy
+from tests.toys import OVERLAYS, L2Penalty, Watcher, fit, method_of, overlay, toy
 
 
 class Phases(L.Callback):
@@ -109,3 +110,26 @@ def test_the_penalty_is_logged_while_it_pulls(kind: str) -> None:
     fit(toy(), method, Look())
     assert torch.isfinite(torch.tensor(seen[0]))
     assert seen[-1] is None
+
+
+def test_sparsity_is_on_the_progress_bar() -> None:
+    method = MagnitudePruning(0.75)
+    runner = fit(toy(), method)
+    assert float(runner.progress_bar_metrics["sparsity"]) == pytest.approx(method.masks.sparsity)
+
+
+def test_loggers_get_the_sparsity_of_every_logged_step(tmp_path: Any) -> None:
+    method = MagnitudePruning(0.75)
+    kept: list[int] = []
+    note = Watcher(lambda moment, module: kept.append(method.masks.kept) if moment == "batch end" else None)
+    logger = CSVLogger(tmp_path)
+    fit(toy(), method, note, logger=logger, log_every_n_steps=2)
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    logged = {}
+    for row in rows[1:]:
+        cells = dict(zip(header, row.split(","), strict=True))
+        if cells["sparsity"]:
+            logged[int(cells["step"])] = float(cells["sparsity"])
+    expected = {step: 1 - kept[step] / method.masks.total for step in range(1, 12, 2)}
+    assert logged == pytest.approx(expected)
