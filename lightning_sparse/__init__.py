@@ -21,6 +21,7 @@ from lightning_sparse.callbacks import (
     WeightPenalty,
 )
 from lightning_sparse.export import merge_layers
+from lightning_sparse.observe import SparsityCheckpoint, SparsityMonitor
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,9 @@ __all__ = [
     "RandomSparsity",
     "RigL",
     "SparseConnectivityLearning",
+    "SparsityCheckpoint",
     "SparsityMixin",
+    "SparsityMonitor",
     "SynFlow",
     "TrainableThreshold",
     "WeightPenalty",

@@ -1,7 +1,8 @@
-"""The command line: `lightning-sparse fit|refit|validate|test|predict --config FILE ...`."""
+"""The command line: `lightning-sparse fit|refit|validate|test|predict --config FILE ...`, and `report RUN...`."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import re
@@ -29,7 +30,9 @@ import lightning_sparse.models
 import lightning_sparse.observe
 from lightning_sparse.callbacks import LayerSparsity, Sparsifier
 from lightning_sparse.export import fresh_start, merge_layers
-from lightning_sparse.observe import SparsityTable
+from lightning_sparse.observe import SparsityMonitor, SparsityTable
+from lightning_sparse.observe.report import find_reports, read_report, write_report
+from lightning_sparse.observe.wandb import stay_offline
 
 __all__ = ["SparseCLI", "main"]
 
@@ -187,6 +190,12 @@ class SparseCLI(LightningCLI):
         if config.beside_dense and not is_overridden("test_step", self.model):
             raise ValueError(f"beside_dense tests both models, but {type(self.model).__name__} has no test_step; write one.")
 
+    def before_instantiate_classes(self) -> None:
+        """A run that cannot be sent stays here, and the rest of it goes on."""
+        logger = str(self.config[self.subcommand].get("trainer.logger", ""))
+        if "WandbLogger" in logger and (hint := stay_offline()) is not None:
+            rank_zero_only(print)(f"lightning-sparse: {hint}", file=sys.stderr)
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Two methods of one class need names, or checkpoints could not tell them apart."""
         made = self.config_init[self.subcommand].trainer.callbacks or []
@@ -205,7 +214,7 @@ class SparseCLI(LightningCLI):
         pl.seed_everything(config.seed_everything, workers=True)
         self.save_config_callback = None  # what the sparse run has written stands
         self.instantiate_classes()  # model, data and callbacks once more, new, with the same arguments
-        ours = (Sparsifier, SparsityTable, Checkpoint, SaveConfigCallback)
+        ours = (Sparsifier, SparsityMonitor, SparsityTable, Checkpoint, SaveConfigCallback)
         callbacks = [c for c in self.config_init[self.subcommand].trainer.callbacks or [] if not isinstance(c, ours)]
         quiet = {"logger": DummyLogger(), "enable_checkpointing": False, "enable_model_summary": False}
         trainer = self.instantiate_trainer(callbacks=callbacks, **quiet)
@@ -215,10 +224,24 @@ class SparseCLI(LightningCLI):
             Console().print(side_by_side("Same recipe, same seed", sparse=sparse, dense=dense))
 
 
+def report(args: list[str]) -> None:
+    """`lightning-sparse report RUN...`: one page about several runs."""
+    parser = argparse.ArgumentParser("lightning-sparse report", description="Lay runs side by side in one page.")
+    parser.add_argument("runs", nargs="+", help="folders of runs, or their report.html")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="the page (default: comparison.html)")
+    asked = parser.parse_args(args)
+    write_report(asked.output, *(run for file in find_reports(asked.runs) for run in read_report(file)))
+    print(asked.output)
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of `lightning-sparse`; what this package refuses ends in one sentence, not in a traceback."""
+    given = sys.argv[1:] if args is None else args
     try:
-        SparseCLI(args)
+        if given[:1] == ["report"]:
+            report(given[1:])
+        else:
+            SparseCLI(args)
     except Exception as error:
         refusal = _our_refusal(error)
         if refusal is None:

@@ -50,3 +50,14 @@ def test_layer_sparsity() -> None:
     assert before == 8 == after + len(names["report"].merged)
     assert names["errors"]["merged"] == pytest.approx(names["errors"]["penalised"], rel=0.05)
     assert len(names["method"].history) == names["epochs"] + 1
+
+
+def test_seeing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_SILENT", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))  # the notebook sets the first two itself
+    names = run(ROOT / "notebooks" / "seeing.ipynb")
+    assert [row["epoch"] for row in names["monitor"].history.rows] == list(range(names["epochs"]))
+    assert names["best"].best_model_path
+    assert len(names["reports"]) == 4
+    assert names["comparison"].stat().st_size < 1_000_000
+    assert list(names["runs"].rglob("*.wandb"))

@@ -26,6 +26,7 @@ from lightning_sparse import (
     MagnitudePruning,
     RandomSparsity,
     RigL,
+    SparsityCheckpoint,
     SynFlow,
     TrainableThreshold,
     WeightPenalty,
@@ -64,6 +65,10 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: MagnitudePruning(0.5, structure=None), "structure=None is unknown"),
     (lambda: MagnitudePruning(0.5, schedule=None), "schedule=None is unknown"),
     (lambda: MagnitudePruning(0.5, layer_sparsity=0.5), "layer_sparsity=0.5 must map layers to sparsities"),
+    (
+        lambda: SparsityCheckpoint(phase="pruned"),
+        "phase='pruned' is unknown; choose from ['dense', 'sparsifying', 'at target']",
+    ),
     (lambda: LpSphere(1.0), "p=1.0 must be a finite number above 1, from 1.05 (very sparse)"),
     (lambda: LpSphere([1.2, 0.9]), "p[1]=0.9 must be a finite number above 1"),
     (lambda: LpSphere({"conv*": 1.0}), "p['conv*']=1.0 must be a finite number above 1"),

@@ -20,7 +20,7 @@
                                    evolve             TOPOLOGY by step: new masks, and weights brought in line
             (a step that did not happen: undo_step instead)
             on_train_batch_end     batch_end          learning rate schedulers have moved too
-                                   numbers            logged, once per epoch (and headline: on the progress bar)
+                                   numbers            logged, once per epoch (headline: on the progress bar, after the phase)
         validation, checkpoints    see exactly the weights that the next forward pass will see
     on_train_end                   conclude
     on_fit_end / exception         release            hooks removed; nothing left behind
@@ -57,7 +57,7 @@ from lightning_sparse.core import (
     summarize,
 )
 
-__all__ = ["Sparsifier", "Step"]
+__all__ = ["Sparsifier", "Step", "sparsifiers"]
 
 RNG_KEY = "lightning_sparse_rng"
 
@@ -199,6 +199,16 @@ class Sparsifier(Memory, Callback, ABC):
     def dropped_learn(self) -> bool:
         """Whether the optimizer sees gradients of dropped entries, by which they may return."""
         return False
+
+    @property
+    def at_target(self) -> bool | None:
+        """Whether no more is kept than `goal` says, in all and in each layer; None for a method that promises nothing."""
+        masks, total, layers = self.mask_set, self.goal["total"], self.goal["layers"]
+        if masks is None or (total is None and not layers):
+            return None
+        counts = masks.counts
+        in_all = total is None or sum(counts.values()) <= total
+        return in_all and all(counts[name] <= kept for name, kept in layers.items())
 
     def summary(self) -> list[LayerRow]:
         """One row per masked layer: what is kept, of how many, and what is to be kept; the sum last."""

@@ -107,6 +107,10 @@ class LotteryTicket(Masked):
     def target_counts(self) -> tuple[int | None, dict[str, int]]:
         return self.budget.kept_weights(self.chosen)
 
+    @property
+    def at_target(self) -> bool:
+        return self.round == self.plan.count
+
     def begin(self) -> None:
         super().begin()
         step = self.stations.trainer.global_step

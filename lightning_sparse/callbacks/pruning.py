@@ -81,6 +81,10 @@ class Pruning(Masked):
     def target_counts(self) -> tuple[int | None, dict[str, int]]:
         return self.budget.kept_weights(self.chosen)
 
+    @property
+    def at_target(self) -> bool | None:
+        return None if self.mask_set is None else self._tick == FINAL  # also of channels, whose weights nobody counts ahead
+
     def evolve(self, position: Position) -> None:
         tick = self.window.tick(position)
         if tick <= self._tick:

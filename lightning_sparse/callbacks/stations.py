@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_sparse.callbacks.phase import phase_of
 from lightning_sparse.core import Position, RunLength
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Stations:
         self._batch_idx = 0
         self._epoch = -1
         self._logged = -1
+        self._phase: str | None = None
         self._replaced: list[tuple[Any, str, Any, bool]] = []
 
     # ---- opening and closing -----------------------------------------------------------------------------------------
@@ -229,7 +231,7 @@ class Stations:
         if masks and (self._batch_idx == 0 or kept != self._logged):
             sparsity = 1 - kept / sum(mask.total for mask in masks)
             self.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
-            self._logged = kept
+            self._logged, self._phase = kept, phase_of(self.methods)
 
     @property
     def time_to_count(self) -> bool:
@@ -405,8 +407,9 @@ class Stations:
         original = bar.get_metrics
 
         def get_metrics(*args: Any) -> dict[str, Any]:
+            phase = {} if self._phase is None else {"phase": self._phase}
             words = {key: value for method in self.methods for key, value in method.headline().items()}
-            return {**original(*args), **words}
+            return {**original(*args), **phase, **words}
 
         self._replace(bar, "get_metrics", get_metrics)
 

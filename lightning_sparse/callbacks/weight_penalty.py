@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lightning_sparse.callbacks.pruning import Pruning
@@ -132,6 +133,14 @@ class WeightPenalty(Pruning):
             for name, weight in step.weights.items():
                 move(weight, step.learning_rate(name) * self.strength, dims[name])
         super().project(step)
+
+    @torch.no_grad()
+    def numbers(self) -> Mapping[str, float | Tensor]:
+        if not self.pulls:
+            return {}
+        dims, value = self._dims, PENALTIES[self.kind].value
+        values = [value(weight, dims[name]) for name, weight in self.weights.items()]
+        return {"penalty": self.strength * torch.stack(values).sum()}
 
     def conclude(self) -> None:
         if self.prunes:

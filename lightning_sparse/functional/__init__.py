@@ -74,9 +74,12 @@ from lightning_sparse.functional.scl import (
 )
 from lightning_sparse.functional.scores import hashed_score, magnitude, random_generator, random_score
 from lightning_sparse.functional.statistics import (
+    dead_outputs,
     layer_density,
+    mask_churn,
     mask_overlap,
     mask_sparsity,
+    nonzero_counts,
     over_parameterization_rate,
     zero_fraction,
 )
@@ -117,6 +120,7 @@ __all__ = [
     "counts",
     "cubic",
     "dead_features",
+    "dead_outputs",
     "density_error",
     "drop_count",
     "er",
@@ -158,12 +162,14 @@ __all__ = [
     "lp_sgd_step",
     "magnitude",
     "mask_bits",
+    "mask_churn",
     "mask_overlap",
     "mask_sparsity",
     "merge_convolutions",
     "merge_linear",
     "n_m_mask",
     "negative_ratio",
+    "nonzero_counts",
     "normalise_features_",
     "off_diagonal_mean",
     "over_parameterization_rate",

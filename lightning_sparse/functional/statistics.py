@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
-__all__ = ["layer_density", "mask_overlap", "mask_sparsity", "over_parameterization_rate", "zero_fraction"]
+__all__ = [
+    "dead_outputs",
+    "layer_density",
+    "mask_churn",
+    "mask_overlap",
+    "mask_sparsity",
+    "nonzero_counts",
+    "over_parameterization_rate",
+    "zero_fraction",
+]
 
 
 def mask_sparsity(masks: Iterable[Tensor]) -> float:
@@ -43,7 +53,38 @@ def layer_density(tensors: Mapping[str, Tensor]) -> dict[str, float]:
         >>> layer_density({"fc": torch.tensor([True, False]), "head": torch.tensor([0.0, 0.5, 0.0, 0.0])})
         {'fc': 0.5, 'head': 0.25}
     """
-    return {name: int(tensor.count_nonzero()) / tensor.numel() for name, tensor in tensors.items()}
+    return {name: count / tensors[name].numel() for name, count in nonzero_counts(tensors).items()}
+
+
+def nonzero_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many entries of each tensor are kept by its mask, or not zero in its weight; waits for each device once.
+
+    Example:
+        >>> import torch
+        >>> nonzero_counts({"fc": torch.tensor([True, False]), "head": torch.tensor([0.0, 0.5, 3.0])})
+        {'fc': 1, 'head': 2}
+    """
+    counts: dict[str, int] = {}
+    for device in {tensor.device for tensor in tensors.values()}:
+        here = [name for name, tensor in tensors.items() if tensor.device == device]
+        numbers = torch.stack([tensors[name].detach().count_nonzero() for name in here]).tolist()
+        counts.update(zip(here, numbers, strict=True))
+    return {name: counts[name] for name in tensors}
+
+
+def dead_outputs(tensor: Tensor, dim: int = 0) -> Tensor:
+    """Which neurons or filters have lost all their incoming weights; one boolean per output.
+
+    Args:
+        tensor: mask or weight of a layer.
+        dim: that counts the outputs.
+
+    Example:
+        >>> import torch
+        >>> dead_outputs(torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+        tensor([ True, False])
+    """
+    return ~(tensor.detach() != 0).movedim(dim, 0).flatten(1).any(1)
 
 
 def mask_overlap(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
@@ -61,6 +102,21 @@ def mask_overlap(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
         shared += int((old & new).count_nonzero())
         kept += int(old.count_nonzero())
     return shared / kept if kept else 1.0
+
+
+def mask_churn(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
+    r"""The fraction of connections that came or went: $1 - |A \cap B| / |A \cup B|$, the Jaccard distance of two masks.
+
+    Example:
+        >>> import torch
+        >>> mask_churn([torch.tensor([True, True, False, False])], [torch.tensor([True, True, True, True])])
+        0.5
+    """
+    changed = either = 0
+    for old, new in zip(before, after, strict=True):
+        changed += int((old ^ new).count_nonzero())
+        either += int((old | new).count_nonzero())
+    return changed / either if either else 0.0
 
 
 def over_parameterization_rate(ever: Iterable[Tensor]) -> float:

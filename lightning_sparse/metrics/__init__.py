@@ -1,7 +1,19 @@
-"""What the field reads off sparse training, as torchmetrics classes; each has a twin in `functional`."""
+"""What the field reads off sparse training, as torchmetrics classes; each has a twin in `functional` or `core`."""
 
 from lightning_sparse.metrics.cka import CKA
 from lightning_sparse.metrics.hoyer import HoyerSparsity
-from lightning_sparse.metrics.masks import LayerDensity, MaskOverlap, OverParameterizationRate
+from lightning_sparse.metrics.layers import DeadUnits, EffectiveMACs, EffectiveParameters, LayerDensity
+from lightning_sparse.metrics.masks import MaskChurn, MaskOverlap, OverParameterizationRate, Sparsity
 
-__all__ = ["CKA", "HoyerSparsity", "LayerDensity", "MaskOverlap", "OverParameterizationRate"]
+__all__ = [
+    "CKA",
+    "DeadUnits",
+    "EffectiveMACs",
+    "EffectiveParameters",
+    "HoyerSparsity",
+    "LayerDensity",
+    "MaskChurn",
+    "MaskOverlap",
+    "OverParameterizationRate",
+    "Sparsity",
+]

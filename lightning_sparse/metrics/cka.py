@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sparse.functional import cka_from_hsic, linear_hsic_matrix
+from lightning_sparse.metrics.drawing import figure_of
 
 __all__ = ["CKA"]
 
@@ -75,12 +76,9 @@ class CKA(Metric):
         Returns:
             The figure and its axes.
         """
-        from matplotlib.figure import Figure
-
         matrix = (self.compute() if val is None else val).detach().float().cpu()
         side = 2.0 + 0.28 * len(self.names)
-        figure = Figure(figsize=(side + 0.6, side), layout="constrained") if ax is None else ax.figure
-        ax = figure.add_subplot() if ax is None else ax
+        figure, ax = figure_of(ax, side + 0.6, side)
         image = ax.imshow(matrix.numpy(), vmin=min(0.0, float(matrix.min())), vmax=1.0, cmap="magma")
         ticks = range(len(self.names))
         ax.set_xticks(ticks, self.names, rotation=90, fontsize="x-small")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lightning_sparse.core import describe
 from lightning_sparse.functional import hoyer_sparsity
+from lightning_sparse.metrics.drawing import curve
 
 __all__ = ["HoyerSparsity"]
 
@@ -75,3 +76,7 @@ class HoyerSparsity(Metric):
     def compute(self) -> Tensor:
         """The mean over all that was taken in."""
         return self.weighted / self.entries
+
+    def plot(self, val: Any = None, ax: Any = None) -> tuple[Any, Any]:
+        """The current value, or a list of values as a curve; needs matplotlib."""
+        return curve(self.compute() if val is None else val, "Hoyer sparsity", ax)

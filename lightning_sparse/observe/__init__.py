@@ -1,6 +1,8 @@
-"""Looking at sparse training."""
+"""Looking at sparse training; nothing here changes what it does."""
 
+from lightning_sparse.observe.checkpoint import SparsityCheckpoint
+from lightning_sparse.observe.monitor import SparsityMonitor
 from lightning_sparse.observe.similarity import SimilarityMap
 from lightning_sparse.observe.table import SparsityTable
 
-__all__ = ["SimilarityMap", "SparsityTable"]
+__all__ = ["SimilarityMap", "SparsityCheckpoint", "SparsityMonitor", "SparsityTable"]

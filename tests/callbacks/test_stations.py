@@ -440,29 +440,6 @@ def test_a_run_that_is_stopped_again_and_again(stops: list[int], tmp_path: Path)
         assert all(value.equal(module.state_dict()[name]) for name, value in expected.state_dict().items()), stop
 
 
-def test_sparsity_is_on_the_progress_bar() -> None:
-    method = MagnitudePruning(0.75)
-    runner = fit(toy(), method)
-    assert float(runner.progress_bar_metrics["sparsity"]) == pytest.approx(method.masks.sparsity)
-
-
-def test_loggers_get_the_sparsity_of_every_logged_step(tmp_path: Any) -> None:
-    method = MagnitudePruning(0.75)
-    kept: list[int] = []
-    note = toys.Watcher(lambda moment, module: kept.append(method.masks.kept) if moment == "batch end" else None)
-    logger = L.pytorch.loggers.CSVLogger(tmp_path)
-    fit(toy(), method, note, logger=logger, log_every_n_steps=2)
-    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
-    header = rows[0].split(",")
-    logged = {}
-    for row in rows[1:]:
-        cells = dict(zip(header, row.split(","), strict=True))
-        if cells["sparsity"]:
-            logged[int(cells["step"])] = float(cells["sparsity"])
-    expected = {step: 1 - kept[step] / method.masks.total for step in range(1, 12, 2)}
-    assert logged == pytest.approx(expected)
-
-
 def test_ending_early_is_said() -> None:
     class Early(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

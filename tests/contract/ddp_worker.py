@@ -11,10 +11,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from lightning_sparse import SNIP, CKARegularization, GraSP
+from lightning_sparse import SNIP, CKARegularization, GraSP, MagnitudePruning, SparsityCheckpoint, SparsityMonitor
 from lightning_sparse.callbacks import Pruning, Sparsifier
 from tests.toys import BATCHES, OVERLAYS, FeaturePenalty, L2Penalty, Toy, loader, method_of, overlay, toy, trainer
 
@@ -99,6 +100,11 @@ def main(folder: Path) -> None:
         module.net[5] = torch.nn.Identity()
         run(module.double(), [method], max_steps=1)
         results[method.label] = {name: method.masks[name] for name in method.masks}
+    monitor = SparsityMonitor(table=False)
+    best = SparsityCheckpoint(dirpath=folder / "best", monitor="val_loss")
+    watched = [MagnitudePruning(0.5, start=0.3, end=0.6), monitor, best]
+    run(toy(), watched, logger=CSVLogger(folder, version=0), log_every_n_steps=1, default_root_dir=folder)
+    results["watched"] = {"best": best.best_model_path, "sparsity": monitor.history.column("sparsity")}
     torch.save(results, folder / f"rank{RANK}.pt")
 
 

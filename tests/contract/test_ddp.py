@@ -111,6 +111,16 @@ def test_scores_are_those_of_all_ranks(ranks: list[dict[str, Any]], method: str)
         assert all(rank[method][name].equal(alone.masks[name]) for name in alone.masks)
 
 
+def test_the_first_rank_watches_for_all(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["watched"] for rank in ranks)
+    assert first["best"] == second["best"]
+    weights = [value for value in torch.load(first["best"], weights_only=True)["state_dict"].values() if value.ndim > 1]
+    assert sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights) == 0.5
+    assert first["sparsity"][-1] == 0.5
+    assert second["sparsity"] == []
+    assert len(list(Path(first["best"]).parent.parent.rglob("report.html"))) == 1
+
+
 def test_the_reference_differs_without_the_penalty() -> None:
     plain, penalised = toy(), toy()
     fit(plain)

@@ -1,0 +1,80 @@
+"""What a monitor has read, epoch by epoch, as plain values of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["History", "choose_metric"]
+
+Row = dict[str, Any]
+
+
+class History:
+    """Rows of readings in the order of epochs; a long run keeps every second, fourth, ... row and always the newest.
+
+    Args:
+        limit: rows that are kept at most.
+
+    Example:
+        >>> history = History(limit=3)
+        >>> for epoch in range(8):
+        ...     history.add({"epoch": epoch, "sparsity": epoch / 10})
+        >>> history.column("epoch"), history.column("sparsity")
+        ([0, 4, 7], [0.0, 0.4, 0.7])
+        >>> history.add({"epoch": 5, "sparsity": 0.6})  # resumed from an earlier checkpoint
+        >>> history.column("epoch")
+        [0, 4, 5]
+    """
+
+    def __init__(self, limit: int = 512) -> None:
+        self.limit = limit
+        self.rows: list[Row] = []
+        self.stride = 1
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row; rows of the same and of later epochs give way to it."""
+        while self.rows and self.rows[-1]["epoch"] >= row["epoch"]:
+            self.rows.pop()
+        number = self.rows[-1]["number"] + 1 if self.rows else 0
+        if self.rows and self.rows[-1]["number"] % self.stride:
+            self.rows.pop()  # it was here only as the newest
+        self.rows.append({**row, "number": number})
+        while len(self.rows) > self.limit:
+            self.stride *= 2
+            self.rows = [row for row in self.rows if row["number"] % self.stride == 0 or row["number"] == number]
+
+    def column(self, key: str) -> list[Any]:
+        """One value of every row, None where a row lacks it."""
+        return [row.get(key) for row in self.rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"rows": [dict(row) for row in self.rows], "stride": self.stride}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.rows, self.stride = [dict(row) for row in state["rows"]], state["stride"]
+
+
+def choose_metric(names: Iterable[str], asked: str | None = None) -> str | None:
+    """The metric that a curve of accuracy is drawn from: validation before training, accuracy before loss.
+
+    Args:
+        names: of all that was logged.
+        asked: a name that goes before all others, if it was logged.
+
+    Example:
+        >>> choose_metric(["train/loss", "val/loss", "val/accuracy", "train/accuracy"])
+        'val/accuracy'
+    """
+    known = sorted(names)
+    if asked in known:
+        return asked
+    kinds: Sequence[str] = ("acc", "f1", "auc", "iou", "map", "psnr", "r2", "loss", "mse", "error", "perplexity")
+    for prefer in ("val", "test", ""):
+        for kind in kinds:
+            for name in known:
+                if kind in name.lower() and prefer in name.lower():
+                    return name
+    return None

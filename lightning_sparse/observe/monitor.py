@@ -1,0 +1,346 @@
+"""Log what the methods of a Trainer do to its model, to whatever loggers it has."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from lightning_sparse.callbacks.base import Sparsifier, sparsifiers
+from lightning_sparse.callbacks.phase import phase_of
+from lightning_sparse.callbacks.quiet import quietly, size_of
+from lightning_sparse.core import MaskSet, Target, count_macs, describe, effective_macs
+from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
+from lightning_sparse.observe.history import History, choose_metric
+from lightning_sparse.observe.report import FILE, corner, describe_machine, picture, write_report
+from lightning_sparse.observe.table import render
+from lightning_sparse.observe.wandb import Dashboard
+
+__all__ = ["SparsityMonitor", "run_folder"]
+
+PICTURES = 3
+"""Masks that are drawn, from the first layer on."""
+
+
+@final
+class SparsityMonitor(Callback):
+    """Log sparsity, per layer too, to every logger of the Trainer, and print the table at the end.
+
+    Finds all methods by itself. At Lightning's log steps, from counts that are there anyway: target and actual sparsity, in
+    all and by method. Once per epoch, at the cost of a few passes over the masks: each layer, exact zeros as a second
+    reading, churn, dead outputs, effective MACs and parameters. Nothing is done between. Holds one byte per masked weight;
+    once, at the start, a forward pass of a copy of the module is made, to count its MACs.
+
+    Args:
+        metric: what accuracy is drawn from; None takes validation accuracy, or what comes nearest.
+        table: print what is left of each layer when training ends.
+        report: write `report.html`, one page that needs nothing else, beside the logs of the first logger or into the
+            Trainer's `default_root_dir`; `lightning-sparse report` lays several side by side.
+        artifacts: give Weights & Biases the best checkpoint, with its sparsity and accuracy.
+    """
+
+    def __init__(self, metric: str | None = None, table: bool = True, report: bool = True, artifacts: bool = True) -> None:
+        self.metric, self.table, self.report, self.artifacts = metric, table, report, artifacts
+        self.history = History()
+        """A row of readings per epoch."""
+        self.macs: dict[str, int] = {}
+        """Multiply-accumulates of the dense model by weight; empty where they could not be counted."""
+        self._targets: dict[str, Target] = {}
+        self._before: dict[str, Tensor] = {}
+        self._boards: list[Dashboard] = []
+        self._seen, self._begun = -1, False
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history.load_state_dict(state_dict["history"])
+
+    # ---- the run -----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._begun = False
+        if stage == "fit" and not sparsifiers(trainer):
+            rank_zero_info("SparsityMonitor: no method of lightning_sparse in this Trainer; only exact zeros are counted.")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen, self._begun = trainer.global_step, False
+        if trainer.global_step == 0:
+            self.history = History()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._begun and trainer.is_global_zero:  # now all methods have
+            self._begun = True
+            self._begin(trainer, pl_module, batch)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        masked = [method for method in sparsifiers(trainer) if method.mask_set is not None]
+        chosen = [target for method in masked for target in method.chosen] or _weights_of(pl_module)
+        self._targets = {target.name: target for target in chosen}
+        self._before = self._masks(trainer)
+        self.macs = self.macs or _dense_macs(trainer, pl_module, batch)
+        config = {method.label: method.config() for method in sparsifiers(trainer)}
+        self._boards = [Dashboard(logger, config) for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        plain = [type(logger).__name__ for logger in trainer.loggers if not isinstance(logger, WandbLogger | DummyLogger)]
+        if plain:
+            where = f"; pictures are in {FILE}" if self.report else ""
+            rank_zero_info(f"SparsityMonitor: {', '.join(plain)} gets numbers only{where}.")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._seen:
+            return  # gradients are gathered
+        self._seen = trainer.global_step
+        if trainer.loggers and (_step(trainer) + 1) % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
+            self._log(trainer, _sparsities(sparsifiers(trainer)), _step(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._begun and self._targets:
+            row = self._read(trainer, pl_module)
+            self.history.add(row)
+            self._log(trainer, {**self._numbers(row), **self._layers(row, sparsifiers(trainer))}, row["step"])
+            self._show(trainer, row)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._before = {}
+        if not (self._begun and self.history.rows):  # no batch, nothing to see, or another rank
+            return
+        row = self.history.rows[-1]
+        metric = choose_metric(row["metrics"], self.metric)
+        final = {f"final/{key.partition('/')[2]}": value for key, value in self._numbers(row).items()}
+        self._log(trainer, final | ({f"final/{metric}": row["metrics"][metric]} if metric else {}), row["step"])
+        if self.table:
+            for method in sparsifiers(trainer):
+                if isinstance(masks := method.mask_set, MaskSet) and len(masks):
+                    Console().print("", render(method.summary(), title=method.label))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._conclude(trainer, pl_module, row["step"])
+
+    def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        """The report, for those with a browser; the same for those with a dashboard."""
+        folder = run_folder(trainer)
+        run, page = self._describe(trainer, pl_module, folder), folder / FILE
+        if self.report:
+            write_report(page, run)
+            rank_zero_info(f"SparsityMonitor: see {page}")
+        best = _best_checkpoint(trainer)
+        for board in self._boards:
+            board.conclude(step, run, page if self.report else None)
+            if best and self.artifacts:
+                board.checkpoint(best, run)
+        self._boards = []
+
+    # ---- readings ----------------------------------------------------------------------------------------------------
+
+    def _masks(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+        masked = [masks for method in sparsifiers(trainer) if (masks := method.mask_set) is not None]
+        return {name: masks[name] for masks in masked for name in masks}
+
+    @torch.no_grad()
+    def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Everything there is to know now."""
+        methods, masks = sparsifiers(trainer), self._masks(trainer)
+        weights = {name: target.weight for name, target in self._targets.items()}
+        nonzero = nonzero_counts(weights)
+        kept = {**nonzero, **nonzero_counts(masks)}
+        total = sum(weight.numel() for weight in weights.values())
+        dead = {
+            name: dead_outputs(masks.get(name, weight), self._targets[name].output_dim) for name, weight in weights.items()
+        }
+        row: dict[str, Any] = {
+            "epoch": trainer.current_epoch,
+            "step": _step(trainer) - 1,  # that of the epoch's last batch, which Lightning logs epochs at
+            "phase": phase_of(methods),
+            "sparsity": 1 - sum(kept.values()) / total,
+            "zeros": 1 - sum(nonzero.values()) / total,
+            "dead_outputs": sum(nonzero_counts(dead).values()),
+            "parameters": sum(p.numel() for p in pl_module.parameters()) - total + sum(kept.values()),
+            "layers": list(kept.values()),
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items() if name != "sparsity"},
+        }
+        if masks:
+            row["churn"] = mask_churn(self._before.values(), masks.values())
+            self._before = masks
+        if self.macs:
+            row["macs"] = sum(effective_macs(self.macs, masks or weights).values())
+        return row
+
+    def _numbers(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """A row as it is logged."""
+        numbers = {f"sparsity/{key}": row[key] for key in ("zeros", "churn", "dead_outputs") if key in row}
+        numbers |= {"sparsity/actual": row["sparsity"], "cost/parameters": row["parameters"]}
+        if "macs" in row:
+            numbers |= {"cost/macs": row["macs"], "cost/macs_fraction": row["macs"] / sum(self.macs.values())}
+        return numbers
+
+    def _layers(self, row: Mapping[str, Any], methods: list[Sparsifier]) -> dict[str, float]:
+        """The sparsity of each layer, and what it is to be where that is known."""
+        sizes = {name: target.weight.numel() for name, target in self._targets.items()}
+        actual = {f"layers/{name}": 1 - kept / sizes[name] for name, kept in zip(sizes, row["layers"], strict=True)}
+        goals = {name: kept for method in methods for name, kept in method.goal["layers"].items()}
+        return actual | {f"layer_targets/{name}": 1 - kept / sizes[name] for name, kept in goals.items()}
+
+    def _show(self, trainer: pl.Trainer, row: Mapping[str, Any]) -> None:
+        """Pictures, some twenty times in a run."""
+        epochs = trainer.max_epochs or 0
+        last = row["epoch"] + 1 == epochs
+        if not self._boards or (row["epoch"] % max(1, epochs // 20) and not last):
+            return
+        weights = {name: target.weight.detach() for name, target in self._targets.items()}
+        survivors = {name: weight[weight != 0] for name, weight in weights.items()}
+        masks = {name: corner(mask) for name, mask in list(self._masks(trainer).items())[:PICTURES]}
+        sizes = [weight.numel() for weight in weights.values()]
+        columns = [[1 - kept / size for kept, size in zip(row["layers"], sizes, strict=True)] for row in self.history.rows]
+        for board in self._boards:
+            board.pictures(row["step"], survivors, masks, columns)
+
+    def _describe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> dict[str, Any]:
+        """The run as the report takes it."""
+        methods, masks = sparsifiers(trainer), self._masks(trainer)
+        rows = self.history.rows
+        goals = {name: kept for method in methods for name, kept in method.goal["layers"].items()}
+        totals = [method.goal["total"] for method in methods if method.mask_set is not None]
+        sizes = {name: target.weight.numel() for name, target in self._targets.items()}
+        known = totals and None not in totals
+        layers = [
+            {
+                "name": name,
+                "size": sizes[name],
+                "outputs": target.weight.shape[target.output_dim],
+                "dead": int(dead_outputs(masks.get(name, target.weight), target.output_dim).count_nonzero()),
+                "target": goals.get(name),
+            }
+            for name, target in self._targets.items()
+        ]
+        kinds = [type(method).__name__ for method in methods] or ["dense"]
+        labels = [method.label for method in methods] or ["Dense"]
+        inside = [type(child).__name__ for child in pl_module.children() if any(True for _ in child.parameters())]
+        model = f"{type(pl_module).__name__} ({', '.join(inside)})" if inside else type(pl_module).__name__
+        return {
+            "title": f"{' + '.join(labels)} on {model}",
+            "name": "/".join(folder.resolve().parts[-2:]),
+            "method": " + ".join(kinds),
+            "model": model,
+            "seed": os.environ.get("PL_GLOBAL_SEED"),
+            "metric": choose_metric(rows[-1]["metrics"], self.metric),
+            "target": 1 - sum(totals) / sum(sizes.values()) if known else None,
+            "dense": {"parameters": sum(p.numel() for p in pl_module.parameters()), "macs": sum(self.macs.values())},
+            "layers": layers,
+            "rows": rows,
+            "pictures": {name: picture(masks[name]) for name in list(masks)[:PICTURES]},
+            "config": _config(trainer, pl_module),
+            "machine": describe_machine(),
+        }
+
+    def _log(self, trainer: pl.Trainer, numbers: Mapping[str, float], step: int) -> None:
+        if numbers and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(numbers), step=step)
+
+
+def _best_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The file of the best model: at target sparsity, where somebody has looked for that."""
+    found = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+    found.sort(key=lambda callback: getattr(callback, "phase", None) != "at target")
+    paths = [Path(callback.best_model_path) for callback in found if callback.best_model_path]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Where a run keeps what it writes: a folder of its own if a logger gives it one."""
+    for logger in trainer.loggers:
+        if getattr(logger, "log_dir", None):
+            return Path(str(logger.log_dir))
+        if logger.save_dir:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            return Path(logger.save_dir) / str(logger.name) / version
+    return Path(trainer.default_root_dir)
+
+
+def _config(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    """What the run was configured with: all of it from the command line, else what methods and module remember."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveConfigCallback):
+            return str(callback.parser.dump(callback.config, skip_none=False))
+    known: dict[str, Any] = {method.label: method.config() for method in sparsifiers(trainer)}
+    known |= {
+        type(module).__name__: dict(module.hparams),
+        "Trainer": {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps},
+    }
+    return json.dumps(known, indent=1, default=str)
+
+
+def _weights_of(module: nn.Module) -> list[Target]:
+    """What methods would choose by default, frozen or not."""
+    names = [candidate.name for candidate in describe(module, ["*"]) if candidate.chosen]
+    layers = [module.get_submodule(name.rpartition(".")[0]) for name in names]
+    return [
+        Target(name, module.get_parameter(name), isinstance(layer, _ConvTransposeNd))
+        for name, layer in zip(names, layers, strict=True)
+    ]
+
+
+def _step(trainer: pl.Trainer) -> int:
+    """The step that Lightning logs its own numbers of this batch at; with several optimizers, `global_step` is another."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step
+
+
+def _sparsities(methods: list[Sparsifier]) -> dict[str, float]:
+    """Target and actual sparsity, in all and of each method where there are several; waits only for masks that are live."""
+    masked = [(method, masks) for method in methods if (masks := method.mask_set) is not None]
+    if not masked:
+        return {}
+    kept, total = [masks.kept for _, masks in masked], [masks.total for _, masks in masked]
+    numbers = {"sparsity/actual": 1 - sum(kept) / sum(total)}
+    goals = [method.goal["total"] for method, _ in masked]
+    if None not in goals:
+        numbers["sparsity/target"] = 1 - sum(goals) / sum(total)
+    if (phase := phase_of(methods)) is not None:
+        numbers["sparsity/at_target"] = float(phase == "at target")
+    if len(masked) > 1:
+        for (method, _), left, size in zip(masked, kept, total, strict=True):
+            numbers[f"sparsity/{method.label}"] = 1 - left / size
+    return numbers
+
+
+def _dense_macs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> dict[str, int]:
+    """MACs per sample of a forward pass, or of what `training_step` does; of a silent copy, so nobody notices."""
+    example = module.example_input_array
+    inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    inputs = inputs[:1] if isinstance(inputs, Tensor) and inputs.ndim else inputs  # one sample will do
+    ways: list[tuple[Any, Callable[[Any], Any]]] = [
+        (inputs, lambda twin: twin(inputs)),
+        (batch, lambda twin: twin.training_step(batch, 0)),
+    ]
+    if isinstance(example, Tensor):
+        ways.insert(0, (example, lambda twin: twin(example.to(twin.device))))
+    reasons = []
+    for data, run in ways:
+        try:
+            with quietly(trainer, module) as twin, trainer.precision_plugin.forward_context():
+                counted = count_macs(twin, functools.partial(run, twin), size_of(data))
+        except Exception as error:
+            reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:120])
+        else:
+            if counted:
+                return counted
+    rank_zero_warn(f"SparsityMonitor: MACs are left out, for no forward pass could be counted ({'; '.join(reasons)}).")
+    return {}
