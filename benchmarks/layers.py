@@ -114,7 +114,7 @@ SUITES: dict[str, dict[str, Setting]] = {
             lambda seed, root: FashionMNIST(root=root, seed=seed),
             classifier(lambda *shape: MLP(*shape, hidden=[100] * 9, kaiming=True), 1e-3),
             12,
-            (0.01, 0.03, 0.1),
+            (0.1, 0.3),
         ),
     },
     "conv": {
@@ -122,7 +122,7 @@ SUITES: dict[str, dict[str, Setting]] = {
             lambda seed, root: FashionMNIST(root=root, seed=seed),
             classifier(plain_convolutions, 1e-3),
             3,
-            (0.01, 0.03, 0.1),
+            (0.03, 0.1),
             allow_growth=True,
         ),
     },

@@ -110,10 +110,20 @@ def merge_layers(
 
 
 def fresh_start(model: nn.Module) -> nn.Module:
-    """Give all layers new initial values, in place: the other start of a refit; returns the model."""
+    """Give all layers new initial values, in place: the other start of a refit; returns the model.
+
+    Linear layers and convolutions get values by which signals keep their size through ReLUs (He et al. 2015,
+    https://arxiv.org/abs/1502.01852) and biases of zero: from those of `nn.Linear` a deep network without normalisation does
+    not learn. Everything else resets itself.
+    """
     for module in model.modules():
         reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
+        if is_linear(module):
+            layer: Any = module
+            nn.init.kaiming_normal_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif callable(reset):
             reset()
     return model
 

@@ -431,6 +431,15 @@ def test_a_fresh_start_has_the_structure_but_not_the_weights() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(warm.parameters(), fresh.parameters(), strict=True))
 
 
+def test_signals_keep_their_size_through_a_deep_fresh_start() -> None:
+    torch.manual_seed(0)
+    net = fresh_start(nn.Sequential(*[layer for _ in range(30) for layer in (nn.Linear(128, 128), nn.ReLU())]))
+    assert (
+        0.1 < float(net(torch.randn(64, 128)).detach().square().mean()) < 10
+    )  # of nn.Linear's own values nothing would arrive
+    assert not any(layer.bias.any() for layer in net if isinstance(layer, nn.Linear))
+
+
 def test_gradients_flow_in_the_merged_network() -> None:
     net = mlp(7, 20, 20, 3)
     non_negative(net, ["2"])
