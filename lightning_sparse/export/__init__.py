@@ -1,6 +1,36 @@
 """From trained weights to smaller and faster networks."""
 
+from lightning_sparse.export.blueprint import Blueprint, Kept, carry_optimizer, load_model, save_model
+from lightning_sparse.export.compact import compact_size, load_compact, save_compact
+from lightning_sparse.export.kernels import KernelChoice, SparseLinear, choose_kernels, use_kernels
 from lightning_sparse.export.merge import fresh_start, merge_layers, pad_in_front
-from lightning_sparse.export.report import LayerVerdict, MergeReport
+from lightning_sparse.export.plain import fold_norms, recalibrate
+from lightning_sparse.export.removal import Removal, remove_dead
+from lightning_sparse.export.report import LayerVerdict, MergeReport, count_parameters
+from lightning_sparse.export.semi_structured import choose_semi_structured
 
-__all__ = ["LayerVerdict", "MergeReport", "fresh_start", "merge_layers", "pad_in_front"]
+__all__ = [
+    "Blueprint",
+    "Kept",
+    "KernelChoice",
+    "LayerVerdict",
+    "MergeReport",
+    "Removal",
+    "SparseLinear",
+    "carry_optimizer",
+    "choose_kernels",
+    "choose_semi_structured",
+    "compact_size",
+    "count_parameters",
+    "fold_norms",
+    "fresh_start",
+    "load_compact",
+    "load_model",
+    "merge_layers",
+    "pad_in_front",
+    "recalibrate",
+    "remove_dead",
+    "save_compact",
+    "save_model",
+    "use_kernels",
+]

@@ -1,0 +1,467 @@
+"""Neurons, filters and channels that do nothing leave the network: a plain, smaller module with the same outputs.
+
+A channel may go if every layer that reads it either multiplies it by zeros, or is given the same number for every input
+because all that feeds it is zero. What is coupled with a channel through additions, concatenations, depthwise layers and
+normalisation is found on Torch-Pruning's dependency graph (Fang et al. 2023, https://arxiv.org/abs/2301.12900).
+
+A dead filter still emits a constant c, from its bias or its normalisation. It is folded into the bias of the next layer
+where that is exact:
+
+    b <- b + sum_j c_j sum_k W[:, j, k]      for linear layers, and convolutions whose border shows no zeros
+
+Where zeros are padded, or there is no bias, one dead channel s with c_s != 0 stays and carries the others, which is exact
+everywhere, since a layer is linear in its input channels:
+
+    W[:, s, k] <- sum_j (c_j / c_s) W[:, j, k]
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_sparse.core import padding_of
+from lightning_sparse.export.blueprint import Blueprint, Kept, cut, in_count, out_count
+from lightning_sparse.export.running import callee, copy_model, difference, fit_to, need, runner
+
+__all__ = ["Removal", "remove_dead"]
+
+Channels = dict[int, list[int]]
+"""Positions in a layer, by the channel of the root that they are coupled with."""
+
+# Operations of which one channel never sees another. All others couple or mix, and their channels stay.
+_CHANNELWISE = re.compile(
+    "(Abs|Add|Alias|AsStrided|AvgPool|AdaptiveAvgPool|AdaptiveMaxPool|Cat|Celu|Clamp|Clone|ConstantPad|Div|Elu|Exp|Expand|Gelu|"
+    "Hardsigmoid|Hardswish|Hardtanh|LeakyRelu|LogSigmoid|MaxPool|Mean|MkldnnMaxPool|Mish|Mul|NativeDropout|Neg|Permute|Pow|"
+    "PreluKernel|ReflectionPad|Relu|ReplicationPad|ReshapeAlias|Rsqrt|Rsub|Selu|Sigmoid|Silu|Slice|Softplus|Split|SplitWithSizes|"
+    "Sqrt|Squeeze|Sub|T|Tanh|Threshold|ToCopy|Transpose|UnsafeView|Unsqueeze|UpsampleBilinear|UpsampleNearest|View)"
+    r"([123]D)?(WithIndices|Nd)?\d*"
+)
+
+
+@dataclass
+class Removal:
+    """What was taken out, and what could not be.
+
+    Args:
+        blueprint: outputs and inputs left of each layer; loads the smaller model, and cuts an optimizer's moments.
+        removed: layer -> outputs that are gone.
+        carriers: layer -> dead outputs that stay, because they carry a constant that no bias can hold exactly.
+        refused: layer -> why dead outputs of it stay.
+    """
+
+    blueprint: Blueprint = field(default_factory=Blueprint)
+    removed: dict[str, int] = field(default_factory=dict)
+    carriers: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) -> tuple[nn.Module, Removal]:
+    """A copy without the channels that do nothing, in evaluation mode; its outputs are equal up to rounding.
+
+    Rounds are made until nothing more is found: what fed only a dead neuron dies with it. Each group of coupled channels is
+    tried on the inputs, and on noise of their size, before it goes; if outputs change it stays, and the report says so.
+
+    Args:
+        model: with exact zeros where a mask was; trained with `structure="channel"`, or so sparse that neurons are dead.
+        inputs: a batch of real inputs.
+        tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller).
+
+    Returns:
+        The smaller model, and what was removed.
+
+    Raises:
+        ValueError: if Torch-Pruning is missing or cannot trace the model, or there is nothing to remove.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = net[0].weight.data[1:3].zero_()
+        >>> smaller, removal = remove_dead(net, torch.randn(5, 3))
+        >>> smaller[0], removal.removed
+        (Linear(in_features=3, out_features=2, bias=True), {'0': 2})
+    """
+    pruning = need("torch_pruning", "torch-pruning")
+    now, removal = copy_model(model).eval(), Removal()
+    noise = [inputs, torch.randn_like(inputs) * inputs.std()] if inputs.is_floating_point() else [inputs]
+    changed = True
+    while changed:
+        changed = False
+        removal.refused.clear()
+        step = _Round(pruning, now, noise, removal)
+        for group in step.groups():
+            smaller, kept = _without(now, group)
+            if reason := _unlike(now, smaller, noise, tolerance):
+                removal.refused[group.root] = reason
+                continue
+            now, changed = smaller, True
+            removal.blueprint = removal.blueprint.then(kept)
+            for name, channels in group.outputs.items():
+                gone = sum(len(set(channels[root])) for root in group.removed if root in channels)
+                removal.removed[name] = removal.removed.get(name, 0) + gone
+            if group.carriers:
+                removal.carriers[group.root] = len(group.carriers)
+            step.model = now
+    if not removal.removed:
+        reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(removal.refused.items())[:2])
+        raise ValueError(
+            f"nothing in {type(model).__name__} can be removed: {reasons or 'no neuron, filter or channel of it is dead'}. "
+            'Train with structure="channel", or at a higher sparsity.'
+        )
+    return now, removal
+
+
+# ---- what is dead -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Group:
+    """Coupled channels that go together.
+
+    Args:
+        root: the layer by whose outputs they are counted.
+        outputs: layer -> its outputs, by channel of the root.
+        readers: layer -> its inputs, by channel of the root.
+        removed: channels of the root that go.
+        carriers: dead channels that stay.
+        constants: layer -> input -> the number it is given; where it is not multiplied by zeros.
+    """
+
+    root: str
+    outputs: dict[str, Channels]
+    readers: dict[str, Channels]
+    removed: list[int] = field(default_factory=list)
+    carriers: list[int] = field(default_factory=list)
+    constants: dict[str, dict[int, float]] = field(default_factory=dict)
+
+
+class _Round:
+    """Everything that can be removed from a model as it is."""
+
+    def __init__(self, pruning: Any, model: nn.Module, inputs: list[Tensor], removal: Removal) -> None:
+        self.model, self.removal = model, removal
+        traced = copy_model(model).requires_grad_(True)
+        self.prefix, called = callee(traced, inputs[0])
+        self.constants = _constants(called, inputs)
+        self.graph = pruning.DependencyGraph()
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            try:
+                self.graph.build_dependency(called, fit_to(called, inputs[0][:2]), verbose=False)
+                if not any(map(_is_layer, self.graph.module2node)):
+                    raise ValueError("no layer is found behind its output")
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+                raise ValueError(
+                    f"{type(model).__name__} cannot be traced by Torch-Pruning ({reason}); export it without removal."
+                ) from None
+        self.names = {layer: name for name, layer in called.named_modules()}
+
+    def groups(self) -> Iterator[_Group]:
+        """Groups with something to remove."""
+        seen: set[nn.Module] = set()
+        for layer in list(self.graph.module2node):
+            if _is_layer(layer) and layer not in seen and layer in self.names and not _is_depthwise(layer):
+                seen |= self._members(layer, range(out_count(layer)))[1]
+                group = self._dead(layer)
+                if group is not None:
+                    yield group
+
+    def _dead(self, root: Any) -> _Group | None:
+        """Shrink the set of all channels of a root until every one left is dead wherever it is read."""
+        path = self._path(root)
+        chosen = list(range(out_count(root)))
+        while True:
+            items, _ = self._members(root, chosen)
+            group, foreign = self._sorted(path, items)
+            if foreign:
+                if self._looks_dead(root):
+                    self.removal.refused[path] = foreign
+                return None
+            alive = self._alive(group, items) | self._uneven(group)
+            if not alive:
+                break
+            chosen = [channel for channel in chosen if channel not in alive]
+            if not chosen:
+                return None
+        group.removed = chosen
+        self._carry(group)
+        self._leave_one(group)
+        return group if group.removed else None
+
+    def _members(self, root: Any, chosen: Any) -> tuple[list[Any], set[nn.Module]]:
+        """What is pruned with channels of a root."""
+        function = self.graph.get_pruner_of_module(root).prune_out_channels
+        items = list(self.graph.get_pruning_group(root, function, list(chosen)))
+        producers = {i.dep.target.module for i in items if self.graph.is_out_channel_pruning_fn(i.dep.handler)}
+        return items, producers
+
+    def _sorted(self, root: str, items: list[Any]) -> tuple[_Group, str]:
+        """The members as outputs and inputs of layers, or why the group cannot be cut."""
+        group = _Group(root, {}, {})
+        for item in items:
+            node, layer = item.dep.target, item.dep.target.module
+            channels: Channels = {}
+            for index, channel in zip(item.idxs, item.root_idxs, strict=True):
+                channels.setdefault(channel, []).append(index)
+            produces = self.graph.is_out_channel_pruning_fn(item.dep.handler)
+            if not node.outputs and (produces or layer not in self.names):
+                return group, "the model puts it out"
+            if layer not in self.names:
+                operation = node.grad_fn.name().partition("Backward")[0] if node.grad_fn is not None else ""
+                if isinstance(layer, nn.Parameter):
+                    return group, f"a parameter of shape {tuple(layer.shape)} is added to it"
+                if not _CHANNELWISE.fullmatch(operation) and not _is_product_of_a_layer(node):
+                    return group, f"{operation or node.name} may mix its channels"
+            elif _is_layer(layer):
+                if not produces or _is_depthwise(layer):
+                    group.readers.setdefault(self._path(layer), {}).update(channels)
+                if produces:
+                    group.outputs.setdefault(self._path(layer), {}).update(channels)
+            elif isinstance(layer, nn.modules.batchnorm._NormBase | nn.PReLU):
+                group.outputs.setdefault(self._path(layer), {}).update(channels)
+            else:
+                return group, f"{type(layer).__name__} '{self._path(layer)}' reads all channels together"
+        return group, "" if group.readers else "no layer that reads it was found"
+
+    def _alive(self, group: _Group, items: list[Any]) -> set[int]:
+        """Channels that somebody reads and something feeds; notes the constants of the others."""
+        alive: set[int] = set()
+        nodes = {self._path(i.dep.target.module): i.dep.target for i in items if i.dep.target.module in self.names}
+        group.constants = {}
+        for name, channels in group.readers.items():
+            layer, node = nodes[name].module, nodes[name]
+            read = _reads(layer)
+            fixed = self.constants.get(layer)
+            if _is_depthwise(layer):
+                continue  # it passes its channel on; who reads that decides
+            sources = [self._sources(node, through) for through in (True, False)]
+            for channel, indices in channels.items():
+                used = [index for index in indices if bool(read[index])]
+                if not used:
+                    continue
+                fed = all(any(self._feeds(group, source, channel) for source in found) for found in sources)
+                if fed or fixed is None or any(index not in fixed for index in used):
+                    alive.add(channel)
+                else:
+                    group.constants.setdefault(name, {}).update({index: fixed[index] for index in used})
+        return alive
+
+    def _sources(self, node: Any, through: bool) -> list[Any]:
+        """Layers whose outputs a layer is given; depthwise ones are passed through, or count themselves."""
+        found, stack, seen = [], list(node.inputs), set()
+        while stack:
+            ahead = stack.pop()
+            if ahead in seen:
+                continue
+            seen.add(ahead)
+            if _is_layer(ahead.module) and not (through and _is_depthwise(ahead.module)):
+                found.append(ahead.module)
+            else:
+                stack += ahead.inputs
+        return found
+
+    def _feeds(self, group: _Group, source: Any, channel: int) -> bool:
+        """Whether a layer has a weight that is not zero for a channel."""
+        outputs = group.outputs.get(self._path(source), {}).get(channel, [])
+        return any(bool(_feeds(source)[index]) for index in outputs)
+
+    def _uneven(self, group: _Group) -> set[int]:
+        """Channels that must stay so that the groups of a convolution remain equal in size, and none empty."""
+        stay: set[int] = set()
+        for side, count in ((group.outputs, out_count), (group.readers, in_count)):
+            for name, channels in side.items():
+                layer = self.model.get_submodule(name)
+                if not isinstance(layer, _ConvNd) or layer.groups == 1 or _is_depthwise(layer):
+                    continue
+                size = count(layer) // layer.groups
+                by_group: list[list[int]] = [[] for _ in range(layer.groups)]
+                for channel, indices in channels.items():
+                    for index in indices:
+                        by_group[index // size].append(channel)
+                fewest = min(size - 1, *(len(set(members)) for members in by_group))
+                stay |= {channel for members in by_group for channel in sorted(set(members))[fewest:]}
+        return stay
+
+    # ---- constants --------------------------------------------------------------------------------------------------------
+
+    def _carry(self, group: _Group) -> None:
+        """Choose dead channels that stay, one that each layer without an exact bias is given as a number other than zero."""
+        needing: dict[str, dict[int, float]] = {}
+        for name, constants in group.constants.items():
+            layer = self.model.get_submodule(name)
+            if _bias_is_exact(layer):
+                continue
+            by_channel = {
+                channel: max((constants.get(index, 0.0) for index in indices), key=abs)
+                for channel, indices in group.readers[name].items()
+            }
+            if isinstance(layer, _ConvNd) and layer.groups > 1:  # one group's channel cannot carry another's
+                group.carriers += [channel for channel, value in by_channel.items() if value]
+            elif any(by_channel.values()):
+                largest = max(map(abs, by_channel.values()))
+                needing[name] = {channel: abs(value) / largest for channel, value in by_channel.items()}
+        while needing:
+            shares = [sum(share.get(channel, 0.0) for share in needing.values()) for channel in group.removed]
+            best = group.removed[max(range(len(shares)), key=shares.__getitem__)]
+            if all(share.get(best, 0.0) < 0.1 for share in needing.values()):
+                first = next(iter(needing.values()))
+                best = max(first, key=first.__getitem__)
+            group.carriers.append(best)
+            needing = {name: share for name, share in needing.items() if share.get(best, 0.0) < 0.1}
+        group.carriers = sorted(set(group.carriers))
+        group.removed = [channel for channel in group.removed if channel not in group.carriers]
+
+    def _leave_one(self, group: _Group) -> None:
+        """A layer without outputs is none: if all are dead, the last one stays."""
+        for name, channels in (*group.outputs.items(), *group.readers.items()):
+            layer = self.model.get_submodule(name)
+            whole = in_count(layer) if name in group.readers and _is_layer(layer) else out_count(layer)
+            gone = {index for channel in group.removed for index in channels.get(channel, [])}
+            if len(gone) >= whole:
+                group.carriers.append(group.removed.pop())
+
+    def _looks_dead(self, layer: Any) -> bool:
+        return not bool(_feeds(layer).all())
+
+    def _path(self, layer: nn.Module) -> str:
+        return f"{self.prefix}.{self.names[layer]}".strip(".")
+
+
+def _is_product_of_a_layer(node: Any) -> bool:
+    """Whether it is the product inside a linear layer that reshapes what it is given: the reshaping stands for the layer."""
+    return bool(node.outputs) and all(
+        isinstance(after.module, nn.Linear) and "View" in after.grad_fn.name() for after in node.outputs
+    )
+
+
+def _is_layer(layer: Any) -> bool:
+    return isinstance(layer, nn.Linear | _ConvNd)
+
+
+def _is_depthwise(layer: Any) -> bool:
+    return isinstance(layer, _ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
+
+
+def _feeds(layer: Any) -> Tensor:
+    """Which outputs have a weight other than zero."""
+    weight: Tensor = layer.weight.detach() != 0
+    if isinstance(layer, _ConvTransposeNd):
+        per_group: Tensor = weight.reshape(layer.groups, -1, weight.shape[1], weight[0, 0].numel()).any(-1).any(1)
+        return per_group.flatten()
+    return weight.flatten(1).any(1)
+
+
+def _reads(layer: Any) -> Tensor:
+    """Which inputs are multiplied by a weight other than zero."""
+    weight: Tensor = layer.weight.detach() != 0
+    if isinstance(layer, _ConvTransposeNd):
+        return weight.flatten(1).any(1)
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    return weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).any(-1).any(1).flatten()
+
+
+def _bias_is_exact(layer: Any) -> bool:
+    """Whether a constant input adds the same to every place of an output."""
+    if layer.bias is None or isinstance(layer, _ConvTransposeNd):
+        return False
+    return isinstance(layer, nn.Linear) or layer.padding_mode != "zeros" or not any(padding_of(layer) or (1,))
+
+
+@torch.no_grad()
+def _constants(model: nn.Module, inputs: list[Tensor]) -> dict[nn.Module, dict[int, float]]:
+    """Layer -> input channel -> the number it is given, for channels that are given only one."""
+    low: dict[nn.Module, Tensor] = {}
+    high: dict[nn.Module, Tensor] = {}
+
+    def look(layer: nn.Module, args: Any) -> None:
+        channels = args[0].flatten(0, -2).T if isinstance(layer, nn.Linear) else args[0].transpose(0, 1).flatten(1)
+        least, most = channels.aminmax(dim=1)
+        low[layer] = torch.minimum(low.get(layer, least), least)
+        high[layer] = torch.maximum(high.get(layer, most), most)
+
+    handles = [layer.register_forward_pre_hook(look) for layer in model.modules() if _is_layer(layer)]
+    try:
+        for x in inputs:
+            model(fit_to(model, x))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for layer in low:
+        a, b = low[layer].double(), high[layer].double()
+        same = (b - a) <= 1e-6 * torch.maximum(a.abs(), b.abs())  # kernels round the ends of a row in another way
+        middle = ((a + b) / 2).tolist()
+        found[layer] = {int(index): middle[int(index)] for index in same.nonzero().flatten()}
+    return found
+
+
+# ---- taking it out ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _without(model: nn.Module, group: _Group) -> tuple[nn.Module, dict[str, Kept]]:
+    """A copy without the channels of a group, whose constants are folded forward, and what is left of each layer."""
+    model = copy_model(model)
+    kept: dict[str, Kept] = {}
+    for name, constants in group.constants.items():
+        _fold(model.get_submodule(name), constants, group.readers[name], group)
+    for name in {**group.outputs, **group.readers}:
+        layer = model.get_submodule(name)
+        outputs = _left(out_count(layer), group.outputs.get(name), group.removed)
+        reads = group.readers.get(name) if _is_layer(layer) else None
+        kept[name] = Kept(outputs, _left(in_count(layer), reads, group.removed) if reads else None)
+        cut(layer, kept[name])
+    return model, kept
+
+
+def _left(count: int, channels: Channels | None, removed: list[int]) -> list[int] | None:
+    if channels is None:
+        return None
+    gone = {index for channel in removed for index in channels.get(channel, [])}
+    return [index for index in range(count) if index not in gone]
+
+
+def _fold(layer: Any, constants: dict[int, float], channels: Channels, group: _Group) -> None:
+    """Keep what a layer gets from channels that are about to go: in its bias, or in the weights of a carrier."""
+    gone = [index for channel in group.removed for index in channels.get(channel, []) if constants.get(index)]
+    if not gone:
+        return
+    along = 0 if isinstance(layer, _ConvTransposeNd) else 1
+    weight = layer.weight.detach().double()
+    values = torch.tensor([constants[index] for index in gone], dtype=torch.double, device=weight.device)
+    grouped = isinstance(layer, _ConvNd) and layer.groups > 1
+    if grouped and _bias_is_exact(layer):
+        size, rows = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+        for index, value in zip(gone, values, strict=True):
+            part = slice(index // size * rows, (index // size + 1) * rows)
+            layer.bias[part] += (value * weight[part, index % size].flatten(1).sum(1)).to(layer.bias.dtype)
+        return
+    lost = (weight.index_select(along, torch.tensor(gone, device=weight.device)).movedim(along, -1) * values).sum(-1)
+    if _bias_is_exact(layer):
+        layer.bias.copy_(layer.bias.double() + lost.flatten(1).sum(1) if lost.ndim > 1 else layer.bias.double() + lost)
+        return
+    staying = [index for channel in group.carriers for index in channels.get(channel, []) if constants.get(index)]
+    carrier = max(staying, key=lambda index: abs(constants[index]))
+    layer.weight.select(along, carrier).add_((lost / constants[carrier]).to(layer.weight.dtype))
+
+
+@torch.no_grad()
+def _unlike(before: nn.Module, after: nn.Module, inputs: list[Tensor], tolerance: float) -> str:
+    """How outputs differ, if they do."""
+    for x in inputs:
+        try:
+            change, largest = difference(runner(before, x)(), runner(after, x)())
+        except Exception as error:
+            return (
+                f"without it the model does not run ({(str(error).strip() or type(error).__name__).splitlines()[0][:100]})"
+            )
+        if not change <= tolerance * max(1.0, largest):
+            return f"without it outputs change by {change:.2g} (the largest is {largest:.3g})"
+    return ""
