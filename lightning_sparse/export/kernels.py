@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.export.running import callee, copy_model, fit_to, interleaved
+from lightning_sparse.export.running import callee, fit_to, interleaved
 
 __all__ = ["KernelChoice", "SparseLinear", "choose_kernels", "use_kernels"]
 
@@ -111,6 +111,10 @@ class KernelChoice:
     chosen: str
     note: str = ""
 
+    def __str__(self) -> str:
+        times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in self.milliseconds.items())
+        return f"{self.layer}, {self.sparsity:.1%} zeros: {self.chosen} ({self.note or times})"
+
 
 @torch.no_grad()
 def choose_kernels(
@@ -171,27 +175,15 @@ def _choose(
 def _layer_inputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     """The first input of every linear layer in a forward pass."""
     seen: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[0].detach()) and None)
-        for name, layer in model.named_modules()
-        if type(layer) is nn.Linear
-    ]
+
+    def look(name: str, layer: nn.Module, args: Any) -> None:
+        seen.setdefault(name, args[0].detach())
+
+    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    handles = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers]
     try:
-        callee(model, inputs)[1](fit_to(model, inputs))
+        callee(model)[1](fit_to(model, inputs))
     finally:
         for handle in handles:
             handle.remove()
     return seen
-
-
-def with_fastest_kernels(model: nn.Module, choices: list[KernelChoice]) -> tuple[nn.Module, dict[str, str]]:
-    """A copy of a model with the kernels chosen, and which they are.
-
-    Raises:
-        ValueError: if no layer is faster with another kernel.
-    """
-    kernels = {choice.layer: choice.chosen for choice in choices if choice.chosen != "dense"}
-    if not kernels:
-        reasons = "; ".join(f"'{c.layer}' {c.note or 'is fastest dense'}" for c in choices[:3]) or "it has no linear layer"
-        raise ValueError(f"no linear layer of the model is faster with a sparse kernel: {reasons}.")
-    return use_kernels(copy_model(model), kernels), kernels

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_sparse.core import find_networks, is_linear, shared_parameters
 from lightning_sparse.export.blueprint import Blueprint, add_bias, out_count
-from lightning_sparse.export.running import copy_model, fit_to
+from lightning_sparse.export.running import callee, copy_model, fit_to
 from lightning_sparse.functional import fold_batch_norm
 
 __all__ = ["fold_norms", "recalibrate"]
@@ -37,6 +37,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
     modes = [(part, part.training) for part in model.modules()]
     momenta = [norm.momentum for norm in norms]
+    called = callee(model)[1]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -47,7 +48,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
         for batch in batches:
             count += 1
             if norms:
-                model(fit_to(model, batch))
+                called(fit_to(model, batch))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

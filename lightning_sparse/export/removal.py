@@ -147,7 +147,7 @@ class _Round:
     def __init__(self, pruning: Any, model: nn.Module, inputs: list[Tensor], removal: Removal) -> None:
         self.model, self.removal = model, removal
         traced = copy_model(model).requires_grad_(True)
-        self.prefix, called = callee(traced, inputs[0])
+        self.prefix, called = callee(traced)
         self.constants = _constants(called, inputs)
         self.graph = pruning.DependencyGraph()
         with warnings.catch_warnings(), torch.enable_grad():

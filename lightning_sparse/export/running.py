@@ -37,26 +37,25 @@ def copy_model(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
 
 
-def callee(model: nn.Module, inputs: Tensor) -> tuple[str, nn.Module]:
+def callee(model: nn.Module) -> tuple[str, nn.Module]:
     """What is called with inputs: a model, or the only network of a LightningModule without a forward pass of its own.
 
     Returns:
         Its name in the model, empty for the model itself, and the module.
+
+    Raises:
+        ValueError: if there are several networks.
     """
-    if hasattr(model, "training_step"):
-        with torch.no_grad():
-            try:
-                model(fit_to(model, inputs))
-            except NotImplementedError:
-                networks = find_networks(model)[0]
-                if len(networks) != 1:
-                    names = [network.path for network in networks]
-                    raise ValueError(
-                        f"{type(model).__name__} has no forward and holds the networks {names}: inputs cannot be given to "
-                        "it; write a forward, or merge without inputs."
-                    ) from None
-                return networks[0].path, networks[0].module
-    return "", model
+    if str(type(model).forward.__module__).partition(".")[0] not in ("lightning", "pytorch_lightning"):
+        return "", model
+    networks = find_networks(model)[0]
+    if len(networks) != 1:
+        names = [network.path for network in networks]
+        raise ValueError(
+            f"{type(model).__name__} has no forward and holds the networks {names}: inputs cannot be given to it; write a "
+            "forward, or merge without inputs."
+        )
+    return networks[0].path, networks[0].module
 
 
 def fit_to(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -69,7 +68,7 @@ def fit_to(model: nn.Module, inputs: Tensor) -> Tensor:
 
 def runner(model: nn.Module, inputs: Tensor) -> Callable[[], Any]:
     """Calls a model, or the only network of a LightningModule without a forward pass of its own."""
-    x, called = fit_to(model, inputs), callee(model, inputs)[1]
+    x, called = fit_to(model, inputs), callee(model)[1]
 
     def run() -> Any:
         with torch.no_grad():
@@ -88,12 +87,13 @@ def difference(expected: Any, found: Any) -> tuple[float, float]:
         >>> difference(torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.0]))
         (0.5, 4.0)
     """
-    pairs = [(a, b) for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True) if isinstance(a, Tensor)]
+    leaves = zip(tree_leaves(expected), tree_leaves(found), strict=True)
+    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in leaves if isinstance(a, Tensor)]
     if any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in pairs]
         raise ValueError(f"outputs cannot be compared: expected and found shapes are {shapes}.")
-    gaps = torch.stack([(a.double().cpu() - b.double().cpu()).abs().max() for a, b in pairs])
-    sizes = torch.stack([a.double().abs().max().cpu() for a, b in pairs])
+    gaps = torch.stack([(a - b).abs().max() for a, b in pairs])
+    sizes = torch.stack([a.abs().max() for a, _ in pairs])
     return float(gaps.max()), float(sizes.max())
 
 
