@@ -200,6 +200,8 @@ def two_of_four(rows: int, columns: int) -> nn.Linear:
 def test_why_a_layer_is_not_two_of_four() -> None:
     dense = nn.Linear(64, 32)
     assert "train with structure='2:4'" in why_not(dense)
+    dense.weight.data.view(32, -1, 4)[:, :, 0] = 0
+    assert "train with structure='2:4'" in why_not(dense), "three of four"
     assert "float32 has no sparse kernel" in why_not(two_of_four(32, 64))
     assert "its size 16 x 64 is no multiple of 32 x 64" in why_not(two_of_four(16, 64).to(torch.bfloat16))
     assert why_not(two_of_four(32, 64).to(torch.bfloat16), needs_gpu=False) == ""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_sparse.export import count_parameters, load_model, remove_dead, save_model
 from lightning_sparse.export.blueprint import carry_optimizer
+from lightning_sparse.export.removal import _constants
 from lightning_sparse.models import ResNet
 
 tp = pytest.importorskip("torch_pruning")
@@ -112,8 +113,9 @@ def grouped() -> tuple[nn.Module, dict[str, int]]:
     net = Grouped()
     net.stem.bias.data.clamp_(max=-0.1)  # dead channels emit nothing
     kill(net.stem, [0, 1, 6])  # two of one half and one of the other: halves must stay equal
-    kill(net.depthwise, [1, 2, 7])  # again, of the halves that feed it
-    return net, {"stem": 2, "halves": 2, "depthwise": 2}
+    kill(net.depthwise, [1, 2, 7])
+    net.last.weight.data[:, [3, 8]] = 0  # nobody reads them: 1, 2, 3 of one half, 7, 8 of the other
+    return net, {"stem": 2, "halves": 4, "depthwise": 4}
 
 
 def transposed() -> tuple[nn.Module, dict[str, int]]:
@@ -179,16 +181,26 @@ def test_a_new_model_becomes_the_smaller_one_from_its_file(
         load_model(nn.Sequential(nn.Linear(2, 2)), f"{tmp_path}/net.safetensors")
 
 
-def test_what_dies_with_a_dead_neuron_goes_in_later_rounds() -> None:
+def test_what_dies_with_a_dead_neuron_goes_in_later_rounds(tmp_path: object) -> None:
+    def make() -> nn.Sequential:
+        four = [nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)]
+        return nn.Sequential(*four)
+
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    net = make()
+    net[4].weight.data[:, 0] = 0  # nobody reads it: gone in the first round, so that positions in the second are others
     net[6].weight.data[:, 0] = 0
     net[4].weight.data[1:, 1] = 0  # read only by neuron 0 of the next layer, which nobody reads
     net[2].weight.data[0, 2], net[2].weight.data[2:, 2] = 0, 0  # read only by neuron 1
     x = torch.randn(9, 4)
     smaller, removal = remove_dead(net, x)
-    assert removal.removed == {"0": 1, "2": 1, "4": 1}
+    assert removal.removed == {"0": 1, "2": 2, "4": 1}
+    assert removal.blueprint.kept["2"].outputs == [2, 3, 4, 5]
     torch.testing.assert_close(smaller(x), net(x))
+    save_model(smaller, f"{tmp_path}/net", removal.blueprint)
+    assert torch.equal(load_model(make(), f"{tmp_path}/net")(x), smaller(x))
+    cut = removal.blueprint.apply(copy.deepcopy(net))
+    torch.testing.assert_close(cut[2].weight, net[2].weight[2:][:, [0, 1, 3, 4, 5]])
 
 
 def test_a_constant_is_folded_into_a_bias_only_where_no_zeros_are_padded() -> None:
@@ -263,6 +275,27 @@ def test_a_position_that_is_added_to_a_dead_channel_keeps_it() -> None:
     kill(net.one, [0, 1])
     with pytest.raises(ValueError, match="nothing in Positions can be removed"):
         remove_dead(net, torch.randn(3, 5, 4))
+
+
+def test_a_number_is_constant_only_if_every_place_and_every_input_has_it() -> None:
+    net = nn.Conv2d(4, 1, 1)
+    x = torch.randn(2, 4, 3, 3)
+    x[:, 0], x[:, 1], x[0, 2], x[1, 2] = 1.5, 0.0, 1.0, 1.01
+    assert _constants(net, [x]) == {net: {0: 1.5, 1: 0.0}}
+    assert _constants(net, [x, x * (1 + 2e-7)])[net].keys() == {0, 1}
+    assert _constants(net, [x, x + 1]) == {net: {}}
+    linear = nn.Linear(3, 1)
+    assert _constants(linear, [torch.tensor([[[1.0, 2.0, 3.0], [1.0, 2.0, 4.0]]])]) == {linear: {0: 1.0, 1: 2.0}}
+
+
+def test_a_group_that_changes_outputs_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    kill(net[0], [1])
+    monkeypatch.setattr("lightning_sparse.export.removal._fold", lambda *_: None)
+    net[0].bias.data[1] = 3.0
+    with pytest.raises(ValueError, match="'0': without it outputs change by"):
+        remove_dead(net, torch.randn(3, 4))
 
 
 def test_nothing_to_remove_and_nothing_to_trace() -> None:
