@@ -8,7 +8,7 @@ from lightning_sparse.export.ladder_report import ExportReport, Rung
 from lightning_sparse.export.merge import fresh_start, merge_layers, pad_in_front
 from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
 from lightning_sparse.export.plain import fold_norms, recalibrate
-from lightning_sparse.export.removal import Removal, remove_dead
+from lightning_sparse.export.removal import Removal, coupled_outputs, remove_dead
 from lightning_sparse.export.report import LayerVerdict, MergeReport, count_parameters
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
@@ -29,6 +29,7 @@ __all__ = [
     "compact_size",
     "compressed_size",
     "count_parameters",
+    "coupled_outputs",
     "export_ladder",
     "fold_norms",
     "fresh_start",

@@ -31,7 +31,7 @@ from lightning_sparse.core import padding_of
 from lightning_sparse.export.blueprint import Blueprint, Kept, cut, in_count, out_count
 from lightning_sparse.export.running import callee, copy_model, difference, fit_to, need, runner
 
-__all__ = ["Removal", "remove_dead"]
+__all__ = ["Removal", "coupled_outputs", "remove_dead"]
 
 Channels = dict[int, list[int]]
 """Positions in a layer, by the channel of the root that they are coupled with."""
@@ -117,6 +117,25 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
     return now, removal
 
 
+def coupled_outputs(model: nn.Module, inputs: Tensor) -> list[list[str]]:
+    """Layers whose outputs can only be removed together, since additions or depthwise layers couple them.
+
+    A mask that removes the same outputs of all of them makes a network that `remove_dead` can cut in both directions; masks
+    chosen layer by layer rarely agree along a residual stream.
+
+    Args:
+        model: a network.
+        inputs: a batch for it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
+        >>> coupled_outputs(net, torch.randn(2, 1, 8, 8))
+        [['0', '2']]
+    """
+    step = _Round(need("torch_pruning", "torch-pruning"), copy_model(model).eval(), [inputs], Removal())
+    return step.coupled()
+
+
 # ---- what is dead -------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +191,17 @@ class _Round:
                 group = self._dead(layer)
                 if group is not None:
                     yield group
+
+    def coupled(self) -> list[list[str]]:
+        """Layers with outputs in common, but for those that the model puts out."""
+        found: list[list[str]] = []
+        for layer in list(self.graph.module2node):
+            if _is_layer(layer) and layer in self.names and not any(self._path(layer) in names for names in found):
+                items, _ = self._members(layer, range(out_count(layer)))
+                group, foreign = self._sorted(self._path(layer), items)
+                if not foreign:
+                    found.append(sorted(name for name in group.outputs if _is_layer(self.model.get_submodule(name))))
+        return sorted(found)
 
     def _dead(self, root: Any) -> _Group | None:
         """Shrink the set of all channels of a root until every one left is dead wherever it is read."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparse.export import count_parameters, load_model, remove_dead, save_model
+from lightning_sparse.export import count_parameters, coupled_outputs, load_model, remove_dead, save_model
 from lightning_sparse.export.blueprint import carry_optimizer
 from lightning_sparse.export.removal import _constants
 from lightning_sparse.models import ResNet
@@ -275,6 +275,12 @@ def test_a_position_that_is_added_to_a_dead_channel_keeps_it() -> None:
     kill(net.one, [0, 1])
     with pytest.raises(ValueError, match="nothing in Positions can be removed"):
         remove_dead(net, torch.randn(3, 5, 4))
+
+
+def test_layers_that_write_to_one_stream_are_coupled() -> None:
+    x = torch.randn(2, 2, 8, 8)
+    assert coupled_outputs(Residual(), x) == [["blocks.0.one"], ["blocks.0.two", "blocks.1.two", "stem"], ["blocks.1.one"]]
+    assert coupled_outputs(Grouped(), x) == [["depthwise", "halves"], ["stem"]]
 
 
 def test_a_number_is_constant_only_if_every_place_and_every_input_has_it() -> None:
