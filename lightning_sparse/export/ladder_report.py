@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -152,6 +153,16 @@ class ExportReport:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self) | {"recommendation": self.recommendation, "torch": torch.__version__}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ExportReport:
+        """From what a `report.json` holds, for a page made later."""
+        report = cls(*(values[name] for name in ("model", "sparsity", "batch_size", "threads", "device")))
+        for name, rung in values["rungs"].items():
+            latency = {int(batch): Timing(**timing) for batch, timing in rung["latency"].items()}
+            report.rungs[name] = Rung(**(rung | {"latency": latency}))
+        report.choices = [KernelChoice(**choice) for choice in values["choices"]]
+        return report
 
     def __str__(self) -> str:
         return "\n".join(["  ".join(cell for cell in row if cell) for row in self.rows()] + [self.recommendation])

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_sparse.core import padding_of
+from lightning_sparse.core import padding_of, shared_parameters
 from lightning_sparse.export.blueprint import Blueprint, Kept, cut, in_count, out_count
 from lightning_sparse.export.running import callee, copy_model, difference, fit_to, need, runner
 
@@ -67,7 +67,7 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
     """A copy without the channels that do nothing, in evaluation mode; its outputs are equal up to rounding.
 
     Rounds are made until nothing more is found: what fed only a dead neuron dies with it. Each group of coupled channels is
-    tried on the inputs, and on noise of their size, before it goes; if outputs change it stays, and the report says so.
+    tried on the inputs, and on them shuffled, before it goes; if outputs change it stays, and the report says so.
 
     Args:
         model: with exact zeros where a mask was; trained with `structure="channel"`, or so sparse that neurons are dead.
@@ -89,7 +89,8 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
     """
     pruning = need("torch_pruning", "torch-pruning")
     now, removal = copy_model(model).eval(), Removal()
-    noise = [inputs, torch.randn_like(inputs) * inputs.std()] if inputs.is_floating_point() else [inputs]
+    order = torch.randperm(inputs.numel(), generator=torch.Generator().manual_seed(0)).to(inputs.device)
+    noise = [inputs, inputs.flatten()[order].view_as(inputs)] if inputs.is_floating_point() else [inputs]
     changed = True
     while changed:
         changed = False
@@ -181,6 +182,7 @@ class _Round:
                     f"{type(model).__name__} cannot be traced by Torch-Pruning ({reason}); export it without removal."
                 ) from None
         self.names = {layer: name for name, layer in called.named_modules()}
+        self.shared = shared_parameters(called)
 
     def groups(self) -> Iterator[_Group]:
         """Groups with something to remove."""
@@ -243,6 +245,8 @@ class _Round:
             produces = self.graph.is_out_channel_pruning_fn(item.dep.handler)
             if not node.outputs and (produces or layer not in self.names):
                 return group, "the model puts it out"
+            if layer in self.names and any(id(p) in self.shared for p in layer.parameters()):
+                return group, f"'{self._path(layer)}' shares its weight with another layer"
             if layer not in self.names:
                 operation = node.grad_fn.name().partition("Backward")[0] if node.grad_fn is not None else ""
                 if isinstance(layer, nn.Parameter):
@@ -257,7 +261,7 @@ class _Round:
             elif isinstance(layer, nn.modules.batchnorm._NormBase | nn.PReLU):
                 group.outputs.setdefault(self._path(layer), {}).update(channels)
             else:
-                return group, f"{type(layer).__name__} '{self._path(layer)}' reads all channels together"
+                return group, f"{type(layer).__name__} '{self._path(layer)}' takes them all together"
         return group, "" if group.readers else "no layer that reads it was found"
 
     def _alive(self, group: _Group, items: list[Any]) -> set[int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_sparse.export import (
     RUNGS,
     ExportReport,
+    KernelChoice,
     Rung,
     SparseLinear,
     choose_kernels,
@@ -336,7 +337,11 @@ def test_the_report_is_a_table_a_section_and_json() -> None:
     section = made.html()
     assert section.startswith('<section class="export">')
     assert "&lt;no&gt; faster" in section
-    assert json.loads(json.dumps(made.to_json()))["rungs"]["removed"]["latency"]["64"]["median"] == 5
+    made.choices = [KernelChoice("fc", 0.9, {"dense": 1.0}, "dense")]
+    assert "<li>fc, 90.0% zeros: dense (dense 1 ms)</li>" in made.html()
+    written = json.loads(json.dumps(made.to_json()))
+    assert written["rungs"]["removed"]["latency"]["64"]["median"] == 5
+    assert ExportReport.from_json(written) == made
 
 
 def test_what_is_slower_is_left_out_unless_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,12 +247,17 @@ def test_what_is_not_dead_stays_with_the_reason() -> None:
     kill(normed[3], [2])
     smaller, removal = remove_dead(normed, x)
     assert removal.removed == {"3": 1}
-    assert removal.refused["0"] == "LayerNorm '1' reads all channels together"
+    assert removal.refused["0"] == "LayerNorm '1' takes them all together"
     torch.testing.assert_close(smaller(x), normed(x))
     softmax = nn.Sequential(nn.Linear(8, 6), nn.Softmax(1), nn.Linear(6, 2))
     kill(softmax[0], [1])
     with pytest.raises(ValueError, match=r"'0': Softmax may mix its channels. Train with structure"):
         remove_dead(softmax, x)
+    tied = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    tied[2].weight = tied[0].weight
+    kill(tied[0], [1])
+    with pytest.raises(ValueError, match="'0' shares its weight with another layer"):
+        remove_dead(tied, x)
     outputs = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
     kill(outputs[2], [1])
     with pytest.raises(ValueError, match="the model puts it out"):
