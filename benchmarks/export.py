@@ -76,9 +76,12 @@ def resnet(options: argparse.Namespace) -> dict[str, Any]:
     trainer.fit(module, data)
     data.setup("test")
     inputs = next(iter(data.test_dataloader()))[0][: options.batch]
-    return ladder(module, inputs, options, evaluate=lambda made: accuracy(made, data)) | {
+    both = {"evaluate": lambda made: accuracy(made, data)}
+    return {
+        "as trained": ladder(module, inputs, options, **both),
+        "normalisation folded": ladder(module, inputs, options, fold=True, **both),
         "trained": f"{options.epochs} epochs of {type(data).__name__}, seed {options.seed}; half of the channels of every "
-        "convolution masked, alike along each residual stream"
+        "convolution masked, alike along each residual stream",
     }
 
 

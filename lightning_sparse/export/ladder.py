@@ -43,8 +43,6 @@ class _Made:
     parameters: int | None = None
     macs: int | None = None
     module: nn.Module | None = None
-    tolerance: float | None = None
-    expected: Callable[[Tensor], Any] | None = None
 
 
 class _Ladder:
@@ -52,7 +50,9 @@ class _Ladder:
 
     def __init__(self, model: nn.Module, inputs: Tensor, folder: Path, options: Mapping[str, Any]) -> None:
         self.dense, self.inputs, self.folder = copy_model(model).eval(), inputs, folder
-        self.input_range, self.tolerance = options["input_range"], options["tolerance"]
+        self.input_range = options["input_range"]
+        kind = next(self.dense.parameters()).dtype
+        self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision rounds more than that
         self.base, self.blueprint = fold_norms(self.dense) if options["fold"] else (copy_model(self.dense), Blueprint())
         self.choices: list[KernelChoice] = []
         self.zeros = _zeros(self.dense)
@@ -116,17 +116,16 @@ class _Ladder:
 
     def semi_structured(self) -> _Made:
         """Linear layers on the sparse tensor cores of a GPU."""
-        parameter = next(self.dense.parameters())
-        if not parameter.is_cuda:
+        if _device(self.dense).type != "cuda":
             raise ValueError("2:4 needs the model on a CUDA device, in bfloat16 or float16.")
         choices = choose_semi_structured(self.base, self.inputs)
         self.choices += choices
-        made = self._with_kernels("semi_structured.safetensors", self.base, choices)
-        made.tolerance = max(self.tolerance, 4 * torch.finfo(parameter.dtype).eps)  # the order of sums differs
-        return made
+        return self._with_kernels("semi_structured.safetensors", self.base, choices)
 
     def onnx(self) -> _Made:
         """For onnxruntime and everything else that reads ONNX."""
+        if (kind := next(self.base.parameters()).dtype) not in (torch.float32, torch.float64):
+            raise ValueError(f"it would be checked in onnxruntime on the CPU, which is not made for {kind}; use float32.")
         path = self.folder / "model.onnx"
         save_onnx(self.base, self.inputs, path)
         note = f"{compressed_size(path):,} bytes compressed; measured in onnxruntime on the CPU"
@@ -201,7 +200,8 @@ def export_ladder(
         inputs: real ones, as many as a batch will have in use.
         to: the folder to write.
         rungs: which; None takes all that suit, and the report says why the others do not.
-        tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller).
+        tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller); in half
+            precision four of its roundings are allowed.
         fold: batch normalisation into the layers in front of it, in all rungs but `merged`.
         input_range: the least and largest input, such as (0, 1), by which `merged` may judge the first layer.
         rounds: of calls by which latency is measured; 0 to not measure.
@@ -231,7 +231,7 @@ def export_ladder(
                     raise ValueError(f"rung '{name}': {error} Nothing was written.") from None
                 report.rungs[name] = Rung(note=str(error))
                 continue
-            report.rungs[name] = _verified(name, made[name], inputs, expected, tolerance, Path(folder))
+            report.rungs[name] = _verified(name, made[name], inputs, expected, ladder.tolerance, Path(folder))
         if rounds:
             _time(report, ladder.dense, made, inputs, rounds)
         for name in list(made):
@@ -269,7 +269,7 @@ def _verified(name: str, made: _Made, inputs: Tensor, expected: Any, tolerance: 
         ValueError: if they are not.
     """
     change, largest = difference(expected, made.run(inputs))
-    allowed = (made.tolerance or tolerance) * max(1.0, largest)
+    allowed = tolerance * max(1.0, largest)
     if not change <= allowed:
         raise ValueError(
             f"rung '{name}' fails its verification: outputs differ by {change:.3g} where {allowed:.3g} is allowed (the "
