@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_sparse.export import count_parameters, coupled_outputs, load_model, remove_dead, save_model
 from lightning_sparse.export.blueprint import carry_optimizer
-from lightning_sparse.export.removal import _constants
+from lightning_sparse.export.dead import constants_of
 from lightning_sparse.models import ResNet
 
 tp = pytest.importorskip("torch_pruning")
@@ -76,6 +76,23 @@ class Concatenated(nn.Module):
         return out
 
 
+class Dense(nn.Module):
+    """Every layer reads all layers before it, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 1)
+        self.layers = nn.ModuleList(nn.Conv2d(4 + 4 * n, 4, 3, padding=1) for n in range(4))
+        self.fc = nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat([x, F.relu(layer(x))], 1)
+        out: Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
 class Grouped(nn.Module):
     """Convolutions in groups: two, and one per channel."""
 
@@ -107,6 +124,26 @@ def concatenated() -> tuple[nn.Module, dict[str, int]]:
     kill(net.left, [0, 1, 5])
     kill(net.right, [2, 3])
     return net, {"left": 2, "right": 1}  # a carrier in each branch, for the convolution that pads
+
+
+def dense() -> tuple[nn.Module, dict[str, int]]:
+    net = Dense()
+    for number, layer in enumerate(net.layers):
+        kill(layer, [number % 4, (number + 2) % 4])
+        layer.bias.data[number % 4] = -1.0  # the other emits something
+        layer.bias.data[(number + 2) % 4] = 0.5 * number
+    return net, {"layers.0": 2, "layers.1": 1, "layers.2": 1, "layers.3": 2}  # the last is read by no convolution
+
+
+def split() -> tuple[nn.Module, dict[str, int]]:
+    """Groups of which one has a constant that none can carry for the others."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    kill(net[0], [0, 1, 4, 5, 6])
+    net[0].bias.data[:] = -1.0
+    net[0].bias.data[0] = 1.0
+    return net, {"0": 2}
 
 
 def grouped() -> tuple[nn.Module, dict[str, int]]:
@@ -143,7 +180,7 @@ def flattened() -> tuple[nn.Module, dict[str, int]]:
     return net, {"0": 3, "5": 1}
 
 
-NETS = [residual, concatenated, grouped, transposed, flattened]
+NETS = [residual, concatenated, dense, grouped, split, transposed, flattened]
 
 
 @pytest.mark.parametrize("make", NETS)
@@ -292,11 +329,11 @@ def test_a_number_is_constant_only_if_every_place_and_every_input_has_it() -> No
     net = nn.Conv2d(4, 1, 1)
     x = torch.randn(2, 4, 3, 3)
     x[:, 0], x[:, 1], x[0, 2], x[1, 2] = 1.5, 0.0, 1.0, 1.01
-    assert _constants(net, [x]) == {net: {0: 1.5, 1: 0.0}}
-    assert _constants(net, [x, x * (1 + 2e-7)])[net].keys() == {0, 1}
-    assert _constants(net, [x, x + 1]) == {net: {}}
+    assert constants_of(net, [x]) == {net: {0: 1.5, 1: 0.0}}
+    assert constants_of(net, [x, x * (1 + 2e-7)])[net].keys() == {0, 1}
+    assert constants_of(net, [x, x + 1]) == {net: {}}
     linear = nn.Linear(3, 1)
-    assert _constants(linear, [torch.tensor([[[1.0, 2.0, 3.0], [1.0, 2.0, 4.0]]])]) == {linear: {0: 1.0, 1: 2.0}}
+    assert constants_of(linear, [torch.tensor([[[1.0, 2.0, 3.0], [1.0, 2.0, 4.0]]])]) == {linear: {0: 1.0, 1: 2.0}}
 
 
 def test_a_group_that_changes_outputs_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,8 +342,15 @@ def test_a_group_that_changes_outputs_stays(monkeypatch: pytest.MonkeyPatch) -> 
     kill(net[0], [1])
     monkeypatch.setattr("lightning_sparse.export.removal._fold", lambda *_: None)
     net[0].bias.data[1] = 3.0
+    x = torch.randn(3, 4)
     with pytest.raises(ValueError, match="'0': without it outputs change by"):
-        remove_dead(net, torch.randn(3, 4))
+        remove_dead(net, x)
+    deeper = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), net[0], nn.ReLU(), net[2])
+    deeper[2].weight.data[:, 3] = 0  # nobody reads it, so nothing has to be folded
+    smaller, removal = remove_dead(deeper, x)
+    assert removal.removed == {"0": 1}
+    assert "outputs change" in removal.refused["4"]
+    torch.testing.assert_close(smaller(x), deeper(x))
 
 
 def test_nothing_to_remove_and_nothing_to_trace() -> None:
