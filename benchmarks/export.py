@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers|.*tensorboard|.*LeafSpec")
+    sys.argv = ["DIR" if argument == options.data else argument for argument in sys.argv]  # no folders in results
     save(f"export_{options.suite}_{'cuda' if options.suite == 'vit' else 'cpu'}", SUITES[options.suite](options))
 
 

@@ -208,13 +208,16 @@ def _group_members(layer: Any, kept: Kept) -> list[tuple[list[int], list[int]]]:
     outputs = range(layer.out_channels) if kept.outputs is None else kept.outputs
     inputs = range(layer.in_channels) if kept.inputs is None else kept.inputs
     per_out, per_in = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    within: list[tuple[list[int], list[int]]] = [([], []) for _ in range(layer.groups)]
+    for output in outputs:
+        within[output // per_out][0].append(output)
+    for read in inputs:
+        within[read // per_in][1].append(read)
     members = []
-    for group in range(layer.groups):
-        out = [o for o in outputs if o // per_out == group]
-        read = [i for i in inputs if i // per_in == group]
-        if out and read:
+    for out, ins in within:
+        if out and ins:
             transposed = isinstance(layer, _ConvTransposeNd)
-            members.append((read, [o % per_out for o in out]) if transposed else (out, [i % per_in for i in read]))
+            members.append((ins, [o % per_out for o in out]) if transposed else (out, [i % per_in for i in ins]))
     if len({(len(ahead), len(within)) for ahead, within in members}) > 1:
         raise ValueError(f"groups of {layer} would differ in size.")
     return members

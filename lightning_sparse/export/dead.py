@@ -74,6 +74,9 @@ class Round:
                 ) from None
         self.names = {layer: name for name, layer in called.named_modules()}
         self.shared = shared_parameters(called)
+        layers = [layer for layer in self.names if is_layer(layer)]
+        self.fed: dict[Any, list[bool]] = {layer: _fed(layer).tolist() for layer in layers}
+        self.read: dict[Any, list[bool]] = {layer: _read(layer).tolist() for layer in layers}
 
     def groups(self) -> Iterator[Group]:
         """Groups with something to remove."""
@@ -164,13 +167,13 @@ class Round:
         group.constants = {}
         for name, channels in group.readers.items():
             layer, node = nodes[name].module, nodes[name]
-            read = _reads(layer)
+            read = self.read[layer]
             fixed = self.constants.get(layer)
             if _is_depthwise(layer):
                 continue  # it passes its channel on; who reads that decides
             sources = [self._sources(node, through) for through in (True, False)]
             for channel, indices in channels.items():
-                used = [index for index in indices if bool(read[index])]
+                used = [index for index in indices if read[index]]
                 if not used:
                     continue
                 fed = all(any(self._feeds(group, source, channel) for source in found) for found in sources)
@@ -197,7 +200,7 @@ class Round:
     def _feeds(self, group: Group, source: Any, channel: int) -> bool:
         """Whether a layer has a weight that is not zero for a channel."""
         outputs = group.outputs.get(self._path(source), {}).get(channel, [])
-        return any(bool(_feeds(source)[index]) for index in outputs)
+        return any(self.fed[source][index] for index in outputs)
 
     def _uneven(self, group: Group, going: list[int]) -> set[int]:
         """Channels that must not go so that the groups of a convolution remain equal in size, and none empty."""
@@ -255,7 +258,7 @@ class Round:
                 group.carriers.append(group.removed.pop())
 
     def _looks_dead(self, layer: Any) -> bool:
-        return not bool(_feeds(layer).all())
+        return not all(self.fed[layer])
 
     def _path(self, layer: nn.Module) -> str:
         return f"{self.prefix}.{self.names[layer]}".strip(".")
@@ -276,7 +279,7 @@ def _is_depthwise(layer: Any) -> bool:
     return isinstance(layer, _ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
 
 
-def _feeds(layer: Any) -> Tensor:
+def _fed(layer: Any) -> Tensor:
     """Which outputs have a weight other than zero."""
     weight: Tensor = layer.weight.detach() != 0
     if isinstance(layer, _ConvTransposeNd):
@@ -285,7 +288,7 @@ def _feeds(layer: Any) -> Tensor:
     return weight.flatten(1).any(1)
 
 
-def _reads(layer: Any) -> Tensor:
+def _read(layer: Any) -> Tensor:
     """Which inputs are multiplied by a weight other than zero."""
     weight: Tensor = layer.weight.detach() != 0
     if isinstance(layer, _ConvTransposeNd):
