@@ -136,8 +136,11 @@ def interleaved(
         device: to wait for, if it is a GPU.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
     for number in range(rounds + 2):
-        for name, function in functions.items():
+        first = number % len(names)  # each comes after each other one, whose traces in the caches differ
+        for name in names[first:] + names[:first]:
+            function = functions[name]
             if device is not None and device.type == "cuda":
                 torch.cuda.synchronize(device)
             start = perf_counter()

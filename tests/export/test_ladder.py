@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lightning_sparse.export import (
     use_kernels,
 )
 from lightning_sparse.export.ladder import _Ladder
-from lightning_sparse.export.running import Timing
+from lightning_sparse.export.running import Timing, interleaved
 from lightning_sparse.export.semi_structured import why_not
 from lightning_sparse.models import MLP, Classifier, ResNet
 
@@ -355,3 +356,10 @@ def test_what_is_slower_is_left_out_unless_it_was_named(tmp_path: Path, monkeypa
     made = export_ladder(small(), torch.randn(3, 4), tmp_path / "one", rungs=["onnx"])
     assert (tmp_path / "one" / "model.onnx").exists()
     assert made.recommendation.startswith("No rung is faster than dense")
+
+
+def test_functions_take_turns_and_each_begins_a_round() -> None:
+    calls: list[str] = []
+    found = interleaved({name: partial(calls.append, name) for name in "abc"}, rounds=4)
+    assert "".join(calls) == "abcbcacababcbcacab"
+    assert all(timing.low <= timing.median <= timing.high for timing in found.values())
