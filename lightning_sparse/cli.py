@@ -161,7 +161,7 @@ class SparseTrainer(pl.Trainer):
             datamodule: whose test set verifies, and whose training set calibrates.
             ckpt_path: the checkpoint; without --config, the configuration of its run is looked for beside it.
             to: the folder to write.
-            rungs: of plain, compact, merged, removed, kernels, 2:4, onnx; null takes all that suit.
+            rungs: of plain, compact, merged, removed, kernels, semi_structured, onnx; null takes all that suit.
             batch_size: in use, beside 1.
             tolerance: the largest change of an output, as a share of the largest.
             fold: batch normalisation into the layers in front of it.

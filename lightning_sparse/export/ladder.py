@@ -25,7 +25,7 @@ from lightning_sparse.export.plain import fold_norms
 from lightning_sparse.export.removal import remove_dead
 from lightning_sparse.export.report import count_parameters
 from lightning_sparse.export.running import callee, copy_model, difference, fit_to, interleaved, runner
-from lightning_sparse.export.semi_structured import SEMI_STRUCTURED, choose_semi_structured
+from lightning_sparse.export.semi_structured import choose_semi_structured
 
 __all__ = ["RUNGS", "export_ladder"]
 
@@ -66,7 +66,7 @@ class _Ladder:
     def plain(self) -> _Made:
         """A state dict that loads strictly."""
         path = self.folder / "plain.pt"
-        torch.save(self.base.state_dict(), path)
+        torch.save({name: tensor.cpu() for name, tensor in self.base.state_dict().items()}, path)
         loaded = self.blueprint.apply(copy_model(self.dense))
         loaded.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return self._made("plain.pt", loaded, self._no_faster())
@@ -142,21 +142,20 @@ class _Ladder:
         left = len(choices) - len(kernels)
         note = f"{named}{f'; {left} linear layers stay dense' if left else ''}"
         made = self._saved(file, model, replace(self.blueprint, kernels=kernels), note)
-        macs = self.macs(model)
         sparse = {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in kernels}
-        made.macs = sum(effective_macs(macs, sparse).values())
-        made.parameters = count_parameters(model)
+        made.macs = sum(effective_macs(self.macs(model), sparse).values())
         return made
 
     def _saved(self, file: str, model: nn.Module, blueprint: Blueprint, note: str) -> _Made:
         """Write a model, and take what the file makes of the whole one: that is what will be loaded."""
         save_model(model, self.folder / file, blueprint)
-        return self._made(file, load_model(copy_model(self.dense), self.folder / file), note)
+        return self._made(file, load_model(copy_model(self.dense), self.folder / file), note, model)
 
-    def _made(self, file: str, model: nn.Module, note: str) -> _Made:
-        macs = None if any(p.layout is not torch.strided for p in model.state_dict().values()) else self.macs(model)
-        total = None if macs is None else sum(macs.values())
-        return _Made(file, partial(_call, callee(model)[1]), note, count_parameters(model), total, model)
+    def _made(self, file: str, model: nn.Module, note: str, like: nn.Module | None = None) -> _Made:
+        """An artefact with the size of a model that is like it, but has no kernels that cannot be counted."""
+        like = like or model
+        macs = sum(self.macs(like).values())
+        return _Made(file, partial(_call, callee(model)[1]), note, count_parameters(like), macs, model)
 
     def _no_faster(self) -> str:
         folded = f"{len(self.blueprint.folded)} normalisations are folded; " if self.blueprint.folded else ""
@@ -169,7 +168,7 @@ RUNGS: dict[str, Callable[[_Ladder], _Made]] = {
     "merged": _Ladder.merged,
     "removed": _Ladder.removed,
     "kernels": _Ladder.kernels,
-    SEMI_STRUCTURED: _Ladder.semi_structured,
+    "semi_structured": _Ladder.semi_structured,
     "onnx": _Ladder.onnx,
 }
 """In the order in which they are climbed."""
@@ -192,8 +191,8 @@ def export_ladder(
 
     `plain`: a state dict. `compact`: the same without zeros. `merged`: without layers that act linearly. `removed`: without
     dead neurons and filters; the rungs after it stand on it. `kernels`: linear layers in CSR or BSR where that is faster
-    here. `2:4`: on the sparse tensor cores of a GPU. `onnx`. What is verified is what a file makes of the model. Nothing is
-    written before all are verified; what turns out slower than the dense model is left out unless `rungs` names it.
+    here. `semi_structured`: 2:4, on the sparse tensor cores of a GPU. `onnx`. What is verified is what a file makes of the
+    model. Nothing is written before all are verified; what turns out slower than dense is left out unless `rungs` names it.
 
     Args:
         model: trained, with exact zeros; it stays as it is.

@@ -116,7 +116,7 @@ def test_a_residual_network_with_channel_masks_folded(tmp_path: Path) -> None:
     assert removed.change is not None
     assert (removed.parameters or 0) < (report.rungs["plain"].parameters or 0)
     assert (removed.macs or 0) < (report.rungs["plain"].macs or 0)
-    for name in ("merged", "2:4"):
+    for name in ("merged", "semi_structured"):
         assert report.rungs[name].file is None
         assert report.rungs[name].note
 
@@ -272,7 +272,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "rung 'merged': no layer acts linearly for all inputs, so none is merged; train with L",
     ),
     ({"rungs": ["kernels"]}, "no linear layer is faster with a sparse kernel ('0': less than half of it is zero"),
-    ({"rungs": ["2:4"]}, "rung '2:4': 2:4 needs the model on a CUDA device"),
+    ({"rungs": ["semi_structured"]}, "rung 'semi_structured': 2:4 needs the model on a CUDA device"),
 ]
 
 
