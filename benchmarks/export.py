@@ -3,6 +3,7 @@
     python -m benchmarks.export resnet --data DIR    ResNet-20 trained on CIFAR-10 with half of its channels masked
     python -m benchmarks.export resnet               the same on the digits of scikit-learn
     python -m benchmarks.export mlp                  three linear layers, 2048 wide, 95 % of the weights masked at random
+    python -m benchmarks.export carriers             what it costs that dead channels emit something, random weights
     python -m benchmarks.export vit                  2:4 linear layers of ViT-B in bfloat16, on a CUDA device
     python -m benchmarks.export resnet --epochs 1    as short as wanted
 
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,8 @@ from torch import Tensor, nn
 from benchmarks.record import save
 from lightning_sparse.callbacks import Pruning
 from lightning_sparse.data import CIFAR10, Digits
-from lightning_sparse.export import choose_semi_structured, coupled_outputs, export_ladder
+from lightning_sparse.export import choose_semi_structured, coupled_outputs, export_ladder, fold_norms, remove_dead
+from lightning_sparse.export.running import interleaved
 from lightning_sparse.models import MLP, Classifier, ResNet
 
 
@@ -113,6 +117,28 @@ def ladder(module: nn.Module, inputs: Tensor, options: argparse.Namespace, **mor
     }
 
 
+def carriers(options: argparse.Namespace) -> dict[str, Any]:
+    """ResNet-20 with half of its channels dead, which emit 0.1 through their normalisation, or nothing."""
+    torch.manual_seed(options.seed)
+    net = ResNet(10, 3, 32).eval()
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data[layer.out_channels // 2 :] = 0
+    x = torch.randn(options.batch, 3, 32, 32)
+    models = {"dense": net}
+    for name, emitted in (("with carriers", 0.1), ("without", 0.0)):
+        for layer in net.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                nn.init.constant_(layer.bias, emitted)
+        models[name] = remove_dead(net, x)[0]
+        models[f"{name}, folded"] = remove_dead(fold_norms(net)[0], x)[0]
+    with torch.no_grad():
+        times = interleaved({name: partial(model, x) for name, model in models.items()}, options.rounds)
+    speed = {name: times["dense"].median / timing.median for name, timing in times.items()}
+    print(speed)
+    return {"batch": options.batch, "milliseconds": {name: asdict(t) for name, t in times.items()}, "speed": speed}
+
+
 def vit(options: argparse.Namespace) -> dict[str, Any]:
     """Each shape of linear layer in ViT-B with 197 tokens per image."""
     found = {}
@@ -126,7 +152,7 @@ def vit(options: argparse.Namespace) -> dict[str, Any]:
     return {"batch": options.batch, "milliseconds": found}
 
 
-SUITES = {"resnet": resnet, "mlp": mlp, "vit": vit}
+SUITES = {"resnet": resnet, "mlp": mlp, "carriers": carriers, "vit": vit}
 
 
 def main() -> None:
