@@ -1,4 +1,4 @@
-"""The command line: `lightning-sparse fit|refit|validate|test|predict --config FILE ...`, and `report RUN...`."""
+"""The command line: `lightning-sparse fit|refit|export|validate|test|predict --config FILE ...`, and `report RUN...`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import difflib
 import inspect
 import re
 import sys
+import tempfile
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
@@ -23,13 +26,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 import lightning_sparse
 import lightning_sparse.data
 import lightning_sparse.models
 import lightning_sparse.observe
 from lightning_sparse.callbacks import LayerSparsity, Sparsifier
-from lightning_sparse.export import fresh_start, merge_layers
+from lightning_sparse.export import ExportReport, export_ladder, fresh_start, merge_layers
+from lightning_sparse.export import recalibrate as recalibrate_norms
 from lightning_sparse.observe import SparsityMonitor, SparsityTable
 from lightning_sparse.observe.report import find_reports, read_report, write_report
 from lightning_sparse.observe.wandb import stay_offline
@@ -114,14 +119,7 @@ class SparseTrainer(pl.Trainer):
             tolerance: the largest ratio of negative part to whole of a layer that is merged.
             allow_growth: merge also where the product has more parameters than its factors.
         """
-        if not Path(ckpt_path).is_file():
-            raise FileNotFoundError(f"ckpt_path='{ckpt_path}' is no file; give a checkpoint of a fit with LayerSparsity.")
-        saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        try:
-            model.load_state_dict(saved["state_dict"])
-        except (KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"ckpt_path='{ckpt_path}' holds another model than the one configured: {reason}.") from None
+        load_weights(model, ckpt_path, "a checkpoint of a fit with LayerSparsity")
         methods = [c for c in self.callbacks if isinstance(c, LayerSparsity)]  # type: ignore[attr-defined]
         ranges = next((method.input_range for method in methods), None)
         merged, report = merge_layers(model, tolerance=tolerance, input_range=ranges, allow_growth=allow_growth)
@@ -138,6 +136,132 @@ class SparseTrainer(pl.Trainer):
         if tests and self.is_global_zero:
             Console().print(side_by_side("Refit", merged=before, refit=after))
         return merged
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str = "",
+        to: str = "",
+        rungs: list[str] | None = None,
+        batch_size: int = 64,
+        tolerance: float = 1e-5,
+        fold: bool = False,
+        recalibrate: int = 0,
+        input_range: list[float] | None = None,
+        rounds: int = 30,
+        device: str = "cpu",
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Make a sparse checkpoint smaller and faster: every artefact verified, and measured beside the dense model.
+
+        Args:
+            model: that was trained.
+            datamodule: whose test set verifies, and whose training set calibrates.
+            ckpt_path: the checkpoint; without --config, the configuration of its run is looked for beside it.
+            to: the folder to write.
+            rungs: of plain, compact, merged, removed, kernels, semi_structured, onnx; null takes all that suit.
+            batch_size: in use, beside 1.
+            tolerance: the largest change of an output, as a share of the largest.
+            fold: batch normalisation into the layers in front of it.
+            recalibrate: batch normalisation on so many training batches before anything else; 0 for none.
+            input_range: the least and largest input, by which the first layer may merge.
+            rounds: of calls that latency is the median of.
+            device: to export for, such as cuda for 2:4.
+            precision: of the weights.
+            overwrite: files in the folder.
+        """
+        if not to:
+            raise ValueError("to='' names no folder; write --to FOLDER.")
+        load_weights(model, ckpt_path, "one of the run to export")
+        model = model.eval()
+        if recalibrate:
+            batches = inputs_of(datamodule, "train")
+            measured = recalibrate_norms(model, (x for x, _ in zip(batches, range(recalibrate), strict=False)))
+            rank_zero_only(print)(f"batch normalisation measured anew: {measured} layers on {recalibrate} batches")
+        images: list[Tensor] = []
+        for x in inputs_of(datamodule, "test"):
+            images.append(x)
+            if sum(map(len, images)) >= batch_size:
+                break
+        model.to(device, getattr(torch, precision))
+
+        def test(made: nn.Module) -> Mapping[str, float]:
+            assert isinstance(made, pl.LightningModule)
+            return self.test(made, datamodule=datamodule, verbose=False)[0]
+
+        tests = is_overridden("test_step", model) and precision == "float32"
+        report = export_ladder(
+            model,
+            torch.cat(images)[:batch_size],
+            to,
+            rungs=rungs,
+            tolerance=tolerance,
+            fold=fold,
+            input_range=input_range,
+            rounds=rounds,
+            evaluate=test if tests else None,
+            overwrite=overwrite,
+        )
+        rank_zero_only(Console().print)(report.table())
+        return report
+
+
+def load_weights(model: pl.LightningModule, ckpt_path: str, which: str) -> None:
+    """Give a model the weights of a checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it holds another model.
+    """
+    if not Path(ckpt_path).is_file():
+        raise FileNotFoundError(f"ckpt_path='{ckpt_path}' is no file; give {which}.")
+    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    try:
+        model.load_state_dict(saved["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"ckpt_path='{ckpt_path}' holds another model than the one configured: {reason}.") from None
+
+
+def inputs_of(datamodule: pl.LightningDataModule | None, stage: Literal["train", "test"]) -> Iterator[Tensor]:
+    """The inputs of batches, without their labels.
+
+    Raises:
+        ValueError: if there is no data, or a batch does not begin with a tensor.
+    """
+    if datamodule is None:
+        raise ValueError("an export verifies on real inputs; configure --data.")
+    datamodule.prepare_data()
+    datamodule.setup("fit" if stage == "train" else "test")
+    for batch in datamodule.train_dataloader() if stage == "train" else datamodule.test_dataloader():
+        x = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"a {stage} batch begins with a {type(x).__name__}, not a tensor; call export_ladder from Python."
+            )
+        yield x
+
+
+def with_saved_config(args: list[str], folder: str) -> list[str]:
+    """Arguments of an export with the model and data of the run its checkpoint is from, unless they name a configuration.
+
+    Raises:
+        ValueError: if none lies beside the checkpoint or above it.
+    """
+    given = [arg.partition("=")[0] for arg in args]
+    if args[:1] != ["export"] or {"-c", "--config", "--model", "-h", "--help"} & set(given) or "--ckpt_path" not in given:
+        return args
+    position = given.index("--ckpt_path")
+    checkpoint = args[position].partition("=")[2] or "".join(args[position + 1 : position + 2])
+    found = next((f for f in (p / "config.yaml" for p in Path(checkpoint).resolve().parents[:4]) if f.is_file()), None)
+    if found is None:
+        raise ValueError(f"'{checkpoint}' has no config.yaml beside it or above; give the files of its run with --config.")
+    saved = yaml.safe_load(found.read_text())
+    kept = Path(folder) / "config.yaml"
+    kept.write_text(yaml.safe_dump({key: saved[key] for key in ("seed_everything", "model", "data") if key in saved}))
+    return ["export", f"--config={kept}", "--trainer.logger=false", *args[1:]]
 
 
 def side_by_side(title: str, **results: Mapping[str, float]) -> Table:
@@ -164,8 +288,8 @@ class SparseCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Those of Lightning, and `refit`."""
-        return {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}}
+        """Those of Lightning, `refit` and `export`."""
+        return {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}, "export": {"model", "datamodule"}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = SparseParser(dump_header=[f"lightning_sparse=={lightning_sparse.__version__}"], **kwargs)
@@ -240,8 +364,10 @@ def main(args: list[str] | None = None) -> None:
     try:
         if given[:1] == ["report"]:
             report(given[1:])
-        else:
-            SparseCLI(args)
+            return
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python")
+            SparseCLI(with_saved_config(given, folder))
     except Exception as error:
         refusal = _our_refusal(error)
         if refusal is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,42 @@ def test_refit_from_a_checkpoint(start: str, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["refit", *other])
     assert "holds another model than the one configured" in capsys.readouterr().err
+
+
+def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("safetensors")
+    run = [f"--config={DIGITS}", f"--config={MLP}", f"--config={CONFIGS / 'methods' / 'magnitude.yaml'}", *SMALL]
+    main(["fit", *run, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=2"])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    quick = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--rungs=[plain,compact]", "--rounds=2"]
+    capsys.readouterr()
+    # The configuration is that of the run, found above its checkpoint.
+    main(["export", *quick, f"--ckpt_path={checkpoint}", f"--to={tmp_path / 'out'}", "--batch_size=40", "--recalibrate=1"])
+    said = capsys.readouterr().out
+    assert "batch normalisation measured anew: 0 layers on 1 batches" in said
+    assert "No rung is faster than dense at batch 40" in " ".join(said.split())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["rungs"]["compact"]["metrics"]) == {"test/accuracy", "test/loss"}
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    plain = torch.load(tmp_path / "out" / "plain.pt", weights_only=True)
+    assert all(torch.equal(plain[name], tensor) for name, tensor in saved.items())
+    alone = tmp_path / "alone" / "a" / "b" / "c" / "d" / "net.ckpt"
+    alone.parent.mkdir(parents=True)
+    alone.write_bytes(checkpoint.read_bytes())
+    mistakes = [
+        ([f"--ckpt_path={alone}"], "has no config.yaml beside it or above; give the files of its run with --config."),
+        ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is no file; give one of the run to export."),
+        ([f"--ckpt_path={checkpoint}", "--rungs=[smaller]"], "rung 'smaller' is unknown; choose from ['plain'"),
+        ([f"--ckpt_path={checkpoint}", "--rungs=[removed]", "--tolerance=0"], "tolerance=0.0 must be above 0"),
+        ([f"--ckpt_path={checkpoint}", "--rungs=[merged]"], "no layer acts linearly for all inputs, so none is merged;"),
+    ]
+    for arguments, sentence in mistakes:
+        with pytest.raises(SystemExit):
+            main(["export", *arguments, f"--to={tmp_path / 'other'}"])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("lightning-sparse: ")
+        assert sentence in error
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(SystemExit):
+        main(["export", f"--ckpt_path={checkpoint}"])
+    assert "to='' names no folder; write --to FOLDER." in capsys.readouterr().err

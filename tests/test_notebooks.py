@@ -61,3 +61,11 @@ def test_seeing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(names["reports"]) == 4
     assert names["comparison"].stat().st_size < 1_000_000
     assert list(names["runs"].rglob("*.wandb"))
+
+
+def test_export() -> None:
+    pytest.importorskip("torch_pruning")
+    names = run(ROOT / "notebooks" / "export.ipynb")
+    assert names["change"] < 1e-5
+    assert names["report"].rungs["removed"].parameters < 0.35 * names["report"].rungs["dense"].parameters
+    assert names["smaller"].network.fc.in_features == names["optimizer"].param_groups[0]["params"][-2].shape[1]

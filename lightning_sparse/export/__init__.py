@@ -1,6 +1,47 @@
 """From trained weights to smaller and faster networks."""
 
+from lightning_sparse.export.blueprint import Blueprint, Kept, carry_optimizer, load_model, save_model
+from lightning_sparse.export.compact import compact_size, load_compact, save_compact
+from lightning_sparse.export.kernels import KernelChoice, SparseLinear, choose_kernels, use_kernels
+from lightning_sparse.export.ladder import RUNGS, export_ladder
+from lightning_sparse.export.ladder_report import ExportReport, Rung
 from lightning_sparse.export.merge import fresh_start, merge_layers, pad_in_front
-from lightning_sparse.export.report import LayerVerdict, MergeReport
+from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
+from lightning_sparse.export.plain import fold_norms, recalibrate
+from lightning_sparse.export.removal import Removal, coupled_outputs, remove_dead
+from lightning_sparse.export.report import LayerVerdict, MergeReport, count_parameters
+from lightning_sparse.export.semi_structured import choose_semi_structured
 
-__all__ = ["LayerVerdict", "MergeReport", "fresh_start", "merge_layers", "pad_in_front"]
+__all__ = [
+    "RUNGS",
+    "Blueprint",
+    "ExportReport",
+    "Kept",
+    "KernelChoice",
+    "LayerVerdict",
+    "MergeReport",
+    "Removal",
+    "Rung",
+    "SparseLinear",
+    "carry_optimizer",
+    "choose_kernels",
+    "choose_semi_structured",
+    "compact_size",
+    "compressed_size",
+    "count_parameters",
+    "coupled_outputs",
+    "export_ladder",
+    "fold_norms",
+    "fresh_start",
+    "load_compact",
+    "load_model",
+    "merge_layers",
+    "onnx_runner",
+    "pad_in_front",
+    "recalibrate",
+    "remove_dead",
+    "save_compact",
+    "save_model",
+    "save_onnx",
+    "use_kernels",
+]

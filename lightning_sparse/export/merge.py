@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,8 @@ from lightning_sparse.core import (
     padding_of,
     shared_parameters,
 )
-from lightning_sparse.export.report import LayerVerdict, MergeReport, count_depth, count_parameters, measure
+from lightning_sparse.export.report import LayerVerdict, MergeReport, count_depth, count_parameters
+from lightning_sparse.export.running import copy_model, measure, runner
 from lightning_sparse.functional import (
     Convolution,
     add_convolutions,
@@ -83,7 +83,7 @@ def merge_layers(
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance={tolerance} must be in [0, 1): a ratio of norms.")
-    before, after = _copy(model).eval(), _copy(model).eval()
+    before, after = copy_model(model).eval(), copy_model(model).eval()
     networks, failures = find_networks(after)
     if not networks:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(failures.items())[:3])
@@ -143,7 +143,7 @@ def pad_in_front(model: nn.Module) -> nn.Module:
         >>> net[0].padding, net[2].padding, net(torch.zeros(1, 1, 8, 8)).shape[2:]
         ((2, 2), (0, 0), torch.Size([8, 8]))
     """
-    model = _copy(model)
+    model = copy_model(model)
     shared = shared_parameters(model)
     for network in find_networks(model)[0]:
         links = analyse(network, (0.0, math.inf), shared, padded=True).links
@@ -418,43 +418,11 @@ def _as_sequential(module: fx.GraphModule) -> nn.Sequential | None:
     return nn.Sequential(*(module.get_submodule(str(n.target)) for n in inner))
 
 
-# ---- running ------------------------------------------------------------------------------------------------------------
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy that leaves the Trainer of a LightningModule behind."""
-    trainer = vars(model).get("_trainer")
-    return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
-
-
-def _runner(model: nn.Module, inputs: Tensor) -> Callable[[], Any]:
-    """Calls a model, or the only network of a LightningModule without a forward pass of its own."""
-    parameter = next(model.parameters())
-    x = inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else None)
-    callee: nn.Module = model
-    if hasattr(model, "training_step"):
-        with torch.no_grad():
-            try:
-                model(x)
-            except NotImplementedError:
-                networks = find_networks(model)[0]
-                if len(networks) != 1:
-                    names = [network.path for network in networks]
-                    raise ValueError(
-                        f"{type(model).__name__} has no forward and holds the networks {names}: inputs cannot be given to "
-                        "it; write a forward, or merge without inputs."
-                    ) from None
-                callee = networks[0].module
-
-    def run() -> Any:
-        with torch.no_grad():
-            return callee(x)
-
-    return run
+# ---- comparing ----------------------------------------------------------------------------------------------------------
 
 
 def _compare(before: nn.Module, after: nn.Module, inputs: Tensor, rounds: int, report: MergeReport) -> None:
-    first, second = _runner(before, inputs), _runner(after, inputs)
+    first, second = runner(before, inputs), runner(after, inputs)
     expected, found = first(), second()
     if isinstance(expected, Tensor):
         report.change = float((expected - found).abs().max()), float(expected.abs().max())
@@ -487,7 +455,7 @@ def _positive_shares(model: nn.Module, inputs: Tensor | None) -> dict[str, float
 
             handles.append(layer.register_forward_hook(renote))
     try:
-        _runner(model, inputs)()
+        runner(model, inputs)()
     finally:
         for handle in handles:
             handle.remove()

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
-from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_sparse.core import is_linear
 
-__all__ = ["LayerVerdict", "MergeReport", "count_depth", "count_parameters", "measure"]
+__all__ = ["LayerVerdict", "MergeReport", "count_depth", "count_parameters"]
 
 
 @dataclass(frozen=True)
@@ -100,19 +95,3 @@ def count_depth(module: nn.Module) -> int:
 def count_parameters(module: nn.Module) -> int:
     """Numbers that can be trained or are frozen, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def measure(first: Callable[[], Any], second: Callable[[], Any], rounds: int, device: torch.device) -> tuple[float, float]:
-    """Median milliseconds of two functions that take turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 2):
-        for function, seen in zip((first, second), times, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if number >= 2:
-                seen.append(1e3 * (perf_counter() - start))
-    return statistics.median(times[0]), statistics.median(times[1])

@@ -1,0 +1,189 @@
+"""Sparse kernels for linear layers on a CPU: each is measured, and the fastest is kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.export.running import callee, fit_to, interleaved
+
+__all__ = ["KernelChoice", "SparseLinear", "choose_kernels", "use_kernels"]
+
+BLOCKS = (4, 16, 32)
+
+
+class SparseLinear(nn.Module):
+    """A linear layer whose weight is stored in rows or blocks, for inference on a CPU.
+
+    Its products are made as (W x^T)^T, which is many times faster than x W^T in torch's kernels for these layouts.
+
+    Args:
+        layer: with zeros in its weight.
+        kernel: `csr`, or `bsr4`, `bsr16`, `bsr32` for square blocks.
+
+    Raises:
+        ValueError: if torch has no such kernel for the weight.
+
+    Example:
+        >>> layer = nn.Linear(8, 4)
+        >>> _ = layer.weight.data.mul_(torch.eye(4, 8))
+        >>> torch.allclose(SparseLinear(layer, "csr")(torch.ones(2, 8)), layer(torch.ones(2, 8)))
+        True
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear, kernel: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.kernel = layer.in_features, layer.out_features, kernel
+        self.register_buffer("weight", to_layout(layer.weight.detach(), kernel))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        product = (self.weight @ flat.t()).t()
+        if self.bias is not None:
+            product = product + self.bias
+        return product.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kernel={self.kernel}"
+
+
+def to_layout(weight: Tensor, kernel: str) -> Tensor:
+    """A weight in rows (`csr`) or square blocks (`bsr16`), with indices of four bytes where the kernel takes them."""
+    if kernel == "csr":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*in beta state")
+            csr = weight.to_sparse_csr()
+            return torch.sparse_csr_tensor(
+                csr.crow_indices().int(), csr.col_indices().int(), csr.values(), csr.shape, check_invariants=True
+            )
+    block = int(kernel.removeprefix("bsr")) if kernel.removeprefix("bsr").isdigit() and kernel.startswith("bsr") else 0
+    if not block:
+        raise ValueError(f"kernel='{kernel}' is unknown; choose csr, {', '.join(f'bsr{b}' for b in BLOCKS)} or 2:4.")
+    if any(size % block for size in weight.shape):
+        raise ValueError(f"kernel='{kernel}' needs sizes that are multiples of {block}, not {tuple(weight.shape)}.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*in beta state")
+        return weight.to_sparse_bsr((block, block))
+
+
+def use_kernels(model: nn.Module, kernels: Mapping[str, str]) -> nn.Module:
+    """Exchange linear layers for ones with other kernels, in place."""
+    from lightning_sparse.export.semi_structured import SEMI_STRUCTURED, to_semi_structured_
+
+    for name, kernel in kernels.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"'{name}' is a {type(layer).__name__}; only linear layers have sparse kernels.")
+        if kernel == SEMI_STRUCTURED:
+            to_semi_structured_(layer)
+        elif not name:
+            return SparseLinear(layer, kernel)
+        else:
+            model.set_submodule(name, SparseLinear(layer, kernel))
+    return model
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What was measured for one linear layer.
+
+    Args:
+        layer: its name.
+        sparsity: of its weight.
+        milliseconds: of a call, by kernel; `dense` among them.
+        chosen: the fastest.
+        note: why it is dense, where that was not measured.
+    """
+
+    layer: str
+    sparsity: float
+    milliseconds: dict[str, float]
+    chosen: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in self.milliseconds.items())
+        return f"{self.layer}, {self.sparsity:.1%} zeros: {self.chosen} ({self.note or times})"
+
+
+@torch.no_grad()
+def choose_kernels(
+    model: nn.Module, inputs: Tensor, *, rounds: int = 15, margin: float = 0.05, blocks: tuple[int, ...] = BLOCKS
+) -> list[KernelChoice]:
+    """Measure every linear layer dense, in CSR and in BSR on what it is given, and name the fastest.
+
+    Batch size and threads are those of this call: choose them as they will be in use.
+
+    Args:
+        model: on a CPU.
+        inputs: a batch.
+        rounds: of calls, all kernels taking turns.
+        margin: a kernel is kept only if it saves this share of the dense time; noise is not a gain.
+        blocks: sizes of square blocks to try.
+    """
+    given = _layer_inputs(model, inputs)
+    choices = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            choices.append(_choose(name, layer, given.get(name), rounds, margin, blocks))
+    return choices
+
+
+def _choose(
+    name: str, layer: nn.Linear, x: Tensor | None, rounds: int, margin: float, blocks: tuple[int, ...]
+) -> KernelChoice:
+    weight = layer.weight
+    sparsity = float((weight == 0).double().mean())
+    if type(layer) is not nn.Linear:
+        return KernelChoice(name, sparsity, {}, "dense", f"{type(layer).__name__} is used by its parent, not called")
+    if x is None:
+        return KernelChoice(name, sparsity, {}, "dense", "not called in a forward pass")
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        where = f"{weight.dtype} on {weight.device.type}".removeprefix("torch.")
+        return KernelChoice(
+            name, sparsity, {}, "dense", f"no sparse kernel for {where}; move the model to the CPU in float32"
+        )
+    if sparsity < 0.5:
+        return KernelChoice(name, sparsity, {}, "dense", "less than half of it is zero")
+    tried: dict[str, Any] = {"dense": layer}
+    for kernel in ("csr", *(f"bsr{block}" for block in blocks)):
+        try:
+            made = SparseLinear(layer, kernel)
+            made(x)
+        except (ValueError, RuntimeError):
+            continue
+        if kernel == "csr" or made.weight.values().numel() < 0.5 * weight.numel():
+            tried[kernel] = made
+    timings = interleaved({kernel: partial(made, x) for kernel, made in tried.items()}, rounds)
+    times = {kernel: timing.median for kernel, timing in timings.items()}
+    fastest = min(times, key=times.__getitem__)
+    if times[fastest] > (1 - margin) * times["dense"]:
+        fastest = "dense"
+    return KernelChoice(name, sparsity, {k: round(t, 4) for k, t in times.items()}, fastest)
+
+
+def _layer_inputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """The first input of every linear layer in a forward pass."""
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str, layer: nn.Module, args: Any) -> None:
+        seen.setdefault(name, args[0].detach())
+
+    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    handles = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers]
+    try:
+        callee(model)[1](fit_to(model, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -1,0 +1,209 @@
+"""Neurons, filters and channels that do nothing leave the network: a plain, smaller module with the same outputs.
+
+A channel may go if every layer that reads it either multiplies it by zeros, or is given the same number for every input
+because all that feeds it is zero. What is coupled with a channel through additions, concatenations, depthwise layers and
+normalisation is found on Torch-Pruning's dependency graph (Fang et al. 2023, https://arxiv.org/abs/2301.12900).
+
+A dead filter still emits a constant c, from its bias or its normalisation. It is folded into the bias of the next layer
+where that is exact:
+
+    b <- b + sum_j c_j sum_k W[:, j, k]      for linear layers, and convolutions whose border shows no zeros
+
+Where zeros are padded, or there is no bias, one dead channel s with c_s != 0 stays and carries the others, which is exact
+everywhere, since a layer is linear in its input channels:
+
+    W[:, s, k] <- sum_j (c_j / c_s) W[:, j, k]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_sparse.export.blueprint import Blueprint, Kept, cut, in_count, out_count
+from lightning_sparse.export.dead import Channels, Group, Round, bias_is_exact
+from lightning_sparse.export.running import copy_model, difference, need, runner
+
+__all__ = ["Removal", "coupled_outputs", "remove_dead"]
+
+
+@dataclass
+class Removal:
+    """What was taken out, and what could not be.
+
+    Args:
+        blueprint: outputs and inputs left of each layer; loads the smaller model, and cuts an optimizer's moments.
+        removed: layer -> outputs that are gone.
+        carriers: layer -> dead outputs that stay, because they carry a constant that no bias can hold exactly.
+        refused: layer -> why dead outputs of it stay.
+    """
+
+    blueprint: Blueprint = field(default_factory=Blueprint)
+    removed: dict[str, int] = field(default_factory=dict)
+    carriers: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) -> tuple[nn.Module, Removal]:
+    """A copy without the channels that do nothing, in evaluation mode; its outputs are equal up to rounding.
+
+    Rounds are made until nothing more is found: what fed only a dead neuron dies with it. Each group of coupled channels is
+    tried on the inputs, and on them shuffled, before it goes; if outputs change it stays, and the report says so.
+
+    Args:
+        model: with exact zeros where a mask was; trained with `structure="channel"`, or so sparse that neurons are dead.
+        inputs: a batch of real inputs.
+        tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller).
+
+    Returns:
+        The smaller model, and what was removed.
+
+    Raises:
+        ValueError: if Torch-Pruning is missing or cannot trace the model, or there is nothing to remove.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = net[0].weight.data[1:3].zero_()
+        >>> smaller, removal = remove_dead(net, torch.randn(5, 3))
+        >>> smaller[0], removal.removed
+        (Linear(in_features=3, out_features=2, bias=True), {'0': 2})
+    """
+    pruning = need("torch_pruning", "torch-pruning")
+    now, removal = copy_model(model).eval(), Removal()
+    order = torch.randperm(inputs.numel(), generator=torch.Generator().manual_seed(0)).to(inputs.device)
+    probes = [inputs, inputs.flatten()[order].view_as(inputs)] if inputs.is_floating_point() else [inputs]
+    expected = [runner(now, x)() for x in probes]
+    while True:
+        removal.refused.clear()
+        groups = list(Round(pruning, now, probes, removal.refused).groups())
+        groups, smaller, kept = _without_most(now, groups, probes, expected, tolerance, removal.refused)
+        if not groups:
+            break
+        now, removal.blueprint = smaller, removal.blueprint.then(kept)
+        for group in groups:
+            for name, channels in group.outputs.items():
+                gone = sum(len(set(channels.get(channel, ()))) for channel in group.removed)
+                removal.removed[name] = removal.removed.get(name, 0) + gone
+            if group.carriers:
+                removal.carriers[group.root] = len(group.carriers)
+    if not removal.removed:
+        reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(removal.refused.items())[:2])
+        raise ValueError(
+            f"nothing in {type(model).__name__} can be removed: {reasons or 'no neuron, filter or channel of it is dead'}. "
+            'Train with structure="channel", or at a higher sparsity.'
+        )
+    return now, removal
+
+
+def coupled_outputs(model: nn.Module, inputs: Tensor) -> list[list[str]]:
+    """Layers whose outputs can only be removed together, since additions or depthwise layers couple them.
+
+    A mask that removes the same outputs of all of them makes a network that `remove_dead` can cut in both directions; masks
+    chosen layer by layer rarely agree along a residual stream.
+
+    Args:
+        model: a network.
+        inputs: a batch for it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
+        >>> coupled_outputs(net, torch.randn(2, 1, 8, 8))
+        [['0', '2']]
+    """
+    step = Round(need("torch_pruning", "torch-pruning"), copy_model(model).eval(), [inputs], {})
+    return step.coupled()
+
+
+# ---- taking it out ------------------------------------------------------------------------------------------------------
+
+
+Cut = tuple[list[Group], nn.Module, dict[str, Kept]]
+
+
+def _without_most(
+    model: nn.Module,
+    groups: list[Group],
+    inputs: list[Tensor],
+    expected: list[Any],
+    tolerance: float,
+    refused: dict[str, str],
+) -> Cut:
+    """A copy without all groups, or, if that changes its outputs, without those that do not; notes why the others stay."""
+    smaller, kept, reason = _tried(model, groups, inputs, expected, tolerance)
+    if not reason:
+        return groups, smaller, kept
+    taken: list[Group] = []
+    for group in groups:
+        reason = _tried(model, [*taken, group], inputs, expected, tolerance)[2]
+        if reason:
+            refused[group.root] = reason
+        else:
+            taken.append(group)
+    return taken, *_without(model, taken)
+
+
+def _tried(
+    model: nn.Module, groups: list[Group], inputs: list[Tensor], expected: list[Any], tolerance: float
+) -> tuple[nn.Module, dict[str, Kept], str]:
+    """A copy without groups, what is left of each layer, and how its outputs differ, if they do."""
+    try:
+        smaller, kept = _without(model, groups)
+        for x, before in zip(inputs, expected, strict=True):
+            change, largest = difference(before, runner(smaller, x)())
+            if not change <= tolerance * max(1.0, largest):
+                return smaller, kept, f"without it outputs change by {change:.2g} (the largest is {largest:.3g})"
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        return model, {}, f"without it the model does not run ({reason})"
+    return smaller, kept, ""
+
+
+@torch.no_grad()
+def _without(model: nn.Module, groups: list[Group]) -> tuple[nn.Module, dict[str, Kept]]:
+    """A copy without the channels of groups, whose constants are folded forward, and what is left of each layer."""
+    model = copy_model(model)
+    outputs: dict[str, set[int]] = {}
+    inputs: dict[str, set[int]] = {}
+    for group in groups:
+        for name, constants in group.constants.items():
+            _fold(model.get_submodule(name), constants, group.readers[name], group)
+        for side, members in ((outputs, group.outputs), (inputs, group.readers)):
+            for name, channels in members.items():
+                gone = (index for channel in group.removed for index in channels.get(channel, ()))
+                side.setdefault(name, set()).update(gone)
+    kept: dict[str, Kept] = {}
+    for name in {**outputs, **inputs}:
+        layer = model.get_submodule(name)
+        written = [o for o in range(out_count(layer)) if o not in outputs[name]] if outputs.get(name) else None
+        read = [i for i in range(in_count(layer)) if i not in inputs[name]] if inputs.get(name) else None
+        kept[name] = Kept(written, read)
+        cut(layer, kept[name])
+    return model, kept
+
+
+def _fold(layer: Any, constants: dict[int, float], channels: Channels, group: Group) -> None:
+    """Keep what a layer gets from channels that are about to go: in its bias, or in the weights of a carrier."""
+    gone = [index for channel in group.removed for index in channels.get(channel, []) if constants.get(index)]
+    if not gone:
+        return
+    along = 0 if isinstance(layer, _ConvTransposeNd) else 1
+    weight = layer.weight.detach().double()
+    values = torch.tensor([constants[index] for index in gone], dtype=torch.double, device=weight.device)
+    grouped = isinstance(layer, _ConvNd) and layer.groups > 1
+    if grouped and bias_is_exact(layer):
+        size, rows = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+        for index, value in zip(gone, values, strict=True):
+            part = slice(index // size * rows, (index // size + 1) * rows)
+            layer.bias[part] += (value * weight[part, index % size].flatten(1).sum(1)).to(layer.bias.dtype)
+        return
+    lost = (weight.index_select(along, torch.tensor(gone, device=weight.device)).movedim(along, -1) * values).sum(-1)
+    if bias_is_exact(layer):
+        layer.bias.copy_(layer.bias.double() + lost.flatten(1).sum(1) if lost.ndim > 1 else layer.bias.double() + lost)
+        return
+    staying = [index for channel in group.carriers for index in channels.get(channel, []) if constants.get(index)]
+    carrier = max(staying, key=lambda index: abs(constants[index]))
+    layer.weight.select(along, carrier).add_((lost / constants[carrier]).to(layer.weight.dtype))
