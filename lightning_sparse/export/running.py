@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import random
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -137,9 +138,10 @@ def interleaved(
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
+    dice = random.Random(0)
     for number in range(rounds + 2):
-        first = number % len(names)  # each comes after each other one, whose traces in the caches differ
-        for name in names[first:] + names[:first]:
+        dice.shuffle(names)  # each comes after each other one, whose traces in caches and threads differ
+        for name in names:
             function = functions[name]
             if device is not None and device.type == "cuda":
                 torch.cuda.synchronize(device)
