@@ -122,7 +122,7 @@ SUITES: dict[str, dict[str, Setting]] = {
             lambda seed, root: FashionMNIST(root=root, seed=seed),
             classifier(plain_convolutions, 1e-3),
             3,
-            (0.03, 0.1),
+            (0.03, 0.1, 0.3, 1.0),
             allow_growth=True,
         ),
     },
