@@ -76,6 +76,9 @@ SETTINGS = {
     "lenet300-fashion": Setting(FashionMNIST, LeNet300, 30, 128, 0.05),
     "lenet300-fashion-15": Setting(FashionMNIST, LeNet300, 15, 128, 0.05),
     "lenet5-fashion": Setting(FashionMNIST, LeNet5, 30, 128, 0.05),
+    "lenet5-fashion-5": Setting(
+        FashionMNIST, LeNet5, 5, 128, 0.05, precision="bf16-mixed", memory_format=torch.channels_last
+    ),
     "resnet8-fashion": Setting(FashionMNIST, lambda *shape: ResNet(*shape, depth=8), 30),
     "resnet20-cifar10": Setting(CIFAR10, ResNet, 40),
     "resnet20-half-cifar10": Setting(
@@ -128,6 +131,7 @@ class Suite:
     sparsities: Sequence[float]
     seeds: Sequence[int] = (0, 1, 2)
     similarity: bool = False
+    shares: Sequence[str] = ()  # suites of the same setting, whose runs of the same methods count here too
 
 
 CKA = ("random + CKA-SR", "random + CKA-SR, all samples", "random + AugCKA-SR")
@@ -154,13 +158,20 @@ SUITES = {
         ("dense", "one-shot + fine-tuning", "gradual", "L1-ART", "HyperSparse"),
         (0.9, 0.98, 0.995),
     ),
-    "desk-lenet300": Suite("lenet300-fashion-15", WITH_TARGET, (0.9, 0.95, 0.98)),
+    "desk-lenet300": Suite("lenet300-fashion-15", WITH_TARGET, (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)),
+    "desk-lenet5": Suite("lenet5-fashion-5", WITH_TARGET, (0.9, 0.98, 0.995)),
+    "desk-resnet20": Suite(
+        "resnet20-half-cifar10", ("dense", "random", "gradual", "RigL", "HyperSparse"), (0.9, 0.98), shares=("cka",)
+    ),
     "cka": Suite("resnet20-half-cifar10", ("random", "random + CKA-SR"), (0.9, 0.95, 0.98), similarity=True),
     "cka-cifar10": Suite("resnet20-cifar10-160", ("random", *CKA), (0.95,), seeds=(0, 1, 2, 3, 4), similarity=True),
     "cka-cifar100": Suite("resnet20-cifar100-160", ("random", *CKA), (0.7, 0.85, 0.9, 0.95, 0.98, 0.998), similarity=True),
 }
 
-GROUPS = {"desk": ("desk-lenet300",), "paper": ("cka-cifar10", "cka-cifar100")}
+GROUPS = {
+    "desk": ("desk-lenet300", "desk-lenet5", "desk-resnet20"),
+    "paper": ("cka-cifar10", "cka-cifar100"),
+}
 
 
 def runs(suite: Suite) -> list[tuple[int, str, float]]:
@@ -293,18 +304,28 @@ def refuse_other_results(found: dict[str, Any], recipe: dict[str, Any]) -> None:
             )
 
 
-def collect(name: str, out: Path) -> dict[str, Any]:
-    """The result with all its parts."""
+def collect(name: str, out: Path, shared: bool = True) -> dict[str, Any]:
+    """The result with all its parts, and the runs that it shares with other suites."""
     whole: dict[str, Any] = {"runs": []}
     for path in [out / f"accuracy_{name}.json", *sorted(out.glob(f"accuracy_{name}.*.json"))]:
         result = load(path)
         whole = {**whole, **result, "runs": whole["runs"] + result["runs"]}
+    for other in SUITES[name].shares if shared else ():
+        theirs = collect(other, out, shared=False)
+        if theirs.get("recipe") == whole.get("recipe", theirs.get("recipe")):
+            mine = [r for r in theirs["runs"] if (r["seed"], r["method"], r["sparsity"]) in runs(SUITES[name])]
+            whole = {
+                "recipe": theirs.get("recipe"),
+                "machine": theirs.get("machine", {}),
+                **whole,
+                "runs": whole["runs"] + mine,
+            }
     return whole
 
 
 def merge(name: str, out: Path) -> None:
     """Put the parts into one file, in the order of the suite."""
-    whole, order = collect(name, out), runs(SUITES[name])
+    whole, order = collect(name, out, shared=False), runs(SUITES[name])
     whole["runs"].sort(key=lambda r: order.index((r["seed"], r["method"], r["sparsity"])))
     (out / f"accuracy_{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     for path in out.glob(f"accuracy_{name}.*.json"):
