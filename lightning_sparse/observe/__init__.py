@@ -4,5 +4,6 @@ from lightning_sparse.observe.checkpoint import SparsityCheckpoint
 from lightning_sparse.observe.monitor import SparsityMonitor
 from lightning_sparse.observe.similarity import SimilarityMap
 from lightning_sparse.observe.table import SparsityTable
+from lightning_sparse.observe.wandb import PatientWandbLogger
 
-__all__ = ["SimilarityMap", "SparsityCheckpoint", "SparsityMonitor", "SparsityTable"]
+__all__ = ["PatientWandbLogger", "SimilarityMap", "SparsityCheckpoint", "SparsityMonitor", "SparsityTable"]

@@ -11,10 +11,11 @@ from urllib.parse import urlparse
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-__all__ = ["Dashboard", "stay_offline"]
+__all__ = ["Dashboard", "PatientWandbLogger", "stay_offline"]
 
 STEP = "trainer/global_step"
 SECTIONS = ("sparsity/*", "layers/*", "layer_targets/*", "cost/*", "survivors/*", "masks/*", "charts/*")
@@ -124,6 +125,22 @@ class Dashboard:
         return str(self.logger.version)
 
 
+class PatientWandbLogger(WandbLogger):
+    """Lightning's `WandbLogger`, whose run waits on this machine, with a hint, where there is no account or network.
+
+    Lightning opens runs before any callback is asked, so this cannot be left to one. The command line does it for every
+    `WandbLogger`. Whoever sets `WANDB_MODE` has decided already.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The run; opened, online or offline, when it is first asked for."""
+        if self._experiment is None and not self._offline and (hint := stay_offline()) is not None:
+            rank_zero_warn(hint)
+        return super().experiment
+
+
 def _facts(run: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """What to know of an artefact before loading it."""
     return {"method": run["method"], "model": run["model"], "sparsity": row["sparsity"], **row["metrics"]}
@@ -152,7 +169,7 @@ def stay_offline(timeout: float = 3.0) -> str | None:
             return None
         except OSError:
             missing = f"{address.hostname} cannot be reached"
-    os.environ["WANDB_MODE"] = "offline"
+    os.environ["WANDB_MODE"] = settings.mode = "offline"  # processes started from here; this one has read it already
     return f"Weights & Biases stays offline, for {missing}; `wandb sync DIR` sends the run later."
 
 

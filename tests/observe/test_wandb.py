@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 import lightning_sparse.observe.wandb as board
 from lightning_sparse import SET, MagnitudePruning, RandomSparsity
 from lightning_sparse.cli import main
-from lightning_sparse.observe import SparsityCheckpoint, SparsityMonitor
+from lightning_sparse.observe import PatientWandbLogger, SparsityCheckpoint, SparsityMonitor
 from tests.toys import BATCHES, ROOT, fit, toy
 
 wandb = pytest.importorskip("wandb")
@@ -230,6 +230,44 @@ def test_the_command_line_stays_offline_by_itself(
     assert "final/val/accuracy" in {key for row in history(run) for key in row}
     [page] = tmp_path.rglob("report.html")
     assert "class_path: lightning_sparse.MagnitudePruning" in page.read_text(), "the resolved configuration"
+
+
+def test_in_a_script_a_patient_logger_stays_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(board, "_has_key", lambda wandb: False)
+    with pytest.warns(UserWarning, match="stays offline, for there is no API key"):
+        train(tmp_path, logger=PatientWandbLogger(project="patience", save_dir=tmp_path))
+    [run] = records(tmp_path)
+    assert "sparsity/actual" in {key for row in history(run) for key in row}
+
+
+def test_a_patient_logger_asks_nobody_who_has_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(board, "_has_key", lambda wandb: pytest.fail("chosen already"))
+    train(tmp_path / "by mode", logger=PatientWandbLogger(project="patience", save_dir=tmp_path))
+    wandb.finish()
+    monkeypatch.delenv("WANDB_MODE")
+    train(tmp_path / "by argument", logger=PatientWandbLogger(project="patience", save_dir=tmp_path, offline=True))
+
+
+def test_a_process_that_knows_no_account_goes_on(tmp_path: Path) -> None:
+    # wandb reads its settings once per process, so only a process of its own shows what a user meets
+    script = """
+from lightning_sparse.observe import PatientWandbLogger
+logger = PatientWandbLogger(project="patience", save_dir=".")
+logger.log_metrics({"sparsity/actual": 0.5}, 1)
+print(logger.experiment.settings.mode)
+"""
+    known = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_MODE") and key != "WANDB_API_KEY"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**known, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split()[-1:] == ["offline"], done.stderr
+    assert "stays offline, for there is no API key" in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
