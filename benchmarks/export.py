@@ -7,8 +7,7 @@
     python -m benchmarks.export vit                  2:4 linear layers of ViT-B in bfloat16, on a CUDA device
     python -m benchmarks.export resnet --epochs 1    as short as wanted
 
-All rungs are timed in turns beside the dense model. `CoupledMagnitude` below is a method of a few lines: it gives layers
-that write to one residual stream the same score, so that their masks agree and channels can leave the stream.
+All rungs are timed in turns beside the dense model.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import copy
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,30 +28,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.record import save
-from lightning_sparse.callbacks import Pruning
+from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import CIFAR10, Digits
-from lightning_sparse.export import choose_semi_structured, coupled_outputs, export_ladder, fold_norms, remove_dead
+from lightning_sparse.export import choose_semi_structured, export_ladder, fold_norms, remove_dead
 from lightning_sparse.export.running import interleaved
 from lightning_sparse.models import MLP, Classifier, ResNet
-
-
-class CoupledMagnitude(Pruning):
-    """Removes the channels of smallest norm, counted over all layers that are coupled through them.
-
-    Args:
-        sparsity: of channels, in every layer.
-        coupled: groups of layers, as `export.coupled_outputs` finds them.
-        options: of `Pruning`.
-    """
-
-    def __init__(self, sparsity: float, coupled: Sequence[Sequence[str]], **options: Any) -> None:
-        super().__init__(sparsity, structure="channel", allocation="uniform", **options)
-        self.coupled = coupled
-
-    def score(self, name: str, weight: Tensor) -> Tensor:
-        group = next(names for names in self.coupled if name.removesuffix(".weight") in names)
-        norms = torch.stack([self.weights[f"{layer}.weight"].detach().flatten(1).norm(dim=1) for layer in group])
-        return norms.sum(0).view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
 
 
 def accuracy(module: nn.Module, data: Any) -> dict[str, float]:
@@ -65,9 +44,7 @@ def accuracy(module: nn.Module, data: Any) -> dict[str, float]:
 def resnet(options: argparse.Namespace) -> dict[str, Any]:
     data: Any = CIFAR10(root=options.data) if options.data else Digits()
     L.seed_everything(options.seed, verbose=False)
-    module = Classifier(ResNet, data.num_classes, data.in_channels, data.image_size)
-    shape = (2, data.in_channels, data.image_size, data.image_size)
-    method = CoupledMagnitude(0.5, coupled_outputs(module, torch.randn(shape)), targets=["*", "!:last"])
+    module = Classifier(ResNet, data.num_classes, data.in_channels, data.image_size).to(memory_format=torch.channels_last)
     trainer = L.Trainer(
         max_epochs=options.epochs,
         accelerator="cpu",
@@ -76,17 +53,19 @@ def resnet(options: argparse.Namespace) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        callbacks=[method],
+        precision="bf16-mixed",
+        callbacks=[MagnitudePruning(0.5, structure="coupled", allocation="uniform")],
     )
     trainer.fit(module, data)
+    module = module.to(memory_format=torch.contiguous_format)
     data.setup("test")
     inputs = next(iter(data.test_dataloader()))[0][: options.batch]
     both = {"evaluate": lambda made: accuracy(made, data)}
     return {
         "as trained": ladder(module, inputs, options, **both),
         "normalisation folded": ladder(module, inputs, options, fold=True, **both),
-        "trained": f"{options.epochs} epochs of {type(data).__name__}, seed {options.seed}; half of the channels of every "
-        "convolution masked, alike along each residual stream",
+        "trained": f"{options.epochs} epochs of {type(data).__name__}, seed {options.seed}; MagnitudePruning(0.5, "
+        "structure='coupled', allocation='uniform')",
     }
 
 

@@ -28,7 +28,8 @@ class AtInit(Masked):
         sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), or `n:m`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
+            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
@@ -50,7 +51,7 @@ class AtInit(Masked):
         self.budget = Budget(sparsity, allocation, structure, layer_sparsity)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        self.budget.check(self.chosen)
+        self.check_budget(self.budget)
 
     def target_counts(self) -> tuple[int | None, dict[str, int]]:
         return self.budget.kept_weights(self.chosen)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse.callbacks.masked import Masked
-from lightning_sparse.core import Budget, Position, Remembered, Rounds, RunLength, Snapshot, clear_moments
+from lightning_sparse.core import Budget, Position, Remembered, Rounds, RunLength, Snapshot
 from lightning_sparse.functional import exponential, magnitude
 
 __all__ = ["LotteryTicket"]
@@ -52,7 +52,8 @@ class LotteryTicket(Masked):
             `round=i-trained.ckpt`, those it ends with; both load into the plain model. None saves nothing.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), or `n:m`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
+            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
@@ -96,7 +97,7 @@ class LotteryTicket(Masked):
         self.plan = Rounds(fewest if rounds is None else rounds, every, rewind_to)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        self.budget.check(self.chosen)
+        self.check_budget(self.budget)
         self.plan.resolve(run)
         if self.plan.end > until + 1e-9:
             raise ValueError(
@@ -136,17 +137,10 @@ class LotteryTicket(Masked):
         if self.rewind == "weights":
             self.moment.restore_weights(stations.module)
         self.moment.restore_optimizers(stations.trainer.optimizers, schedulers, moments=self.rewind == "weights")
-        self._clean()
-        self._save("ticket")
-
-    def _clean(self) -> None:
-        """The moment to return to was dense."""
-        self.masks.apply_(self.weights)
-        for name, weight in self.weights.items():
-            for optimizer in self.stations.trainer.optimizers:
-                clear_moments(optimizer, weight, self.masks.dropped(name))
+        self.clean()  # the moment to return to was dense
         if self.rewind == "weights":
             self.stations.restart_averages()
+        self._save("ticket")
 
     def _save(self, what: str) -> None:
         if self.save_to is not None:

@@ -31,7 +31,8 @@ class Pruning(Masked):
             function of (progress, start value, end value).
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), or `n:m`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
+            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
@@ -76,7 +77,7 @@ class Pruning(Masked):
                 f"{self.label} ends its schedule at {self.window.end:.0%} of the run as it was begun, but training now ends "
                 f"at {until:.0%} of that; train at least as long as planned then, or start anew from the weights."
             )
-        self.budget.check(self.chosen)
+        self.check_budget(self.budget)
 
     def target_counts(self) -> tuple[int | None, dict[str, int]]:
         return self.budget.kept_weights(self.chosen)

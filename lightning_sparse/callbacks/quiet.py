@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-__all__ = ["loss_of", "quietly", "refuse_unrepeatable_data", "size_of", "training_outputs"]
+__all__ = ["example_inputs", "loss_of", "quietly", "refuse_unrepeatable_data", "size_of", "training_outputs"]
 
 
 @contextmanager
@@ -58,6 +58,32 @@ def training_outputs(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
         with precision.train_step_context():
             output = module.training_step(batch, index) if with_index else module.training_step(batch)
         yield batch, output
+
+
+def example_inputs(trainer: pl.Trainer, module: pl.LightningModule, label: str) -> Tensor:
+    """What the model can be called with: its `example_input_array`, or what comes first in the first batch.
+
+    Args:
+        trainer: that is fitting.
+        module: from `quietly`.
+        label: who asks.
+
+    Raises:
+        ValueError: if neither is a tensor.
+    """
+    found: Any = module.example_input_array
+    if found is None:
+        refuse_unrepeatable_data(trainer, module, label)
+        batch = next(_own_pass(_combined(trainer)), None)
+        while isinstance(batch, list | tuple | Mapping) and batch:
+            batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+        found = batch
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"{label} must call the model once, but finds no tensor in a batch; set example_input_array in "
+            f"{type(module).__name__}."
+        )
+    return found
 
 
 def refuse_unrepeatable_data(trainer: pl.Trainer, module: pl.LightningModule, label: str) -> None:

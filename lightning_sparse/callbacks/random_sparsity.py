@@ -26,7 +26,8 @@ class RandomSparsity(Masked):
         sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
         allocation: how sparsity is shared: `erk` (the default), `erk+` (last layer dense), `er`, `uniform`, `uniform+`,
             or `global` (every weight has the same chance). With `n:m` every layer has the same share.
-        structure: what is removed: `unstructured`, `channel`, or `n:m`.
+        structure: what is removed: `unstructured`, `channel`, `coupled` (channels, in all layers that additions couple, with
+            biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         rescale: divide each weight by the square root of its layer's density, so that activations keep their variance.
         seed: of the mask. None takes the seed of `seed_everything`, or draws one.
@@ -56,7 +57,7 @@ class RandomSparsity(Masked):
         self.budget = Budget(sparsity, allocation or default, structure, layer_sparsity)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        self.budget.check(self.chosen)
+        self.check_budget(self.budget)
 
     def target_counts(self) -> tuple[int | None, dict[str, int]]:
         return self.budget.kept_weights(self.chosen)

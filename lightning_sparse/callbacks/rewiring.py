@@ -102,7 +102,7 @@ class Rewiring(Masked):
         default = "uniform" if ":" in str(structure) else "erk"
         self.budget = Budget(sparsity, allocation or default, structure, layer_sparsity)
         if isinstance(self.budget.structure, Channels):
-            raise ValueError("structure='channel' is not rewired; write 'unstructured' or 'n:m' such as '2:4'.")
+            raise ValueError(f"structure='{structure}' is not rewired; write 'unstructured' or 'n:m' such as '2:4'.")
         self.window = Window(start, end, every)
         self._reading = False
 

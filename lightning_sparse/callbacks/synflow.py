@@ -38,7 +38,8 @@ class SynFlow(AtInit):
         network: the part of the module that is scored, by name; None is the innermost part with all trainable parameters.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), or `n:m`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
+            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.

@@ -43,7 +43,8 @@ class WeightPenalty(Pruning):
         end: when the penalty ends and the prune is made: a fraction of the run, `'n epochs'` or `'n steps'`. None is 0.8
             with a sparsity, and the end of the run without.
         allocation: how sparsity is shared: `global` (all layers compete), `uniform`, `uniform+`, `er`, `erk`, `erk+`.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), or `n:m`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
+            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.

@@ -17,6 +17,7 @@ from lightning_sparse.core.chains import (
     shared_parameters,
 )
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs
+from lightning_sparse.core.coupling import Coupling, Place
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.masks import LiveMasks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
@@ -24,7 +25,7 @@ from lightning_sparse.core.moments import clear_moments
 from lightning_sparse.core.rounds import Rounds
 from lightning_sparse.core.snapshot import Snapshot
 from lightning_sparse.core.sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
-from lightning_sparse.core.structure import Channels, NOfM, Structure, Unstructured, parse_structure
+from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
 from lightning_sparse.core.targets import Candidate, Target, describe, find_targets, matches_name
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window
@@ -40,6 +41,8 @@ __all__ = [
     "CatchUp",
     "Chains",
     "Channels",
+    "Coupled",
+    "Coupling",
     "Exponents",
     "FeatureLayer",
     "FeatureTap",
@@ -50,6 +53,7 @@ __all__ = [
     "Memory",
     "NOfM",
     "Network",
+    "Place",
     "Position",
     "Remembered",
     "Rounds",

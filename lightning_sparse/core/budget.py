@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_sparse.core.structure import Unstructured, parse_structure
+from lightning_sparse.core.structure import Coupled, Pool, Unstructured, parse_structure
 from lightning_sparse.core.targets import Target, matches_name
 from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, random_generator, random_score, top_k_masks
 
@@ -22,7 +22,7 @@ class Budget:
         sparsity: the fraction of units (weights, or channels) removed in the end, in [0, 1). May be None where the
             structure implies it.
         allocation: `global` (scores of all layers compete) or a name in `functional.ALLOCATIONS`.
-        structure: `unstructured`, `channel`, or `n:m`.
+        structure: `unstructured`, `channel`, `coupled`, or `n:m`.
         layer_sparsity: layers with a sparsity of their own: glob over names -> sparsity. They count towards the total.
 
     Raises:
@@ -68,8 +68,13 @@ class Budget:
         for target in targets:
             self.structure.check(target)
         if self.kept_units(targets) == 0:
-            total = sum(self.structure.units(target) for target in targets)
+            total = sum(pool.size for pool in self.structure.pools(targets))
             raise ValueError(f"sparsity={self.sparsity} of {total:,} units leaves nothing; lower it or choose more layers.")
+        if isinstance(self.structure, Coupled) and self.kept_units(targets) < len(self.structure.pools(targets)):
+            raise ValueError(
+                f"sparsity={self.sparsity} keeps {self.kept_units(targets)} units, fewer than there are groups of coupled "
+                f"layers ({len(self.structure.pools(targets))}), and each keeps one; lower it."
+            )
         _, kept = self.kept_weights(targets)
         for target in targets:
             if kept.get(target.name) == 0:
@@ -80,18 +85,14 @@ class Budget:
 
     def kept_units(self, targets: Sequence[Target], sparsity: float | None = None) -> int:
         """How many units remain at a sparsity (default: the final one)."""
-        total = sum(self.structure.units(target) for target in targets)
+        total = sum(pool.size for pool in self.structure.pools(targets))
         return total - exact_count(self.sparsity if sparsity is None else sparsity, total)
 
     def kept_weights(self, targets: Sequence[Target], sparsity: float | None = None) -> tuple[int | None, dict[str, int]]:
         """Weights that remain at a sparsity (default: the final one): in all, and per layer where scores have no say."""
         units = self._plan(targets, self.sparsity if sparsity is None else sparsity)
-        kept = {
-            targets[layer].name: number * targets[layer].weight.numel() // self.structure.units(targets[layer])
-            for layers, number in units.items()
-            for layer in layers
-            if len(layers) == 1
-        }
+        alone = {pools[0]: number for pools, number in units.items() if len(pools) == 1}
+        kept = {targets[layer].name: count for layer, count in self.structure.entries(alone, targets).items()}
         if len(kept) == len(targets):
             return sum(kept.values()), kept
         return (self.kept_units(targets, sparsity) if isinstance(self.structure, Unstructured) else None), kept
@@ -121,11 +122,12 @@ class Budget:
                     f"The score of '{target.name}' holds NaN, so nothing can be ranked; training has diverged, lower the "
                     "learning rate or clip gradients."
                 )
-        units = [self.structure.score(score, target) for score, target in zip(scores, targets, strict=True)]
+        ranked = self.structure.rank(scores, targets)
+        held = None if kept is None else self.structure.held(kept, targets, ranked)
         chosen: dict[int, Tensor] = {}
-        for layers, number in self._plan(targets, self.sparsity if sparsity is None else sparsity, kept).items():
-            chosen.update(zip(layers, top_k_masks([units[layer] for layer in layers], number), strict=True))
-        return [self.structure.expand(chosen[layer], target) for layer, target in enumerate(targets)]
+        for pools, number in self._plan(targets, self.sparsity if sparsity is None else sparsity, held).items():
+            chosen.update(zip(pools, top_k_masks([ranked[pool] for pool in pools], number), strict=True))
+        return self.structure.spread([chosen[pool] for pool in range(len(ranked))], targets)
 
     def random_masks(self, targets: Sequence[Target], seed: int, sparsity: float | None = None) -> dict[str, Tensor]:
         """Masks by name, drawn at random; the same on every rank and device."""
@@ -134,48 +136,54 @@ class Budget:
         return {target.name: mask for target, mask in zip(targets, masks, strict=True)}
 
     def _plan(
-        self, targets: Sequence[Target], sparsity: float, kept: Sequence[int] | None = None
+        self, targets: Sequence[Target], sparsity: float, held: Sequence[int] | None = None
     ) -> dict[tuple[int, ...], int]:
-        """Units to keep in every group of layers that compete with each other; most groups are single layers."""
-        sizes = [self.structure.units(target) for target in targets]
-        fixed = self._fixed(targets, sparsity)
+        """Units to keep in every group of pools that compete with each other; most groups are single pools.
+
+        Args:
+            targets: the weights.
+            sparsity: at this moment.
+            held: units that every pool keeps so far.
+        """
+        everything = self.structure.pools(targets)
+        sizes = [pool.size for pool in everything]
+        fixed = self._fixed(targets, everything, sparsity)
         total = self.kept_units(targets, sparsity)
         if self.allocation == "global":
-            groups: list[tuple[int, ...]] = [(layer,) for layer in fixed]
-            pool = tuple(layer for layer in range(len(targets)) if layer not in fixed)
-            left = (1 - sparsity) * sum(sizes) - sum(fixed[layer] * sizes[layer] for layer in fixed)
-            room = sum(sizes[layer] for layer in pool)
+            groups: list[tuple[int, ...]] = [(pool,) for pool in fixed]
+            free = tuple(pool for pool in range(len(sizes)) if pool not in fixed)
+            left = (1 - sparsity) * sum(sizes) - sum(fixed[pool] * sizes[pool] for pool in fixed)
+            room = sum(sizes[pool] for pool in free)
             if not -1e-6 <= left <= room + 1e-6:
                 raise ValueError(
                     f"sparsity={sparsity} keeps {total:,} units, but layer_sparsity keeps {total - round(left):,} and the "
                     f"other layers hold {room:,}; choose another sparsity or free a layer."
                 )
-            densities = [fixed[layer] for layer in fixed] + ([left / room] if pool else [])
-            groups += [pool] if pool else []
+            densities = [fixed[pool] for pool in fixed] + ([left / room] if free else [])
+            groups += [free] if free else []
         else:
-            groups = [(layer,) for layer in range(len(targets))]
-            shapes = [tuple(target.weight.shape) for target in targets]
+            groups = [(pool,) for pool in range(len(sizes))]
+            shapes = [tuple(targets[pool.layers[0]].weight.shape) for pool in everything]
             densities = ALLOCATIONS[self.allocation](shapes, 1 - sparsity, fixed, sizes)
-        capacity = [sum(sizes[layer] for layer in layers) for layers in groups]
-        if kept is None:
+        capacity = [sum(sizes[pool] for pool in pools) for pools in groups]
+        if held is None:
             return dict(zip(groups, counts(densities, capacity, total), strict=True))
-        held = [number * size // target.weight.numel() for number, size, target in zip(kept, sizes, targets, strict=True)]
-        high = [sum(held[layer] for layer in layers) for layers in groups]
+        high = [sum(held[pool] for pool in pools) for pools in groups]
         low = list(self._plan(targets, self.sparsity).values())
         low = [min(final, most) for final, most in zip(low, high, strict=True)]
         return dict(zip(groups, counts(densities, capacity, min(total, sum(high)), low, high), strict=True))
 
-    def _fixed(self, targets: Sequence[Target], sparsity: float) -> dict[int, float]:
-        """Densities of the layers with a sparsity of their own, on the way in proportion to the whole."""
+    def _fixed(self, targets: Sequence[Target], pools: Sequence[Pool], sparsity: float) -> dict[int, float]:
+        """Densities of the pools with a sparsity of their own, on the way in proportion to the whole."""
         way = sparsity / self.sparsity if self.sparsity else 1.0
         fixed: dict[int, float] = {}
         for pattern, value in self.layer_sparsity.items():
-            hits = [layer for layer, target in enumerate(targets) if matches_name(pattern, target.name)]
+            hits = {layer for layer, target in enumerate(targets) if matches_name(pattern, target.name)}
             if not hits:
                 names = ", ".join(target.name for target in targets[:8])
                 more = ", ..." if len(targets) > 8 else ""
                 raise ValueError(f"layer_sparsity: the glob '{pattern}' matches none of the chosen weights ({names}{more}).")
-            fixed.update(dict.fromkeys(hits, 1 - value * way))
+            fixed.update({index: 1 - value * way for index, pool in enumerate(pools) if hits & {*pool.layers}})
         return dict(sorted(fixed.items()))
 
 

@@ -1,18 +1,34 @@
-"""What is removed as one piece: a weight, all but n of m neighbours, or an output channel."""
+"""What is removed as one piece: a weight, all but n of m neighbours, an output channel, or all that is coupled with one."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
+from lightning_sparse.core.coupling import Coupling
 from lightning_sparse.core.targets import Target
 from lightning_sparse.functional import channel_score, expand_channels, n_m_mask
 
-__all__ = ["Channels", "NOfM", "Structure", "Unstructured", "parse_structure"]
+__all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "Unstructured", "parse_structure"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Units that belong to the same weights: all of one weight, unless channels are coupled.
+
+    Args:
+        layers: positions of the weights.
+        size: how many units.
+    """
+
+    layers: tuple[int, ...]
+    size: int
 
 
 class Structure(ABC):
@@ -37,6 +53,26 @@ class Structure(ABC):
     def sparsity(self) -> float | None:
         """The only sparsity the structure allows, or None if any."""
         return None
+
+    def pools(self, targets: Sequence[Target]) -> list[Pool]:
+        """All units, by the weights they belong to."""
+        return [Pool((layer,), self.units(target)) for layer, target in enumerate(targets)]
+
+    def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+        """One score per unit of every pool, from one per entry of every weight."""
+        return [self.score(score, target) for score, target in zip(scores, targets, strict=True)]
+
+    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+        """The masks of the weights from those of the pools."""
+        return [self.expand(mask, target) for mask, target in zip(kept, targets, strict=True)]
+
+    def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
+        """Units that every pool keeps so far, from the entries that every weight does; what is dropped is ranked last."""
+        return [count * self.units(target) // target.weight.numel() for count, target in zip(counts, targets, strict=True)]
+
+    def entries(self, kept: Mapping[int, int], targets: Sequence[Target]) -> dict[int, int]:
+        """Entries that weights keep when pools keep so many units; of weights all of whose pools are given."""
+        return {layer: kept[layer] * targets[layer].weight.numel() // self.units(targets[layer]) for layer in kept}
 
 
 @final
@@ -88,14 +124,15 @@ class NOfM(Structure):
         return kept
 
 
-@final
 class Channels(Structure):
     """Whole output channels: filters of a convolution, neurons of a linear layer."""
+
+    text = "channel"
 
     def check(self, target: Target) -> None:
         if target.transposed and target.groups > 1:
             raise ValueError(
-                f"structure='channel' is not defined for the grouped transposed convolution '{target.name}', where one "
+                f"structure='{self.text}' is not defined for the grouped transposed convolution '{target.name}', where one "
                 f"row serves several outputs; exclude it with targets=['!{target.name}']."
             )
 
@@ -109,8 +146,55 @@ class Channels(Structure):
         return expand_channels(kept, target.weight, target.output_dim)
 
 
+@final
+class Coupled(Channels):
+    """Output channels, each in all the layers that additions couple, with its biases and norms: these can leave a network.
+
+    Whoever knows the network sets `coupling` before anything else is asked. Channels that cannot leave are kept.
+    """
+
+    text = "coupled"
+
+    def __init__(self) -> None:
+        self.coupling = Coupling([], {}, {}, {})
+
+    def pools(self, targets: Sequence[Target]) -> list[Pool]:
+        places = {target.name: layer for layer, target in enumerate(targets)}
+        return [Pool(tuple(places[name] for name in names), len(units)) for names, units in self.coupling.pools]
+
+    def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+        by_channel = {target.name: self.score(score, target) for score, target in zip(scores, targets, strict=True)}
+        mean = self.coupling.mean(by_channel)
+        ranked = [mean[units.to(mean.device)] for _, units in self.coupling.pools]
+        for score in ranked:
+            score[score.argmax()] = torch.inf  # a layer without channels is none
+        return ranked
+
+    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+        whole = torch.ones(self.coupling.count, dtype=torch.bool, device=kept[0].device)
+        for mask, (_, units) in zip(kept, self.coupling.pools, strict=True):
+            whole[units.to(mask.device)] = mask
+        return [self.expand(self.coupling.spread(whole, target.name).to(target.weight.device), target) for target in targets]
+
+    def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
+        return [int((score > -torch.inf).count_nonzero()) for score in ranked]
+
+    def entries(self, kept: Mapping[int, int], targets: Sequence[Target]) -> dict[int, int]:
+        pools, found = self.pools(targets), {}
+        for layer, target in enumerate(targets):
+            mine = [index for index, pool in enumerate(pools) if layer in pool.layers]
+            if all(index in kept for index in mine):
+                stay = int((self.coupling.units[target.name] < 0).count_nonzero())
+                channels = stay + sum(kept[index] for index in mine)
+                found[layer] = channels * target.weight.numel() // self.units(target)
+        return found
+
+
+CHOICES = "write 'unstructured', 'channel', 'coupled' or 'n:m' such as '2:4'."
+
+
 def parse_structure(text: str | int) -> Structure:
-    """`unstructured`, `channel`, or `n:m`.
+    """`unstructured`, `channel`, `coupled`, or `n:m`.
 
     Raises:
         ValueError: if it is none of them.
@@ -119,11 +203,13 @@ def parse_structure(text: str | int) -> Structure:
         if isinstance(text, int) and text >= 60:
             meant = f"{text // 60}:{text % 60}"
             raise ValueError(f"structure={text} is how YAML reads {meant}; write '{meant}', in quotes.")
-        raise ValueError(f"structure={text!r} is unknown; write 'unstructured', 'channel' or 'n:m' such as '2:4'.")
+        raise ValueError(f"structure={text!r} is unknown; {CHOICES}")
     if text == "unstructured":
         return Unstructured()
     if text == "channel":
         return Channels()
+    if text == "coupled":
+        return Coupled()
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NOfM(int(match[1]), int(match[2]))
-    raise ValueError(f"structure='{text}' is unknown; write 'unstructured', 'channel' or 'n:m' such as '2:4'.")
+    raise ValueError(f"structure='{text}' is unknown; {CHOICES}")

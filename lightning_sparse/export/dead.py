@@ -88,16 +88,13 @@ class Round:
                 if group is not None:
                     yield group
 
-    def coupled(self) -> list[list[str]]:
-        """Layers with outputs in common, but for those that the model puts out."""
-        found: list[list[str]] = []
+    def outputs(self) -> Iterator[tuple[str, dict[str, Channels], str]]:
+        """Every layer: its outputs and what is coupled with them, layer -> positions; and why they must stay, if so."""
         for layer in list(self.graph.module2node):
-            if is_layer(layer) and layer in self.names and not any(self._path(layer) in names for names in found):
+            if is_layer(layer) and layer in self.names:
                 items, _ = self._members(layer, range(out_count(layer)))
                 group, foreign = self._sorted(self._path(layer), items)
-                if not foreign:
-                    found.append(sorted(name for name in group.outputs if is_layer(self.model.get_submodule(name))))
-        return sorted(found)
+                yield self._path(layer), group.outputs, foreign
 
     def _dead(self, root: Any) -> Group | None:
         """Shrink the set of all channels of a root until every one left is dead wherever it is read."""

@@ -17,6 +17,7 @@ everywhere, since a layer is linear in its input channels:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_sparse.core import Coupling, Place
 from lightning_sparse.export.blueprint import Blueprint, Kept, cut, in_count, out_count
-from lightning_sparse.export.dead import Channels, Group, Round, bias_is_exact
+from lightning_sparse.export.dead import Channels, Group, Round, bias_is_exact, is_layer
 from lightning_sparse.export.running import copy_model, difference, need, runner
 
-__all__ = ["Removal", "coupled_outputs", "remove_dead"]
+__all__ = ["Removal", "coupled_outputs", "find_coupling", "remove_dead"]
 
 
 @dataclass
@@ -115,7 +117,49 @@ def coupled_outputs(model: nn.Module, inputs: Tensor) -> list[list[str]]:
         [['0', '2']]
     """
     step = Round(need("torch_pruning", "torch-pruning"), copy_model(model).eval(), [inputs], {})
-    return step.coupled()
+    found: list[list[str]] = []
+    for layer, outputs, foreign in step.outputs():
+        if not foreign and not any(layer in names for names in found):
+            found.append(sorted(name for name in outputs if is_layer(model.get_submodule(name))))
+    return sorted(found)
+
+
+def find_coupling(model: nn.Module, inputs: Tensor, weights: Mapping[str, int]) -> Coupling:
+    """Which channels of the given weights can only leave together, and what goes with them: biases and norms.
+
+    Args:
+        model: a network.
+        inputs: a batch for it.
+        weights: weight -> how many output channels it has.
+
+    Raises:
+        ValueError: if Torch-Pruning is missing or cannot trace the model, or if no channel can leave.
+    """
+    step = Round(need("torch_pruning", "torch-pruning"), copy_model(model).eval(), [inputs], {})
+    parameters = {name: len(parameter) for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    staying = dict.fromkeys(weights, "it is not found behind the outputs")
+    groups: list[list[Place]] = []
+    vectors: dict[str, int] = {}
+    for layer, outputs, foreign in step.outputs():
+        weight = f"{layer}.weight"
+        staying.pop(weight, None)
+        if foreign or weight not in weights:
+            staying[weight] = foreign or "it is not among the targets"
+            continue
+        channels: dict[int, list[Place]] = {}
+        for name, positions in outputs.items():
+            module = model.get_submodule(name)
+            mine = [] if isinstance(module, nn.PReLU) else [f"{name}.weight", f"{name}.bias"]
+            vectors.update({one: parameters[one] for one in mine if one in parameters})
+            places = [one for one in mine if one in parameters or (is_layer(module) and one == mine[0])]
+            for channel, indices in positions.items():
+                channels.setdefault(channel, []).extend((one, index) for one in places for index in indices)
+        groups += channels.values()
+    coupling = Coupling(groups, weights, vectors, staying)
+    if not coupling.count:
+        reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(staying.items())[:2])
+        raise ValueError(f"structure='coupled' finds no channel that can leave {type(model).__name__} ({reasons}).")
+    return coupling
 
 
 # ---- taking it out ------------------------------------------------------------------------------------------------------

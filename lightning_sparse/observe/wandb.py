@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 

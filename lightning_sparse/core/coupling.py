@@ -1,0 +1,102 @@
+"""Output channels that can only go together, since additions couple them: what one layer loses, the others must lose too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Coupling", "Place"]
+
+Place = tuple[str, int]
+"""A parameter, and a channel of it."""
+
+
+class Coupling:
+    """Which channels of which parameters are one unit.
+
+    Args:
+        groups: for every channel the places where it shows; channels that have a place in common are one unit.
+        weights: weight -> how many output channels it has.
+        vectors: the same for biases and norms, which go with a channel but have no say in it.
+        staying: weights whose channels must stay, and with them all that is coupled with one; and why.
+
+    Example:
+        >>> channels = [[("a", 0), ("b", 0)], [("a", 1), ("b", 1)], [("c", 0)]]
+        >>> coupling = Coupling(channels, {"a": 2, "b": 2, "c": 1}, {}, {})
+        >>> coupling.units["b"], coupling.pools
+        (tensor([0, 1]), [(('a', 'b'), tensor([0, 1])), (('c',), tensor([2]))])
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Sequence[Place]],
+        weights: Mapping[str, int],
+        vectors: Mapping[str, int],
+        staying: Mapping[str, str],
+    ) -> None:
+        self.staying = dict(staying)
+        parents: dict[Place, Place] = {}
+
+        def root(place: Place) -> Place:
+            while (parent := parents[place]) != place:
+                parents[place] = parents[parent]
+                place = parent
+            return place
+
+        for places in groups:
+            for place in places:
+                parents.setdefault(place, place)
+                parents[root(place)] = root(places[0])
+        fixed = {root(place) for place in parents if place[0] in staying}
+        numbers: dict[Place, int] = {}
+        members: dict[int, list[str]] = {}
+        self.units: dict[str, Tensor] = {}
+        """Parameter -> the unit of each of its channels; -1 for those that stay."""
+        for name, size in {**weights, **vectors}.items():
+            units = [-1] * size
+            for place in ((name, channel) for channel in range(size)):
+                if place in parents and (first := root(place)) not in fixed:
+                    units[place[1]] = unit = numbers.setdefault(first, len(numbers))
+                    if name in weights and name not in members.setdefault(unit, []):
+                        members[unit].append(name)
+            self.units[name] = torch.tensor(units)
+        self.vectors = list(vectors)
+        """Biases and norms."""
+        shared: dict[tuple[str, ...], list[int]] = {}
+        for unit, names in members.items():
+            shared.setdefault(tuple(names), []).append(unit)
+        self.pools = [(names, torch.tensor(units)) for names, units in shared.items()]
+        """Units that the same weights have in common."""
+        self.count = len(numbers)
+        """How many units there are."""
+
+    def mean(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """The score of each unit: the mean over the weights it is in.
+
+        Args:
+            scores: weight -> a score per channel.
+        """
+        device = next(iter(scores.values())).device
+        total, times = torch.zeros(self.count, device=device), torch.zeros(self.count, device=device)
+        for name, score in scores.items():
+            free = self.units[name] >= 0
+            where = self.units[name][free].to(device)
+            values = score.to(device)[free.to(device)].float()
+            total.index_add_(0, where, values)
+            times.index_add_(0, where, torch.ones_like(values))
+        return total / times
+
+    def spread(self, kept: Tensor, name: str) -> Tensor:
+        """Which channels of a parameter are kept, from which units are."""
+        units = self.units[name].to(kept.device)
+        return kept[units.clamp(min=0)] | (units < 0)
+
+    def gather(self, channels: Mapping[str, Tensor]) -> Tensor:
+        """Which units are kept, from which channels of all weights are; the inverse of `spread`."""
+        kept = torch.ones(self.count, dtype=torch.bool)
+        for name, alive in channels.items():
+            free = self.units[name] >= 0
+            kept[self.units[name][free]] = alive.cpu()[free]
+        return kept
