@@ -21,14 +21,12 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
 import lightning as L
 import torch
-import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.overhead import Net
 from benchmarks.record import save
@@ -69,19 +67,6 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
 }
 
 STATIONS = ("before_step", "_after_step", "batch_start", "batch_end", "_direct_step")
-
-
-class Model(Net):
-    """A network of the size asked for, with the training of `benchmarks.overhead`."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__("quick" if name != "resnet18" else "resnet18")
-        if name == "mlp":
-            sizes = [3072, 512, 512, 512, 10]
-            parts = [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.ReLU())]
-            self.net = nn.Sequential(nn.Flatten(), *parts[:-1])
-        elif name == "vit":
-            self.net = torchvision.models.VisionTransformer(32, 4, 6, 3, 192, 768, num_classes=10)
 
 
 class Clock(L.Callback):
@@ -173,7 +158,7 @@ def measure(name: str, model: str, batch: int, steps: int) -> dict[str, float]:
         callbacks=[method, clock],
     )
     with clock.watching():
-        runner.fit(Model(model), torch.utils.data.DataLoader(data, batch_size=None))
+        runner.fit(Net(model), torch.utils.data.DataLoader(data, batch_size=None))
     ratios = [step / (step - inside) for step, inside in clock.steps]
     whole = sum(step for step, _ in clock.steps)
     return {
