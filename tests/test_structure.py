@@ -19,7 +19,7 @@ PACKAGE = ROOT / "lightning_sparse"
 MAY_IMPORT = {
     "functional": {"functional"},
     "core": {"functional", "core"},
-    "callbacks": {"functional", "core", "callbacks"},
+    "callbacks": {"functional", "core", "export", "callbacks"},
     "metrics": {"functional", "core", "metrics"},
     "observe": {"functional", "core", "callbacks", "metrics", "observe"},
     "export": {"functional", "core", "export"},
