@@ -270,7 +270,17 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"runs": []}
 
 
-def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Path) -> None:
+def have_data(data: type[ImageData], root: str, download: bool) -> None:
+    """Fetch what is missing if that is wanted, and refuse to go on without it."""
+    made = data(root=root, download=download)
+    try:
+        made.prepare_data()
+        made.load(train=False)
+    except FileNotFoundError as error:
+        raise SystemExit(f"{str(error).partition(' (')[0]}; give its folder with --data, or add --download.") from None
+
+
+def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Path, download: bool = False) -> None:
     """Do what is missing in this part, and write after every run."""
     suite = SUITES[name]
     setting = SETTINGS[suite.setting]
@@ -279,6 +289,7 @@ def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Pa
     plain = {key: value for key, value in asdict(setting).items() if key not in ("data", "network", "memory_format")}
     how = json.loads(json.dumps({"setting": suite.setting, **plain, **({"epochs": epochs} if epochs else {})}))
     refuse_other_results(collect(name, out), how)
+    have_data(setting.data, root, download)
     for index, (seed, method, sparsity) in enumerate(runs(suite)):
         done = {(r["seed"], r["method"], r["sparsity"]) for r in collect(name, out)["runs"]}
         if index % part[1] != part[0] - 1 or (seed, method, sparsity) in done:
@@ -359,6 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*SUITES, *GROUPS], help="one, or a group of them")
     parser.add_argument("--data", default="data", help="folder of the data, in torchvision's layout")
+    parser.add_argument("--download", action="store_true", help="fetch the data if they are not in that folder")
     parser.add_argument("--part", default="1/1", help="k/n: the k-th of n processes")
     parser.add_argument("--epochs", type=int, help="instead of the setting's, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -373,7 +385,7 @@ def main() -> None:
         if options.merge:
             merge(suite, options.out)
         elif not options.table:
-            run(suite, options.data, (part, parts), options.epochs, options.out)
+            run(suite, options.data, (part, parts), options.epochs, options.out, options.download)
         print(table(suite, options.out))
 
 
