@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,12 @@ def run(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("QUICK", "1")
+    logger = logging.getLogger("lightning.pytorch")  # notebooks silence it, and other tests read what it says
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -61,6 +67,31 @@ def test_seeing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(names["reports"]) == 4
     assert names["comparison"].stat().st_size < 1_000_000
     assert list(names["runs"].rglob("*.wandb"))
+
+
+@pytest.mark.filterwarnings("ignore:HyperSparse goes on with", "ignore:.*has removed all of")
+def test_comparing() -> None:
+    names = run(ROOT / "notebooks" / "comparing.ipynb")
+    assert len(names["curves"]) == 11
+    assert names["dense"][0] > 80
+    sizes = names["sizes"]
+    for (method, sparsity, _), (_, weights) in names["runs"].items():
+        kept = sum(int(weight.count_nonzero()) for weight in weights.values())
+        assert kept == pytest.approx((1 - sparsity) * sum(sizes), abs=1), method
+    for name, shares in names["layers"].items():
+        left = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
+        assert left == pytest.approx(1 - names["sparsities"][-1], abs=1e-3), name
+        assert left < names["work"][name] < 0.5, "small layers, used often, are the denser ones"
+
+
+def test_cka() -> None:
+    names = run(ROOT / "notebooks" / "cka.ipynb")
+    similar = {name: float(names["linear_cka"](names["x"], y)) for name, y in names["others"].items()}
+    assert similar["rotated"] == pytest.approx(1)
+    assert similar["their labels"] > 0.3 > abs(similar["the images of other samples"])
+    assert len(names["maps"]["not trained, dense"].names) == 9
+    weakest, strongest = (names["found"]["random", names["STRENGTHS"][i]][1] for i in (0, -1))
+    assert strongest[0] < weakest[0] - 0.02
 
 
 def test_export() -> None:
