@@ -130,11 +130,13 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     """
     from lightning_sparse.export.kernels import use_kernels
 
-    blueprint = Blueprint.from_json(read_note(path)["blueprint"])
-    blueprint.apply(model)
+    note = read_note(path)
+    if not isinstance(note, dict) or "blueprint" not in note:
+        raise ValueError(f"'{path}' holds tensors without the structure of a model; read them with load_compact.")
+    blueprint = Blueprint.from_json(note["blueprint"])
     try:
-        model.load_state_dict(load_compact(path))
-    except RuntimeError as error:
+        blueprint.apply(model).load_state_dict(load_compact(path))
+    except (IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"'{path}' holds another model than {type(model).__name__} as it was built: {reason}.") from None
     return use_kernels(model, blueprint.kernels)

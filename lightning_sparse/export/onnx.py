@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_sparse.export.running import callee, copy_model, fit_to, need
+from lightning_sparse.export.running import callee, copy_model, first_line, fit_to, need
 
 __all__ = ["compressed_size", "onnx_runner", "save_onnx"]
 
@@ -46,9 +46,8 @@ def save_onnx(model: nn.Module, inputs: Tensor, path: str | Path) -> int:
             assert program is not None
             program.save(str(path))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise ValueError(
-            f"{type(model).__name__} cannot be exported to ONNX ({reason}); leave the rung 'onnx' out."
+            f"{type(model).__name__} cannot be exported to ONNX ({first_line(error)}); leave the rung 'onnx' out."
         ) from None
     finally:
         logger.setLevel(level)

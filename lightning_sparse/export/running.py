@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_sparse.core import find_networks
 
-__all__ = ["Timing", "callee", "copy_model", "difference", "interleaved", "measure", "need", "runner", "shared_names"]
+__all__ = ["Timing", "callee", "copy_model", "difference", "first_line", "interleaved", "measure", "need", "runner", "shared_names"]
 
 
 def need(module: str, package: str) -> Any:
@@ -33,9 +33,24 @@ def need(module: str, package: str) -> Any:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy that leaves the Trainer of a LightningModule behind."""
+    """A deep copy that leaves the Trainer of a LightningModule behind.
+
+    Raises:
+        ValueError: if it cannot be made.
+    """
     trainer = vars(model).get("_trainer")
-    return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
+    try:
+        return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({first_line(error)}); if torch.nn.utils.prune holds its masks, make them "
+            "permanent with prune.remove."
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, short enough to stand in a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def callee(model: nn.Module) -> tuple[str, nn.Module]:
