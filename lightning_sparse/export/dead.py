@@ -80,9 +80,8 @@ class Round:
                 if not any(map(is_layer, self.graph.module2node)):
                     raise ValueError("no layer is found behind its output")
             except Exception as error:
-                raise ValueError(
-                    f"{type(model).__name__} cannot be traced by Torch-Pruning ({first_line(error)}); export it without removal."
-                ) from None
+                said = f"{type(model).__name__} cannot be traced by Torch-Pruning ({first_line(error)})"
+                raise ValueError(f"{said}; export it without removal.") from None
         self.names = {layer: name for name, layer in called.named_modules()}
         self.shared = shared_parameters(called)
         layers = [layer for layer in self.names if is_layer(layer)]
@@ -92,14 +91,17 @@ class Round:
 
     def groups(self) -> Iterator[Group]:
         """Groups with something to remove."""
-        seen: set[nn.Module] = set()
+        seen: dict[nn.Module, set[int]] = {}
         for layer in list(self.graph.module2node):
-            if is_layer(layer) and layer not in seen and layer in self.names and not is_depthwise(layer):
-                members = self._members(layer, range(out_count(layer)))[0]
-                seen |= {node.module for node, produces, _ in members if produces}
-                group = self._dead(layer)
-                if group is not None:
-                    yield group
+            if not is_layer(layer) or layer not in self.names or is_depthwise(layer):
+                continue
+            left = [channel for channel in range(out_count(layer)) if channel not in seen.get(layer, ())]
+            for node, produces, channels in self._members(layer, left)[0] if left else ():
+                if produces:
+                    seen.setdefault(node.module, set()).update(*channels.values())
+            group = self._dead(layer, left) if left else None
+            if group is not None:
+                yield group
 
     def coupled(self) -> list[list[str]]:
         """Layers with outputs in common, but for those that the model puts out."""
@@ -111,15 +113,14 @@ class Round:
                     found.append(sorted(name for name in group.outputs if is_layer(self.model.get_submodule(name))))
         return sorted(found)
 
-    def _dead(self, root: Any) -> Group | None:
-        """Shrink the set of all channels of a root until every one left is dead wherever it is read."""
+    def _dead(self, root: Any, chosen: list[int]) -> Group | None:
+        """Shrink a set of channels of a root until every one left is dead wherever it is read."""
         path = self._path(root)
-        chosen = list(range(out_count(root)))
         while True:
             members, lost = self._members(root, chosen)
             group, foreign = self._sorted(path, members, lost)
             if foreign:
-                if self._looks_dead(root):
+                if not all(self.fed[root][channel] for channel in chosen):
                     self.refused[path] = foreign
                 return None
             own = group.outputs[path]
@@ -146,8 +147,8 @@ class Round:
         lost = ""
         while stack and not lost:
             node, function, places = stack.pop()
-            for edge in filter(lambda edge: edge.is_triggered_by(function), node.dependencies):  # noqa: B023
-                there: Any = places
+            for edge in node.dependencies:
+                there: Any = places if edge.is_triggered_by(function) else []
                 for mapping in filter(None, edge.index_mapping):
                     there = mapping(there)
                 known = found.setdefault((edge.target, edge.handler), set())
@@ -292,9 +293,6 @@ class Round:
             if len(gone) >= whole:
                 group.carriers.append(group.removed.pop())
 
-    def _looks_dead(self, layer: Any) -> bool:
-        return not all(self.fed[layer])
-
     def _path(self, layer: nn.Module) -> str:
         return f"{self.prefix}.{self.names[layer]}".strip(".")
 
@@ -307,10 +305,12 @@ def _is_product_of_a_layer(node: Any) -> bool:
 
 
 def is_layer(layer: Any) -> bool:
+    """Whether it is a linear layer or a convolution, transposed ones among them."""
     return isinstance(layer, nn.Linear | _ConvNd)
 
 
 def is_depthwise(layer: Any) -> bool:
+    """Whether each of its outputs reads the input of the same number, and no other."""
     return isinstance(layer, _ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
 
 

@@ -210,7 +210,7 @@ def export_ladder(
     Raises:
         ValueError: if a rung is unknown, one that was named is not possible, or one fails its verification.
     """
-    names = _check(rungs, to, tolerance, overwrite)
+    names = _check(rungs, to, inputs, tolerance, input_range, rounds, overwrite)
     with tempfile.TemporaryDirectory() as folder:
         ladder = _Ladder(model, inputs, Path(folder), {"fold": fold, "input_range": input_range, "tolerance": tolerance})
         expected = _call(callee(ladder.dense)[1], inputs)
@@ -229,7 +229,7 @@ def export_ladder(
             except Exception as error:  # libraries and kernels have many ways to say that they cannot
                 reason = str(error) if isinstance(error, ValueError) else f"it does not run ({first_line(error)})."
                 if rungs is not None:
-                    raise ValueError(f"rung '{name}': {reason} Nothing was written.") from None
+                    raise ValueError(f"rung '{name}': {reason.rstrip('.')}. Nothing was written.") from None
                 report.rungs[name] = Rung(note=reason)
                 continue
             report.rungs[name] = _verified(name, rung, found, expected, ladder.tolerance, Path(folder))
@@ -253,12 +253,28 @@ def export_ladder(
     return report
 
 
-def _check(rungs: Sequence[str] | None, to: str | Path, tolerance: float, overwrite: bool) -> list[str]:
+def _check(
+    rungs: Sequence[str] | None,
+    to: str | Path,
+    inputs: Tensor,
+    tolerance: float,
+    input_range: Sequence[float] | None,
+    rounds: int,
+    overwrite: bool,
+) -> list[str]:
     unknown = [name for name in rungs or () if name not in RUNGS]
     if unknown:
         raise ValueError(f"rung '{unknown[0]}' is unknown; choose from {list(RUNGS)}.")
+    if rungs is not None and not rungs:
+        raise ValueError(f"rungs={rungs} names none; choose from {list(RUNGS)}, or leave it out for all that suit.")
+    if not len(inputs):
+        raise ValueError("inputs holds no sample; give a batch of real ones.")
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be above 0: rounding alone changes outputs a little.")
+    if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
+        raise ValueError(f"input_range={input_range} must be the least and the largest input, such as [0, 1].")
+    if rounds < 0:
+        raise ValueError(f"rounds={rounds} must be 0, for no measurement, or more.")
     if Path(to).is_file() or (Path(to).is_dir() and any(Path(to).iterdir()) and not overwrite):
         raise ValueError(f"to='{to}' is there already; name a new folder, or set overwrite.")
     return [name for name in RUNGS if rungs is None or name in rungs]

@@ -46,8 +46,9 @@ def save_onnx(model: nn.Module, inputs: Tensor, path: str | Path) -> int:
             assert program is not None
             program.save(str(path))
     except Exception as error:
+        reason = first_line(error.__cause__ or error)
         raise ValueError(
-            f"{type(model).__name__} cannot be exported to ONNX ({first_line(error)}); leave the rung 'onnx' out."
+            f"{type(model).__name__} cannot be exported to ONNX ({reason}); leave the rung 'onnx' out."
         ) from None
     finally:
         logger.setLevel(level)

@@ -89,9 +89,10 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
             break
         now, removal.blueprint = smaller, removal.blueprint.then(kept)
         for group in groups:
-            for name in filter(lambda name: is_layer(now.get_submodule(name)), group.outputs):  # noqa: B023
-                gone = sum(len(group.outputs[name].get(channel, ())) for channel in group.removed)
-                removal.removed[name] = removal.removed.get(name, 0) + gone
+            for name, channels in group.outputs.items():
+                if is_layer(now.get_submodule(name)):
+                    gone = sum(len(channels.get(channel, ())) for channel in group.removed)
+                    removal.removed[name] = removal.removed.get(name, 0) + gone
             removal.carriers[group.root] = len(group.carriers)
     removal.carriers = {name: count for name, count in removal.carriers.items() if count}
     if not removal.removed:
@@ -172,7 +173,7 @@ def _tried(
 
 @contextmanager
 def _signs_turned(model: nn.Module, whole: nn.Module, kept: Mapping[str, Kept]) -> Iterator[None]:
-    """Signs of layers' outputs turned at random, alike in the whole model and in a smaller one; not of those without weights."""
+    """Signs of outputs turned at random, alike in the whole model and in a smaller one; not of outputs without weights."""
 
     def turn(fed: Tensor, outputs: list[int] | None, dice: torch.Generator, layer: Any, args: Any, out: Tensor) -> Tensor:
         along = 1 - layer.weight.ndim
