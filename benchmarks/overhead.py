@@ -58,6 +58,7 @@ class Net(L.LightningModule):
             self.net = nn.Sequential(nn.Flatten(), *parts[:-1])
         elif size == "vit":
             self.net = torchvision.models.VisionTransformer(32, 4, 6, 3, 192, 768, num_classes=10)
+            nn.init.normal_(self.net.heads.head.weight, std=0.02)  # zeros as it is made, at which no score says anything
         else:
             self.net = torchvision.models.resnet18(num_classes=10)
             self.net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -35,6 +36,7 @@ import lightning_sparse.observe
 from lightning_sparse.callbacks import LayerSparsity, Sparsifier
 from lightning_sparse.export import ExportReport, export_ladder, fresh_start, merge_layers
 from lightning_sparse.export import recalibrate as recalibrate_norms
+from lightning_sparse.export.running import first_line
 from lightning_sparse.observe import SparsityMonitor, SparsityTable
 from lightning_sparse.observe.report import find_reports, read_report, write_report
 from lightning_sparse.observe.wandb import stay_offline
@@ -174,18 +176,27 @@ class SparseTrainer(pl.Trainer):
         """
         if not to:
             raise ValueError("to='' names no folder; write --to FOLDER.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        if recalibrate < 0:
+            raise ValueError(
+                f"recalibrate={recalibrate} must be a number of batches, or 0 to leave the statistics as they are."
+            )
         load_weights(model, ckpt_path, "one of the run to export")
         model = model.eval()
         if recalibrate:
             batches = inputs_of(datamodule, "train")
             measured = recalibrate_norms(model, (x for x, _ in zip(batches, range(recalibrate), strict=False)))
-            rank_zero_only(print)(f"batch normalisation measured anew: {measured} layers on {recalibrate} batches")
+            rank_zero_only(print)(f"batch normalisation measured anew: {measured} layers on up to {recalibrate} batches")
         images: list[Tensor] = []
         for x in inputs_of(datamodule, "test"):
             images.append(x)
             if sum(map(len, images)) >= batch_size:
                 break
-        model.to(device, getattr(torch, precision))
+        try:
+            model.to(device, getattr(torch, precision))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device='{device}' cannot be used here ({first_line(error)}); write --device=cpu.") from None
 
         def test(made: nn.Module) -> Mapping[str, float]:
             assert isinstance(made, pl.LightningModule)
@@ -213,16 +224,33 @@ def load_weights(model: pl.LightningModule, ckpt_path: str, which: str) -> None:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it holds another model.
+        ValueError: if it is no checkpoint, or holds another model.
     """
     if not Path(ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path='{ckpt_path}' is no file; give {which}.")
-    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    with readable(ckpt_path):
+        weights = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
     try:
-        model.load_state_dict(saved["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise ValueError(f"ckpt_path='{ckpt_path}' holds another model than the one configured: {reason}.") from None
+
+
+@contextmanager
+def readable(ckpt_path: str) -> Iterator[None]:
+    """Has a sentence for a file that is no checkpoint.
+
+    Raises:
+        ValueError: if reading it fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"ckpt_path='{ckpt_path}' cannot be read as a checkpoint ({said}); give one that a run saved."
+        ) from None
 
 
 def inputs_of(datamodule: pl.LightningDataModule | None, stage: Literal["train", "test"]) -> Iterator[Tensor]:
@@ -248,6 +276,7 @@ def with_saved_config(args: list[str], folder: str) -> list[str]:
     """Arguments of an export with the model and data of the run its checkpoint is from, unless they name a configuration.
 
     Raises:
+        FileNotFoundError: if there is no checkpoint.
         ValueError: if none lies beside the checkpoint or above it.
     """
     given = [arg.partition("=")[0] for arg in args]
@@ -255,6 +284,8 @@ def with_saved_config(args: list[str], folder: str) -> list[str]:
         return args
     position = given.index("--ckpt_path")
     checkpoint = args[position].partition("=")[2] or "".join(args[position + 1 : position + 2])
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"ckpt_path='{checkpoint}' is no file; give one of the run to export.")
     found = next((f for f in (p / "config.yaml" for p in Path(checkpoint).resolve().parents[:4]) if f.is_file()), None)
     if found is None:
         raise ValueError(f"'{checkpoint}' has no config.yaml beside it or above; give the files of its run with --config.")
@@ -305,6 +336,11 @@ class SparseCLI(LightningCLI):
             default=False,
             help="After fit, train the same model with the same seed but without the sparse methods, and test both.",
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Where Lightning reads hyperparameters from a checkpoint, and there is no public way to see it first."""
+        with readable(str(self.config[self.config.subcommand].get("ckpt_path"))):
+            super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
         """Refuse before training what would fail after it."""
@@ -382,7 +418,9 @@ def _our_refusal(error: BaseException | None) -> str | None:
         return " ".join(str(error).split())
     while error is not None:
         *_, (last, _) = traceback.walk_tb(error.__traceback__)
-        if isinstance(error, ValueError | FileNotFoundError) and last.f_globals["__name__"].startswith("lightning_sparse."):
+        if isinstance(error, ValueError | FileNotFoundError) and str(last.f_globals.get("__package__")).startswith(
+            "lightning_sparse"
+        ):
             return str(error)
         if (
             isinstance(error, ValueError)

@@ -206,7 +206,7 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     # The configuration is that of the run, found above its checkpoint.
     main(["export", *quick, f"--ckpt_path={checkpoint}", f"--to={tmp_path / 'out'}", "--batch_size=40", "--recalibrate=1"])
     said = capsys.readouterr().out
-    assert "batch normalisation measured anew: 0 layers on 1 batches" in said
+    assert "batch normalisation measured anew: 0 layers on up to 1 batches" in said
     assert "No rung is faster than dense at batch 40" in " ".join(said.split())
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["rungs"]["compact"]["metrics"]) == {"test/accuracy", "test/loss"}
@@ -216,7 +216,16 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     alone = tmp_path / "alone" / "a" / "b" / "c" / "d" / "net.ckpt"
     alone.parent.mkdir(parents=True)
     alone.write_bytes(checkpoint.read_bytes())
+    broken, other = tmp_path / "broken.ckpt", tmp_path / "other.ckpt"
+    broken.write_text("no checkpoint")
+    torch.save({"weights": 1}, other)
     mistakes = [
+        (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is no file; give one of the run to export."),
+        ([f"--ckpt_path={broken}"], "cannot be read as a checkpoint ("),
+        ([f"--ckpt_path={other}"], "cannot be read as a checkpoint (KeyError: 'state_dict'); give one that a run saved."),
+        ([f"--ckpt_path={checkpoint}", "--batch_size=0"], "batch_size=0 must be at least 1."),
+        ([f"--ckpt_path={checkpoint}", "--recalibrate=-1"], "recalibrate=-1 must be a number of batches, or 0"),
+        ([f"--ckpt_path={checkpoint}", "--device=gpu"], "device='gpu' cannot be used here ("),
         ([f"--ckpt_path={alone}"], "has no config.yaml beside it or above; give the files of its run with --config."),
         ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is no file; give one of the run to export."),
         ([f"--ckpt_path={checkpoint}", "--rungs=[smaller]"], "rung 'smaller' is unknown; choose from ['plain'"),

@@ -44,7 +44,10 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: MagnitudePruning(), "structure='unstructured' needs a sparsity; write sparsity=0.9"),
     (lambda: MagnitudePruning(0.9, structure="2:4"), "sparsity=0.9 contradicts structure='2:4', which removes 0.5"),
     (lambda: MagnitudePruning(structure="4:2"), "structure='4:2' must keep some and remove some"),
-    (lambda: MagnitudePruning(0.5, structure="rows"), "structure='rows' is unknown; write 'unstructured', 'channel', 'coupled' or"),
+    (
+        lambda: MagnitudePruning(0.5, structure="rows"),
+        "structure='rows' is unknown; write 'unstructured', 'channel', 'coupled' or",
+    ),
     (lambda: MagnitudePruning(structure="2:4", allocation="erk"), "structure='2:4' fixes every layer's sparsity"),
     (lambda: MagnitudePruning(0.5, allocation="ERK"), "allocation='ERK' is unknown; choose from ['global', 'uniform'"),
     (lambda: MagnitudePruning(0.5, schedule="quartic"), "schedule='quartic' is unknown; choose from ['constant'"),

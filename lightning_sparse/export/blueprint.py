@@ -130,11 +130,13 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     """
     from lightning_sparse.export.kernels import use_kernels
 
-    blueprint = Blueprint.from_json(read_note(path)["blueprint"])
-    blueprint.apply(model)
+    note = read_note(path)
+    if not isinstance(note, dict) or "blueprint" not in note:
+        raise ValueError(f"'{path}' holds tensors without the structure of a model; read them with load_compact.")
+    blueprint = Blueprint.from_json(note["blueprint"])
     try:
-        model.load_state_dict(load_compact(path))
-    except RuntimeError as error:
+        blueprint.apply(model).load_state_dict(load_compact(path))
+    except (IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"'{path}' holds another model than {type(model).__name__} as it was built: {reason}.") from None
     return use_kernels(model, blueprint.kernels)
@@ -254,24 +256,27 @@ def carry_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module, b
         for path, layer in before.named_modules()
         for name, p in layer.named_parameters(recurse=False)
     }
+    successors: dict[Tensor, Tensor] = {}
+    memories: dict[Tensor, Any] = {}
+    for old in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if id(old) not in owners:
+            raise ValueError(
+                "the optimizer holds a parameter that is not in the model `before`; give the model it was made for."
+            )
+        path, layer, name = owners[id(old)]
+        kept = blueprint.kept.get(path, Kept())
+        successors[old] = new = after.get_submodule(path).get_parameter(name)
+        memories[new] = dict(optimizer.state.get(old, {}))
+        for key, value in memories[new].items():
+            if isinstance(value, Tensor) and value.numel() > 1:
+                if value.shape != old.shape:
+                    raise ValueError(
+                        f"'{key}' of {type(optimizer).__name__} has the shape {tuple(value.shape)} for the parameter "
+                        f"'{path}.{name}' of shape {tuple(old.shape)} and cannot be cut; begin with a new optimizer."
+                    )
+                memories[new][key] = cut_tensor(layer, name, value, kept)
     for group in optimizer.param_groups:
-        for position, old in enumerate(group["params"]):
-            if id(old) not in owners:
-                raise ValueError(
-                    "the optimizer holds a parameter that is not in the model `before`; give the model it was made for."
-                )
-            path, layer, name = owners[id(old)]
-            kept = blueprint.kept.get(path, Kept())
-            new = after.get_submodule(path).get_parameter(name)
-            memory = optimizer.state.pop(old, {})
-            for key, value in memory.items():
-                if isinstance(value, Tensor) and value.numel() > 1:
-                    if value.shape != old.shape:
-                        raise ValueError(
-                            f"'{key}' of {type(optimizer).__name__} has the shape {tuple(value.shape)} for the parameter "
-                            f"'{path}.{name}' of shape {tuple(old.shape)} and cannot be cut; begin with a new optimizer."
-                        )
-                    memory[key] = cut_tensor(layer, name, value, kept)
-            group["params"][position] = new
-            if memory:
-                optimizer.state[new] = memory
+        group["params"] = [successors[old] for old in group["params"]]
+    for old in successors:
+        optimizer.state.pop(old, None)
+    optimizer.state.update({new: memory for new, memory in memories.items() if memory})

@@ -31,7 +31,7 @@ def compact_size(total: int, kept: int, width: int = 4, gap: int = 1) -> int:
         total: n.
         kept: k.
         width: w, 4 for float32.
-        gap: g: 1 if no two neighbours are 256 or more apart, 2 below 65,536, else 4.
+        gap: g: 1 if no two neighbours are more than 256 apart, 2 up to 65,536, else 4.
 
     Example:
         >>> compact_size(1000, 100), compact_size(1000, 10), compact_size(1000, 1000)
@@ -133,14 +133,15 @@ def _decode(form: str, shape: list[int], pieces: dict[str, Tensor]) -> Tensor:
     values = pieces["values"]
     if form == "dense":
         return values
-    flat = values.new_zeros(torch.Size(shape).numel())
+    words = values.view(_WORDS[values.element_size()])  # some types can be stored, but not assigned to
+    flat = words.new_zeros(torch.Size(shape).numel())
     if form == "bits":
         where = unpack(pieces["bits"], tuple(shape)).flatten().nonzero().flatten()
     else:
         gaps = pieces["gaps"]
         where = (gaps.long() & (2 ** (8 * gaps.element_size()) - 1 if gaps.element_size() < 8 else -1)).add(1).cumsum(0) - 1
-    flat[where] = values
-    return flat.view(shape)
+    flat[where] = words
+    return flat.view(values.dtype).view(shape)
 
 
 def _open(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_sparse.core import padding_of, shared_parameters
 from lightning_sparse.export.blueprint import in_count, out_count
-from lightning_sparse.export.running import callee, copy_model, fit_to
+from lightning_sparse.export.running import callee, copy_model, first_line, fit_to
 
-__all__ = ["Channels", "Group", "Round", "bias_is_exact", "constants_of"]
+__all__ = ["Channels", "Group", "Round", "bias_is_exact", "constants_of", "fed_outputs", "is_depthwise", "is_layer"]
 
 Channels = dict[int, list[int]]
 """Positions in a layer, by the channel of the root that they are coupled with."""
@@ -52,6 +52,17 @@ class Group:
     constants: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
+class Place(NamedTuple):
+    """A channel of the root, and where it is in another layer; named as the graph's mappings have it."""
+
+    idx: int
+    root_idx: int
+
+
+Member = tuple[Any, bool, Channels]
+"""A node of the graph, whether by its outputs, and its positions."""
+
+
 class Round:
     """Everything that can be removed from a model as it is."""
 
@@ -64,50 +75,54 @@ class Round:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             try:
-                self.graph.build_dependency(called, fit_to(called, inputs[0][:2]), verbose=False)
+                two = fit_to(called, inputs[0][:2])
+                self.graph.build_dependency(called, two, forward_fn=lambda net, x: net(x), verbose=False)
                 if not any(map(is_layer, self.graph.module2node)):
                     raise ValueError("no layer is found behind its output")
             except Exception as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-                raise ValueError(
-                    f"{type(model).__name__} cannot be traced by Torch-Pruning ({reason}); export it without removal."
-                ) from None
+                said = f"{type(model).__name__} cannot be traced by Torch-Pruning ({first_line(error)})"
+                raise ValueError(f"{said}; export it without removal.") from None
         self.names = {layer: name for name, layer in called.named_modules()}
         self.shared = shared_parameters(called)
         layers = [layer for layer in self.names if is_layer(layer)]
-        self.fed: dict[Any, list[bool]] = {layer: _fed(layer).tolist() for layer in layers}
+        self.widest = max(max(in_count(layer), out_count(layer)) for layer in layers)
+        self.fed: dict[Any, list[bool]] = {layer: fed_outputs(layer).tolist() for layer in layers}
         self.read: dict[Any, list[bool]] = {layer: _read(layer).tolist() for layer in layers}
 
     def groups(self) -> Iterator[Group]:
         """Groups with something to remove."""
-        seen: set[nn.Module] = set()
+        seen: dict[nn.Module, set[int]] = {}
         for layer in list(self.graph.module2node):
-            if is_layer(layer) and layer not in seen and layer in self.names and not _is_depthwise(layer):
-                seen |= self._members(layer, range(out_count(layer)))[1]
-                group = self._dead(layer)
-                if group is not None:
-                    yield group
+            if not is_layer(layer) or layer not in self.names or is_depthwise(layer):
+                continue
+            left = [channel for channel in range(out_count(layer)) if channel not in seen.get(layer, ())]
+            for node, produces, channels in self._members(layer, left)[0] if left else ():
+                if produces:
+                    seen.setdefault(node.module, set()).update(*channels.values())
+            group = self._dead(layer, left) if left else None
+            if group is not None:
+                yield group
 
     def outputs(self) -> Iterator[tuple[str, dict[str, Channels], str]]:
         """Every layer: its outputs and what is coupled with them, layer -> positions; and why they must stay, if so."""
         for layer in list(self.graph.module2node):
             if is_layer(layer) and layer in self.names:
-                items, _ = self._members(layer, range(out_count(layer)))
-                group, foreign = self._sorted(self._path(layer), items)
+                group, foreign = self._sorted(self._path(layer), *self._members(layer, range(out_count(layer))))
                 yield self._path(layer), group.outputs, foreign
 
-    def _dead(self, root: Any) -> Group | None:
-        """Shrink the set of all channels of a root until every one left is dead wherever it is read."""
+    def _dead(self, root: Any, chosen: list[int]) -> Group | None:
+        """Shrink a set of channels of a root until every one left is dead wherever it is read."""
         path = self._path(root)
-        chosen = list(range(out_count(root)))
         while True:
-            items, _ = self._members(root, chosen)
-            group, foreign = self._sorted(path, items)
+            members, lost = self._members(root, chosen)
+            group, foreign = self._sorted(path, members, lost)
             if foreign:
-                if self._looks_dead(root):
+                if not all(self.fed[root][channel] for channel in chosen):
                     self.refused[path] = foreign
                 return None
-            alive = self._alive(group, items) | self._uneven(group, chosen)
+            own = group.outputs[path]
+            twins = {index for channel in chosen for index in own[channel] if index > channel and index in own}
+            alive = self._alive(group, members) | self._uneven(group, chosen) | twins
             if not alive:
                 break
             chosen = [channel for channel in chosen if channel not in alive]
@@ -120,22 +135,40 @@ class Round:
             group.removed = [channel for channel in group.removed if channel not in stay]
         return group if group.removed else None
 
-    def _members(self, root: Any, chosen: Any) -> tuple[list[Any], set[nn.Module]]:
-        """What is pruned with channels of a root."""
-        function = self.graph.get_pruner_of_module(root).prune_out_channels
-        items = list(self.graph.get_pruning_group(root, function, list(chosen)))
-        producers = {i.dep.target.module for i in items if self.graph.is_out_channel_pruning_fn(i.dep.handler)}
-        return items, producers
+    def _members(self, root: Any, chosen: Iterable[int]) -> tuple[list[Member], str]:
+        """What goes with outputs of a root, and why they cannot be followed, if so."""
+        start = self.graph.module2node[root], self.graph.get_pruner_of_module(root).prune_out_channels
+        places = [Place(channel, channel) for channel in chosen]
+        found = {start: set(places)}
+        stack = [(*start, places)]
+        lost = ""
+        while stack and not lost:
+            node, function, places = stack.pop()
+            for edge in node.dependencies:
+                there: Any = places if edge.is_triggered_by(function) else []
+                for mapping in filter(None, edge.index_mapping):
+                    there = mapping(there)
+                known = found.setdefault((edge.target, edge.handler), set())
+                new = [place for place in there if place not in known]
+                if any(place.idx >= self.widest for place in new):
+                    lost = "its channels cannot be followed through the network"
+                elif new:
+                    known.update(new)
+                    stack.append((edge.target, edge.handler, new))
+        members = []
+        for (node, function), known in found.items():
+            channels: Channels = {}
+            for index, channel in sorted(known):
+                channels.setdefault(channel, []).append(index)
+            if channels:
+                members.append((node, bool(self.graph.is_out_channel_pruning_fn(function)), channels))
+        return members, lost
 
-    def _sorted(self, root: str, items: list[Any]) -> tuple[Group, str]:
+    def _sorted(self, root: str, members: list[Member], lost: str = "") -> tuple[Group, str]:
         """The members as outputs and inputs of layers, or why the group cannot be cut."""
         group = Group(root, {}, {})
-        for item in items:
-            node, layer = item.dep.target, item.dep.target.module
-            channels: Channels = {}
-            for index, channel in zip(item.idxs, item.root_idxs, strict=True):
-                channels.setdefault(channel, []).append(index)
-            produces = self.graph.is_out_channel_pruning_fn(item.dep.handler)
+        for node, produces, channels in members:
+            layer = node.module
             if not node.outputs and (produces or layer not in self.names):
                 return group, "the model puts it out"
             if layer in self.names and any(id(p) in self.shared for p in layer.parameters()):
@@ -146,27 +179,30 @@ class Round:
                     return group, f"a parameter of shape {tuple(layer.shape)} is added to it"
                 if not _CHANNELWISE.fullmatch(operation) and not _is_product_of_a_layer(node):
                     return group, f"{operation or node.name} may mix its channels"
-            elif is_layer(layer):
-                if not produces or _is_depthwise(layer):
-                    group.readers.setdefault(self._path(layer), {}).update(channels)
-                if produces:
-                    group.outputs.setdefault(self._path(layer), {}).update(channels)
-            elif isinstance(layer, nn.modules.batchnorm._NormBase | nn.PReLU):
-                group.outputs.setdefault(self._path(layer), {}).update(channels)
-            else:
+                continue
+            if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
+                continue
+            if not is_layer(layer) and not isinstance(layer, nn.modules.batchnorm._NormBase | nn.PReLU):
                 return group, f"{type(layer).__name__} '{self._path(layer)}' takes them all together"
-        return group, "" if group.readers else "no layer that reads it was found"
+            whole = out_count(layer) if produces else in_count(layer)
+            if any(index >= whole for indices in channels.values() for index in indices):
+                return group, f"its channels are not those of '{self._path(layer)}' one by one"
+            if produces:
+                group.outputs[self._path(layer)] = channels
+            if not produces or is_depthwise(layer):
+                group.readers[self._path(layer)] = channels
+        return group, lost or ("" if group.readers else "no layer that reads it was found")
 
-    def _alive(self, group: Group, items: list[Any]) -> set[int]:
+    def _alive(self, group: Group, members: list[Member]) -> set[int]:
         """Channels that somebody reads and something feeds; notes the constants of the others."""
         alive: set[int] = set()
-        nodes = {self._path(i.dep.target.module): i.dep.target for i in items if i.dep.target.module in self.names}
+        nodes = {self._path(node.module): node for node, _, _ in members if node.module in self.names}
         group.constants = {}
         for name, channels in group.readers.items():
             layer, node = nodes[name].module, nodes[name]
             read = self.read[layer]
             fixed = self.constants.get(layer)
-            if _is_depthwise(layer):
+            if is_depthwise(layer):
                 continue  # it passes its channel on; who reads that decides
             sources = [self._sources(node, through) for through in (True, False)]
             for channel, indices in channels.items():
@@ -188,7 +224,7 @@ class Round:
             if ahead in seen:
                 continue
             seen.add(ahead)
-            if is_layer(ahead.module) and not (through and _is_depthwise(ahead.module)):
+            if is_layer(ahead.module) and not (through and is_depthwise(ahead.module)):
                 found.append(ahead.module)
             else:
                 stack += ahead.inputs
@@ -205,7 +241,7 @@ class Round:
         for side, count in ((group.outputs, out_count), (group.readers, in_count)):
             for name, channels in side.items():
                 layer = self.model.get_submodule(name)
-                if not isinstance(layer, _ConvNd) or layer.groups == 1 or _is_depthwise(layer):
+                if not isinstance(layer, _ConvNd) or layer.groups == 1 or is_depthwise(layer):
                     continue
                 size = count(layer) // layer.groups
                 by_group: list[list[int]] = [[] for _ in range(layer.groups)]
@@ -254,9 +290,6 @@ class Round:
             if len(gone) >= whole:
                 group.carriers.append(group.removed.pop())
 
-    def _looks_dead(self, layer: Any) -> bool:
-        return not all(self.fed[layer])
-
     def _path(self, layer: nn.Module) -> str:
         return f"{self.prefix}.{self.names[layer]}".strip(".")
 
@@ -269,14 +302,16 @@ def _is_product_of_a_layer(node: Any) -> bool:
 
 
 def is_layer(layer: Any) -> bool:
+    """Whether it is a linear layer or a convolution, transposed ones among them."""
     return isinstance(layer, nn.Linear | _ConvNd)
 
 
-def _is_depthwise(layer: Any) -> bool:
+def is_depthwise(layer: Any) -> bool:
+    """Whether each of its outputs reads the input of the same number, and no other."""
     return isinstance(layer, _ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
 
 
-def _fed(layer: Any) -> Tensor:
+def fed_outputs(layer: Any) -> Tensor:
     """Which outputs have a weight other than zero."""
     weight: Tensor = layer.weight.detach() != 0
     if isinstance(layer, _ConvTransposeNd):
@@ -307,13 +342,14 @@ def constants_of(model: nn.Module, inputs: list[Tensor]) -> dict[nn.Module, dict
     low: dict[nn.Module, Tensor] = {}
     high: dict[nn.Module, Tensor] = {}
 
-    def look(layer: nn.Module, args: Any) -> None:
-        channels = args[0].flatten(0, -2).T if isinstance(layer, nn.Linear) else args[0].transpose(0, 1).flatten(1)
+    def look(layer: Any, args: Any, named: Any) -> None:
+        x = args[0] if args else named["input"]
+        channels = x.movedim(1 - layer.weight.ndim, 0).reshape(in_count(layer), -1)
         least, most = channels.aminmax(dim=1)
         low[layer] = torch.minimum(low.get(layer, least), least)
         high[layer] = torch.maximum(high.get(layer, most), most)
 
-    handles = [layer.register_forward_pre_hook(look) for layer in model.modules() if is_layer(layer)]
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in model.modules() if is_layer(layer)]
     try:
         for x in inputs:
             model(fit_to(model, x))

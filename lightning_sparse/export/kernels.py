@@ -45,6 +45,7 @@ class SparseLinear(nn.Module):
         self.in_features, self.out_features, self.kernel = layer.in_features, layer.out_features, kernel
         self.register_buffer("weight", to_layout(layer.weight.detach(), kernel))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        self.register_forward_pre_hook(_call_me)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
@@ -55,6 +56,10 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kernel={self.kernel}"
+
+
+def _call_me(layer: nn.Module, args: Any) -> None:
+    """Does nothing, but `nn.TransformerEncoderLayer` calls its layers only if it sees hooks; else it reads their weights."""
 
 
 def to_layout(weight: Tensor, kernel: str) -> Tensor:
@@ -145,7 +150,7 @@ def _choose(
     weight = layer.weight
     sparsity = float((weight == 0).double().mean())
     if type(layer) is not nn.Linear:
-        return KernelChoice(name, sparsity, {}, "dense", f"{type(layer).__name__} is used by its parent, not called")
+        return KernelChoice(name, sparsity, {}, "dense", f"a {type(layer).__name__} is no plain linear layer")
     if x is None:
         return KernelChoice(name, sparsity, {}, "dense", "not called in a forward pass")
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
@@ -176,11 +181,11 @@ def _layer_inputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     """The first input of every linear layer in a forward pass."""
     seen: dict[str, Tensor] = {}
 
-    def look(name: str, layer: nn.Module, args: Any) -> None:
-        seen.setdefault(name, args[0].detach())
+    def look(name: str, layer: nn.Module, args: Any, named: Any) -> None:
+        seen.setdefault(name, (args[0] if args else named["input"]).detach())
 
     layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
-    handles = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers]
+    handles = [layer.register_forward_pre_hook(partial(look, name), with_kwargs=True) for name, layer in layers]
     try:
         callee(model)[1](fit_to(model, inputs))
     finally:

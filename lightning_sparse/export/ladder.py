@@ -24,7 +24,7 @@ from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
 from lightning_sparse.export.plain import fold_norms
 from lightning_sparse.export.removal import remove_dead
 from lightning_sparse.export.report import count_parameters
-from lightning_sparse.export.running import callee, copy_model, difference, fit_to, interleaved, runner
+from lightning_sparse.export.running import callee, copy_model, difference, first_line, fit_to, interleaved, runner
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
 __all__ = ["RUNGS", "export_ladder"]
@@ -90,8 +90,8 @@ class _Ladder:
                 torch.export.save(torch.export.export(called, (several,), dynamic_shapes=sizes), path)
                 program = torch.export.load(path).module()
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            raise ValueError(f"the merged {type(model).__name__} cannot be exported by torch.export ({reason}).") from None
+            text = f"the merged {type(model).__name__} cannot be exported by torch.export ({first_line(error)})."
+            raise ValueError(text) from None
         note = f"{report.depth[0]} layers became {report.depth[1]}; runs without the model's code, by torch.export.load"
         return _Made(path.name, program, note, report.parameters[1], sum(self.macs(model).values()), model)
 
@@ -210,7 +210,7 @@ def export_ladder(
     Raises:
         ValueError: if a rung is unknown, one that was named is not possible, or one fails its verification.
     """
-    names = _check(rungs, to, tolerance, overwrite)
+    names = _check(rungs, to, inputs, tolerance, input_range, rounds, overwrite)
     with tempfile.TemporaryDirectory() as folder:
         ladder = _Ladder(model, inputs, Path(folder), {"fold": fold, "input_range": input_range, "tolerance": tolerance})
         expected = _call(callee(ladder.dense)[1], inputs)
@@ -224,13 +224,16 @@ def export_ladder(
         )
         for name in names:
             try:
-                made[name] = RUNGS[name](ladder)
-            except ValueError as error:
+                rung = RUNGS[name](ladder)
+                found = rung.run(inputs)
+            except Exception as error:  # libraries and kernels have many ways to say that they cannot
+                reason = str(error) if isinstance(error, ValueError) else f"it does not run ({first_line(error)})."
                 if rungs is not None:
-                    raise ValueError(f"rung '{name}': {error} Nothing was written.") from None
-                report.rungs[name] = Rung(note=str(error))
+                    raise ValueError(f"rung '{name}': {reason.rstrip('.')}. Nothing was written.") from None
+                report.rungs[name] = Rung(note=reason)
                 continue
-            report.rungs[name] = _verified(name, made[name], inputs, expected, ladder.tolerance, Path(folder))
+            report.rungs[name] = _verified(name, rung, found, expected, ladder.tolerance, Path(folder))
+            made[name] = rung
         if rounds:
             _time(report, ladder.dense, made, inputs, rounds)
         for name in list(made):
@@ -250,24 +253,40 @@ def export_ladder(
     return report
 
 
-def _check(rungs: Sequence[str] | None, to: str | Path, tolerance: float, overwrite: bool) -> list[str]:
+def _check(
+    rungs: Sequence[str] | None,
+    to: str | Path,
+    inputs: Tensor,
+    tolerance: float,
+    input_range: Sequence[float] | None,
+    rounds: int,
+    overwrite: bool,
+) -> list[str]:
     unknown = [name for name in rungs or () if name not in RUNGS]
     if unknown:
         raise ValueError(f"rung '{unknown[0]}' is unknown; choose from {list(RUNGS)}.")
+    if rungs is not None and not rungs:
+        raise ValueError(f"rungs={rungs} names none; choose from {list(RUNGS)}, or leave it out for all that suit.")
+    if not len(inputs):
+        raise ValueError("inputs holds no sample; give a batch of real ones.")
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be above 0: rounding alone changes outputs a little.")
+    if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
+        raise ValueError(f"input_range={input_range} must be the least and the largest input, such as [0, 1].")
+    if rounds < 0:
+        raise ValueError(f"rounds={rounds} must be 0, for no measurement, or more.")
     if Path(to).is_file() or (Path(to).is_dir() and any(Path(to).iterdir()) and not overwrite):
         raise ValueError(f"to='{to}' is there already; name a new folder, or set overwrite.")
     return [name for name in RUNGS if rungs is None or name in rungs]
 
 
-def _verified(name: str, made: _Made, inputs: Tensor, expected: Any, tolerance: float, folder: Path) -> Rung:
+def _verified(name: str, made: _Made, found: Any, expected: Any, tolerance: float, folder: Path) -> Rung:
     """The row of a rung whose outputs are those of the dense model.
 
     Raises:
         ValueError: if they are not.
     """
-    change, largest = difference(expected, made.run(inputs))
+    change, largest = difference(expected, found)
     allowed = tolerance * max(1.0, largest)
     if not change <= allowed:
         raise ValueError(

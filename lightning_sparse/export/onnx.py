@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_sparse.export.running import callee, copy_model, fit_to, need
+from lightning_sparse.export.running import callee, copy_model, first_line, fit_to, need
 
 __all__ = ["compressed_size", "onnx_runner", "save_onnx"]
 
@@ -46,7 +46,7 @@ def save_onnx(model: nn.Module, inputs: Tensor, path: str | Path) -> int:
             assert program is not None
             program.save(str(path))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = first_line(error.__cause__ or error)
         raise ValueError(
             f"{type(model).__name__} cannot be exported to ONNX ({reason}); leave the rung 'onnx' out."
         ) from None

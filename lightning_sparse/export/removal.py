@@ -17,8 +17,10 @@ everywhere, since a layer is linear in its input channels:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +29,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_sparse.core import Coupling, Place
 from lightning_sparse.export.blueprint import Blueprint, Kept, cut, in_count, out_count
-from lightning_sparse.export.dead import Channels, Group, Round, bias_is_exact, is_layer
-from lightning_sparse.export.running import copy_model, difference, need, runner
+from lightning_sparse.export.dead import Channels, Group, Round, bias_is_exact, fed_outputs, is_depthwise, is_layer
+from lightning_sparse.export.running import copy_model, difference, first_line, need, runner
 
 __all__ = ["Removal", "coupled_outputs", "find_coupling", "remove_dead"]
 
@@ -54,7 +56,8 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
     """A copy without the channels that do nothing, in evaluation mode; its outputs are equal up to rounding.
 
     Rounds are made until nothing more is found: what fed only a dead neuron dies with it. Each group of coupled channels is
-    tried on the inputs, and on them shuffled, before it goes; if outputs change it stays, and the report says so.
+    tried before it goes: on the inputs, on them shuffled, and with the signs turned of what living neurons put out, so that
+    those are heard that are silent on these inputs. If outputs change it stays, and the report says so.
 
     Args:
         model: with exact zeros where a mask was; trained with `structure="channel"`, or so sparse that neurons are dead.
@@ -88,15 +91,16 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
         now, removal.blueprint = smaller, removal.blueprint.then(kept)
         for group in groups:
             for name, channels in group.outputs.items():
-                gone = sum(len(set(channels.get(channel, ()))) for channel in group.removed)
-                removal.removed[name] = removal.removed.get(name, 0) + gone
-            if group.carriers:
-                removal.carriers[group.root] = len(group.carriers)
+                if is_layer(now.get_submodule(name)):
+                    gone = sum(len(channels.get(channel, ())) for channel in group.removed)
+                    removal.removed[name] = removal.removed.get(name, 0) + gone
+            removal.carriers[group.root] = len(group.carriers)
+    removal.carriers = {name: count for name, count in removal.carriers.items() if count}
     if not removal.removed:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(removal.refused.items())[:2])
         raise ValueError(
             f"nothing in {type(model).__name__} can be removed: {reasons or 'no neuron, filter or channel of it is dead'}. "
-            'Train with structure="channel", or at a higher sparsity.'
+            'Train with structure="coupled", or at a higher sparsity.'
         )
     return now, removal
 
@@ -196,14 +200,41 @@ def _tried(
     """A copy without groups, what is left of each layer, and how its outputs differ, if they do."""
     try:
         smaller, kept = _without(model, groups)
-        for x, before in zip(inputs, expected, strict=True):
-            change, largest = difference(before, runner(smaller, x)())
+        with _signs_turned(model, model, {}):
+            expected = [*expected, runner(model, inputs[0])()]
+        found = [runner(smaller, x)() for x in inputs]
+        with _signs_turned(smaller, model, kept):
+            found.append(runner(smaller, inputs[0])())
+        for before, after in zip(expected, found, strict=True):
+            change, largest = difference(before, after)
             if not change <= tolerance * max(1.0, largest):
                 return smaller, kept, f"without it outputs change by {change:.2g} (the largest is {largest:.3g})"
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        return model, {}, f"without it the model does not run ({reason})"
+        return model, {}, f"without it the model does not run ({first_line(error)})"
     return smaller, kept, ""
+
+
+@contextmanager
+def _signs_turned(model: nn.Module, whole: nn.Module, kept: Mapping[str, Kept]) -> Iterator[None]:
+    """Signs of outputs turned at random, alike in the whole model and in a smaller one; not of outputs without weights."""
+
+    def turn(fed: Tensor, outputs: list[int] | None, dice: torch.Generator, layer: Any, args: Any, out: Tensor) -> Tensor:
+        along = 1 - layer.weight.ndim
+        shape = [*out.movedim(along, -1).shape[:-1], len(fed)]
+        signs = torch.randint(0, 2, shape, generator=dice) * 2 - 1
+        signs[..., ~fed.cpu()] = 1
+        return out * (signs if outputs is None else signs[..., outputs]).movedim(-1, along).to(out)
+
+    handles = []
+    for name, layer in whole.named_modules():
+        if is_layer(layer) and not is_depthwise(layer):  # depthwise layers pass on what they are given
+            hook = partial(turn, fed_outputs(layer), kept.get(name, Kept()).outputs, torch.Generator().manual_seed(0))
+            handles.append(model.get_submodule(name).register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -231,7 +262,7 @@ def _without(model: nn.Module, groups: list[Group]) -> tuple[nn.Module, dict[str
 
 def _fold(layer: Any, constants: dict[int, float], channels: Channels, group: Group) -> None:
     """Keep what a layer gets from channels that are about to go: in its bias, or in the weights of a carrier."""
-    gone = [index for channel in group.removed for index in channels.get(channel, []) if constants.get(index)]
+    gone = sorted({index for channel in group.removed for index in channels.get(channel, []) if constants.get(index)})
     if not gone:
         return
     along = 0 if isinstance(layer, _ConvTransposeNd) else 1

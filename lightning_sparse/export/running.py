@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import random
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,18 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_sparse.core import find_networks
 
-__all__ = ["Timing", "callee", "copy_model", "difference", "interleaved", "measure", "need", "runner", "shared_names"]
+__all__ = [
+    "Timing",
+    "callee",
+    "copy_model",
+    "difference",
+    "first_line",
+    "interleaved",
+    "measure",
+    "need",
+    "runner",
+    "shared_names",
+]
 
 
 def need(module: str, package: str) -> Any:
@@ -33,9 +45,23 @@ def need(module: str, package: str) -> Any:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy that leaves the Trainer of a LightningModule behind."""
+    """A deep copy that leaves the Trainer of a LightningModule behind.
+
+    Raises:
+        ValueError: if it cannot be made.
+    """
     trainer = vars(model).get("_trainer")
-    return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
+    try:
+        return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
+    except Exception as error:
+        said = f"{type(model).__name__} cannot be copied ({first_line(error)})"
+        raise ValueError(f"{said}; make masks of torch.nn.utils.prune permanent with prune.remove.") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short enough to stand in a sentence."""
+    plain = re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip()  # some speak in colours
+    return (plain or type(error).__name__).splitlines()[0][:120]
 
 
 def callee(model: nn.Module) -> tuple[str, nn.Module]:
@@ -54,7 +80,7 @@ def callee(model: nn.Module) -> tuple[str, nn.Module]:
         names = [network.path for network in networks]
         raise ValueError(
             f"{type(model).__name__} has no forward and holds the networks {names}: inputs cannot be given to it; write a "
-            "forward, or merge without inputs."
+            "forward (only merge_layers can do without inputs)."
         )
     return networks[0].path, networks[0].module
 

@@ -19,7 +19,7 @@ def why_not(layer: nn.Module, needs_gpu: bool = True) -> str:
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
     if type(layer) is not nn.Linear:
-        return f"{type(layer).__name__} is used by its parent, not called"
+        return f"a {type(layer).__name__} is no plain linear layer"
     if columns % 4 or bool(((weight.detach() != 0).view(rows, -1, 4).sum(-1) > 2).any()):
         return "more than two of four neighbouring weights are not zero; train with structure='2:4'"
     if weight.dtype not in (torch.float16, torch.bfloat16):

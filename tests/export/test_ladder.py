@@ -190,6 +190,18 @@ def test_kernels_are_chosen_again_when_the_file_is_loaded(tmp_path: Path) -> Non
     torch.testing.assert_close(again(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_transformer_calls_the_kernels_instead_of_reading_their_weights() -> None:
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True).eval()
+    for layer in (net.linear1, net.linear2):
+        layer.weight.data[torch.rand_like(layer.weight) < 0.9] = 0
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = net(x)
+        assert [choice.layer for choice in choose_kernels(net, x, rounds=1) if choice.milliseconds] == ["linear1", "linear2"]
+        torch.testing.assert_close(use_kernels(net, {"linear1": "csr", "linear2": "bsr4"})(x), expected)
+
+
 # ---- 2:4 ----------------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +272,27 @@ def test_a_rung_that_fails_its_verification_writes_nothing(tmp_path: Path, monke
     assert not (tmp_path / "out").exists()
 
 
+def test_a_rung_that_does_not_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(ladder: _Ladder) -> Any:
+        made = _Ladder.plain(ladder)
+        made.run = lambda x: torch.ones(2) @ torch.ones(3)
+        return made
+
+    monkeypatch.setitem(RUNGS, "onnx", failing)
+    made = export_ladder(small(), torch.randn(3, 4), tmp_path / "out", rounds=0)
+    assert made.rungs["onnx"].note.startswith("it does not run (inconsistent tensor size")
+    assert made.rungs["onnx"].file is None
+    with pytest.raises(ValueError, match=r"rung 'onnx': it does not run \(.*\). Nothing was written"):
+        export_ladder(small(), torch.randn(3, 4), tmp_path / "other", rungs=["plain", "onnx"], rounds=0)
+    assert not (tmp_path / "other").exists()
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"rungs": []}, "rungs=[] names none; choose from ['plain', 'compact', 'merged'"),
+    ({"rounds": -1}, "rounds=-1 must be 0, for no measurement, or more."),
+    ({"input_range": [1]}, "input_range=[1] must be the least and the largest input, such as [0, 1]."),
+    ({"input_range": [1, 0]}, "input_range=[1, 0] must be the least and the largest input"),
+    ({"inputs": torch.randn(0, 4)}, "inputs holds no sample; give a batch of real ones."),
     ({"rungs": ["plan"]}, "rung 'plan' is unknown; choose from ['plain', 'compact', 'merged'"),
     ({"tolerance": 0.0}, "tolerance=0.0 must be above 0"),
     (
@@ -279,7 +311,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "sentence"), REFUSED, ids=[str(row[0]) for row in REFUSED])
 def test_what_is_not_possible_is_one_sentence(options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as said:  # noqa: PT011
-        export_ladder(small(), torch.randn(3, 4), tmp_path / "out", **options)
+        export_ladder(small(), **{"inputs": torch.randn(3, 4), **options}, to=tmp_path / "out")
     assert sentence in str(said.value)
     assert not (tmp_path / "out").exists()
 
