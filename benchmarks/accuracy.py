@@ -1,9 +1,10 @@
 """Accuracy against sparsity: the same recipe, data order and number of epochs for every method.
 
-    python -m benchmarks.accuracy hypersparse --data DIR           run what is not in results/accuracy_hypersparse.json yet
-    python -m benchmarks.accuracy hypersparse --data DIR --part 1/2    one of two processes that share the work
-    python -m benchmarks.accuracy hypersparse --table              print the table of what is there
-    python -m benchmarks.accuracy desk --data DIR                  a group of suites: all that two CPU cores can do
+    python -m benchmarks.accuracy --suite desk --data DIR        all that two CPU cores can do; run what is not there yet
+    python -m benchmarks.accuracy --suite paper --data DIR --at-once 6    the papers' own recipes, six at once on one GPU
+    python -m benchmarks.accuracy --suite cka --data DIR         one suite of those
+    python -m benchmarks.accuracy --suite cka --data DIR --part 1/2    one of two processes that share the work
+    python -m benchmarks.accuracy --suite cka --table            print the table of what is there
 
 Every run is one line of the result: method, sparsity, seed, test accuracy after the last epoch (none is chosen by looking
 at the test set), kept weights counted as non-zeros. A suite that was interrupted goes on where it stopped.
@@ -18,11 +19,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,6 +36,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from benchmarks import lpss
 from benchmarks.record import RESULTS, machine
 from lightning_sparse import (
     SET,
@@ -51,7 +56,7 @@ from lightning_sparse import (
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.core import count_macs, effective_macs, find_targets
 from lightning_sparse.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageData
-from lightning_sparse.models import Classifier, LeNet5, LeNet300, ResNet
+from lightning_sparse.models import VGG, Classifier, LeNet5, LeNet300, ResNet
 from lightning_sparse.observe import SimilarityMap
 
 
@@ -69,9 +74,19 @@ class Setting:
     milestones: Sequence[int] = ()
     precision: Any = "32-true"
     memory_format: torch.memory_format = torch.contiguous_format
+    val_fraction: float = 0.1
 
 
-SETTINGS = {
+def resnet32x2(*shape: int) -> nn.Module:
+    """The ResNet-32 of the pruning literature, of double width."""
+    return ResNet(*shape, depth=32, width=2)
+
+
+ART = {"epochs": 220, "batch_size": 64, "weight_decay": 1e-4, "milestones": (140, 180), "val_fraction": 1e-5}
+"""The published recipe of HyperSparse: 60 epochs, regularisation until the pruned copy is as good, 160 epochs of fine-tuning
+(other methods: 60 + 160). All training images are used (the loader wants one for validation)."""
+
+SETTINGS: dict[str, Setting | lpss.Recipe] = {
     "digits": Setting(Digits, LeNet300, 12, 64, 0.05),
     "lenet300-fashion": Setting(FashionMNIST, LeNet300, 30, 128, 0.05),
     "lenet300-fashion-15": Setting(FashionMNIST, LeNet300, 15, 128, 0.05),
@@ -87,7 +102,16 @@ SETTINGS = {
     # The recipe of random static masks and CKA-SR; the published one reads the test set at the best validation epoch.
     "resnet20-cifar10-160": Setting(CIFAR10, ResNet, 160, nesterov=True, milestones=(80, 120)),
     "resnet20-cifar100-160": Setting(CIFAR100, ResNet, 160, nesterov=True, milestones=(80, 120)),
-    "resnet32x2-cifar10": Setting(CIFAR10, lambda *shape: ResNet(*shape, depth=32, width=2), 60, weight_decay=1e-4),
+    "resnet32x2-cifar10-art": Setting(CIFAR10, resnet32x2, **ART),
+    "resnet32x2-cifar100-art": Setting(CIFAR100, resnet32x2, **ART),
+    "vgg19-cifar10-art": Setting(CIFAR10, VGG, **ART),
+    "vgg19-cifar100-art": Setting(CIFAR100, VGG, **ART),
+    # The recipe of GraSP, as others report it.
+    "resnet32x2-cifar10-160": Setting(CIFAR10, resnet32x2, 160, weight_decay=1e-4, milestones=(80, 120)),
+    # The recipe of GraNet's script; its code chooses the epoch by the test set.
+    "vgg19-cifar10-160": Setting(CIFAR10, VGG, 160, milestones=(80, 120)),
+    # The recipe of training on Lp spheres, with its own rates, augmentation and counting.
+    "wrn18-fashion-50": lpss.RECIPES["full"],
 }
 
 METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
@@ -118,6 +142,13 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "SCL": lambda s: [SparseConnectivityLearning(sparsity=s)],
 }
 
+OPEN_ENDED: dict[str, Callable[[float, Callable[[int], str]], list[L.Callback]]] = {
+    "HyperSparse, as published": lambda s, epochs: [
+        HyperSparse(s, strength=5e-6, growth=1.05, pretrain=epochs(60), regularize=epochs(200), finetune=epochs(160))
+    ],
+}
+"""Methods that end the training themselves; the lengths of their phases go through a function that may shorten them."""
+
 DENSE_GRADIENTS = ("SCL",)
 """Methods that need the gradients of all weights at every step, of dropped ones too."""
 
@@ -132,6 +163,7 @@ class Suite:
     seeds: Sequence[int] = (0, 1, 2)
     similarity: bool = False
     shares: Sequence[str] = ()  # suites of the same setting, whose runs of the same methods count here too
+    published: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by method, in percent, for the first sparsities
 
 
 CKA = ("random + CKA-SR", "random + CKA-SR, all samples", "random + AugCKA-SR")
@@ -152,6 +184,8 @@ WITH_TARGET = (
     "HyperSparse",
     "SCL",
 )
+PHASED = "HyperSparse, as published"
+
 SUITES = {
     "hypersparse": Suite(
         "lenet300-fashion",
@@ -164,13 +198,57 @@ SUITES = {
         "resnet20-half-cifar10", ("dense", "random", "gradual", "RigL", "HyperSparse"), (0.9, 0.98), shares=("cka",)
     ),
     "cka": Suite("resnet20-half-cifar10", ("random", "random + CKA-SR"), (0.9, 0.95, 0.98), similarity=True),
-    "cka-cifar10": Suite("resnet20-cifar10-160", ("random", *CKA), (0.95,), seeds=(0, 1, 2, 3, 4), similarity=True),
-    "cka-cifar100": Suite("resnet20-cifar100-160", ("random", *CKA), (0.7, 0.85, 0.9, 0.95, 0.98, 0.998), similarity=True),
+    # The rows of the HyperSparse repository's README: the best of all test epochs of phase 3, here the last one is taken.
+    **{
+        f"paper-hypersparse-{setting}": Suite(
+            f"{setting}-art",
+            ("dense", "gradual", PHASED),
+            (0.9, 0.98, 0.995),
+            published={"dense": rows[:1], PHASED: rows[1:]},
+        )
+        for setting, rows in {
+            "resnet32x2-cifar10": (94.70, 94.22, 92.69, 89.35),
+            "vgg19-cifar10": (93.84, 93.93, 93.75, 92.91),
+            "resnet32x2-cifar100": (74.60, 74.08, 70.08, 59.58),
+            "vgg19-cifar100": (72.88, 73.23, 71.83, 69.02),
+        }.items()
+    },
+    # The README of the repository of LpSS.
+    "paper-lpss-fashion": Suite(
+        "wrn18-fashion-50", ("dense", "static", "LpSphere"), (0.5, 0.8, 0.9), published={"LpSphere": (94.43, 93.91, 93.29)}
+    ),
+    # The appendix of CKA-SR, tables 2 (the entries of these strengths) and 5, which does not say how many samples it takes.
+    "paper-cka-cifar10": Suite(
+        "resnet20-cifar10-160",
+        ("random", *CKA),
+        (0.95,),
+        seeds=(0, 1, 2, 3, 4),
+        similarity=True,
+        published={"random": (84.16,), "random + CKA-SR": (84.97,), "random + CKA-SR, all samples": (85.03,)},
+    ),
+    "paper-cka-cifar100": Suite(
+        "resnet20-cifar100-160",
+        ("random", *CKA),
+        (0.7, 0.85, 0.9, 0.95, 0.98, 0.998),
+        similarity=True,
+        published={
+            "random": (65.42, 60.37, 56.96, 47.27, 33.74, 2.95),
+            "random + CKA-SR, all samples": (65.60, 60.86, 57.25, 48.26, 34.44, 3.32),
+            "random + AugCKA-SR": (65.85, 60.89, 57.02, 48.39, 34.60, 3.04),
+        },
+    ),
+    # Networks, lengths and sparsities of the papers; their numbers were not at hand.
+    "paper-initial-cifar10": Suite(
+        "resnet32x2-cifar10-160", ("dense", "random", "SNIP", "GraSP", "SynFlow"), (0.9, 0.95, 0.98)
+    ),
+    "paper-dynamic-cifar10": Suite(
+        "vgg19-cifar10-160", ("dense", "random", "gradual", "SET", "RigL", "GraNet"), (0.9, 0.95, 0.98)
+    ),
 }
 
 GROUPS = {
     "desk": ("desk-lenet300", "desk-lenet5", "desk-resnet20"),
-    "paper": ("cka-cifar10", "cka-cifar100"),
+    "paper": tuple(name for name in SUITES if name.startswith("paper-")),
 }
 
 
@@ -206,7 +284,7 @@ class Work(L.Callback):
 
 
 def train(
-    setting: Setting,
+    setting: Setting | lpss.Recipe,
     method: str,
     sparsity: float,
     seed: int,
@@ -215,9 +293,17 @@ def train(
     similarity: bool = False,
 ) -> dict[str, Any]:
     """One run; its numbers, with the mean similarity of layers on validation data before and after if asked for."""
+    if isinstance(setting, lpss.Recipe):
+        recipe = replace(setting, epochs=epochs or setting.epochs)
+        return lpss.train(recipe, method, sparsity, seed, root, "cuda" if torch.cuda.is_available() else "cpu")
     L.seed_everything(seed, verbose=False)
-    data = setting.data(root=root, batch_size=setting.batch_size, seed=seed)
-    callbacks = METHODS[method](sparsity)
+    data = setting.data(root=root, batch_size=setting.batch_size, val_fraction=setting.val_fraction, seed=seed)
+    length = epochs or setting.epochs
+    if method in OPEN_ENDED:
+        callbacks = OPEN_ENDED[method](sparsity, lambda phase: f"{math.ceil(phase * length / setting.epochs)} epochs")
+        length = -1
+    else:
+        callbacks = METHODS[method](sparsity)
     rounds = [callback.plan.count + 1 for callback in callbacks if isinstance(callback, LotteryTicket)]
     module = Classifier(
         setting.network,
@@ -239,7 +325,7 @@ def train(
     image = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
     work = Work(count_macs(module, lambda: module(image)))
     quiet["precision"] = setting.precision
-    trainer = L.Trainer(max_epochs=epochs or setting.epochs, callbacks=[*callbacks, work], **quiet)
+    trainer = L.Trainer(max_epochs=length, callbacks=[*callbacks, work], **quiet)
     start = perf_counter()
     trainer.fit(module, data)
     seconds = perf_counter() - start
@@ -270,9 +356,9 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"runs": []}
 
 
-def have_data(data: type[ImageData], root: str, download: bool) -> None:
+def have_data(setting: Setting | lpss.Recipe, root: str, download: bool) -> None:
     """Fetch what is missing if that is wanted, and refuse to go on without it."""
-    made = data(root=root, download=download)
+    made = (FashionMNIST if isinstance(setting, lpss.Recipe) else setting.data)(root=root, download=download)
     try:
         made.prepare_data()
         made.load(train=False)
@@ -280,26 +366,52 @@ def have_data(data: type[ImageData], root: str, download: bool) -> None:
         raise SystemExit(f"{str(error).partition(' (')[0]}; give its folder with --data, or add --download.") from None
 
 
+def prepare(name: str, root: str, epochs: int | None, out: Path, download: bool) -> dict[str, Any]:
+    """The recipe of a suite, once it is sure that what is there is of the same and that the data are there."""
+    setting = SETTINGS[SUITES[name].setting]
+    plain = {key: value for key, value in asdict(setting).items() if key not in ("data", "network", "memory_format")}
+    how: dict[str, Any] = {"setting": SUITES[name].setting, **plain, **({"epochs": epochs} if epochs else {})}
+    how = json.loads(json.dumps(how))
+    refuse_other_results(collect(name, out), how)
+    have_data(setting, root, download)
+    return how
+
+
 def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Path, download: bool = False) -> None:
     """Do what is missing in this part, and write after every run."""
     suite = SUITES[name]
-    setting = SETTINGS[suite.setting]
+    how = prepare(name, root, epochs, out, download)
     path = out / (f"accuracy_{name}.json" if part[1] == 1 else f"accuracy_{name}.{part[0]}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {key: value for key, value in asdict(setting).items() if key not in ("data", "network", "memory_format")}
-    how = json.loads(json.dumps({"setting": suite.setting, **plain, **({"epochs": epochs} if epochs else {})}))
-    refuse_other_results(collect(name, out), how)
-    have_data(setting.data, root, download)
     for index, (seed, method, sparsity) in enumerate(runs(suite)):
         done = {(r["seed"], r["method"], r["sparsity"]) for r in collect(name, out)["runs"]}
         if index % part[1] != part[0] - 1 or (seed, method, sparsity) in done:
             continue
-        numbers = train(setting, method, sparsity, seed, root, epochs, suite.similarity)
+        numbers = train(SETTINGS[suite.setting], method, sparsity, seed, root, epochs, suite.similarity)
         result = load(path)
-        result |= {"command": f"python -m benchmarks.accuracy {name} --data DIR", "machine": machine(), "recipe": how}
+        result |= {"command": f"python -m benchmarks.accuracy --suite {name} --data DIR", "machine": machine()}
+        result |= {"recipe": how}
         result["runs"].append({"seed": seed, "method": method, "sparsity": sparsity, **numbers})
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{method:28s} {sparsity:6} seed {seed}  test {numbers['test']:.4f}  {numbers['seconds']:7.1f} s", flush=True)
+
+
+def run_at_once(names: Sequence[str], count: int, options: argparse.Namespace) -> None:
+    """The same by several processes, each with its part of every suite; if one fails, the others end first."""
+    for name in names:
+        prepare(name, options.data, options.epochs, options.out, options.download)
+    command = [sys.executable, "-m", "benchmarks.accuracy", "--suite", options.suite, "--data", options.data]
+    command += ["--out", str(options.out), *(["--epochs", str(options.epochs)] if options.epochs else [])]
+    workers = [subprocess.Popen([*command, "--part", f"{k + 1}/{count}"]) for k in range(count)]
+    try:
+        failed = [worker.args for worker in workers if worker.wait()]
+    finally:
+        for worker in workers:
+            worker.kill()
+    if failed:
+        raise SystemExit(f"{len(failed)} of {count} processes failed, see above; what was finished is kept.")
+    for name in names:
+        merge(name, options.out)
 
 
 def refuse_other_results(found: dict[str, Any], recipe: dict[str, Any]) -> None:
@@ -323,14 +435,10 @@ def collect(name: str, out: Path, shared: bool = True) -> dict[str, Any]:
         whole = {**whole, **result, "runs": whole["runs"] + result["runs"]}
     for other in SUITES[name].shares if shared else ():
         theirs = collect(other, out, shared=False)
-        if theirs.get("recipe") == whole.get("recipe", theirs.get("recipe")):
+        recipe = whole.get("recipe", {})
+        if theirs["runs"] and all(recipe.get(key, value) == value for key, value in theirs["recipe"].items()):
             mine = [r for r in theirs["runs"] if (r["seed"], r["method"], r["sparsity"]) in runs(SUITES[name])]
-            whole = {
-                "recipe": theirs.get("recipe"),
-                "machine": theirs.get("machine", {}),
-                **whole,
-                "runs": whole["runs"] + mine,
-            }
+            whole = {**theirs, **whole, "runs": whole["runs"] + mine}
     return whole
 
 
@@ -352,7 +460,11 @@ def table(name: str, out: Path = RESULTS) -> str:
         columns = (0.0,) if method == "dense" else suite.sparsities
         chosen = [[r for r in found if (r["method"], r["sparsity"]) == (method, s)] for s in columns]
         cells = [_cell(rows) for rows in chosen]
-        lines.append(f"| {method} | " + " | ".join(cells + [""] * (len(suite.sparsities) - len(cells))) + " |")
+        rows = {method: cells}
+        if method in suite.published:
+            rows[f"{method}, in the paper"] = [f"{value:.2f}" for value in suite.published[method]]
+        for title, row in rows.items():
+            lines.append(f"| {title} | " + " | ".join(row + [""] * (len(suite.sparsities) - len(row))) + " |")
     return "\n".join(lines)
 
 
@@ -368,10 +480,11 @@ def _cell(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=[*SUITES, *GROUPS], help="one, or a group of them")
+    parser.add_argument("--suite", choices=[*SUITES, *GROUPS], required=True, help="one, or a group of them")
     parser.add_argument("--data", default="data", help="folder of the data, in torchvision's layout")
     parser.add_argument("--download", action="store_true", help="fetch the data if they are not in that folder")
-    parser.add_argument("--part", default="1/1", help="k/n: the k-th of n processes")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="processes that share the work")
+    parser.add_argument("--part", default="1/1", help="k/n: be the k-th of n processes that share the work")
     parser.add_argument("--epochs", type=int, help="instead of the setting's, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--merge", action="store_true", help="put the parts into one file")
@@ -381,12 +494,15 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", ".*does not have many workers|.*tensorboard")
     part, parts = map(int, options.part.split("/"))
-    for suite in GROUPS.get(options.suite, (options.suite,)):
+    names = GROUPS.get(options.suite, (options.suite,))
+    if options.at_once > 1 and not (options.merge or options.table):
+        run_at_once(names, options.at_once, options)
+    for name in names:
         if options.merge:
-            merge(suite, options.out)
-        elif not options.table:
-            run(suite, options.data, (part, parts), options.epochs, options.out, options.download)
-        print(table(suite, options.out))
+            merge(name, options.out)
+        elif options.at_once == 1 and not options.table:
+            run(name, options.data, (part, parts), options.epochs, options.out, options.download)
+        print(f"\n{name}\n{table(name, options.out)}")
 
 
 if __name__ == "__main__":

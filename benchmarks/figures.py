@@ -41,7 +41,9 @@ def draw(name: str, out: Path, file: Path) -> None:
 
     made, dense = curves(name, out)
     if not made:
-        raise SystemExit(f"{name} has no results in {out}; run `python -m benchmarks.accuracy {name} --data DIR` first.")
+        raise SystemExit(
+            f"{name} has no results in {out}; run `python -m benchmarks.accuracy --suite {name} --data DIR` first."
+        )
     rows = math.ceil(len(made) / COLUMNS)
     figure, axes = pyplot.subplots(
         rows, COLUMNS, figsize=(2.1 * COLUMNS, 1.9 * rows), sharex=True, sharey=True, squeeze=False

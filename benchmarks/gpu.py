@@ -15,6 +15,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import accuracy, lpss
-from benchmarks.accuracy import SUITES, runs
+from benchmarks.accuracy import GROUPS, SETTINGS, SUITES, runs
 from benchmarks.record import machine, timed
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.functional import apply_bits_, kth_smallest, mask_bits
@@ -162,42 +163,23 @@ CHECKS: dict[str, Callable[[str, bool], Numbers]] = {
     "cka": cka,
 }
 
-TRAININGS: dict[str, tuple[str, str, float, int]] = (
-    {
-        f"{setting}_{method.replace(' ', '_')}_{sparsity}_seed{seed}": (setting, method, sparsity, seed)
-        for seed in (0, 1, 2)
-        for setting, methods, sparsities in (
-            ("resnet32x2-cifar10", ("dense",), (0.0,)),
-            ("resnet32x2-cifar10", ("HyperSparse", "L1-ART", "gradual"), (0.99,)),
-            ("lenet5-fashion", ("gradual", "random", "HyperSparse"), (0.9, 0.98)),
-        )
-        for method in methods
-        for sparsity in sparsities
-    }
-    | {
-        # The published recipe of training on Lp spheres, whole, beside the dense network and a static random mask.
-        f"wrn18-fashion_{method}_{sparsity}_seed{seed}": ("lpss", method, sparsity, seed)
-        for seed, method, sparsity in lpss.RUNS
-    }
-    | {
-        # The rows of the appendix of CKA-SR.
-        f"{suite.setting}_{method.replace(' ', '_')}_{sparsity}_seed{seed}": (suite.setting, method, sparsity, seed)
-        for suite in (SUITES["cka-cifar10"], SUITES["cka-cifar100"])
-        for seed, method, sparsity in runs(suite)
-    }
-)
-"""Name -> setting, method, sparsity and seed of `benchmarks.accuracy`. Independent runs of the published HyperSparse code
-at 99 % with 284 epochs reached 91.3 % as the best of all test epochs."""
+TRAININGS = {
+    f"{suite.removeprefix('paper-')}_{method.replace(' ', '_')}_{sparsity}_seed{seed}": (suite, method, sparsity, seed)
+    for wanted in range(5)
+    for suite in GROUPS["paper"]
+    for seed, method, sparsity in runs(SUITES[suite])
+    if seed == wanted
+}
+"""Name -> suite, method, sparsity and seed of the papers' own recipes in `benchmarks.accuracy`, first seeds first."""
 
 
-def train(name: str, data: str, device: str, quick: bool) -> Numbers:
+def train(name: str, data: str, quick: bool) -> Numbers:
     """One training of the list, in a process of its own."""
-    setting, method, sparsity, seed = TRAININGS[name]
-    if setting == "lpss":
-        return lpss.train(lpss.RECIPES["quick" if quick else "full"], method, sparsity, seed, data, device)
-    epochs = 3 if quick else None
-    how = accuracy.SETTINGS["digits" if quick else setting]
-    return accuracy.train(how, method, sparsity, seed, data, epochs, similarity="-160" in setting)
+    suite, method, sparsity, seed = TRAININGS[name]
+    setting = SETTINGS[SUITES[suite].setting]
+    if quick:
+        setting = lpss.RECIPES["quick"] if isinstance(setting, lpss.Recipe) else replace(SETTINGS["digits"], epochs=3)
+    return accuracy.train(setting, method, sparsity, seed, data, similarity=SUITES[suite].similarity)
 
 
 def write(out: Path, name: str, numbers: Numbers) -> None:
@@ -217,7 +199,7 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     if arguments.train:
-        write(out, arguments.train, train(arguments.train, arguments.data, arguments.device, arguments.quick))
+        write(out, arguments.train, train(arguments.train, arguments.data, arguments.quick))
         return
     end = monotonic() + 60 * arguments.minutes
     for name, check in CHECKS.items():

@@ -1,0 +1,92 @@
+"""The record of accuracy benchmarks: resumed, shared between processes, and never mixed with other results."""
+
+import json
+
+import pytest
+
+from benchmarks import accuracy
+from benchmarks.accuracy import GROUPS, SETTINGS, SUITES, Suite, collect, merge, prepare, run, runs, table
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """A suite whose runs are instant, and the list of those that were made."""
+    made = []
+
+    def train(setting, method, sparsity, seed, *_):
+        made.append((seed, method, sparsity))
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return {"test": 0.5 + seed / 10, "seconds": 0.0, "inference": 1 - sparsity, "training": 1.0}
+
+    published = {"gradual": (70.5, 60.5)}
+    monkeypatch.setitem(SUITES, "toy", Suite("digits", ("dense", "gradual"), (0.5, 0.9), (0, 1), published=published))
+    monkeypatch.setattr(accuracy, "train", train)
+    return made
+
+
+def test_an_interrupted_suite_goes_on_where_it_stopped(suite, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run("toy", "", (1, 1), None, tmp_path)
+    assert len(collect("toy", tmp_path)["runs"]) == 2
+    run("toy", "", (1, 1), None, tmp_path)
+    assert suite[:2] + suite[3:] == runs(SUITES["toy"]), "the one that was interrupted is begun anew, no other is"
+    run("toy", "", (1, 1), None, tmp_path)
+    assert len(suite) == 7
+
+
+def test_parts_share_the_work_and_become_one_file(suite, tmp_path):
+    suite += [None] * 3  # no interruption
+    for part in (2, 1):
+        run("toy", "", (part, 2), None, tmp_path)
+    merge("toy", tmp_path)
+    (file,) = tmp_path.iterdir()
+    kept = [(r["seed"], r["method"], r["sparsity"]) for r in json.loads(file.read_text())["runs"]]
+    assert kept == runs(SUITES["toy"])
+    assert sorted(suite[3:]) == sorted(kept)
+    lines = table("toy", tmp_path).splitlines()
+    assert lines[2:] == [
+        "| dense | 55.00 ± 7.07 (2); 1.000, 1.000 |  |",
+        "| gradual | 55.00 ± 7.07 (2); 0.500, 1.000 | 55.00 ± 7.07 (2); 0.100, 1.000 |",
+        "| gradual, in the paper | 70.50 | 60.50 |",
+    ]
+
+
+def test_results_of_another_version_or_recipe_are_refused(suite, tmp_path):
+    suite += [None] * 3
+    run("toy", "", (1, 1), None, tmp_path)
+    with pytest.raises(SystemExit, match="epochs=12, the recipe now says 7; begin anew with another --out"):
+        prepare("toy", "", 7, tmp_path, download=False)
+    path = tmp_path / "accuracy_toy.json"
+    result = json.loads(path.read_text())
+    result["machine"]["lightning_sparse"] = "0.0.1"
+    path.write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match=r"of lightning_sparse 0\.0\.1, this is .*; begin anew with another --out"):
+        prepare("toy", "", None, tmp_path, download=False)
+
+
+def test_runs_of_another_suite_with_the_same_recipe_count_too(suite, monkeypatch, tmp_path):
+    suite += [None] * 3
+    run("toy", "", (1, 1), None, tmp_path)
+    del suite[3:]
+    monkeypatch.setitem(SUITES, "more", Suite("digits", ("gradual", "random"), (0.9,), (0,), shares=("toy",)))
+    run("more", "", (1, 1), None, tmp_path)
+    assert suite[3:] == [(0, "random", 0.9)]
+    assert [r["method"] for r in collect("more", tmp_path)["runs"]] == ["random", "gradual"]
+    assert [r["method"] for r in collect("more", tmp_path, shared=False)["runs"]] == ["random"]
+
+
+def test_missing_data_are_a_sentence(tmp_path):
+    missing = str(tmp_path / "nowhere")
+    for suite in (*GROUPS["desk"], *GROUPS["paper"]):
+        with pytest.raises(SystemExit, match=f"is not in root='{missing}'; give its folder with --data, or add --download"):
+            prepare(suite, missing, None, tmp_path, download=False)
+
+
+def test_a_method_that_ends_the_training_itself():
+    setting = SETTINGS["digits"]
+    numbers = accuracy.train(setting, "HyperSparse, as published", 0.9, 0, "", epochs=1)
+    regularised = len(numbers["history"])
+    assert regularised <= 17, "60, at most 200 and 160 epochs, a twelfth of each"
+    assert numbers["epochs"] == 5 + regularised + 14
+    assert numbers["kept"] == numbers["total"] // 10 - 1
