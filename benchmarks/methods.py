@@ -2,6 +2,7 @@
 
     python -m benchmarks.methods                       a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
     python -m benchmarks.methods --models mlp --batches 32 --steps 40
+    python -m benchmarks.methods --steps 10 --save     what is committed; goes on where it was interrupted
     python -m benchmarks.methods --quick               to see that it runs
 
 For every method one short training. The time of each step is taken, and the part of it that is spent inside the method: in
@@ -16,6 +17,7 @@ Memory is that of the tensors which the callback keeps between steps, in bytes p
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import statistics
 import warnings
@@ -29,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.overhead import Net
-from benchmarks.record import save
+from benchmarks.record import RESULTS, machine, save
 from lightning_sparse import (
     SET,
     SNIP,
@@ -183,25 +185,33 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--save", action="store_true", help="write the numbers to benchmarks/results")
+    parser.add_argument(
+        "--save", action="store_true", help="write to benchmarks/results, and measure only what is not there"
+    )
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.models, arguments.batches, arguments.steps = ["mlp"], [32], 20
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    path = RESULTS / "methods_cpu.json"
     numbers: dict[str, Any] = {}
+    if arguments.save and path.exists():
+        found = json.loads(path.read_text())
+        if (theirs := found["machine"]["lightning_sparse"]) != (mine := machine()["lightning_sparse"]):
+            raise SystemExit(f"{path.name} is of lightning_sparse {theirs}, this is {mine}; remove it to begin anew.")
+        numbers = found["numbers"]
     for model in arguments.models:
         for batch in arguments.batches:
-            rows = numbers[f"{model}, batch {batch}"] = {}
+            rows = numbers.setdefault(f"{model}, batch {batch}", {})
             print(f"\n{model}, batch {batch}: step with / step without; median, mean; bytes per weight")
             for name in arguments.methods:
                 if name == "LayerSparsity" and model != "mlp":
                     continue  # no chain of layers that could merge
-                row = rows[name] = measure(name, model, batch, arguments.steps)
+                row = rows[name] = rows.get(name) or measure(name, model, batch, arguments.steps)
+                if arguments.save:
+                    save("methods_cpu", numbers)
                 shown = f"{row['median']:.3f}  {row['mean']:.3f}  {row['bytes per weight']:6.2f}"
                 print(f"  {name:30s} {shown}   of {row['step, ms']:.1f} ms", flush=True)
-    if arguments.save:
-        save("methods_cpu", numbers)
 
 
 if __name__ == "__main__":

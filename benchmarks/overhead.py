@@ -377,7 +377,7 @@ def peaks(size: str, batch: int) -> dict[str, float]:
 def updates(weights: int, rounds: int, device: str) -> dict[str, Any]:
     """A global mask update over many weights."""
     torch.manual_seed(0)
-    net = nn.Sequential(*[nn.Linear(1000, weights // 5000, bias=False) for _ in range(5)]).to(device)
+    net = nn.Sequential(*[nn.Linear(1000, weights // 5000, bias=False, device=device) for _ in range(5)])
     targets = find_targets(net)
     budget = Budget(SPARSITY)
     masks = MaskSet({target.name: target.weight for target in targets})
@@ -397,7 +397,7 @@ def updates(weights: int, rounds: int, device: str) -> dict[str, Any]:
 
     seen = []
     for number in range(rounds + 1):
-        fresh = nn.Sequential(*[nn.Linear(1000, weights // 5000, bias=False) for _ in range(5)]).to(device)
+        fresh = nn.Sequential(*[nn.Linear(1000, weights // 5000, bias=False, device=device) for _ in range(5)])
         times = {
             "MagnitudePruning": timed(ours, device),
             "prune.global_unstructured": timed(lambda module=fresh: theirs(module), device),
