@@ -177,14 +177,6 @@ def test_a_module_with_a_part_called_module_beside_swa() -> None:
     assert method.masks.sparsity == 0.5
 
 
-def test_channels_last() -> None:
-    method, module = MagnitudePruning(0.9), toy()
-    module.net.to(memory_format=torch.channels_last)
-    fit(module, method)
-    weights = dict(module.named_parameters())
-    assert not any(weights[name][method.masks.dropped(name)].any() for name in method.masks)
-
-
 def test_the_mixin_outside_of_a_fit() -> None:
     module = AutomaticMixin()
     assert float(module.sparsity_penalty()) == 0

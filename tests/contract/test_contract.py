@@ -205,6 +205,20 @@ def test_micro_batches_equal_one_large_batch(path: Path) -> None:
         torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_the_layout_of_memory_changes_nothing(path: Path) -> None:
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        callbacks, module = overlay(path), toy().double()
+        module.net.to(memory_format=layout)
+        fit(module, *callbacks)
+        ends.append((module.state_dict(), masks_of(method_of(callbacks))))
+    (plain, masks), (last, others) = ends
+    assert last["net.2.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert all(bool((masks.dropped(name) == others.dropped(name)).all()) for name in masks)
+    torch.testing.assert_close(last, plain, rtol=1e-9, atol=1e-9)
+
+
 def test_bf16_mixed(path: Path) -> None:
     callbacks = overlay(path)
     module, method = toy("adamw"), method_of(callbacks)
