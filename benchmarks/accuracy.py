@@ -7,7 +7,8 @@
     python -m benchmarks.accuracy --suite cka --table            print the table of what is there
 
 Every run is one line of the result: method, sparsity, seed, test accuracy after the last epoch (none is chosen by looking
-at the test set), kept weights counted as non-zeros. A suite that was interrupted goes on where it stopped.
+at the test set), kept weights counted as non-zeros. A suite that was interrupted goes on where it stopped, a training from
+its last checkpoint.
 
 Two numbers say what a run would cost if nothing were ever multiplied by zero, as ratios to the dense network: `inference`,
 of the final weights, and `training`, the mean over the run of a forward pass and both parts of the backward pass. The
@@ -33,6 +34,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -277,10 +280,24 @@ class Work(L.Callback):
         if batch_idx % self.every == 0:
             self.readings.append(self.read(pl_module))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"readings": self.readings}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.readings = list(state_dict["readings"])
+
     def training(self, dense_gradients: bool) -> float:
         """The mean of all readings, for a forward pass, the gradients of activations and those of weights."""
         mean = statistics.mean(self.readings)
         return (2 * mean + (1.0 if dense_gradients else mean)) / 3
+
+
+class WholeFiles(TorchCheckpointIO):
+    """A checkpoint takes the place of the last one when it is complete."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, f"{path}.part", storage_options)
+        os.replace(f"{path}.part", path)
 
 
 def train(
@@ -291,8 +308,12 @@ def train(
     root: str,
     epochs: int | None = None,
     similarity: bool = False,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """One run; its numbers, with the mean similarity of layers on validation data before and after if asked for."""
+    """One run; its numbers, with the mean similarity of layers on validation data before and after if asked for.
+
+    With `checkpoint`, some twenty times on the way its state goes there, and it goes on from what is there.
+    """
     if isinstance(setting, lpss.Recipe):
         recipe = replace(setting, epochs=epochs or setting.epochs)
         return lpss.train(recipe, method, sparsity, seed, root, "cuda" if torch.cuda.is_available() else "cpu")
@@ -325,9 +346,20 @@ def train(
     image = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
     work = Work(count_macs(module, lambda: module(image)))
     quiet["precision"] = setting.precision
+    if checkpoint:
+        every = max(1, (epochs or setting.epochs) // 20)
+        saving = ModelCheckpoint(
+            checkpoint.parent,
+            checkpoint.stem,
+            every_n_epochs=every,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        callbacks = [*callbacks, saving]
+        quiet |= {"enable_checkpointing": True, "plugins": [WholeFiles()]}
     trainer = L.Trainer(max_epochs=length, callbacks=[*callbacks, work], **quiet)
     start = perf_counter()
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=checkpoint if checkpoint and checkpoint.exists() else None)
     seconds = perf_counter() - start
     scores = trainer.validate(module, data, verbose=False) + trainer.test(module, data, verbose=False)
     weights = [target.weight for target in find_targets(module)]
@@ -348,6 +380,8 @@ def train(
     for callback in callbacks:
         if isinstance(callback, Sparsifier):
             numbers |= {key: value for key in ("stop_reason", "history") if (value := getattr(callback, key, None))}
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
     return numbers
 
 
@@ -387,7 +421,8 @@ def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Pa
         done = {(r["seed"], r["method"], r["sparsity"]) for r in collect(name, out)["runs"]}
         if index % part[1] != part[0] - 1 or (seed, method, sparsity) in done:
             continue
-        numbers = train(SETTINGS[suite.setting], method, sparsity, seed, root, epochs, suite.similarity)
+        half = path.parent / f"accuracy_{name}.{index}.ckpt"
+        numbers = train(SETTINGS[suite.setting], method, sparsity, seed, root, epochs, suite.similarity, half)
         result = load(path)
         result |= {"command": f"python -m benchmarks.accuracy --suite {name} --data DIR", "machine": machine()}
         result |= {"recipe": how}
@@ -492,7 +527,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     torch.set_float32_matmul_precision("high")
-    warnings.filterwarnings("ignore", ".*does not have many workers|.*tensorboard")
+    warnings.filterwarnings("ignore", ".*does not have many workers|.*tensorboard|.*exists and is not empty")
     part, parts = map(int, options.part.split("/"))
     names = GROUPS.get(options.suite, (options.suite,))
     if options.at_once > 1 and not (options.merge or options.table):

@@ -169,20 +169,22 @@ CHECKS: dict[str, Callable[[str, bool], Numbers]] = {
 TRAININGS = {
     f"{suite.removeprefix('paper-')}_{method.replace(' ', '_')}_{sparsity}_seed{seed}": (suite, method, sparsity, seed)
     for wanted in range(5)
-    for suite in GROUPS["paper"]
+    for suite in sorted(GROUPS["paper"], key=lambda suite: SETTINGS[SUITES[suite].setting].epochs)
     for seed, method, sparsity in runs(SUITES[suite])
     if seed == wanted
 }
-"""Name -> suite, method, sparsity and seed of the papers' own recipes in `benchmarks.accuracy`, first seeds first."""
+"""Name -> suite, method, sparsity and seed of the papers' own recipes in `benchmarks.accuracy`: first seeds first, and short
+trainings before long ones."""
 
 
-def train(name: str, data: str, quick: bool) -> Numbers:
-    """One training of the list, in a process of its own."""
+def train(name: str, data: str, quick: bool, out: Path) -> Numbers:
+    """One training of the list, in a process of its own; where an earlier one was killed, it goes on from its checkpoint."""
     suite, method, sparsity, seed = TRAININGS[name]
     setting = SETTINGS[SUITES[suite].setting]
     if quick:
         setting = lpss.RECIPES["quick"] if isinstance(setting, lpss.Recipe) else replace(SETTINGS["digits"], epochs=3)
-    return accuracy.train(setting, method, sparsity, seed, data, similarity=SUITES[suite].similarity)
+    similarity = SUITES[suite].similarity
+    return accuracy.train(setting, method, sparsity, seed, data, similarity=similarity, checkpoint=out / f"{name}.ckpt")
 
 
 def write(out: Path, name: str, numbers: Numbers) -> None:
@@ -202,7 +204,7 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     if arguments.train:
-        write(out, arguments.train, train(arguments.train, arguments.data, arguments.quick))
+        write(out, arguments.train, train(arguments.train, arguments.data, arguments.quick, out))
         return
     end = monotonic() + 60 * arguments.minutes
     for name, check in CHECKS.items():

@@ -2,10 +2,24 @@
 
 import json
 
+import lightning as L
 import pytest
 
 from benchmarks import accuracy
-from benchmarks.accuracy import GROUPS, SETTINGS, SUITES, Suite, collect, merge, prepare, run, runs, table
+from benchmarks.accuracy import (
+    GROUPS,
+    METHODS,
+    OPEN_ENDED,
+    SETTINGS,
+    SUITES,
+    Suite,
+    collect,
+    merge,
+    prepare,
+    run,
+    runs,
+    table,
+)
 
 
 @pytest.fixture
@@ -90,3 +104,24 @@ def test_a_method_that_ends_the_training_itself():
     assert regularised <= 17, "60, at most 200 and 160 epochs, a twelfth of each"
     assert numbers["epochs"] == 5 + regularised + 14
     assert numbers["kept"] == numbers["total"] // 10 - 1
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(("method", "epochs"), [("RigL", 12), ("HyperSparse, as published", 1)])
+def test_a_training_that_was_killed_goes_on_from_its_checkpoint(method, epochs, monkeypatch, tmp_path):
+    class Killer(L.Callback):
+        def on_train_epoch_start(self, trainer, *_):
+            if trainer.current_epoch == 8:
+                raise RuntimeError("killed")
+
+    how = (SETTINGS["digits"], method, 0.9, 0, "", epochs)
+    whole = accuracy.train(*how)
+    table = OPEN_ENDED if method in OPEN_ENDED else METHODS
+    with monkeypatch.context() as patch:
+        patch.setitem(table, method, lambda *options, make=table[method]: [*make(*options), Killer()])
+        with pytest.raises(RuntimeError, match="killed"):
+            accuracy.train(*how, checkpoint=tmp_path / "half.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["half.ckpt"]
+    resumed = accuracy.train(*how, checkpoint=tmp_path / "half.ckpt")
+    assert resumed | {"seconds": 0} == whole | {"seconds": 0}
+    assert not list(tmp_path.iterdir())
