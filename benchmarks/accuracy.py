@@ -480,7 +480,8 @@ def collect(name: str, out: Path, shared: bool = True) -> dict[str, Any]:
 def merge(name: str, out: Path) -> None:
     """Put the parts into one file, in the order of the suite."""
     whole, order = collect(name, out, shared=False), runs(SUITES[name])
-    whole["runs"].sort(key=lambda r: order.index((r["seed"], r["method"], r["sparsity"])))
+    found = {(r["seed"], r["method"], r["sparsity"]): r for r in whole["runs"]}  # once each, should a part be there twice
+    whole["runs"] = [found[key] for key in order if key in found]
     (out / f"accuracy_{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     for path in out.glob(f"accuracy_{name}.*.json"):
         path.unlink()

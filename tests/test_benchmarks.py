@@ -53,6 +53,9 @@ def test_parts_share_the_work_and_become_one_file(suite, tmp_path):
     suite += [None] * 3  # no interruption
     for part in (2, 1):
         run("toy", "", (part, 2), None, tmp_path)
+    again = (tmp_path / "accuracy_toy.2.json").read_text()
+    merge("toy", tmp_path)
+    (tmp_path / "accuracy_toy.2.json").write_text(again)
     merge("toy", tmp_path)
     (file,) = tmp_path.iterdir()
     kept = [(r["seed"], r["method"], r["sparsity"]) for r in json.loads(file.read_text())["runs"]]
