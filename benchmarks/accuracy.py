@@ -39,6 +39,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+import lightning_sparse
 from benchmarks import lpss
 from benchmarks.record import RESULTS, machine
 from lightning_sparse import (
@@ -196,7 +197,7 @@ SUITES = {
         (0.9, 0.98, 0.995),
     ),
     "desk-lenet300": Suite("lenet300-fashion-15", WITH_TARGET, (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)),
-    "desk-lenet5": Suite("lenet5-fashion-5", WITH_TARGET, (0.9, 0.98, 0.995)),
+    "desk-lenet5": Suite("lenet5-fashion-5", WITH_TARGET, (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)),
     "desk-resnet20": Suite(
         "resnet20-half-cifar10", ("dense", "random", "gradual", "RigL", "HyperSparse"), (0.9, 0.98), shares=("cka",)
     ),
@@ -421,7 +422,7 @@ def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Pa
         done = {(r["seed"], r["method"], r["sparsity"]) for r in collect(name, out)["runs"]}
         if index % part[1] != part[0] - 1 or (seed, method, sparsity) in done:
             continue
-        half = path.parent / f"accuracy_{name}.{index}.ckpt"
+        half = path.parent / f"accuracy_{name}.{how['epochs']}-epochs.{lightning_sparse.__version__}.{index}.ckpt"
         numbers = train(SETTINGS[suite.setting], method, sparsity, seed, root, epochs, suite.similarity, half)
         result = load(path)
         result |= {"command": f"python -m benchmarks.accuracy --suite {name} --data DIR", "machine": machine()}
@@ -498,7 +499,7 @@ def table(name: str, out: Path = RESULTS) -> str:
         cells = [_cell(rows) for rows in chosen]
         rows = {method: cells}
         if method in suite.published:
-            rows[f"{method}, in the paper"] = [f"{value:.2f}" for value in suite.published[method]]
+            rows[f"{method}, published"] = [f"{value:.2f}" for value in suite.published[method]]
         for title, row in rows.items():
             lines.append(f"| {title} | " + " | ".join(row + [""] * (len(suite.sparsities) - len(row))) + " |")
     return "\n".join(lines)

@@ -22,13 +22,19 @@ from benchmarks.accuracy import (
 )
 
 
+class Made(list):
+    """Runs, and the names of the checkpoints they would write."""
+
+
 @pytest.fixture
 def suite(monkeypatch):
     """A suite whose runs are instant, and the list of those that were made."""
-    made = []
+    made = Made()
+    made.checkpoints = []
 
-    def train(setting, method, sparsity, seed, *_):
+    def train(setting, method, sparsity, seed, *options):
         made.append((seed, method, sparsity))
+        made.checkpoints.append(options[-1].name)
         if len(made) == 3:
             raise KeyboardInterrupt
         return {"test": 0.5 + seed / 10, "seconds": 0.0, "inference": 1 - sparsity, "training": 1.0}
@@ -65,7 +71,7 @@ def test_parts_share_the_work_and_become_one_file(suite, tmp_path):
     assert lines[2:] == [
         "| dense | 55.00 ± 7.07 (2); 1.000, 1.000 |  |",
         "| gradual | 55.00 ± 7.07 (2); 0.500, 1.000 | 55.00 ± 7.07 (2); 0.100, 1.000 |",
-        "| gradual, in the paper | 70.50 | 60.50 |",
+        "| gradual, published | 70.50 | 60.50 |",
     ]
 
 
@@ -93,6 +99,13 @@ def test_runs_of_another_suite_with_the_same_recipe_count_too(suite, monkeypatch
     assert [r["method"] for r in collect("more", tmp_path, shared=False)["runs"]] == ["random"]
 
 
+def test_no_run_goes_on_from_the_checkpoint_of_another_recipe(suite, tmp_path):
+    suite += [None] * 3
+    run("toy", "", (1, 1), None, tmp_path)
+    run("toy", "", (1, 1), 2, tmp_path / "shorter")
+    assert len(set(suite.checkpoints)) == len(suite.checkpoints) == 12
+
+
 def test_missing_data_are_a_sentence(tmp_path):
     missing = str(tmp_path / "nowhere")
     for suite in (*GROUPS["desk"], *GROUPS["paper"]):
@@ -112,19 +125,22 @@ def test_a_method_that_ends_the_training_itself():
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize(("method", "epochs"), [("RigL", 12), ("HyperSparse, as published", 1)])
 def test_a_training_that_was_killed_goes_on_from_its_checkpoint(method, epochs, monkeypatch, tmp_path):
+    begun = []
+
     class Killer(L.Callback):
         def on_train_epoch_start(self, trainer, *_):
-            if trainer.current_epoch == 8:
+            begun.append(trainer.current_epoch)
+            if begun == [*range(9)]:
                 raise RuntimeError("killed")
 
     how = (SETTINGS["digits"], method, 0.9, 0, "", epochs)
     whole = accuracy.train(*how)
     table = OPEN_ENDED if method in OPEN_ENDED else METHODS
-    with monkeypatch.context() as patch:
-        patch.setitem(table, method, lambda *options, make=table[method]: [*make(*options), Killer()])
-        with pytest.raises(RuntimeError, match="killed"):
-            accuracy.train(*how, checkpoint=tmp_path / "half.ckpt")
+    monkeypatch.setitem(table, method, lambda *options, make=table[method]: [*make(*options), Killer()])
+    with pytest.raises(RuntimeError, match="killed"):
+        accuracy.train(*how, checkpoint=tmp_path / "half.ckpt")
     assert [file.name for file in tmp_path.iterdir()] == ["half.ckpt"]
     resumed = accuracy.train(*how, checkpoint=tmp_path / "half.ckpt")
     assert resumed | {"seconds": 0} == whole | {"seconds": 0}
+    assert begun == [*range(9), *range(8, whole["epochs"])]
     assert not list(tmp_path.iterdir())
