@@ -228,7 +228,7 @@ class LpSphere(Masked):
         for name, weight in self.weights.items():
             score = random_score(weight, random_generator(self.drawn_seed, 0, name))
             removed = min(math.ceil(share * weight.numel() - 1e-6), weight.numel() - 1)
-            [masks[name]] = top_k_masks([score], weight.numel() - removed)
+            masks[name] = top_k_masks([score], weight.numel() - removed)[0].to(weight.device)
         self.set_masks(masks)
 
     def resume(self) -> None:

@@ -133,7 +133,7 @@ class Budget:
         """Masks by name, drawn at random; the same on every rank and device."""
         scores = [random_score(target.weight, random_generator(seed, 0, target.name)) for target in targets]
         masks = self.masks(targets, scores, sparsity)
-        return {target.name: mask for target, mask in zip(targets, masks, strict=True)}
+        return {target.name: mask.to(target.weight.device) for target, mask in zip(targets, masks, strict=True)}
 
     def _plan(
         self, targets: Sequence[Target], sparsity: float, held: Sequence[int] | None = None

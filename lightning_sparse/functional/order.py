@@ -2,8 +2,8 @@
 
 A float32 number is read as an integer that orders like it. Two histograms of 16 bits each then
 find the exact value of any rank (a radix selection): the first says which 65,536th of the number
-line holds it, the second which value in there. Chunks small enough for the cache make it several times
-faster than `torch.kthvalue` on a CPU; on a GPU nothing is read back to the host.
+line holds it, the second which value in there; a float64 number takes four. Chunks small enough for the cache make it
+several times faster than `torch.kthvalue` on a CPU; on a GPU nothing is read back to the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["exact_count", "kth_smallest", "top_k_masks"]
 
 _BINS = 1 << 16
-_CHUNK = 1 << 20  # 4 MiB of float32: stays in the cache between the passes over one chunk
+_CHUNK = 1 << 22  # bytes: stays in the cache between the passes over one chunk
 _CUDA_CHUNK = 1 << 24  # a histogram on a GPU counts in float32, which is exact up to here
 
 
@@ -52,27 +52,26 @@ def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False) -> 
     if not 0 <= k < total:
         raise ValueError(f"k={k} is not a rank among {total} values; give 0 <= k < {total}.")
     dtype = values[0].dtype
-    if dtype == torch.float64:
-        flat = torch.cat([value.detach().flatten() for value in values])
-        return (flat.abs_() if magnitudes else flat).kthvalue(k + 1).values
-    # Bit patterns of non-negative floats order like their values; those of negative floats, which follow
-    # as the upper half of the bins, order the other way round. So the bins are put in order, not the entries.
-    order = torch.arange(_BINS, device=values[0].device)
-    order = torch.cat([order[_BINS // 2 :].flip(0), order[: _BINS // 2]])
-    high = torch.zeros_like(order)
-    for bits in _chunks(values, magnitudes):
-        high += _histogram(bits >> 16)
-    high = high[order]
-    position = torch.searchsorted(high.cumsum(0), k, right=True)
-    rank = k - (high.cumsum(0)[position] - high[position])  # the rank inside that bin
-    bucket = order[position]
-    low = torch.zeros_like(order)
-    for bits in _chunks(values, magnitudes):
-        low += _histogram(bits, where=(bits >> 16) & (_BINS - 1) == bucket)
-    low = torch.where(bucket < _BINS // 2, low, low.flip(0))
-    digit = torch.searchsorted(low.cumsum(0), rank, right=True)
-    digit = torch.where(bucket < _BINS // 2, digit, _BINS - 1 - digit)
-    return ((bucket << 16) | digit).to(torch.int32).view(torch.float32).to(dtype)
+    ints, floats, width = (torch.int64, torch.float64, 64) if dtype == torch.float64 else (torch.int32, torch.float32, 32)
+    bins = torch.arange(_BINS, device=values[0].device)
+    prefix, rank = bins.new_zeros(()), bins.new_full((), k)
+    for shift in range(width - 16, -1, -16):
+        first = shift == width - 16
+        counts = torch.zeros_like(bins)
+        for bits in _chunks(values, magnitudes, floats, ints):
+            counts += _histogram(bits >> shift if shift else bits, None if first else bits >> (shift + 16) == prefix)
+        # Bit patterns of non-negative floats order like their values; those of negative floats, which are the upper half of
+        # the first bins, order the other way round. So the bins are put in order, not the entries.
+        if first:
+            order = torch.cat([bins[_BINS // 2 :].flip(0), bins[: _BINS // 2]])
+        else:
+            order = torch.where(prefix < 0, bins.flip(0), bins)
+        below = counts[order].cumsum(0)
+        position = torch.searchsorted(below, rank, right=True)
+        digit = order[position]
+        rank = rank - (below[position] - counts[digit])  # the rank inside that bin
+        prefix = torch.where(digit < _BINS // 2, digit, digit - _BINS) if first else (prefix << 16) | digit
+    return prefix.to(ints).view(floats).to(dtype)
 
 
 def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
@@ -110,14 +109,14 @@ def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     return masks
 
 
-def _chunks(values: Sequence[Tensor], magnitudes: bool) -> Iterator[Tensor]:
-    """The float32 bit patterns of all entries as int32, in pieces."""
+def _chunks(values: Sequence[Tensor], magnitudes: bool, floats: torch.dtype, ints: torch.dtype) -> Iterator[Tensor]:
+    """The bit patterns of all entries, in pieces."""
     for value in values:
         flat = value.detach().reshape(-1)
-        size = _CUDA_CHUNK if flat.is_cuda else _CHUNK
+        size = _CUDA_CHUNK if flat.is_cuda else _CHUNK // ints.itemsize
         for start in range(0, flat.numel(), size):
-            bits = flat[start : start + size].float().view(torch.int32)
-            yield bits & 0x7FFFFFFF if magnitudes else bits  # the highest bit is the sign
+            bits = flat[start : start + size].to(floats).view(ints)
+            yield bits & torch.iinfo(ints).max if magnitudes else bits  # the highest bit is the sign
 
 
 def _histogram(bits: Tensor, where: Tensor | None = None) -> Tensor:

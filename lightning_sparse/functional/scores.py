@@ -37,11 +37,11 @@ def random_generator(seed: int, step: int, name: str) -> torch.Generator:
 
 
 def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform random numbers in the shape of the weight, drawn on the CPU so that devices agree.
+    """Uniform random numbers in the shape of the weight, on the CPU so that devices agree.
 
-    In float64, because float32 has only 2^24 values in [0, 1): ties would favour early entries.
+    In float64, because float32 has only 2^24 values in [0, 1): ties would favour early entries. Not every device has it.
     """
-    return torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float64)
 
 
 def hashed_score(weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -105,6 +105,11 @@ def test_random_scores_depend_on_seed_step_and_name_alone() -> None:
         assert not random_score(weight, random_generator(*other)).equal(reference)
 
 
+def test_random_scores_stay_where_they_are_drawn() -> None:
+    """Not every device has numbers of 64 bits."""
+    assert random_score(torch.empty(3, device="meta"), random_generator(0, 0, "a")).device.type == "cpu"
+
+
 def test_magnitude_is_float32_at_least() -> None:
     assert magnitude(torch.tensor([-1.5], dtype=torch.bfloat16)).dtype == torch.float32
     assert magnitude(torch.tensor([-1.5], dtype=torch.float64)).tolist() == [1.5]

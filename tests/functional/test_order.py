@@ -19,6 +19,8 @@ def cases() -> dict[str, list[torch.Tensor]]:
         "bfloat16": [t.bfloat16() for t in normal],
         "float16": [t.half() for t in normal],
         "float64": [t.double() * 1e-200 for t in normal],
+        "float64, the last bits alone": [1 + torch.randint(-9, 9, (90,), generator=g).double() * 2**-52],
+        "float64, all kinds": [torch.tensor([0, -0.0, 5e-324, -5e-324, -torch.inf, -1.5, torch.inf], dtype=torch.float64)],
     }
 
 
@@ -38,10 +40,11 @@ def test_ranks_of_magnitudes(name: str) -> None:
     assert [float(kth_smallest(values, k, magnitudes=True)) for k in range(len(ordered))] == ordered.tolist()
 
 
-def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = cases()["normal"]
+@pytest.mark.parametrize("name", ["normal", "float64"])
+def test_chunks_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = cases()[name]
     whole = [float(kth_smallest(values, k)) for k in range(0, 227, 10)]
-    monkeypatch.setattr(order_module, "_CHUNK", 13)
+    monkeypatch.setattr(order_module, "_CHUNK", 52)
     assert [float(kth_smallest(values, k)) for k in range(0, 227, 10)] == whole
 
 
