@@ -128,6 +128,20 @@ def overhead(device: str, quick: bool) -> Numbers:
     return table
 
 
+def methods(device: str, quick: bool) -> Numbers:
+    """What every method adds to a step of ResNet-18, and to peak memory as a ratio to a plain training."""
+    from benchmarks.methods import METHODS, measure, peak
+
+    model, names = ("quick", ["RigL"]) if quick else ("resnet18", list(METHODS))
+    plain = peak("dense", model, 128, 10, device)
+    table: Numbers = {"plain, MiB": plain}
+    for name in names:
+        if name != "LayerSparsity":  # no chain of layers that could merge
+            memory = peak(name, model, 128, 10, device) / plain
+            table[name] = {"memory": memory, **measure(name, model, 128, 10, device)}
+    return table
+
+
 def hypersparse(device: str, quick: bool) -> Numbers:
     """The penalty of HyperSparse beside the published way, and beside a step of ResNet-32."""
     from benchmarks.hypersparse import penalty, step
@@ -161,6 +175,7 @@ CHECKS: dict[str, Callable[[str, bool], Numbers]] = {
     "inductor": inductor,
     "masking": masking,
     "overhead": overhead,
+    "methods": methods,
     "hypersparse": hypersparse,
     "rewiring": rewiring,
     "cka": cka,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +70,40 @@ def timed(function: Callable[[], Any], device: str = "cpu") -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return perf_counter() - start
+
+
+def growth(function: Callable[[], Any], device: str = "cpu") -> float:
+    """MiB by which what this process holds in memory grows at most while the function runs (of the host: on Linux)."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def resident(field: str) -> int:
+        return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    function()
+    return (resident("VmHWM") - before) / 1024
+
+
+def alone(module: str, *arguments: str) -> float:
+    """The last number that a process of its own prints.
+
+    It has one thread, and gives back to the system what it frees in blocks of a megabyte or more, so that its peak is of
+    what it needs at once, not of what the allocator has kept.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.split()[-1])
 
 
 def show(title: str, table: dict[str, dict[str, float]]) -> None:

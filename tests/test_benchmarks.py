@@ -1,11 +1,13 @@
-"""The record of accuracy benchmarks: resumed, shared between processes, and never mixed with other results."""
+"""The record of benchmarks: resumed, shared between processes, never mixed with other results, and shown as it is."""
 
 import json
+from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 
-from benchmarks import accuracy
+from benchmarks import accuracy, tables
 from benchmarks.accuracy import (
     GROUPS,
     METHODS,
@@ -20,6 +22,9 @@ from benchmarks.accuracy import (
     runs,
     table,
 )
+from benchmarks.growth import where
+from benchmarks.methods import neighbours
+from benchmarks.record import growth
 
 
 class Made(list):
@@ -144,3 +149,45 @@ def test_a_training_that_was_killed_goes_on_from_its_checkpoint(method, epochs, 
     assert resumed | {"seconds": 0} == whole | {"seconds": 0}
     assert begun == [*range(9), *range(8, whole["epochs"])]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_shows_the_results():
+    page = tables.PAGE.read_text()
+    shown = [name for name in tables.TABLES if f"<!-- {name} -->" in page]
+    assert shown == list(tables.TABLES), "every table has its place, in this order"
+    assert tables.filled(page) == page, "run python -m benchmarks.tables"
+
+
+def test_the_best_of_a_column_is_bold():
+    rows = [["a", "1.50 ± 0.10", "3 of 4"], ["b", "12.0", ""], ["c", "12.0 (x)", "2"]]
+    tables.embolden(rows, [1])
+    tables.embolden(rows, [2], lowest=True)
+    assert rows == [["a", "1.50 ± 0.10", "3 of 4"], ["b", "**12.0**", ""], ["c", "**12.0** (x)", "**2**"]]
+    assert tables.markdown([["a", "b"], ["c", ""]]) == "| a | b |\n| --- | --- |\n| c |  |"
+
+
+def test_means_have_their_spread():
+    assert tables.spread([0.5, 0.6]) == "55.00 ± 7.07"
+    assert tables.spread([0.25], 3, 1) == "0.250"
+
+
+def test_a_step_is_compared_with_its_neighbours():
+    epochs = [[9.0] * 6, [5.0, 1.0, 4.0, 3.0, 9.0, 6.0, 7.0], [5.0, 2.0, 2.0, 2.0]]
+    assert neighbours(epochs) == [2.0, 2.0, 1.0], "neither those of the first epoch nor the first and last of another"
+
+
+def test_where_connections_grow():
+    old = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
+    new = torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 1], [1, 1, 0]]).bool()
+    assert where([(old, new), (old, old)]) == {
+        "grown": 4,
+        "into outputs without connections": 0.75,  # two into the first, which has lost its own, one into the third
+        "outputs without connections": 3 / 8,
+        "into one output": 0.5,
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone says by how much a process has grown")
+def test_memory_that_is_given_back_counts_too():
+    assert 62 < growth(lambda: torch.ones(1 << 24)) < 80, "MiB"
+    assert growth(lambda: None) < 4
