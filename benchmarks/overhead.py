@@ -3,6 +3,7 @@
     python -m benchmarks.overhead                     a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
     python -m benchmarks.overhead --models resnet18 --batches 128 --rounds 60
     python -m benchmarks.overhead --models --weights 1000000 1000000000    mask updates alone, up to a billion weights
+    python -m benchmarks.overhead --memory --batches 128    peak memory instead of times
     python -m benchmarks.overhead --quick             small, to see that it runs
 
 All ways take turns, step by step, on one and the same model in one and the same run: two models, or two runs of one, differ
@@ -437,6 +438,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[32, 128])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--weights", type=int, nargs="*", default=[1_000_000, 10_000_000, 25_000_000, 100_000_000])
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of times (on Linux)")
     parser.add_argument("--peak", help="print the peak memory of one way, in MiB")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -450,6 +452,16 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.models, arguments.batches, arguments.rounds, arguments.weights = ["quick"], [128], 12, [1_000_000]
+    if arguments.memory:
+        found = {}
+        for model in arguments.models:
+            for batch in arguments.batches:
+                title = f"peak memory, {model}, batch {batch}, ratio to dense"
+                found[title] = peaks(model, batch)
+                print(title, *(f"  {name:34s} {value:9.3f}" for name, value in found[title].items()), sep="\n", flush=True)
+        if arguments.save:
+            save("overhead_memory", found)
+        return
     growing: dict[str, Any] = {}
     for weights in arguments.weights:
         title = f"mask update, {weights:,} weights"
@@ -463,12 +475,6 @@ def main() -> None:
             title = f"step, {model}, batch {batch}, {arguments.precision}, {arguments.device}"
             numbers[title] = steps(model, batch, arguments.rounds, arguments.device, arguments.precision)
             show(f"{title}, ratio to dense", numbers[title])
-        if arguments.device == "cpu":
-            title = f"peak memory, {model}, batch {arguments.batches[0]}, ratio to dense"
-            numbers[title] = peaks(model, arguments.batches[0])
-            print(f"\n{title}")
-            for name, value in numbers[title].items():
-                print(f"  {name:34s} {value:9.3f}")
     print()
     for name, value in numbers["memory, bytes per weight"].items():
         print(f"  {name:40s} {value:.3f} bytes per weight")

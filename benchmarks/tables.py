@@ -210,15 +210,16 @@ def overhead() -> list[Row]:
 
 def peaks() -> list[Row]:
     """Peak memory beside the peers."""
-    numbers = load("overhead_cpu")["numbers"]
-    columns = [numbers[f"peak memory, {model}, batch 32, ratio to dense"] for model in MODELS]
+    numbers = load("overhead_cpu")["numbers"] | load("overhead_memory")["numbers"]
+    places = [(model, batch) for model in MODELS for batch in (32, 128)]
+    columns = [numbers[f"peak memory, {model}, batch {batch}, ratio to dense"] for model, batch in places]
     rows = [["dense, MiB", *(f"{column['dense, MiB']:.0f}" for column in columns)]]
     rows += [
         [label, *(f"{column[way]:.3f}" for column in columns)]
         for way, label in LABELS.items()
         if way in columns[0] and way != "dense"
     ]
-    return [["peak memory, batch 32", *MODELS.values()], *rows]
+    return [["peak memory of the process", *(f"{MODELS[model]}, {batch}" for model, batch in places)], *rows]
 
 
 def updates() -> list[Row]:
