@@ -6,9 +6,9 @@
     python -m benchmarks.accuracy --suite cka --data DIR --part 1/2    one of two processes that share the work
     python -m benchmarks.accuracy --suite cka --table            print the table of what is there
 
-Every run is one line of the result: method, sparsity, seed, test accuracy after the last epoch (none is chosen by looking
-at the test set), kept weights counted as non-zeros. A suite that was interrupted goes on where it stopped, a training from
-its last checkpoint.
+Every run is one entry of the result: method, sparsity, seed, version of torch, test accuracy after the last epoch (none is
+chosen by looking at the test set), kept weights counted as non-zeros. A suite that was interrupted goes on where it stopped,
+a training from its last checkpoint.
 
 Two numbers say what a run would cost if nothing were ever multiplied by zero, as ratios to the dense network: `inference`,
 of the final weights, and `training`, the mean over the run of a forward pass and both parts of the backward pass. The
@@ -34,13 +34,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 import lightning_sparse
 from benchmarks import lpss
+from benchmarks.checkpoints import resumable
 from benchmarks.record import RESULTS, machine
 from lightning_sparse import (
     SET,
@@ -199,7 +198,10 @@ SUITES = {
     "desk-lenet300": Suite("lenet300-fashion-15", WITH_TARGET, (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)),
     "desk-lenet5": Suite("lenet5-fashion-5", WITH_TARGET, (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)),
     "desk-resnet20": Suite(
-        "resnet20-half-cifar10", ("dense", "random", "gradual", "RigL", "HyperSparse"), (0.9, 0.98), shares=("cka",)
+        "resnet20-half-cifar10",
+        ("dense", "random", "gradual", "RigL", "HyperSparse", "SET", "GraNet", "SCL"),
+        (0.9, 0.98),
+        shares=("cka",),
     ),
     "cka": Suite("resnet20-half-cifar10", ("random", "random + CKA-SR"), (0.9, 0.95, 0.98), similarity=True),
     # The rows of the HyperSparse repository's README: the best of all test epochs of phase 3, here the last one is taken.
@@ -293,14 +295,6 @@ class Work(L.Callback):
         return (2 * mean + (1.0 if dense_gradients else mean)) / 3
 
 
-class WholeFiles(TorchCheckpointIO):
-    """A checkpoint takes the place of the last one when it is complete."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        super().save_checkpoint(checkpoint, f"{path}.part", storage_options)
-        os.replace(f"{path}.part", path)
-
-
 def train(
     setting: Setting | lpss.Recipe,
     method: str,
@@ -316,8 +310,8 @@ def train(
     With `checkpoint`, some twenty times on the way its state goes there, and it goes on from what is there.
     """
     if isinstance(setting, lpss.Recipe):
-        recipe = replace(setting, epochs=epochs or setting.epochs)
-        return lpss.train(recipe, method, sparsity, seed, root, "cuda" if torch.cuda.is_available() else "cpu")
+        recipe, device = replace(setting, epochs=epochs or setting.epochs), "cuda" if torch.cuda.is_available() else "cpu"
+        return lpss.train(recipe, method, sparsity, seed, root, device, checkpoint)
     L.seed_everything(seed, verbose=False)
     data = setting.data(root=root, batch_size=setting.batch_size, val_fraction=setting.val_fraction, seed=seed)
     length = epochs or setting.epochs
@@ -338,29 +332,20 @@ def train(
         (lambda o: torch.optim.lr_scheduler.MultiStepLR(o, list(setting.milestones))) if setting.milestones else None,
         annealing=1 / max([1, *rounds]),  # the schedule is that of one round
     ).to(memory_format=setting.memory_format)
-    quiet: dict[str, Any] = {"accelerator": "auto", "devices": 1, "logger": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {"accelerator": "auto", "devices": 1, "logger": False}
     quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
+    once = {**quiet, "enable_checkpointing": False}
     similarities = SimilarityMap(figure=False)
     if similarity:
         with isolate_rng():
-            L.Trainer(**quiet, callbacks=[similarities]).validate(module, data, verbose=False)
+            L.Trainer(**once, callbacks=[similarities]).validate(module, data, verbose=False)
     image = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
     work = Work(count_macs(module, lambda: module(image)))
-    quiet["precision"] = setting.precision
-    if checkpoint:
-        every = max(1, (epochs or setting.epochs) // 20)
-        saving = ModelCheckpoint(
-            checkpoint.parent,
-            checkpoint.stem,
-            every_n_epochs=every,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-        callbacks = [*callbacks, saving]
-        quiet |= {"enable_checkpointing": True, "plugins": [WholeFiles()]}
-    trainer = L.Trainer(max_epochs=length, callbacks=[*callbacks, work], **quiet)
+    saving, keeping, begun = resumable(checkpoint, epochs or setting.epochs)
+    options = {**quiet, **keeping, "precision": setting.precision}
+    trainer = L.Trainer(max_epochs=length, callbacks=[*callbacks, *saving, work], **options)
     start = perf_counter()
-    trainer.fit(module, data, ckpt_path=checkpoint if checkpoint and checkpoint.exists() else None)
+    trainer.fit(module, data, ckpt_path=begun)
     seconds = perf_counter() - start
     scores = trainer.validate(module, data, verbose=False) + trainer.test(module, data, verbose=False)
     weights = [target.weight for target in find_targets(module)]
@@ -376,7 +361,7 @@ def train(
         "seconds": round(seconds, 1),
     }
     if similarity:
-        L.Trainer(**quiet, callbacks=[similarities]).validate(module, data, verbose=False)
+        L.Trainer(**once, precision=setting.precision, callbacks=[similarities]).validate(module, data, verbose=False)
         numbers["similarity"] = [round(value, 4) for value in similarities.history]
     for callback in callbacks:
         if isinstance(callback, Sparsifier):
@@ -427,7 +412,7 @@ def run(name: str, root: str, part: tuple[int, int], epochs: int | None, out: Pa
         result = load(path)
         result |= {"command": f"python -m benchmarks.accuracy --suite {name} --data DIR", "machine": machine()}
         result |= {"recipe": how}
-        result["runs"].append({"seed": seed, "method": method, "sparsity": sparsity, **numbers})
+        result["runs"].append({"seed": seed, "method": method, "sparsity": sparsity, **numbers, "torch": torch.__version__})
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{method:28s} {sparsity:6} seed {seed}  test {numbers['test']:.4f}  {numbers['seconds']:7.1f} s", flush=True)
 

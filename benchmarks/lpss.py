@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.checkpoints import resumable
 from benchmarks.record import RESULTS, machine, ratios, save, show, timed
 from lightning_sparse import LpSphere, RandomSparsity
 from lightning_sparse.data import Digits, FashionMNIST
@@ -200,8 +201,10 @@ LP_KNOTS = ((0, 0.02), (1 / 6, 1), (1 / 3, 0.25), (0.94, 0.002), (1, 0.0001))
 SGD_KNOTS = ((0, 0.025), (1 / 6, 1), (1 / 3, 0.5), (0.94, 0.005), (1, 0.00025))
 
 
-def train(recipe: Recipe, method: str, sparsity: float, seed: int, root: str, device: str = "cpu") -> dict[str, Any]:
-    """One training; its numbers."""
+def train(
+    recipe: Recipe, method: str, sparsity: float, seed: int, root: str, device: str = "cpu", checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """One training; its numbers. With `checkpoint`, it goes on from there if it was begun."""
     L.seed_everything(seed, verbose=False)
     pad, cutout = 4 // recipe.pooling, 6 // recipe.pooling
     augmentation = Augmentation(pad=pad, flip=True, cutout=cutout)
@@ -225,25 +228,28 @@ def train(recipe: Recipe, method: str, sparsity: float, seed: int, root: str, de
         first, others = EXPONENTS[sparsity]
         p = [first] * 4 + [others] * 13
         callbacks = [LpSphere(p, sparsity=sparsity, mixing=recipe.mixing, of_all_parameters=True)]
+    saving, keeping, begun = resumable(checkpoint, recipe.epochs)
     trainer = L.Trainer(
         max_epochs=recipe.epochs,
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *saving],
+        **keeping,
     )
     start = perf_counter()
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=begun)
     seconds = perf_counter() - start
     scores = trainer.test(module, data, verbose=False)[0]
     weights = [p for p in module.parameters() if p.ndim > 1]
     everything = sum(p.numel() for p in module.parameters())
     hoyer = HoyerSparsity().to(module.device)
     hoyer.update(module)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
     return {
         "test": scores["test/accuracy"],
         "masked of all parameters": sum(c.masks.total - c.masks.kept for c in callbacks) / everything,

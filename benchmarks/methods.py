@@ -1,43 +1,44 @@
 """What every method adds to a training step, and what it holds in memory.
 
     python -m benchmarks.methods                       a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
-    python -m benchmarks.methods --models mlp --batches 32 --steps 40
-    python -m benchmarks.methods --steps 10 --save     what is committed; goes on where it was interrupted
-    python -m benchmarks.methods --steps 5 --memory --save     peak memory instead
+    python -m benchmarks.methods --models mlp --batches 32 --rounds 40
+    python -m benchmarks.methods --save                what is committed; goes on where it was interrupted
+    python -m benchmarks.methods --memory --save       peak memory instead (on Linux)
     python -m benchmarks.methods --quick               to see that it runs
 
-For every method one short training. The time of each step is taken, and the part of it that is spent inside the method: in
-its stations, its mask, its penalties on weights. The ratio is step / (step - part), so both numbers come from the same step,
-and neither the place of memory nor what else the machine does can part them. The first number is the median step, the second
-the mean over all steps, with all updates of masks: a short training has more of them per step than a long one.
+For every method one short training, in which it takes part in every other step; each of its steps is compared with the mean
+of the dense steps before and after. The number is the median, with the middle half; steps on which masks change count apart
+from those between. Methods that change them by a schedule do so on every second of their steps here, so that there are both;
+`HyperSparse` counts while it regularises. What happens between epochs is no part of a step.
 
-A term in the loss also has a backward pass, which no station sees. Such a method does its part in every other step, four
-times as many, and each of these is compared with the mean of the plain steps before and after it; the second number is what
-that makes of its default, every fifth step.
+Where a step takes long, what else the machine does parts two steps by more than most methods do. So on a CPU the time is
+also taken that a step spends inside the method, in its stations, its masks, its penalties on weights, as a share of the rest
+of the same step. A term in the loss has a backward pass too, which no station sees: of `CKARegularization` there is the
+comparison alone, of steps with its penalty (by default every fifth).
 
 Bytes are those of the tensors that the callback keeps, per weight it works on. With `--memory`, a process of its own makes
 such a training, and the number is by how much its memory grows at most, what comes before the first step included, as a
-ratio to a plain training.
+ratio to a plain training; all take turns again, as often as `--repeats` says.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from benchmarks.overhead import Net
-from benchmarks.record import RESULTS, alone, growth, machine, save
+from benchmarks.record import growth, middle, peaks, resumed, save
+from benchmarks.ways import Net
 from lightning_sparse import (
     SET,
     SNIP,
@@ -59,25 +60,30 @@ from lightning_sparse import (
 )
 from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.callbacks.stations import Stations
+from lightning_sparse.core import MaskSet
+
+EPOCHS = 4
+
+OFTEN: dict[str, Any] = {"start": 0.0, "end": 1.0, "every": "2 steps"}
 
 METHODS: dict[str, Callable[[], Sparsifier]] = {
     "RandomSparsity": lambda: RandomSparsity(0.9),
-    "MagnitudePruning": lambda: MagnitudePruning(0.9),
-    "SET": lambda: SET(0.9),
-    "RigL": lambda: RigL(0.9),
-    "GraNet": lambda: GraNet(0.9),
+    "MagnitudePruning": lambda: MagnitudePruning(0.9, **OFTEN),
+    "SET": lambda: SET(0.9, **OFTEN),
+    "RigL": lambda: RigL(0.9, **OFTEN),
+    "GraNet": lambda: GraNet(0.9, **OFTEN),
     "SNIP": lambda: SNIP(0.9),
     "GraSP": lambda: GraSP(0.9),
     "SynFlow": lambda: SynFlow(0.9),
-    "HyperSparse": lambda: HyperSparse(0.9),
+    "HyperSparse": lambda: HyperSparse(0.9, strength=5e-6, pretrain=0, regularize=0.75),
     "LotteryTicket": lambda: LotteryTicket(0.9, rounds=2),
-    "WeightPenalty(l1)": lambda: WeightPenalty(0.9),
-    "WeightPenalty(hoyer)": lambda: WeightPenalty(0.9, kind="hoyer"),
+    "WeightPenalty(l1)": lambda: WeightPenalty(0.9, end=1.0),
+    "WeightPenalty(hoyer)": lambda: WeightPenalty(0.9, kind="hoyer", end=1.0),
     "TrainableThreshold": TrainableThreshold,
     "STR": STR,
     "SparseConnectivityLearning": lambda: SparseConnectivityLearning(0.05),
     "LpSphere": lambda: LpSphere(1.3),
-    "LpSphere(sparsity)": lambda: LpSphere(1.07, sparsity=0.9),
+    "LpSphere(sparsity)": lambda: LpSphere(1.07, sparsity=0.9, **OFTEN),
     "LayerSparsity": LayerSparsity,
     "CKARegularization": lambda: CKARegularization(every_n_batches=2),
 }
@@ -85,58 +91,100 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
 STATIONS = ("before_step", "_after_step", "batch_start", "batch_end", "_direct_step")
 
 
-class Clock(L.Callback):
-    """First or last of the callbacks: notes the time of a step, and of what is inside the method."""
+class Step(NamedTuple):
+    """Its time, the part of it inside the method, whether masks changed (None: it is dense), and whether it counts."""
 
-    def __init__(self, method: Sparsifier, warm_up: int, device: str = "cpu") -> None:
-        self.method, self.warm_up, self.device = method, warm_up, device
-        self.inside, self.depth, self.started = 0.0, 0, 0.0
-        self.steps: list[tuple[float, float]] = []
-        self.epochs: list[list[float]] = []
-        self.bytes = 0.0
+    seconds: float
+    inside: float
+    changed: bool | None
+    counts: bool
+
+
+class Turns(L.Callback):
+    """First of the callbacks: lets the only method take part in every other step, from the first on, and times them all."""
+
+    def __init__(self, method: Sparsifier, device: str) -> None:
+        self.method, self.device = method, device
+        self.steps: list[Step] = []
+        self.active, self.changed = True, False
+        self.started, self.inside, self.depth = 0.0, 0.0, 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While this lasts, the time in all stations is added up."""
-        originals = {name: getattr(Stations, name) for name in STATIONS}
-        for name, function in originals.items():
-            setattr(Stations, name, self.watched(function))
+        """While this lasts, changes of masks are noted, and on a CPU the time in all stations is added up."""
+        watched: list[tuple[type, str, Any]] = [(MaskSet, "replace", self.noting)]
+        if self.device == "cpu":  # a GPU would have to be waited for
+            watched += [(Stations, name, self.timing) for name in STATIONS]
+        originals = [getattr(owner, name) for owner, name, _ in watched]
+        for (owner, name, wrapped), original in zip(watched, originals, strict=True):
+            setattr(owner, name, wrapped(original))
         try:
             yield
         finally:
-            for name, function in originals.items():
-                setattr(Stations, name, function)
+            for (owner, name, _), original in zip(watched, originals, strict=True):
+                setattr(owner, name, original)
 
-    def watched(self, function: Any) -> Any:
+    def noting(self, function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            self.changed = True
+            return function(*args)
+
+        return run
+
+    def timing(self, function: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             self.depth += 1
-            start = self.now()
+            start = perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
                 self.depth -= 1
                 if not self.depth:  # one station may visit another
-                    self.inside += self.now() - start
+                    self.inside += perf_counter() - start
 
         return run
 
+    def hand_over(self, trainer: L.Trainer, active: bool) -> None:
+        """Let the method take part from now on, or not."""
+        self.active, stations, optimizer = active, self.method.stations, trainer.optimizers[0]
+        self.method._leads = lambda trainer: active  # type: ignore[method-assign]
+        for handle in stations._handles:
+            handle.remove()
+        stations._handles.clear()
+        if active:
+            stations._handles.append(optimizer.register_step_pre_hook(stations._direct_step))
+            stations._handles.append(optimizer.register_step_post_hook(stations._after_step))
+
     def now(self) -> float:
-        """The time, when the device has done all it was given: what a GPU would do meanwhile counts as waiting."""
+        """The time, when the device has done all it was given."""
         if self.device != "cpu":
             torch.cuda.synchronize()
         return perf_counter()
 
-    def on_train_epoch_start(self, *args: Any) -> None:
-        self.epochs.append([])
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.hand_over(trainer, True)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        now = self.now()
-        self.epochs[-1].append(now - self.started)
-        if trainer.global_step > self.warm_up:
-            self.steps.append((now - self.started, self.inside))
-        weights = sum(weight.numel() for weight in self.method.weights.values())
-        self.bytes = max(self.bytes, held(self.method) / weights)
-        self.inside, self.started = 0.0, self.now()
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.hand_over(trainer, trainer.global_step % 2 == 0)
+        self.inside, self.changed, self.started = 0.0, False, self.now()
+
+    def end(self) -> None:
+        """The step is over."""
+        changed = self.changed if self.active else None
+        counts = getattr(self.method, "phase", None) != "finetune"
+        self.steps.append(Step(self.now() - self.started, self.inside, changed, counts))
+
+
+class Stop(L.Callback):
+    """Last of the callbacks."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns, self.bytes = turns, 0.0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.turns.end()
+        method = self.turns.method
+        self.bytes = max(self.bytes, held(method) / sum(weight.numel() for weight in method.weights.values()))
 
 
 def held(method: Sparsifier) -> int:
@@ -169,9 +217,9 @@ def held(method: Sparsifier) -> int:
 
 def train(model: str, batch: int, steps: int, callbacks: list[L.Callback], device: str) -> None:
     torch.manual_seed(0)
-    data = [(torch.rand(batch, 3, 32, 32), torch.randint(0, 10, (batch,)))] * (steps // 5)
+    data = [(torch.rand(batch, 3, 32, 32), torch.randint(0, 10, (batch,)))] * (steps // EPOCHS)
     runner = L.Trainer(
-        max_epochs=5,
+        max_epochs=EPOCHS,
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
         logger=False,
@@ -183,49 +231,54 @@ def train(model: str, batch: int, steps: int, callbacks: list[L.Callback], devic
     runner.fit(Net(model), torch.utils.data.DataLoader(data, batch_size=None))
 
 
-def measure(name: str, model: str, batch: int, steps: int, device: str = "cpu") -> dict[str, float]:
-    """One training of one method."""
-    method = METHODS[name]()
-    in_the_loss = type(method).feature_penalty is not Sparsifier.feature_penalty
-    clock = Clock(method, 2, device)
-    with clock.watching():
-        train(model, batch, 4 * steps if in_the_loss else steps, [method, clock], device)
-    row = {"step, ms": 1e3 * statistics.median(step for step, _ in clock.steps), "bytes per weight": clock.bytes}
-    if in_the_loss:
-        median = statistics.median(neighbours(clock.epochs))
-        return {"median": median, "mean": 1 + (median - 1) / 5, **row}
-    ratios = [step / (step - inside) for step, inside in clock.steps]
-    whole = sum(step for step, _ in clock.steps)
-    return {
-        "median": statistics.median(ratios),
-        "mean": whole / (whole - sum(inside for _, inside in clock.steps)),
-        "inside, ms": 1e3 * statistics.median(inside for _, inside in clock.steps),
-        **row,
-    }
+def compared(steps: Sequence[Step], changed: bool) -> list[tuple[Step, float]]:
+    """The steps on which masks change, or do not, each with its ratio to the mean of its dense neighbours.
 
-
-def peak(name: str, model: str, batch: int, steps: int, device: str = "cpu") -> float:
-    """By how many MiB memory grows at most in one training of one method, or of none."""
-    callbacks: list[L.Callback] = [] if name == "dense" else [METHODS[name]()]
-    return growth(lambda: train(model, batch, steps, callbacks, device), device)
-
-
-def neighbours(epochs: list[list[float]]) -> list[float]:
-    """Every second step from the third of an epoch on, as a ratio to the mean of the one before and the one after."""
+    The method's first two warm up.
+    """
     return [
-        2 * times[i] / (times[i - 1] + times[i + 1])
-        for times in epochs[1:]  # what the first epoch has to set up is no part of a step
-        for i in range(2, len(times) - 1, 2)
+        (step, 2 * step.seconds / (steps[i - 1].seconds + steps[i + 1].seconds))
+        for i, step in enumerate(steps[:-1])
+        if i >= 4 and step.changed is changed and step.counts
     ]
 
 
-def measured(arguments: argparse.Namespace, model: str, batch: int, name: str, rows: dict[str, Any]) -> dict[str, float]:
-    """The row of a method: times, or memory."""
-    if not arguments.memory:
-        return measure(name, model, batch, arguments.steps)
-    options = ["--models", model, "--batches", str(batch), "--steps", str(arguments.steps)]
-    size = alone("benchmarks.methods", "--peak", name, *options)
-    return {"MiB": size, "ratio": size / rows["dense"]["MiB"] if name != "dense" else 1.0}
+def measure(name: str, model: str, batch: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
+    """One training of one method, with at least so many of its steps."""
+    method = METHODS[name]()
+    turns = Turns(method, device)
+    stop = Stop(turns)
+    with turns.watching():
+        train(model, batch, 2 * EPOCHS * math.ceil(rounds / EPOCHS), [turns, method, stop], device)
+    in_the_loss = type(method).feature_penalty is not Sparsifier.feature_penalty
+    row: dict[str, Any] = {}
+    for title, changed in (("between", False), ("change", True)):
+        if found := compared(turns.steps, changed):
+            row[title] = {**middle([ratio for _, ratio in found]), "steps": len(found)}
+            if device == "cpu" and not in_the_loss:
+                row[title]["inside"] = statistics.median(s.inside / (s.seconds - s.inside) for s, _ in found)
+    dense = statistics.median(step.seconds for step in turns.steps if step.changed is None)
+    return {**row, "dense, ms": 1e3 * dense, "bytes per weight": stop.bytes}
+
+
+def peak(name: str, model: str, batch: int, device: str = "cpu") -> float:
+    """By how many MiB memory grows at most in one training of one method, or of none."""
+    callbacks: list[L.Callback] = [] if name == "dense" else [METHODS[name]()]
+    return growth(lambda: train(model, batch, EPOCHS, callbacks, device), device)
+
+
+def takes(name: str, model: str) -> bool:
+    """Whether a method can do something for a model."""
+    return name != "LayerSparsity" or model == "mlp"  # a chain of layers that could merge
+
+
+def shown(row: dict[str, Any]) -> str:
+    cells = []
+    for title in ("between", "change"):
+        found = row.get(title)
+        cells.append(f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f})" if found else "")
+        cells.append(f"{100 * found['inside']:.1f} %" if found and "inside" in found else "")
+    return "{:24s} {:>8s}   {:24s} {:>8s}".format(*cells) + f"   {row['bytes per weight']:5.2f}   {row['dense, ms']:.1f} ms"
 
 
 def main() -> None:
@@ -233,47 +286,39 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["mlp", "resnet18", "vit"])
     parser.add_argument("--batches", nargs="*", type=int, default=[32, 128])
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of times (on Linux)")
+    parser.add_argument("--repeats", type=int, default=3, help="of --memory")
     parser.add_argument("--peak", help="print by how many MiB memory grows while one method trains")
     parser.add_argument(
         "--save", action="store_true", help="write to benchmarks/results, and measure only what is not there"
     )
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.models, arguments.batches, arguments.steps = ["mlp"], [32], 20
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     if arguments.peak:
-        print(peak(arguments.peak, arguments.models[0], arguments.batches[0], arguments.steps))
+        print(peak(arguments.peak, arguments.models[0], arguments.batches[0]))
         return
-    result = "methods_memory" if arguments.memory else "methods_cpu"
-    path = RESULTS / f"{result}.json"
-    numbers: dict[str, Any] = {}
-    if arguments.save and path.exists():
-        found = json.loads(path.read_text())
-        for package in ("lightning_sparse", "torch"):
-            if (theirs := found["machine"][package]) != (mine := machine()[package]):
-                raise SystemExit(f"{path.name} is of {package} {theirs}, this is {mine}; remove it to begin anew.")
-        numbers = found["numbers"]
-    for model in arguments.models:
-        for batch in arguments.batches:
-            rows = numbers.setdefault(f"{model}, batch {batch}", {})
-            columns = "peak memory" if arguments.memory else "step with / step without; median, mean; bytes per weight"
-            print(f"\n{model}, batch {batch}: {columns}")
-            for name in [*(["dense"] if arguments.memory else []), *arguments.methods]:
-                if name == "LayerSparsity" and model != "mlp":
-                    continue  # no chain of layers that could merge
-                row = rows[name] = rows.get(name) or measured(arguments, model, batch, name, rows)
-                if arguments.save:
-                    save(result, numbers)
-                if arguments.memory:
-                    shown = f"{row['ratio']:.3f}   {row['MiB']:.0f} MiB"
-                else:
-                    shown = f"{row['median']:.3f}  {row['mean']:.3f}  {row['bytes per weight']:6.2f}"
-                    shown += f"   of {row['step, ms']:.1f} ms"
-                print(f"  {name:30s} {shown}", flush=True)
+    if arguments.quick:
+        arguments.models, arguments.batches = ["quick"], [32]
+    places = {
+        (model, batch): [name for name in arguments.methods if takes(name, model)]
+        for model in arguments.models
+        for batch in arguments.batches
+    }
+    if arguments.memory:
+        peaks("methods", {place: ["dense", *names] for place, names in places.items()}, arguments.repeats, arguments.save)
+        return
+    numbers: dict[str, Any] = resumed("methods_cpu") if arguments.save else {}
+    for (model, batch), names in places.items():
+        rows = numbers.setdefault(f"{model}, batch {batch}", {})
+        print(f"\n{model}, batch {batch}: times a dense step, inside; the same where masks change; bytes per weight; dense")
+        for name in names:
+            rows[name] = rows.get(name) or measure(name, model, batch, arguments.rounds)
+            if arguments.save:
+                save("methods_cpu", numbers)
+            print(f"  {name:28s} {shown(rows[name])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Mod
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from benchmarks.overhead import Masking
 from benchmarks.record import save
+from benchmarks.ways import Masking
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import Digits
 from lightning_sparse.models import Classifier, LeNet300

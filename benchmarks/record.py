@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -46,19 +46,31 @@ def save(name: str, numbers: Any) -> None:
     (RESULTS / f"{name}.json").write_text(text + "\n")
 
 
+def resumed(name: str) -> dict[str, Any]:
+    """The numbers of a result that is to be gone on with, if it is of the same versions."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    for package in ("lightning_sparse", "torch"):
+        if (theirs := found["machine"][package]) != (mine := machine()[package]):
+            raise SystemExit(f"{path.name} is of {package} {theirs}, this is {mine}; remove it to begin anew.")
+    return found["numbers"]  # type: ignore[no-any-return]
+
+
 def ratios(rounds: list[dict[str, float]], base: str) -> dict[str, dict[str, float]]:
     """Each variant against the base of the same round: median, and the middle half of the rounds as spread."""
-    table = {}
-    for name in rounds[0]:
-        values = sorted(r[name] / r[base] for r in rounds)
-        quarter = len(values) // 4
-        table[name] = {
-            "ratio": statistics.median(values),
-            "low": values[quarter],
-            "high": values[-1 - quarter],
-            "seconds": statistics.median(r[name] for r in rounds),
-        }
-    return table
+    return {
+        name: {**middle([r[name] / r[base] for r in rounds]), "seconds": statistics.median(r[name] for r in rounds)}
+        for name in rounds[0]
+    }
+
+
+def middle(ratios: Sequence[float]) -> dict[str, float]:
+    """The median, and the middle half as spread."""
+    values = sorted(ratios)
+    quarter = len(values) // 4
+    return {"ratio": statistics.median(values), "low": values[quarter], "high": values[-1 - quarter]}
 
 
 def timed(function: Callable[[], Any], device: str = "cpu") -> float:
@@ -104,6 +116,36 @@ def alone(module: str, *arguments: str) -> float:
         check=True,
     )
     return float(done.stdout.split()[-1])
+
+
+def peaks(benchmark: str, places: Mapping[tuple[str, int], Sequence[str]], repeats: int, keep: bool) -> None:
+    """Peak memory of all ways in turns, several times, each time in a process of its own; `dense` is the first of them.
+
+    Args:
+        benchmark: that prints it for one way, with `--peak`.
+        places: the ways, by model and size of the batch.
+        repeats: how often.
+        keep: whether to write after each, and to go on where an earlier call was interrupted.
+    """
+    numbers: dict[str, Any] = resumed(f"{benchmark}_memory") if keep else {}
+    for turn in range(repeats):
+        for (model, batch), names in places.items():
+            rows = numbers.setdefault(f"{model}, batch {batch}", {})
+            print(f"\n{model}, batch {batch}: peak memory, times a plain training's ({turn + 1} of {repeats})")
+            for name in names:
+                sizes = rows.get(name, [])
+                if len(sizes) <= turn:
+                    try:
+                        sizes = [
+                            *sizes,
+                            alone(f"benchmarks.{benchmark}", "--peak", name, "--models", model, "--batches", str(batch)),
+                        ]
+                    except subprocess.CalledProcessError:
+                        continue  # it has said why
+                    rows[name] = sizes
+                    if keep:
+                        save(f"{benchmark}_memory", numbers)
+                print(f"  {name:34s} {sizes[turn] / rows['dense'][turn]:7.3f}  {sizes[turn]:9.0f} MiB", flush=True)
 
 
 def show(title: str, table: dict[str, dict[str, float]]) -> None:

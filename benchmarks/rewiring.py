@@ -24,8 +24,8 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.overhead import Net
 from benchmarks.record import ratios, save, show, timed
+from benchmarks.ways import Net
 from lightning_sparse import SET, GraNet, RandomSparsity, RigL
 from lightning_sparse.callbacks import Masked, Rewiring
 from lightning_sparse.core import FINAL

@@ -44,7 +44,8 @@ LABELS = {
     "static": "SGD, random static mask",
     "LpSphere": "`LpSphere`",
     "MagnitudePruning": "`MagnitudePruning`, a mask",
-    "torch.nn.utils.prune": "`torch.nn.utils.prune`, a mask (Lightning's `ModelPruning`)",
+    "ModelPruning": "Lightning's `ModelPruning`, a mask",
+    "torch.nn.utils.prune": "`torch.nn.utils.prune`, a mask",
     "parametrize": "`parametrize`, a mask",
     "fasterai Sparsifier": "fasterai `Sparsifier`, a mask",
     "WeightPenalty, L1": "`WeightPenalty`, L1",
@@ -201,66 +202,83 @@ def overhead() -> list[Row]:
     for way, label in LABELS.items():
         if way in columns[0] and way != "dense":
             found = [column[way] for column in columns]
-            cells = [f"{r['ratio']:.3f}" for r in found]
-            if not way.startswith("inside"):
-                cells = [f"{c} ({r['low']:.2f} to {r['high']:.2f})" for c, r in zip(cells, found, strict=True)]
-            rows.append([label, *cells])
+            rows.append([label, *(f"{r['ratio']:.3f}" if way.startswith("inside") else _ratio(r) for r in found)])
     return [["", *(f"{MODELS[model]}, {batch}" for model, batch in places)], *rows]
 
 
 def peaks() -> list[Row]:
     """Peak memory beside the peers."""
-    numbers = load("overhead_cpu")["numbers"] | load("overhead_memory")["numbers"]
-    places = [(model, batch) for model in MODELS for batch in (32, 128)]
-    columns = [numbers[f"peak memory, {model}, batch {batch}, ratio to dense"] for model, batch in places]
-    rows = [["dense, MiB", *(f"{column['dense, MiB']:.0f}" for column in columns)]]
-    rows += [
-        [label, *(f"{column[way]:.3f}" for column in columns)]
-        for way, label in LABELS.items()
-        if way in columns[0] and way != "dense"
-    ]
-    return [["peak memory of the process", *(f"{MODELS[model]}, {batch}" for model, batch in places)], *rows]
+    numbers = load("overhead_memory")["numbers"]
+    return _memory(numbers, {way: label for way, label in LABELS.items() if way in next(iter(numbers.values()))})
 
 
 def updates() -> list[Row]:
     """Mask updates by the number of weights."""
-    numbers = load("updates_cpu")["numbers"]
+    numbers = {title: rows for title, rows in load("updates_cpu")["numbers"].items() if title.startswith("mask update")}
     sizes = [int(title.split()[2].replace(",", "")) for title in numbers]
     columns = list(numbers.values())
     rows = [["`MagnitudePruning`, ms", *(f"{1e3 * c['MagnitudePruning']['seconds']:.0f}" for c in columns)]]
     for way, label in {
         "prune.global_unstructured": "`prune.global_unstructured`, times that",
+        "ModelPruning": "`ModelPruning`, times that",
         "cat, kthvalue, compare": "concatenate, `torch.kthvalue`, compare; times that",
     }.items():
-        rows.append([label, *(f"{c[way]['ratio']:.1f}" if way in c else "" for c in columns)])
+        rows.append([label, *(_ratio(c[way], 1) if way in c else "" for c in columns)])
     return [["a global mask update over", *(f"{size / 1e6:g} M" for size in sizes)], *rows]
 
 
+def _ratio(found: dict[str, float], digits: int = 2) -> str:
+    """A median with its middle half."""
+    return f"{found['ratio']:.{min(3, digits + 1)}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+
 def methods() -> list[Row]:
-    """What every method adds to a step, and keeps."""
+    """Steps of every method beside dense ones, between changes of masks."""
     numbers = load("methods_cpu")["numbers"]
+    rows = [["dense, ms", *(f"{statistics.median(r['dense, ms'] for r in c.values()):.0f}" for c in numbers.values())]]
+    rows += [
+        [f"`{method}`", *(_ratio(column[method]["between"]) if method in column else "" for column in numbers.values())]
+        for method in next(iter(numbers.values()))
+    ]
+    return [["", *map(_place, numbers)], *rows]
+
+
+def inside() -> list[Row]:
+    """What of a step is spent inside every method, between changes of masks and where they change; and what it keeps."""
+    numbers = load("methods_cpu")["numbers"]
+
+    def cell(found: dict[str, Any]) -> str:
+        shares = [
+            f"{100 * found[title]['inside']:.1f}" for title in ("between", "change") if "inside" in found.get(title, {})
+        ]
+        return "; ".join(shares)
+
     rows = []
     for method in next(iter(numbers.values())):
-        cells = [
-            f"{100 * (column[method]['median'] - 1):.1f} % ({100 * (column[method]['mean'] - 1):.0f})"
-            if method in column
-            else ""
-            for column in numbers.values()
-        ]
+        cells = [cell(column[method]) if method in column else "" for column in numbers.values()]
         kept = max(column[method]["bytes per weight"] for column in numbers.values() if method in column)
         rows.append([f"`{method}`", *cells, f"{kept:.0f}"])
-    return [["adds to a step; bytes per weight", *map(_place, numbers), "bytes"], *rows]
+    return [["inside, % of the rest of the step", *map(_place, numbers), "bytes per weight"], *rows]
 
 
 def memory() -> list[Row]:
     """Peak memory of every method."""
     numbers = load("methods_memory")["numbers"]
-    rows = [["plain, MiB", *(f"{column['dense']['MiB']:.0f}" for column in numbers.values())]]
-    rows += [
-        [f"`{method}`", *(f"{column[method]['ratio']:.3f}" if method in column else "" for column in numbers.values())]
-        for method in next(iter(numbers.values()))
-        if method != "dense"
-    ]
+    return _memory(numbers, {method: f"`{method}`" for method in next(iter(numbers.values()))})
+
+
+def _memory(numbers: dict[str, Any], labels: dict[str, str]) -> list[Row]:
+    """Peaks as ratios to the plain training of the same turn: the median, and the range where turns differ."""
+
+    def cell(column: dict[str, list[float]], way: str) -> str:
+        ratios = [mine / plain for mine, plain in zip(column.get(way, []), column["dense"], strict=False)]
+        if not ratios:
+            return ""
+        low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+        return f"{statistics.median(ratios):.3f}" + (f" ({low} to {high})" if low != high else "")
+
+    rows = [["plain, MiB", *(f"{statistics.median(column['dense']):.0f}" for column in numbers.values())]]
+    rows += [[label, *(cell(column, way) for column in numbers.values())] for way, label in labels.items() if way != "dense"]
     return [["peak memory, times a plain training's", *map(_place, numbers)], *rows]
 
 
@@ -283,6 +301,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "peaks": peaks,
     "updates": updates,
     "methods": methods,
+    "inside": inside,
     "memory": memory,
 }
 

@@ -2,13 +2,14 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 
-from benchmarks import accuracy, tables
+from benchmarks import accuracy, gpu, lpss, methods, record, tables
 from benchmarks.accuracy import (
     GROUPS,
     METHODS,
@@ -24,8 +25,11 @@ from benchmarks.accuracy import (
     table,
 )
 from benchmarks.growth import where
-from benchmarks.methods import neighbours
-from benchmarks.record import growth
+from benchmarks.methods import Step, Turns, compared, train
+from benchmarks.record import growth, peaks, resumed
+from benchmarks.ways import PEERS, Net, layers
+from lightning_sparse import SET, LpSphere
+from lightning_sparse.functional import magnitude
 
 
 class Made(list):
@@ -70,7 +74,9 @@ def test_parts_share_the_work_and_become_one_file(suite, tmp_path):
     (tmp_path / "accuracy_toy.2.json").write_text(again)
     merge("toy", tmp_path)
     (file,) = tmp_path.iterdir()
-    kept = [(r["seed"], r["method"], r["sparsity"]) for r in json.loads(file.read_text())["runs"]]
+    found = json.loads(file.read_text())["runs"]
+    kept = [(r["seed"], r["method"], r["sparsity"]) for r in found]
+    assert {r["torch"] for r in found} == {torch.__version__}
     assert kept == runs(SUITES["toy"])
     assert sorted(suite[3:]) == sorted(kept)
     lines = table("toy", tmp_path).splitlines()
@@ -152,6 +158,42 @@ def test_a_training_that_was_killed_goes_on_from_its_checkpoint(method, epochs, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty", "ignore:The total number of param")
+def test_a_training_on_spheres_that_was_killed_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
+    begun = []
+
+    class Killed(LpSphere):
+        def on_train_epoch_start(self, trainer, *_):
+            begun.append(trainer.current_epoch)
+            if begun == [0, 1]:
+                raise RuntimeError("killed")
+            super().on_train_epoch_start(trainer, *_)
+
+    how = (lpss.RECIPES["quick"], "LpSphere", 0.8, 0, "", 2)
+    whole = accuracy.train(*how)
+    monkeypatch.setattr(lpss, "LpSphere", Killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        accuracy.train(*how, checkpoint=tmp_path / "half.ckpt")
+    resumed = accuracy.train(*how, checkpoint=tmp_path / "half.ckpt")
+    assert resumed | {"seconds": 0} == whole | {"seconds": 0}
+    assert begun == [0, 1, 1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_a_gpu_what_is_missing_runs_short_ones_of_first_seeds_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "GROUPS", {"paper": ("long", "toy", "elsewhere")})
+    for name, suite in {
+        "long": Suite("lenet300-fashion", ("dense",), (), (0, 1)),
+        "toy": Suite("digits", ("dense", "gradual"), (0.5,), (0, 1)),
+        "elsewhere": Suite("resnet20-cifar10", ("dense",), (), (0,)),
+    }.items():
+        monkeypatch.setitem(SUITES, name, suite)
+    monkeypatch.setattr(accuracy.FashionMNIST, "load", lambda self, train: None)
+    done = {"runs": [{"seed": 0, "method": "dense", "sparsity": 0.0}]}
+    (tmp_path / "accuracy_toy.1.json").write_text(json.dumps(done))
+    assert list(gpu.trainings(tmp_path, str(tmp_path))) == [("toy", 1), ("long", 0), ("toy", 2), ("toy", 3), ("long", 1)]
+
+
 def test_the_page_shows_the_results():
     page = tables.PAGE.read_text()
     shown = re.findall(r"^<!-- (?!end)(\w+) -->$", page, flags=re.MULTILINE)
@@ -172,9 +214,70 @@ def test_means_have_their_spread():
     assert tables.spread([0.25], 3, 1) == "0.250"
 
 
-def test_a_step_is_compared_with_its_neighbours():
-    epochs = [[9.0] * 6, [5.0, 1.0, 4.0, 3.0, 9.0, 6.0, 7.0], [5.0, 2.0, 2.0, 2.0]]
-    assert neighbours(epochs) == [2.0, 2.0, 1.0], "neither those of the first epoch nor the first and last of another"
+def test_a_step_is_compared_with_its_dense_neighbours():
+    dense = iter([9.0, 9.0, 1.0, 3.0, 5.0, 3.0])
+    own = iter([(8.0, False), (8.0, True), (3.0, False), (6.0, True), (4.0, None), (7.0, False)])
+    steps = []
+    for seconds, changed in own:
+        steps += [Step(seconds, 0.5, bool(changed), counts=changed is not None), Step(next(dense), 0.0, None, True)]
+    steps.pop()
+    ratios = {changed: [ratio for _, ratio in compared(steps, changed)] for changed in (False, True)}
+    assert ratios == {False: [3 / 5], True: [3.0]}, "not the first two, nor one that does not count, nor one without a next"
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_way_leaves_the_model_as_it_found_it(name):
+    module = Net("quick")
+    masks = {layer: magnitude(layer.weight) >= layer.weight.abs().quantile(0.5) for layer in list(layers(module))[1:]}
+    for layer, mask in masks.items():
+        layer.weight.data.mul_(mask)  # so that those which choose by themselves choose the same
+    try:
+        way = PEERS[name](module, masks)
+    except ImportError:
+        pytest.skip("not installed")
+    owned = {id(parameter) for parameter in module.parameters()}
+    before = {key: value.clone() for key, value in module.net.state_dict().items()}
+    way.enter()
+    masking = any(hasattr(layer, "weight_mask") or hasattr(layer, "parametrizations") for layer in masks)
+    assert masking == (name in ("ModelPruning", "torch.nn.utils.prune", "parametrize"))
+    assert (module.term is not None) == ("L1" in name)
+    way.before_step()
+    way.after_step()
+    way.leave()
+    after = module.net.state_dict()
+    if name == "ModelPruning":  # keeps a tenth
+        before = {key: value * (after[key] != 0) for key, value in before.items()}
+    assert set(after) == set(before)
+    assert {id(parameter) for parameter in module.parameters()} == owned, "the optimizer still has them all"
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert [type(m).__name__ for m in module.net] == ["Flatten", "Linear", "ReLU", "Linear"]
+    assert module.term is None
+
+
+def test_every_other_step_is_dense():
+    turns = Turns(SET(0.5, start=0.0, end=1.0, every="2 steps"), "cpu")
+    kept = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            turns.end()
+            kept.append(int(pl_module.net[1].weight.count_nonzero()))
+
+    with turns.watching():
+        train("quick", 4, 16, [turns, turns.method, Look()], "cpu")
+    assert max(kept[::2]) < min(kept[1::2]), "dense steps wake what is pruned"
+    assert [step.changed for step in turns.steps] == [False, None, True, None] * 4
+    assert all((step.inside > 0) == (step.changed is not None) for step in turns.steps)
+    assert all(step.inside < step.seconds for step in turns.steps)
+
+
+def test_time_in_a_station_that_another_visits_counts_once(monkeypatch):
+    clock = iter([1.0, 2.0, 5.0, 8.0])  # the outer one begins, the inner one begins, the outer one ends
+    monkeypatch.setattr(methods, "perf_counter", lambda: next(clock))
+    turns = Turns(SET(0.5), "cpu")
+    inner = turns.timing(lambda: None)
+    turns.timing(inner)()
+    assert turns.inside == 4.0
 
 
 def test_where_connections_grow():
@@ -192,3 +295,35 @@ def test_where_connections_grow():
 def test_memory_that_is_given_back_counts_too():
     assert 62 < growth(lambda: torch.ones(1 << 24)) < 80, "MiB"
     assert growth(lambda: None) < 4
+
+
+def test_peaks_are_of_all_ways_in_turns_and_go_on_where_they_stopped(monkeypatch, tmp_path, capsys):
+    measured = []
+
+    def alone(module, flag, name, *place):
+        measured.append((module, name, *place))
+        if name == "absent":
+            raise subprocess.CalledProcessError(1, name)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return float(len(measured))
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "alone", alone)
+    places = {("mlp", 32): ["dense", "absent", "masks"]}
+    with pytest.raises(KeyboardInterrupt):
+        peaks("toy", places, 2, keep=True)
+    peaks("toy", places, 2, keep=True)
+    assert [name for _, name, *_ in measured] == ["dense", "absent", "masks", "dense", "absent", "dense", "absent", "masks"]
+    assert measured[0] == ("benchmarks.toy", "dense", "--models", "mlp", "--batches", "32")
+    assert resumed("toy_memory") == {"mlp, batch 32": {"dense": [1.0, 6.0], "masks": [3.0, 8.0]}}
+    assert "masks" in capsys.readouterr().out
+    path = tmp_path / "toy_memory.json"
+    path.write_text(path.read_text().replace(torch.__version__, "1.0"))
+    with pytest.raises(SystemExit, match="toy_memory.json is of torch 1.0, this is .*; remove it to begin anew"):
+        peaks("toy", places, 2, keep=True)
+
+
+def test_peak_memory_is_shown_as_a_ratio_of_its_turn():
+    rows = tables._memory({"mlp, batch 32": {"dense": [10.0, 20.0], "a": [11.0, 24.0], "b": [15.0]}}, {"a": "A", "b": "B"})
+    assert rows[1:] == [["plain, MiB", "15"], ["A", "1.150 (1.10 to 1.20)"], ["B", "1.500"]]
