@@ -7,9 +7,10 @@
     python -m benchmarks.methods --quick               to see that it runs
 
 For every method one short training, in which it takes part in every other step; each of its steps is compared with the mean
-of the dense steps before and after. The number is the median, with the middle half; steps on which masks change count apart
-from those between. Methods that change them by a schedule do so on every second of their steps here, so that there are both;
-`HyperSparse` counts while it regularises. What happens between epochs is no part of a step.
+of the dense steps before and after, but for those just after a change of masks. The number is the median, with the middle
+half; steps on which masks change count apart from those between. Methods that change them by a schedule do so on every
+second of their steps here, so that there are both; `HyperSparse` counts while it regularises. What happens between epochs is
+no part of a step.
 
 Where a step takes long, what else the machine does parts two steps by more than most methods do. So on a CPU the time is
 also taken that a step spends inside the method, in its stations, its masks, its penalties on weights, as a share of the rest
@@ -30,6 +31,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -234,13 +236,15 @@ def train(model: str, batch: int, steps: int, callbacks: list[L.Callback], devic
 def compared(steps: Sequence[Step], changed: bool) -> list[tuple[Step, float]]:
     """The steps on which masks change, or do not, each with its ratio to the mean of its dense neighbours.
 
-    The method's first two warm up.
+    A dense step just after a change is none: it has to fetch again what the change drove out of the caches. The method's
+    first two steps warm up.
     """
-    return [
-        (step, 2 * step.seconds / (steps[i - 1].seconds + steps[i + 1].seconds))
-        for i, step in enumerate(steps[:-1])
-        if i >= 4 and step.changed is changed and step.counts
-    ]
+    found = []
+    for i, step in enumerate(steps[4:-1], start=4):
+        if step.changed is changed and step.counts:
+            beside = [steps[j].seconds for j in (i - 1, i + 1) if not steps[j - 1].changed]
+            found.append((step, step.seconds / statistics.mean(beside)))
+    return found
 
 
 def measure(name: str, model: str, batch: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
@@ -257,7 +261,9 @@ def measure(name: str, model: str, batch: int, rounds: int, device: str = "cpu")
             row[title] = {**middle([ratio for _, ratio in found]), "steps": len(found)}
             if device == "cpu" and not in_the_loss:
                 row[title]["inside"] = statistics.median(s.inside / (s.seconds - s.inside) for s, _ in found)
-    dense = statistics.median(step.seconds for step in turns.steps if step.changed is None)
+    dense = statistics.median(
+        step.seconds for before, step in pairwise(turns.steps) if step.changed is None and not before.changed
+    )
     return {**row, "dense, ms": 1e3 * dense, "bytes per weight": stop.bytes}
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from benchmarks.record import growth, peaks, ratios, save, show
+from benchmarks.record import growth, peaks, ratios, resumed, save, show
 from benchmarks.ways import PEERS, SPARSITY, Net, Way, layers, ours
 from lightning_sparse.callbacks import Sparsifier
 
@@ -205,7 +205,9 @@ def peak(name: str, size: str, batch: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--save", action="store_true", help="write the numbers to benchmarks/results")
+    parser.add_argument(
+        "--save", action="store_true", help="write to benchmarks/results, and measure only what is not there"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--models", nargs="*", default=["mlp", "resnet18", "vit"])
@@ -227,13 +229,14 @@ def main() -> None:
         names = ["dense", *ours(), *PEERS]
         peaks("overhead", dict.fromkeys(places, names), arguments.repeats, arguments.save)
         return
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] = resumed(f"overhead_{arguments.device}") if arguments.save else {}
     for model, batch in places:
         title = f"step, {model}, batch {batch}, {arguments.precision}, {arguments.device}"
-        numbers[title] = steps(model, batch, arguments.rounds, arguments.device, arguments.precision)
+        if title not in numbers:
+            numbers[title] = steps(model, batch, arguments.rounds, arguments.device, arguments.precision)
+            if arguments.save:
+                save(f"overhead_{arguments.device}", numbers)
         show(f"{title}, ratio to dense", numbers[title])
-    if arguments.save:
-        save(f"overhead_{arguments.device}", numbers)
 
 
 if __name__ == "__main__":

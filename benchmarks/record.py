@@ -47,14 +47,14 @@ def save(name: str, numbers: Any) -> None:
 
 
 def resumed(name: str) -> dict[str, Any]:
-    """The numbers of a result that is to be gone on with, if it is of the same versions."""
+    """The numbers of a result that is to be gone on with, if it is of the same versions and the same machine."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return {}
     found = json.loads(path.read_text())
-    for package in ("lightning_sparse", "torch"):
-        if (theirs := found["machine"][package]) != (mine := machine()[package]):
-            raise SystemExit(f"{path.name} is of {package} {theirs}, this is {mine}; remove it to begin anew.")
+    for what in ("lightning_sparse", "torch", "cpu", "threads", "gpu"):
+        if (theirs := found["machine"][what]) != (mine := machine()[what]):
+            raise SystemExit(f"{path.name} is of {what} {theirs}, this is {mine}; remove it to begin anew.")
     return found["numbers"]  # type: ignore[no-any-return]
 
 

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, lpss, methods, record, tables
+from benchmarks import accuracy, gpu, lpss, methods, overhead, record, tables
 from benchmarks.accuracy import (
     GROUPS,
     METHODS,
@@ -215,14 +215,15 @@ def test_means_have_their_spread():
 
 
 def test_a_step_is_compared_with_its_dense_neighbours():
-    dense = iter([9.0, 9.0, 1.0, 3.0, 5.0, 3.0])
-    own = iter([(8.0, False), (8.0, True), (3.0, False), (6.0, True), (4.0, None), (7.0, False)])
+    dense = iter([9.0, 9.0, 1.0, 3.0, 5.0, 4.0, 3.0])
+    own = iter([(8.0, False), (8.0, True), (3.0, False), (8.0, False), (6.0, True), (4.0, None), (7.0, False)])
     steps = []
     for seconds, changed in own:
         steps += [Step(seconds, 0.5, bool(changed), counts=changed is not None), Step(next(dense), 0.0, None, True)]
     steps.pop()
     ratios = {changed: [ratio for _, ratio in compared(steps, changed)] for changed in (False, True)}
-    assert ratios == {False: [3 / 5], True: [3.0]}, "not the first two, nor one that does not count, nor one without a next"
+    message = "not the first two, nor one that does not count, nor one without a next, nor beside dense steps after a change"
+    assert ratios == {False: [3.0, 4.0], True: [2.0]}, message
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -319,9 +320,31 @@ def test_peaks_are_of_all_ways_in_turns_and_go_on_where_they_stopped(monkeypatch
     assert resumed("toy_memory") == {"mlp, batch 32": {"dense": [1.0, 6.0], "masks": [3.0, 8.0]}}
     assert "masks" in capsys.readouterr().out
     path = tmp_path / "toy_memory.json"
-    path.write_text(path.read_text().replace(torch.__version__, "1.0"))
-    with pytest.raises(SystemExit, match="toy_memory.json is of torch 1.0, this is .*; remove it to begin anew"):
-        peaks("toy", places, 2, keep=True)
+    text = path.read_text()
+    for key, value in {"torch": "1.0", "cpu": "an abacus"}.items():
+        result = json.loads(text)
+        result["machine"][key] = value
+        path.write_text(json.dumps(result))
+        with pytest.raises(SystemExit, match=f"toy_memory.json is of {key} {value}, this is .*; remove it to begin anew"):
+            peaks("toy", places, 2, keep=True)
+
+
+def test_overhead_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    asked = []
+
+    def steps(*how):
+        asked.append(how)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"dense": {"ratio": 1.0, "low": 1.0, "high": 1.0, "seconds": 0.1}}
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(overhead, "steps", steps)
+    monkeypatch.setattr("sys.argv", ["overhead", "--models", "mlp", "--save"])
+    with pytest.raises(KeyboardInterrupt):
+        overhead.main()
+    overhead.main()
+    assert [how[:2] for how in asked] == [("mlp", 32), ("mlp", 128), ("mlp", 128)]
 
 
 def test_peak_memory_is_shown_as_a_ratio_of_its_turn():
