@@ -269,6 +269,15 @@ def test_grasp_of_attention() -> None:
         masks(SynFlow(0.5), Attention())
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_synflow_takes_no_rounding_for_flow(seed: int) -> None:
+    """The sum of what a layer norm gives does not depend on the weights before it, but for the last place."""
+    torch.manual_seed(seed)
+    module = Toy(net=nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 40), nn.LayerNorm(40)))
+    with pytest.raises(ValueError, match="every score at initialisation is zero"):
+        masks(SynFlow(0.5, network="net"), module)
+
+
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def test_dead_features_neither_count_nor_harm(kind: str, dtype: torch.dtype, n: 
     assert not matrix[1].any()
     assert not matrix[:, 1].any()
     alone = linear_cka_matrix(live)
-    torch.testing.assert_close(matrix[[0, 2, 3]][:, [0, 2, 3]], alone, rtol=0, atol=2e-7)
+    torch.testing.assert_close(matrix[[0, 2, 3]][:, [0, 2, 3]], alone, rtol=0, atol=1e-6)  # some units in the last place
     gradients = torch.autograd.grad(matrix.sum(), [*live, gone])
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert not gradients[-1].any()
