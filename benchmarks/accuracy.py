@@ -56,9 +56,9 @@ from lightning_sparse import (
     SynFlow,
     WeightPenalty,
 )
-from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.core import count_macs, effective_macs, find_targets
 from lightning_sparse.data import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageData
+from lightning_sparse.loop import Sparsifier
 from lightning_sparse.models import VGG, Classifier, LeNet5, LeNet300, ResNet
 from lightning_sparse.observe import SimilarityMap
 
@@ -86,7 +86,7 @@ def resnet32x2(*shape: int) -> nn.Module:
 
 
 ART = {"epochs": 220, "batch_size": 64, "weight_decay": 1e-4, "milestones": (140, 180), "val_fraction": 1e-5}
-"""The published recipe of HyperSparse: 60 epochs, regularisation until the pruned copy is as good, 160 epochs of fine-tuning
+"""The published recipe of HyperSparse: 60 epochs, regularization until the pruned copy is as good, 160 epochs of fine-tuning
 (other methods: 60 + 160). All training images are used (the loader wants one for validation)."""
 
 SETTINGS: dict[str, Setting | lpss.Recipe] = {

@@ -31,7 +31,7 @@ from benchmarks.record import save
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import CIFAR10, Digits
 from lightning_sparse.export import choose_semi_structured, export_ladder, fold_norms, remove_dead
-from lightning_sparse.export.running import interleaved
+from lightning_sparse.export.compare_models import interleaved
 from lightning_sparse.models import MLP, Classifier, ResNet
 
 
@@ -63,7 +63,7 @@ def resnet(options: argparse.Namespace) -> dict[str, Any]:
     both = {"evaluate": lambda made: accuracy(made, data)}
     return {
         "as trained": ladder(module, inputs, options, **both),
-        "normalisation folded": ladder(module, inputs, options, fold=True, **both),
+        "normalization folded": ladder(module, inputs, options, fold=True, **both),
         "trained": f"{options.epochs} epochs of {type(data).__name__}, seed {options.seed}; MagnitudePruning(0.5, "
         "structure='coupled', allocation='uniform')",
     }
@@ -97,7 +97,7 @@ def ladder(module: nn.Module, inputs: Tensor, options: argparse.Namespace, **mor
 
 
 def carriers(options: argparse.Namespace) -> dict[str, Any]:
-    """ResNet-20 with half of its channels dead, which emit 0.1 through their normalisation, or nothing."""
+    """ResNet-20 with half of its channels dead, which emit 0.1 through their normalization, or nothing."""
     torch.manual_seed(options.seed)
     net = ResNet(10, 3, 32).eval()
     for layer in net.modules():

@@ -1,4 +1,4 @@
-"""Draw a suite of `benchmarks.accuracy`: one axis per method, all others behind it in grey.
+"""Draw a suite of `benchmarks.accuracy`: one axis per method, all others behind it in gray.
 
 python -m benchmarks.figures --suite desk-lenet300 --out docs/accuracy.png
 """

@@ -30,8 +30,8 @@ from benchmarks import accuracy
 from benchmarks.accuracy import GROUPS, SETTINGS, SUITES, collect, have_data, runs
 from benchmarks.record import machine, timed
 from lightning_sparse import SNIP, MagnitudePruning, RigL
-from lightning_sparse.callbacks import Sparsifier
 from lightning_sparse.functional import apply_bits_, kth_smallest, mask_bits
+from lightning_sparse.loop import Sparsifier
 
 Numbers = dict[str, Any]
 
@@ -218,7 +218,7 @@ def rewiring(device: str, quick: bool) -> Numbers:
 
 def cka(device: str, quick: bool) -> Numbers:
     """The penalty on similar layers in a step of ResNet-20."""
-    from benchmarks.cka import Net, ours, turns
+    from benchmarks.cka_regularization import Net, ours, turns
 
     numbers: Numbers = {}
     ways: Any = {"plain step": (None, None), "8 samples": (ours, 8), "all samples": (ours, None)}

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from benchmarks.accuracy import METHODS, SETTINGS, have_data, load, refuse_other_results, train
 from benchmarks.record import RESULTS, machine
 from lightning_sparse import SET, RigL
-from lightning_sparse.callbacks import Rewiring
 from lightning_sparse.data import Digits
+from lightning_sparse.families import Rewiring
 
 WAYS: dict[str, Callable[[], list[L.Callback]]] = {
     "RigL": lambda: [RigL(0.98)],

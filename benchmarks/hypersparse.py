@@ -3,8 +3,8 @@
     python -m benchmarks.hypersparse             VGG-19 size (20 M weights), and steps of a ResNet-32 at batch 64
     python -m benchmarks.hypersparse --quick     small, to see that it runs
 
-The published way sorts all magnitudes for the quantile and differentiates the normalised sum by autograd. Ratios are of
-neighbours in time, in one run; the median over rounds is the number.
+The published way sorts all magnitudes for the quantile and differentiates the normalized sum by autograd. Ratios are of
+neighbors in time, in one run; the median over rounds is the number.
 """
 
 from __future__ import annotations
@@ -79,17 +79,17 @@ def step(quick: bool, rounds: int, width: int, device: str = "cpu") -> dict[str,
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     images, labels = torch.rand(64, 3, 32, 32, device=device), torch.randint(0, 10, (64,), device=device)
 
-    def train(penalise: bool) -> None:
+    def train(penalize: bool) -> None:
         optimizer.zero_grad()
         F.cross_entropy(net(images), labels).backward()
-        if penalise:
+        if penalize:
             closed_form(weights)
         optimizer.step()
 
     seen: list[dict[str, float]] = []
     for number in range(rounds + 3):
         order = (False, True) if number % 2 else (True, False)
-        times = {("with penalty" if penalise else "dense"): timed(lambda p=penalise: train(p), device) for penalise in order}
+        times = {("with penalty" if penalize else "dense"): timed(lambda p=penalize: train(p), device) for penalize in order}
         if number >= 3:
             seen.append({name: times[name] for name in ("dense", "with penalty")})
     table = ratios(seen, "dense")

@@ -9,7 +9,7 @@
 For every method one short training, in which it takes part in every other step; each of its steps is compared with the mean
 of the dense steps before and after, but for those just after a change of masks. The number is the median, with the middle
 half; steps on which masks change count apart from those between. Methods that change them by a schedule do so on every
-second of their steps here, so that there are both; `HyperSparse` counts while it regularises. What happens between epochs is
+second of their steps here, so that there are both; `HyperSparse` counts while it regularizes. What happens between epochs is
 no part of a step.
 
 Where a step takes long, what else the machine does parts two steps by more than most methods do. So on a CPU the time is
@@ -39,8 +39,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from benchmarks.competitors import Net
 from benchmarks.record import growth, middle, peaks, resumed, save
-from benchmarks.ways import Net
 from lightning_sparse import (
     SET,
     SNIP,
@@ -60,9 +60,9 @@ from lightning_sparse import (
     TrainableThreshold,
     WeightPenalty,
 )
-from lightning_sparse.callbacks import Sparsifier
-from lightning_sparse.callbacks.stations import Stations
 from lightning_sparse.core import MaskSet
+from lightning_sparse.loop import Sparsifier
+from lightning_sparse.loop.loop import Stations
 
 EPOCHS = 4
 
@@ -234,7 +234,7 @@ def train(model: str, batch: int, steps: int, callbacks: list[L.Callback], devic
 
 
 def compared(steps: Sequence[Step], changed: bool) -> list[tuple[Step, float]]:
-    """The steps on which masks change, or do not, each with its ratio to the mean of its dense neighbours.
+    """The steps on which masks change, or do not, each with its ratio to the mean of its dense neighbors.
 
     A dense step just after a change is none: it has to fetch again what the change drove out of the caches. The method's
     first two steps warm up.

@@ -4,7 +4,7 @@
     python -m benchmarks.monitor --quick              a perceptron, to see that it runs
 
 One training of one model, pruned by magnitude, with a CSVLogger and `log_every_n_steps=1`; the monitor is switched on and
-off from step to step. Two numbers: the step with it over the step without it, by pairs of neighbours; and the time inside
+off from step to step. Two numbers: the step with it over the step without it, by pairs of neighbors; and the time inside
 its hooks, loggers included, as a part of the step without it, which the noise of other steps cannot blur. What it reads at
 the end of an epoch (layers, zeros, churn, dead outputs, costs) and once at the start (multiply-accumulates) is given by
 itself, and as a part of an epoch of 391 steps, as CIFAR-10 has at this batch size.

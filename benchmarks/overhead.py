@@ -28,9 +28,9 @@ from typing import Any
 import lightning as L
 import torch
 
+from benchmarks.competitors import PEERS, SPARSITY, Net, Way, layers, ours
 from benchmarks.record import growth, peaks, ratios, resumed, save, show
-from benchmarks.ways import PEERS, SPARSITY, Net, Way, layers, ours
-from lightning_sparse.callbacks import Sparsifier
+from lightning_sparse.loop import Sparsifier
 
 
 class Turns(L.Callback):

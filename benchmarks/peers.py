@@ -32,8 +32,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Mod
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from benchmarks.competitors import Masking
 from benchmarks.record import save
-from benchmarks.ways import Masking
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import Digits
 from lightning_sparse.models import Classifier, LeNet300
@@ -115,7 +115,7 @@ class Interrupt(L.Callback):
 
 
 class Look(L.Callback):
-    """Listed first: what a neighbour sees once pruning is over."""
+    """Listed first: what a neighbor sees once pruning is over."""
 
     def __init__(self) -> None:
         self.seen = {"batch end": 1.0, "validation": 1.0}

@@ -24,11 +24,11 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.competitors import Net
 from benchmarks.record import ratios, save, show, timed
-from benchmarks.ways import Net
 from lightning_sparse import SET, GraNet, RandomSparsity, RigL
-from lightning_sparse.callbacks import Masked, Rewiring
 from lightning_sparse.core import FINAL
+from lightning_sparse.families import Masked, Rewiring
 
 SPARSITY = 0.9
 METHODS: dict[str, Callable[..., Rewiring]] = {"RigL": RigL, "SET": SET, "GraNet": GraNet}

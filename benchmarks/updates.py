@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 from torch.nn.utils import prune
 
+from benchmarks.competitors import SPARSITY, layers
 from benchmarks.record import ratios, save, show, timed
-from benchmarks.ways import SPARSITY, layers
 from lightning_sparse.core import Budget, MaskSet, find_targets
 from lightning_sparse.functional import magnitude
 

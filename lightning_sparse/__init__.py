@@ -1,6 +1,8 @@
 """Sparse training for PyTorch Lightning: add a callback; your model, optimizer and checkpoints stay yours."""
 
-from lightning_sparse.callbacks import (
+from lightning_sparse.export import merge_layers
+from lightning_sparse.loop import SparsityMixin
+from lightning_sparse.methods import (
     SET,
     SNIP,
     STR,
@@ -15,12 +17,10 @@ from lightning_sparse.callbacks import (
     RandomSparsity,
     RigL,
     SparseConnectivityLearning,
-    SparsityMixin,
     SynFlow,
     TrainableThreshold,
     WeightPenalty,
 )
-from lightning_sparse.export import merge_layers
 from lightning_sparse.observe import SparsityCheckpoint, SparsityMonitor
 
 __version__ = "0.1.0"

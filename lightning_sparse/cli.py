@@ -33,10 +33,11 @@ import lightning_sparse
 import lightning_sparse.data
 import lightning_sparse.models
 import lightning_sparse.observe
-from lightning_sparse.callbacks import LayerSparsity, Sparsifier
 from lightning_sparse.export import ExportReport, export_ladder, fresh_start, merge_layers
 from lightning_sparse.export import recalibrate as recalibrate_norms
-from lightning_sparse.export.running import first_line
+from lightning_sparse.export.compare_models import first_line
+from lightning_sparse.loop import Sparsifier
+from lightning_sparse.methods import LayerSparsity
 from lightning_sparse.observe import SparsityMonitor, SparsityTable
 from lightning_sparse.observe.report import find_reports, read_report, write_report
 from lightning_sparse.observe.wandb import stay_offline
@@ -131,7 +132,7 @@ class SparseTrainer(pl.Trainer):
         before = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
         if start == "fresh":
             fresh_start(merged)
-        for method in methods:  # what they pin the scale by is ordinary regularisation, and stays
+        for method in methods:  # what they pin the scale by is ordinary regularization, and stays
             method.strength, method.layer_strength = 0.0, None
         self.fit(merged.train(), datamodule=datamodule)
         after = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
@@ -156,7 +157,7 @@ class SparseTrainer(pl.Trainer):
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         overwrite: bool = False,
     ) -> ExportReport:
-        """Make a sparse checkpoint smaller and faster: every artefact verified, and measured beside the dense model.
+        """Make a sparse checkpoint smaller and faster: every artifact verified, and measured beside the dense model.
 
         Args:
             model: that was trained.
@@ -166,8 +167,8 @@ class SparseTrainer(pl.Trainer):
             rungs: of plain, compact, merged, removed, kernels, semi_structured, onnx; null takes all that suit.
             batch_size: in use, beside 1.
             tolerance: the largest change of an output, as a share of the largest.
-            fold: batch normalisation into the layers in front of it.
-            recalibrate: batch normalisation on so many training batches before anything else; 0 for none.
+            fold: batch normalization into the layers in front of it.
+            recalibrate: batch normalization on so many training batches before anything else; 0 for none.
             input_range: the least and largest input, by which the first layer may merge.
             rounds: of calls that latency is the median of.
             device: to export for, such as cuda for 2:4.
@@ -187,7 +188,7 @@ class SparseTrainer(pl.Trainer):
         if recalibrate:
             batches = inputs_of(datamodule, "train")
             measured = recalibrate_norms(model, (x for x, _ in zip(batches, range(recalibrate), strict=False)))
-            rank_zero_only(print)(f"batch normalisation measured anew: {measured} layers on up to {recalibrate} batches")
+            rank_zero_only(print)(f"batch normalization measured anew: {measured} layers on up to {recalibrate} batches")
         images: list[Tensor] = []
         for x in inputs_of(datamodule, "test"):
             images.append(x)

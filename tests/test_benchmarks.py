@@ -24,10 +24,10 @@ from benchmarks.accuracy import (
     runs,
     table,
 )
+from benchmarks.competitors import PEERS, Net, layers
 from benchmarks.growth import where
 from benchmarks.methods import Step, Turns, compared, train
 from benchmarks.record import growth, peaks, resumed
-from benchmarks.ways import PEERS, Net, layers
 from lightning_sparse import SET, LpSphere
 from lightning_sparse.functional import magnitude
 
@@ -128,9 +128,9 @@ def test_missing_data_are_a_sentence(tmp_path):
 def test_a_method_that_ends_the_training_itself():
     setting = SETTINGS["digits"]
     numbers = accuracy.train(setting, "HyperSparse, as published", 0.9, 0, "", epochs=1)
-    regularised = len(numbers["history"])
-    assert regularised <= 17, "60, at most 200 and 160 epochs, a twelfth of each"
-    assert numbers["epochs"] == 5 + regularised + 14
+    regularized = len(numbers["history"])
+    assert regularized <= 17, "60, at most 200 and 160 epochs, a twelfth of each"
+    assert numbers["epochs"] == 5 + regularized + 14
     assert numbers["kept"] == numbers["total"] // 10 - 1
 
 
@@ -214,7 +214,7 @@ def test_means_have_their_spread():
     assert tables.spread([0.25], 3, 1) == "0.250"
 
 
-def test_a_step_is_compared_with_its_dense_neighbours():
+def test_a_step_is_compared_with_its_dense_neighbors():
     dense = iter([9.0, 9.0, 1.0, 3.0, 5.0, 4.0, 3.0])
     own = iter([(8.0, False), (8.0, True), (3.0, False), (8.0, False), (6.0, True), (4.0, None), (7.0, False)])
     steps = []

@@ -206,7 +206,7 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     # The configuration is that of the run, found above its checkpoint.
     main(["export", *quick, f"--ckpt_path={checkpoint}", f"--to={tmp_path / 'out'}", "--batch_size=40", "--recalibrate=1"])
     said = capsys.readouterr().out
-    assert "batch normalisation measured anew: 0 layers on up to 1 batches" in said
+    assert "batch normalization measured anew: 0 layers on up to 1 batches" in said
     assert "No rung is faster than dense at batch 40" in " ".join(said.split())
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["rungs"]["compact"]["metrics"]) == {"test/accuracy", "test/loss"}

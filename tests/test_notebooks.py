@@ -54,7 +54,7 @@ def test_layer_sparsity() -> None:
     names = run(ROOT / "notebooks" / "layer_sparsity.ipynb")
     before, after = names["report"].depth
     assert before == 8 == after + len(names["report"].merged)
-    assert names["errors"]["merged"] == pytest.approx(names["errors"]["penalised"], rel=0.05)
+    assert names["errors"]["merged"] == pytest.approx(names["errors"]["penalized"], rel=0.05)
     assert len(names["method"].history) == names["epochs"] + 1
 
 

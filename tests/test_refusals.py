@@ -113,7 +113,7 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: CKARegularization(groups=["layer1.*"]), "groups=['layer1.*'] must map names to patterns"),
     (lambda: CKARegularization(groups={}), "groups={} says which layers are compared; name some"),
     (lambda: CKARegularization(groups={"a": ["b"]}, pairs="all"), "leave layers and pairs out"),
-    (lambda: HyperSparse(0), "sparsity=0 would regularise for nothing; leave the callback out"),
+    (lambda: HyperSparse(0), "sparsity=0 would regularize for nothing; leave the callback out"),
     (lambda: HyperSparse(1.0), "sparsity=1.0 must be in [0, 1)"),
     (lambda: HyperSparse("0.9"), "sparsity='0.9' must be a number in [0, 1)"),
     (lambda: HyperSparse(0.9, strength=0), "strength=0 must be a positive number"),
@@ -221,7 +221,7 @@ class HalfStepping(Toy):
         return torch.optim.SGD([{"params": list(self.net[0].parameters()), "lr": 0.0}, rest], lr=0.1)
 
 
-class Normalised(Toy):
+class Normalized(Toy):
     def __init__(self) -> None:
         super().__init__()
         torch.nn.utils.parametrizations.weight_norm(self.net[6])
@@ -283,7 +283,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (HalfOptimized, lambda: [MagnitudePruning(0.5)], {}, "no optimizer updates 'net.2.weight'"),
     (SecondOrder, lambda: [MagnitudePruning(0.5)], {}, "does not work with LBFGS"),
-    (Normalised, lambda: [MagnitudePruning(0.5)], {}, "'net.6' is computed by a parametrization"),
+    (Normalized, lambda: [MagnitudePruning(0.5)], {}, "'net.6' is computed by a parametrization"),
     (toy, lambda: [MagnitudePruning(structure="2:4")], {}, "'net.0.weight' has 1; exclude it"),
     (toy, lambda: [MagnitudePruning(0.5, end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
     (toy, lambda: [MagnitudePruning(0.5, end="99 steps")], {}, "end='99 steps' lies after the end of training (12 steps)"),
@@ -368,7 +368,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "'net.0': GELU between it and the next layer is not linear, or not one that can be merged over; 'net.2': GELU",
     ),
-    (Normed, lambda: [LayerSparsity(proximal=True)], {}, "no closed form for 'net.3', a layer with batch normalisation"),
+    (Normed, lambda: [LayerSparsity(proximal=True)], {}, "no closed form for 'net.3', a layer with batch normalization"),
     (toy, lambda: [LayerSparsity(layer_strength={"net.0": 1.0})], {}, "'net.0' matches none of the layers that may merge"),
     (toy, lambda: [LayerSparsity(targets=["!net.6"])], {}, "'net.0': the next layer pads between the two"),
     (toy, lambda: [LayerSparsity(warmup="9 epochs")], {}, "warmup='9 epochs' lies after the end of training"),

@@ -12,35 +12,20 @@ from pathlib import Path
 import pytest
 
 import lightning_sparse
-from lightning_sparse.callbacks import Masked, Pruning, Rewiring, Sparsifier, Swapped
+from lightning_sparse.families import Masked, Pruning, Rewiring, ShadowWeights
+from lightning_sparse.loop import Sparsifier
 from tests.toys import OVERLAYS, ROOT, method_of, overlay
 
 PACKAGE = ROOT / "lightning_sparse"
+BELOW = ["functional", "core", "loop", "families", "methods"]
 MAY_IMPORT = {
-    "functional": {"functional"},
-    "core": {"functional", "core"},
-    "callbacks": {"functional", "core", "export", "callbacks"},
+    **{floor: set(BELOW[: height + 1]) for height, floor in enumerate(BELOW)},
     "metrics": {"functional", "core", "metrics"},
-    "observe": {"functional", "core", "callbacks", "metrics", "observe"},
     "export": {"functional", "core", "export"},
     "optim": {"functional", "core", "optim"},
+    "observe": {"functional", "core", "loop", "metrics", "observe"},
     "models": {"models"},
     "data": {"data"},
-}
-BASES = {
-    "at_init",
-    "base",
-    "learned_threshold",
-    "masked",
-    "phase",
-    "pruning",
-    "quiet",
-    "rewiring",
-    "rng",
-    "scoring",
-    "stations",
-    "swapped",
-    "__init__",
 }
 EXPORTS = [getattr(lightning_sparse, name) for name in lightning_sparse.__all__]
 METHODS = [cls for cls in EXPORTS if inspect.isclass(cls) and issubclass(cls, Sparsifier)]
@@ -79,10 +64,10 @@ def test_wandb_is_imported_by_those_who_use_it() -> None:
 
 
 def test_no_method_imports_another() -> None:
-    for path in (PACKAGE / "callbacks").glob("*.py"):
-        if path.stem not in BASES | {"mixin"}:
-            siblings = {name.split(".")[2] for name in imports(path) if name.startswith("lightning_sparse.callbacks.")}
-            assert siblings <= BASES, path.name
+    for path in (PACKAGE / "methods").rglob("*.py"):
+        own = path.relative_to(PACKAGE / "methods").parts[0].removesuffix(".py")
+        siblings = {name.split(".")[2] for name in imports(path) if name.startswith("lightning_sparse.methods.")}
+        assert siblings <= {own} or own == "__init__", path.name
 
 
 def test_exports_overlays_and_readme_rows_are_the_same_methods() -> None:
@@ -108,7 +93,7 @@ def test_every_argument_is_documented(cls: type[Sparsifier]) -> None:
         assert name == "self" or re.search(rf"^\s+{name}: ", text, flags=re.M), name
 
 
-@pytest.mark.parametrize("cls", [Sparsifier, Masked, Pruning, Rewiring, Swapped])
+@pytest.mark.parametrize("cls", [Sparsifier, Masked, Pruning, Rewiring, ShadowWeights])
 def test_bases_are_not_methods(cls: type) -> None:
     assert cls not in METHODS
     assert cls is Sparsifier or inspect.isabstract(cls)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_sparse
-from lightning_sparse.callbacks import Sparsifier, Step
 from lightning_sparse.data import TensorLoader
+from lightning_sparse.loop import Sparsifier, Step
 
 ROOT = Path(__file__).parent.parent
 OVERLAYS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))

@@ -1,12 +1,11 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
 from lightning_sparse.core.budget import Budget, check_sparsity
-from lightning_sparse.core.catch_up import Attempt, CatchUp
 from lightning_sparse.core.chains import (
     Chains,
     Link,
     Network,
-    analyse,
+    analyze,
     convolution_of,
     effective_pair,
     find_chains,
@@ -19,12 +18,10 @@ from lightning_sparse.core.chains import (
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs
 from lightning_sparse.core.coupling import Coupling, Place
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
+from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.masks import LiveMasks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
-from lightning_sparse.core.rounds import Rounds
-from lightning_sparse.core.snapshot import Snapshot
-from lightning_sparse.core.sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
 from lightning_sparse.core.targets import Candidate, Target, describe, find_targets, matches_name
@@ -35,10 +32,8 @@ __all__ = [
     "FINAL",
     "FREE",
     "HEADER",
-    "Attempt",
     "Budget",
     "Candidate",
-    "CatchUp",
     "Chains",
     "Channels",
     "Coupled",
@@ -56,16 +51,14 @@ __all__ = [
     "Place",
     "Position",
     "Remembered",
-    "Rounds",
     "RunLength",
-    "Snapshot",
     "Span",
     "Sphere",
     "Structure",
     "Target",
     "Unstructured",
     "Window",
-    "analyse",
+    "analyze",
     "check_exponents",
     "check_sparsity",
     "clear_moments",

@@ -23,7 +23,7 @@ class Budget:
             structure implies it.
         allocation: `global` (scores of all layers compete) or a name in `functional.ALLOCATIONS`.
         structure: `unstructured`, `channel`, `coupled`, or `n:m`.
-        layer_sparsity: layers with a sparsity of their own: glob over names -> sparsity. They count towards the total.
+        layer_sparsity: layers with a sparsity of their own: glob over names -> sparsity. They count toward the total.
 
     Raises:
         ValueError: for values out of range or in contradiction.

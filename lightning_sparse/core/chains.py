@@ -19,7 +19,7 @@ __all__ = [
     "Chains",
     "Link",
     "Network",
-    "analyse",
+    "analyze",
     "convolution_of",
     "effective_pair",
     "find_chains",
@@ -43,7 +43,7 @@ class Link:
     Args:
         name: of the layer, in the module that was searched.
         layer: itself.
-        norm: the batch normalisation between it and its activation, if any.
+        norm: the batch normalization between it and its activation, if any.
         activated: whether there is an activation to be got rid of; without one the two layers are linear as they are.
         low: the least value that its inputs take; finite.
         high: the largest value that its inputs take.
@@ -63,7 +63,7 @@ class Link:
     norm_name: str | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What decides whether the layer is linear: its weight and bias, and those of its normalisation."""
+        """What decides whether the layer is linear: its weight and bias, and those of its normalization."""
         found = {f"{self.name}.{name}": p for name, p in self.layer.named_parameters(recurse=False)}
         if self.norm is not None:
             found |= {f"{self.norm_name}.{name}": p for name, p in self.norm.named_parameters(recurse=False)}
@@ -113,7 +113,7 @@ def find_networks(module: nn.Module) -> tuple[list[Network], dict[str, str]]:
 
     def visit(path: str, part: nn.Module) -> None:
         if is_linear(part):
-            failures.setdefault(path, "it stands alone: no module that can be traced holds it and its neighbours")
+            failures.setdefault(path, "it stands alone: no module that can be traced holds it and its neighbors")
         if is_linear(part) or not any(map(is_linear, part.modules())):
             return
         if not hasattr(part, "training_step"):
@@ -153,7 +153,7 @@ def find_chains(module: nn.Module, input_range: Sequence[float] | None = None) -
     links: list[Link] = []
     shared = shared_parameters(module)
     for network in networks:
-        found = analyse(network, input_range, shared)
+        found = analyze(network, input_range, shared)
         links += found.links
         obstacles |= found.obstacles
     return Chains(links, obstacles)
@@ -170,7 +170,7 @@ def shared_parameters(module: nn.Module) -> set[int]:
     return twice
 
 
-def analyse(
+def analyze(
     network: Network, input_range: Sequence[float] | None = None, shared: Collection[int] = (), padded: bool = False
 ) -> Chains:
     """The links of one traced network; see `find_chains`.
@@ -309,7 +309,7 @@ def convolution_of(layer: nn.Module) -> Convolution:
 
 
 def effective_pair(link: Link, tensors: Mapping[str, Tensor] | None = None, shifted: bool = True) -> list[Tensor]:
-    """Weight and bias of a link as its activation sees them: normalisation folded, inputs counted from their lower bound.
+    """Weight and bias of a link as its activation sees them: normalization folded, inputs counted from their lower bound.
 
     Args:
         link: of `find_chains`.

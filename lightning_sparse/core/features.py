@@ -57,7 +57,7 @@ def feature_layers(
 
     Found by themselves: the blocks of residual networks and transformers, that is modules with two or more convolutions
     or linear layers inside that stand in a `Sequential`, `ModuleList` or `ModuleDict`, of a class that does so twice. In a
-    model without blocks every convolution with the normalisation and the activation behind it; with fewer than two
+    model without blocks every convolution with the normalization and the activation behind it; with fewer than two
     convolutions every linear layer too, but for the last, which makes the outputs.
 
     Or by patterns: a glob in which `*` stays between two dots (`layer1.*`), a regular expression (`re:blocks`), a type
@@ -295,7 +295,7 @@ def _weight_layers(module: nn.Module) -> int:
 
 
 def _units(named: Mapping[str, nn.Module]) -> list[str]:
-    """Where each convolution, or each hidden linear layer, ends: behind its normalisation and its activation."""
+    """Where each convolution, or each hidden linear layer, ends: behind its normalization and its activation."""
     attended = {id(part) for m in named.values() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
     places = Counter(id(m) for parent in named.values() for m in parent._modules.values())  # children() hides repetitions
     layers = [name for name, m in named.items() if isinstance(m, nn.Linear | _ConvNd) and id(m) not in attended]
@@ -313,9 +313,9 @@ def _end_of_unit(name: str, named: Mapping[str, nn.Module], places: Mapping[int,
     for sibling in siblings[siblings.index(name) + 1 :]:
         module = named[sibling]
         fits = getattr(module, "num_features", getattr(module, "num_channels", None)) == channels
-        normalises = isinstance(module, _NormBase | nn.GroupNorm) and fits
+        normalizes = isinstance(module, _NormBase | nn.GroupNorm) and fits
         activates = in_order and isinstance(module, ACTIVATIONS) and places[id(module)] < 2
-        if not (normalises or activates):
+        if not (normalizes or activates):
             break
         end = sibling
         if activates:

@@ -36,7 +36,7 @@ class Remembered(Generic[T]):
         ...     steps = Remembered(int)
         >>> counter, other = Counter(), Counter()
         >>> counter.steps += 2
-        >>> other.recall(counter.memorise())
+        >>> other.recall(counter.memorize())
         >>> other.steps
         2
     """
@@ -80,12 +80,12 @@ class Memory:
         """Back to the values of a fresh start."""
         self.__dict__["_remembered"] = {}
 
-    def memorise(self) -> dict[str, Any]:
+    def memorize(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists, dictionaries and CPU tensors; boolean tensors at one bit each."""
         return {name: _encode(getattr(self, name)) for name in self.remembered()}
 
     def recall(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `memorise` returned; all or nothing.
+        """Take over what `memorize` returned; all or nothing.
 
         Raises:
             ValueError: if something declared is missing.

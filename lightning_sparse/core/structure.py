@@ -1,4 +1,4 @@
-"""What is removed as one piece: a weight, all but n of m neighbours, an output channel, or all that is coupled with one."""
+"""What is removed as one piece: a weight, all but n of m neighbors, an output channel, or all that is coupled with one."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Ta
     (`type:Embedding`). Vectors (biases, norms) are never chosen.
 
     Raises:
-        ValueError: if a pattern matches nothing, nothing is chosen, or a chosen weight is frozen, uninitialised or
+        ValueError: if a pattern matches nothing, nothing is chosen, or a chosen weight is frozen, uninitialized or
             computed by a parametrization.
 
     Example:
@@ -138,8 +138,8 @@ class _Parameter:
 
     @property
     def is_vector(self) -> bool:
-        uninitialised = isinstance(self.weight, UninitializedParameter)
-        return "bias" in self.name.rpartition(".")[2] or (not uninitialised and self.weight.ndim < 2)
+        uninitialized = isinstance(self.weight, UninitializedParameter)
+        return "bias" in self.name.rpartition(".")[2] or (not uninitialized and self.weight.ndim < 2)
 
     @property
     def foreign(self) -> nn.Module | None:

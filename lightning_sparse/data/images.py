@@ -164,7 +164,7 @@ class FashionMNIST(_TorchvisionData):
 
 @final
 class CIFAR10(_TorchvisionData):
-    """CIFAR-10: 60,000 colour images of 32x32 pixels in 10 classes."""
+    """CIFAR-10: 60,000 color images of 32x32 pixels in 10 classes."""
 
     num_classes, in_channels, image_size = 10, 3, 32
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -173,7 +173,7 @@ class CIFAR10(_TorchvisionData):
 
 @final
 class CIFAR100(_TorchvisionData):
-    """CIFAR-100: 60,000 colour images of 32x32 pixels in 100 classes."""
+    """CIFAR-100: 60,000 color images of 32x32 pixels in 100 classes."""
 
     num_classes, in_channels, image_size = 100, 3, 32
     mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -47,8 +47,8 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
         mirrored = torch.rand(count, generator=generator) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     if how.cutout:
-        centre = torch.stack([torch.randint(size, (count,), generator=generator) for size in (height, width)])
-        low, high = centre - how.cutout // 2, centre - how.cutout // 2 + how.cutout
+        center = torch.stack([torch.randint(size, (count,), generator=generator) for size in (height, width)])
+        low, high = center - how.cutout // 2, center - how.cutout // 2 + how.cutout
         inside = [
             (torch.arange(size) >= low[axis, :, None]) & (torch.arange(size) < high[axis, :, None])
             for axis, size in enumerate((height, width))

@@ -1,4 +1,4 @@
-"""How a smaller model differs from a newly built one: sizes, folded normalisations, kernels; stored beside the weights."""
+"""How a smaller model differs from a newly built one: sizes, folded normalizations, kernels; stored beside the weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Blueprint:
 
     Args:
         kept: layer -> what is left of it.
-        folded: normalisations that are no more.
+        folded: normalizations that are no more.
         biased: layers that got a bias from one.
         kernels: layer -> the kernel that multiplies its weight, such as `csr`.
     """
@@ -153,7 +153,7 @@ def add_bias(layer: Any) -> None:
 
 
 def out_count(layer: Any) -> int:
-    """Outputs of a linear layer, convolution or normalisation."""
+    """Outputs of a linear layer, convolution or normalization."""
     for name in ("out_features", "out_channels", "num_features", "num_parameters"):
         if hasattr(layer, name):
             return int(getattr(layer, name))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse.export.running import need, shared_names
+from lightning_sparse.export.compare_models import need, shared_names
 from lightning_sparse.functional import pack, unpack
 
 __all__ = ["compact_size", "load_compact", "read_note", "save_compact"]
@@ -31,7 +31,7 @@ def compact_size(total: int, kept: int, width: int = 4, gap: int = 1) -> int:
         total: n.
         kept: k.
         width: w, 4 for float32.
-        gap: g: 1 if no two neighbours are more than 256 apart, 2 up to 65,536, else 4.
+        gap: g: 1 if no two neighbors are more than 256 apart, 2 up to 65,536, else 4.
 
     Example:
         >>> compact_size(1000, 100), compact_size(1000, 10), compact_size(1000, 1000)

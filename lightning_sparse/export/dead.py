@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_sparse.core import padding_of, shared_parameters
 from lightning_sparse.export.blueprint import in_count, out_count
-from lightning_sparse.export.running import callee, copy_model, first_line, fit_to
+from lightning_sparse.export.compare_models import callee, copy_model, first_line, fit_to
 
 __all__ = ["Channels", "Group", "Round", "bias_is_exact", "constants_of", "fed_outputs", "is_depthwise", "is_layer"]
 

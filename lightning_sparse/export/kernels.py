@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.export.running import callee, fit_to, interleaved
+from lightning_sparse.export.compare_models import callee, fit_to, interleaved
 
 __all__ = ["KernelChoice", "SparseLinear", "choose_kernels", "use_kernels"]
 

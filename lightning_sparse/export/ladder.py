@@ -1,4 +1,4 @@
-"""The ladder: from weights with zeros to smaller and faster artefacts, each verified before anything is written."""
+"""The ladder: from weights with zeros to smaller and faster artifacts, each verified before anything is written."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.core import count_macs, effective_macs
+from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
+from lightning_sparse.export.compare_models import callee, copy_model, difference, first_line, fit_to, interleaved, runner
+from lightning_sparse.export.export_report import ExportReport, Rung
 from lightning_sparse.export.kernels import KernelChoice, choose_kernels
-from lightning_sparse.export.ladder_report import ExportReport, Rung
 from lightning_sparse.export.merge import merge_layers
+from lightning_sparse.export.merge_report import count_parameters
 from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
-from lightning_sparse.export.plain import fold_norms
 from lightning_sparse.export.removal import remove_dead
-from lightning_sparse.export.report import count_parameters
-from lightning_sparse.export.running import callee, copy_model, difference, first_line, fit_to, interleaved, runner
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
 __all__ = ["RUNGS", "export_ladder"]
@@ -35,7 +35,7 @@ SLOWER = 1.05
 
 @dataclass
 class _Made:
-    """An artefact in the temporary folder, and what runs it."""
+    """An artifact in the temporary folder, and what runs it."""
 
     file: str
     run: Callable[[Tensor], Any]
@@ -152,13 +152,13 @@ class _Ladder:
         return self._made(file, load_model(copy_model(self.dense), self.folder / file), note, model)
 
     def _made(self, file: str, model: nn.Module, note: str, like: nn.Module | None = None) -> _Made:
-        """An artefact with the size of a model that is like it, but has no kernels that cannot be counted."""
+        """An artifact with the size of a model that is like it, but has no kernels that cannot be counted."""
         like = like or model
         macs = sum(self.macs(like).values())
         return _Made(file, partial(_call, callee(model)[1]), note, count_parameters(like), macs, model)
 
     def _no_faster(self) -> str:
-        folded = f"{len(self.blueprint.folded)} normalisations are folded; " if self.blueprint.folded else ""
+        folded = f"{len(self.blueprint.folded)} normalizations are folded; " if self.blueprint.folded else ""
         return f"{folded}{self.zeros:.1%} zeros, which a dense kernel multiplies like any number: no faster for them"
 
 
@@ -187,7 +187,7 @@ def export_ladder(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Make every artefact that suits a sparse model, verify each against it, measure all beside it, and write them.
+    """Make every artifact that suits a sparse model, verify each against it, measure all beside it, and write them.
 
     `plain`: a state dict. `compact`: the same without zeros. `merged`: without layers that act linearly. `removed`: without
     dead neurons and filters; the rungs after it stand on it. `kernels`: linear layers in CSR or BSR where that is faster
@@ -201,7 +201,7 @@ def export_ladder(
         rungs: which; None takes all that suit, and the report says why the others do not.
         tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller); in half
             precision four of its roundings are allowed.
-        fold: batch normalisation into the layers in front of it, in all rungs but `merged`.
+        fold: batch normalization into the layers in front of it, in all rungs but `merged`.
         input_range: the least and largest input, such as (0, 1), by which `merged` may judge the first layer.
         rounds: of calls by which latency is measured; 0 to not measure.
         evaluate: metrics of a model, such as its accuracy on a test set.

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_sparse.core import (
     Link,
     Network,
-    analyse,
+    analyze,
     convolution_of,
     count_macs,
     effective_pair,
@@ -24,8 +24,8 @@ from lightning_sparse.core import (
     padding_of,
     shared_parameters,
 )
-from lightning_sparse.export.report import LayerVerdict, MergeReport, count_depth, count_parameters
-from lightning_sparse.export.running import copy_model, measure, runner
+from lightning_sparse.export.compare_models import copy_model, measure, runner
+from lightning_sparse.export.merge_report import LayerVerdict, MergeReport, count_depth, count_parameters
 from lightning_sparse.functional import (
     Convolution,
     add_convolutions,
@@ -54,7 +54,7 @@ def merge_layers(
     A layer merges if its activation does nothing: for all inputs (`certified`), or up to a negative part within the
     tolerance (`near`: the activation is deleted, the weights stay as they are). Merged layers are judged again, and again,
     until nothing changes. A residual block whose first layer is gone becomes one layer with its shortcut. Products are made
-    in float64. Batch normalisation is folded where its layer merges, and stays elsewhere.
+    in float64. Batch normalization is folded where its layer merges, and stays elsewhere.
 
     The result is a `nn.Sequential` if modules simply follow each other, else a `torch.fx.GraphModule`, in evaluation mode;
     for a LightningModule it is a copy of it whose networks are such. `F.dropout` is left out where a network is traced.
@@ -113,7 +113,7 @@ def fresh_start(model: nn.Module) -> nn.Module:
     """Give all layers new initial values, in place: the other start of a refit; returns the model.
 
     Linear layers and convolutions get values by which signals keep their size through ReLUs (He et al. 2015,
-    https://arxiv.org/abs/1502.01852) and biases of zero: from those of `nn.Linear` a deep network without normalisation does
+    https://arxiv.org/abs/1502.01852) and biases of zero: from those of `nn.Linear` a deep network without normalization does
     not learn. Everything else resets itself.
     """
     for module in model.modules():
@@ -146,7 +146,7 @@ def pad_in_front(model: nn.Module) -> nn.Module:
     model = copy_model(model)
     shared = shared_parameters(model)
     for network in find_networks(model)[0]:
-        links = analyse(network, (0.0, math.inf), shared, padded=True).links
+        links = analyze(network, (0.0, math.inf), shared, padded=True).links
         for link in reversed(links):
             first: Any = link.layer
             second: Any = model.get_submodule(link.successor)
@@ -229,7 +229,7 @@ class _Surgery:
     def _links(self) -> tuple[list[Link], dict[str, str]]:
         # The layers' full names, with parameters that are found by their names in the graph.
         network = Network("", self.graph_module, self.graph_module.graph)
-        found = analyse(network, self.judge.input_range, self.judge.shared)
+        found = analyze(network, self.judge.input_range, self.judge.shared)
         return found.links, found.obstacles
 
     def _full(self, name: str) -> str:
@@ -350,7 +350,7 @@ class _Surgery:
         return True
 
     def _branch(self, node: fx.Node, end: fx.Node) -> tuple[list[fx.Node], nn.Module, Convolution] | None:
-        """A layer, perhaps with batch normalisation behind it, that only `end` uses."""
+        """A layer, perhaps with batch normalization behind it, that only `end` uses."""
         modules = dict(self.graph_module.named_modules(remove_duplicate=False))
 
         def module_of(candidate: Any) -> nn.Module | None:
@@ -433,7 +433,7 @@ def _compare(before: nn.Module, after: nn.Module, inputs: Tensor, rounds: int, r
 
 
 def _positive_shares(model: nn.Module, inputs: Tensor | None) -> dict[str, float]:
-    """Share of outputs that are not negative, of every layer with its normalisation."""
+    """Share of outputs that are not negative, of every layer with its normalization."""
     if inputs is None:
         return {}
     shares: dict[str, float] = {}

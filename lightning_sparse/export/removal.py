@@ -2,9 +2,9 @@
 
 A channel may go if every layer that reads it either multiplies it by zeros, or is given the same number for every input
 because all that feeds it is zero. What is coupled with a channel through additions, concatenations, depthwise layers and
-normalisation is found on Torch-Pruning's dependency graph (Fang et al. 2023, https://arxiv.org/abs/2301.12900).
+normalization is found on Torch-Pruning's dependency graph (Fang et al. 2023, https://arxiv.org/abs/2301.12900).
 
-A dead filter still emits a constant c, from its bias or its normalisation. It is folded into the bias of the next layer
+A dead filter still emits a constant c, from its bias or its normalization. It is folded into the bias of the next layer
 where that is exact:
 
     b <- b + sum_j c_j sum_k W[:, j, k]      for linear layers, and convolutions whose border shows no zeros
@@ -29,8 +29,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_sparse.core import Coupling, Place
 from lightning_sparse.export.blueprint import Blueprint, Kept, cut, in_count, out_count
+from lightning_sparse.export.compare_models import copy_model, difference, first_line, need, runner
 from lightning_sparse.export.dead import Channels, Group, Round, bias_is_exact, fed_outputs, is_depthwise, is_layer
-from lightning_sparse.export.running import copy_model, difference, first_line, need, runner
 
 __all__ = ["Removal", "coupled_outputs", "find_coupling", "remove_dead"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.export.compare_models import interleaved
 from lightning_sparse.export.kernels import KernelChoice, _layer_inputs
-from lightning_sparse.export.running import interleaved
 
 __all__ = ["SEMI_STRUCTURED", "choose_semi_structured", "to_semi_structured_"]
 
@@ -21,7 +21,7 @@ def why_not(layer: nn.Module, needs_gpu: bool = True) -> str:
     if type(layer) is not nn.Linear:
         return f"a {type(layer).__name__} is no plain linear layer"
     if columns % 4 or bool(((weight.detach() != 0).view(rows, -1, 4).sum(-1) > 2).any()):
-        return "more than two of four neighbouring weights are not zero; train with structure='2:4'"
+        return "more than two of four neighboring weights are not zero; train with structure='2:4'"
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"{str(weight.dtype).removeprefix('torch.')} has no sparse kernel; convert the model to bfloat16 or float16"
     if rows % 32 or columns % 64:

@@ -19,25 +19,16 @@ from lightning_sparse.functional.hypersparse import (
     hypersparse_scale,
     quantile_rank,
 )
-from lightning_sparse.functional.layers import (
+from lightning_sparse.functional.layer_sparsity import (
     LAYER_NORMS,
-    Convolution,
     LayerNorm,
-    add_convolutions,
-    compose,
-    fold_batch_norm,
     layer_penalty,
     layer_penalty_gradient,
     layer_prox_,
-    lowest_output,
-    merge_convolutions,
-    merge_linear,
     negative_ratio,
-    regroup,
-    shift_input,
     soft_threshold_,
 )
-from lightning_sparse.functional.lpss import (
+from lightning_sparse.functional.lp_sphere import (
     check_exponent,
     check_vectors,
     expected_hoyer,
@@ -46,19 +37,38 @@ from lightning_sparse.functional.lpss import (
     growth_score,
     hoyer_sparsity,
     lp_norm,
-    lp_normalise,
+    lp_normalize,
     lp_sgd_,
     lp_sgd_step,
     relative_magnitude,
     to_dual,
 )
 from lightning_sparse.functional.masks import apply_bits_, channel_score, expand_channels, mask_bits, n_m_mask, pack, unpack
+from lightning_sparse.functional.merging import (
+    Convolution,
+    add_convolutions,
+    compose,
+    fold_batch_norm,
+    lowest_output,
+    merge_convolutions,
+    merge_linear,
+    regroup,
+    shift_input,
+)
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional.penalties import PENALTIES, Penalty
 from lightning_sparse.functional.regrowth import DROP_SCHEDULES, drop_count, held, regrow
-from lightning_sparse.functional.saliency import connection_sensitivity, gradient_flow, hessian_times
 from lightning_sparse.functional.schedules import SCHEDULES, constant, cosine, cubic, exponential, linear, piecewise_linear
-from lightning_sparse.functional.scl import (
+from lightning_sparse.functional.scores import (
+    connection_sensitivity,
+    gradient_flow,
+    hashed_score,
+    hessian_times,
+    magnitude,
+    random_generator,
+    random_score,
+)
+from lightning_sparse.functional.sparse_connectivity_learning import (
     FEATURE_NORMS,
     STEP_PROXIES,
     connection_count,
@@ -67,12 +77,11 @@ from lightning_sparse.functional.scl import (
     density_error,
     identity_proxy,
     leaky_relu_proxy,
-    normalise_features_,
+    normalize_features_,
     softplus_proxy,
     steer_price,
     unit_step,
 )
-from lightning_sparse.functional.scores import hashed_score, magnitude, random_generator, random_score
 from lightning_sparse.functional.statistics import (
     dead_outputs,
     layer_density,
@@ -157,7 +166,7 @@ __all__ = [
     "long_tailed_slope",
     "lowest_output",
     "lp_norm",
-    "lp_normalise",
+    "lp_normalize",
     "lp_sgd_",
     "lp_sgd_step",
     "magnitude",
@@ -170,7 +179,7 @@ __all__ = [
     "n_m_mask",
     "negative_ratio",
     "nonzero_counts",
-    "normalise_features_",
+    "normalize_features_",
     "off_diagonal_mean",
     "over_parameterization_rate",
     "pack",

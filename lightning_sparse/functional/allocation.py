@@ -124,7 +124,7 @@ def allocate(
             f"layers with a sparsity of their own keep {density * sum(sizes) - budget:,.0f} and the others hold "
             f"{room:,}; choose another sparsity or free a layer."
         )
-    # Dense layers are found from the most favoured down: once one fits under the cap, all later ones do.
+    # Dense layers are found from the most favored down: once one fits under the cap, all later ones do.
     densities = dict(fixed)
     free.sort(key=lambda layer: -raw[layer])
     weight = [raw[layer] * sizes[layer] for layer in free]

@@ -1,4 +1,4 @@
-"""Linear centred kernel alignment: how similar two layers see the same samples."""
+"""Linear centered kernel alignment: how similar two layers see the same samples."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ second for ImageNet and the third as a comment."""
 
 
 def linear_cka(
-    x: Tensor, y: Tensor, unbiased: bool = True, *, centred: bool = True, dtype: torch.dtype = torch.float32
+    x: Tensor, y: Tensor, unbiased: bool = True, *, centered: bool = True, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    r"""Similarity of two features of the same samples: the cosine of their centred Gram matrices.
+    r"""Similarity of two features of the same samples: the cosine of their centered Gram matrices.
 
     $\\mathrm{CKA}(X, Y) = \\langle \\tilde K, \\tilde L \\rangle / (\\|\\tilde K\\| \\|\\tilde L\\|)$ with $K = X X^T$ and
-    $L = Y Y^T$. Unbiased, the Gram matrices are U-centred, the similarity of independent features is zero on average, and
-    it can be negative; it takes four samples. Biased, both sides are centred by the mean, and few samples of large
+    $L = Y Y^T$. Unbiased, the Gram matrices are U-centered, the similarity of independent features is zero on average, and
+    it can be negative; it takes four samples. Biased, both sides are centered by the mean, and few samples of large
     features are always similar. A feature that does not vary over the samples has similarity zero with every other, and
     no gradient.
 
@@ -45,22 +45,22 @@ def linear_cka(
         x: features of n samples, the samples along the first dimension; whatever follows is flattened.
         y: features of the same samples; of another size if need be.
         unbiased: which estimator; with fewer than four samples the unbiased one is 0.
-        centred: False leaves the means in; only with `unbiased=False`.
+        centered: False leaves the means in; only with `unbiased=False`.
         dtype: of the sums; features in a wider one keep theirs.
 
     Raises:
-        ValueError: if the features are not of the same samples, or uncentred and unbiased are asked for together.
+        ValueError: if the features are not of the same samples, or uncentered and unbiased are asked for together.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
         >>> round(float(linear_cka(x, 2 * x.flip(1) + 5)), 6)
         1.0
     """
-    return linear_cka_matrix([x, y], unbiased, centred=centred, dtype=dtype)[0, 1]
+    return linear_cka_matrix([x, y], unbiased, centered=centered, dtype=dtype)[0, 1]
 
 
 def linear_cka_matrix(
-    features: Sequence[Tensor], unbiased: bool = True, *, centred: bool = True, dtype: torch.dtype = torch.float32
+    features: Sequence[Tensor], unbiased: bool = True, *, centered: bool = True, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`linear_cka` of all pairs of features, as a symmetric matrix whose diagonal is 1 (0 for a constant feature).
 
@@ -69,7 +69,7 @@ def linear_cka_matrix(
     Args:
         features: of the same samples, sizes may differ.
         unbiased: which estimator.
-        centred: False leaves the means in; only with `unbiased=False`.
+        centered: False leaves the means in; only with `unbiased=False`.
         dtype: of the sums; features in a wider one keep theirs.
 
     Example:
@@ -78,18 +78,18 @@ def linear_cka_matrix(
         tensor([[1., 0.],
                 [0., 0.]])
     """
-    grams, _ = _centred_grams(features, unbiased, centred, dtype)
+    grams, _ = _centered_grams(features, unbiased, centered, dtype)
     norms = grams.square().sum(1, keepdim=True)
     # Made safe before the root is taken and divided by, or the gradient of what is not chosen would be NaN.
     return _all_pairs(grams / torch.where(norms > 0, norms, 1).sqrt())
 
 
 def linear_hsic(
-    x: Tensor, y: Tensor, unbiased: bool = True, *, centred: bool = True, dtype: torch.dtype = torch.float32
+    x: Tensor, y: Tensor, unbiased: bool = True, *, centered: bool = True, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    r"""The Hilbert-Schmidt independence criterion of two features under linear kernels; not normalised.
+    r"""The Hilbert-Schmidt independence criterion of two features under linear kernels; not normalized.
 
-    Unbiased $\\langle \\tilde K, \\tilde L \\rangle / (n (n - 3))$, the estimator of Song et al. written with U-centred
+    Unbiased $\\langle \\tilde K, \\tilde L \\rangle / (n (n - 3))$, the estimator of Song et al. written with U-centered
     matrices; biased $\\langle H K H, H L H \\rangle / (n - 1)^2$.
 
     Source: Song et al. 2012, https://jmlr.org/papers/v13/song12a.html, equation 5.
@@ -98,7 +98,7 @@ def linear_hsic(
         x: features of n samples.
         y: features of the same samples.
         unbiased: which estimator; with fewer than four samples the unbiased one is 0.
-        centred: False leaves the means in; only with `unbiased=False`.
+        centered: False leaves the means in; only with `unbiased=False`.
         dtype: of the sums; features in a wider one keep theirs.
 
     Example:
@@ -106,18 +106,18 @@ def linear_hsic(
         >>> round(float(linear_hsic(x, x, unbiased=False)), 4)
         0.09
     """
-    return linear_hsic_matrix([x, y], unbiased, centred=centred, dtype=dtype)[0, 1]
+    return linear_hsic_matrix([x, y], unbiased, centered=centered, dtype=dtype)[0, 1]
 
 
 def linear_hsic_matrix(
-    features: Sequence[Tensor], unbiased: bool = True, *, centred: bool = True, dtype: torch.dtype = torch.float32
+    features: Sequence[Tensor], unbiased: bool = True, *, centered: bool = True, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`linear_hsic` of all pairs of features; zero wherever a feature does not vary over the samples.
 
     Args:
         features: of the same samples, sizes may differ.
         unbiased: which estimator.
-        centred: False leaves the means in; only with `unbiased=False`.
+        centered: False leaves the means in; only with `unbiased=False`.
         dtype: of the sums; features in a wider one keep theirs.
 
     Example:
@@ -125,7 +125,7 @@ def linear_hsic_matrix(
         tensor([[0.2500, 0.0000],
                 [0.0000, 0.0000]])
     """
-    grams, levels = _centred_grams(features, unbiased, centred, dtype)
+    grams, levels = _centered_grams(features, unbiased, centered, dtype)
     n = len(features[0])
     pairs = n * (n - 3) if unbiased else (n - 1) ** 2
     return _all_pairs(grams) * levels.outer(levels) / max(pairs, 1)
@@ -191,27 +191,27 @@ def _pair_weights(matrix: Tensor, pair_weight: Callable[[int], float]) -> Tensor
     return torch.tensor(rows, dtype=matrix.dtype, device=matrix.device)
 
 
-def _centred_grams(features: Sequence[Tensor], unbiased: bool, centred: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Centred Gram matrices, one flat row per feature, and the mean square times the size that each was divided by.
+def _centered_grams(features: Sequence[Tensor], unbiased: bool, centered: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Centerd Gram matrices, one flat row per feature, and the mean square times the size that each was divided by.
 
     Rows of features that do not vary are exactly zero.
     """
-    if unbiased and not centred:
-        raise ValueError("centred=False has no unbiased form; set unbiased=False.")
+    if unbiased and not centered:
+        raise ValueError("centered=False has no unbiased form; set unbiased=False.")
     counts = [len(feature) for feature in features]
     if len(set(counts)) > 1:
         raise ValueError(f"CKA compares features of the same samples, but these have {counts} samples.")
     n = counts[0]
-    # 16-bit sums would overflow, or lose the centre; autocast would make them so again.
+    # 16-bit sums would overflow, or lose the center; autocast would make them so again.
     with torch.autocast(features[0].device.type, enabled=False):
-        made = [_gram(feature, centred, torch.promote_types(dtype, feature.dtype)) for feature in features]
+        made = [_gram(feature, centered, torch.promote_types(dtype, feature.dtype)) for feature in features]
         wide = max((gram.dtype for gram, _ in made), key=lambda kind: torch.finfo(kind).bits)
         device = made[0][0].device  # a model may lie on several
         grams = torch.stack([gram.to(device, wide) for gram, _ in made])
         levels = torch.stack([level.to(device, wide) for _, level in made])
         if unbiased and n < 4:
             return (grams * 0).flatten(1), levels
-        grams = (_u_centre(grams) if unbiased else _centre(grams) if centred else grams).flatten(1)
+        grams = (_u_center(grams) if unbiased else _center(grams) if centered else grams).flatten(1)
         # n is the largest norm there can be before centring. What is left of a constant feature is rounding.
         dead = grams.detach().square().sum(1, keepdim=True) <= (8 * torch.finfo(wide).eps * n) ** 2
         return torch.where(dead, 0, grams), levels
@@ -222,7 +222,7 @@ def _all_pairs(rows: Tensor) -> Tensor:
         return rows @ rows.T
 
 
-def _gram(feature: Tensor, centred: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gram(feature: Tensor, centered: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The Gram matrix of a feature with mean square 1, so that no scale overflows, and what it was divided by."""
     x = feature.flatten(1).to(dtype)
     # The scale cancels in CKA, and in HSIC it is multiplied back: as a constant, or its gradient would count twice.
@@ -231,13 +231,13 @@ def _gram(feature: Tensor, centred: bool, dtype: torch.dtype) -> tuple[Tensor, T
     x = x / peak
     square = x.detach().square().mean() if x.numel() else x.new_zeros(())
     square = torch.where(square > 0, square, 1)
-    if centred:
+    if centered:
         x = x - x.mean(0)
     size = max(1, x.shape[1])
     return x @ x.T / (square * size), square * peak.square() * size
 
 
-def _u_centre(grams: Tensor) -> Tensor:
+def _u_center(grams: Tensor) -> Tensor:
     n = grams.shape[-1]
     off = 1 - torch.eye(n, dtype=grams.dtype, device=grams.device)
     grams = grams * off
@@ -246,6 +246,6 @@ def _u_centre(grams: Tensor) -> Tensor:
     return (grams - rows - rows.transpose(-2, -1) + total) * off
 
 
-def _centre(grams: Tensor) -> Tensor:
-    """Once more, after the features have been centred: what rounding has left of the means goes."""
+def _center(grams: Tensor) -> Tensor:
+    """Once more, after the features have been centered: what rounding has left of the means goes."""
     return grams - grams.mean(-1, keepdim=True) - grams.mean(-2, keepdim=True) + grams.mean((-2, -1), keepdim=True)

@@ -43,7 +43,7 @@ def l1_gradient(weight: Tensor, dim: int = 0) -> Tensor:
 
 
 def soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: int = 0) -> None:
-    """Everything towards zero by the threshold, and what would cross zero stays there.
+    """Everything toward zero by the threshold, and what would cross zero stays there.
 
     Example:
         >>> weight = torch.tensor([-3.0, 0.5, 2.0])
@@ -87,7 +87,7 @@ def group_lasso_gradient(weight: Tensor, dim: int = 0) -> Tensor:
 
 
 def group_soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: int = 0) -> None:
-    """Every channel's norm towards zero by the threshold times the root of its size; short channels become zero.
+    """Every channel's norm toward zero by the threshold times the root of its size; short channels become zero.
 
     Example:
         >>> weight = torch.tensor([[3.0, 4.0], [0.1, 0.1]])

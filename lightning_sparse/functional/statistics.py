@@ -120,7 +120,7 @@ def mask_churn(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
 
 
 def over_parameterization_rate(ever: Iterable[Tensor]) -> float:
-    """In-time over-parameterisation: the fraction of all weights that have been active at any time.
+    """In-time over-parameterization: the fraction of all weights that have been active at any time.
 
     Source: Liu et al. 2021, "Do We Actually Need Dense Over-Parameterization?", https://arxiv.org/abs/2102.02887.
 

@@ -2,8 +2,8 @@
 
 from lightning_sparse.metrics.cka import CKA
 from lightning_sparse.metrics.hoyer import HoyerSparsity
-from lightning_sparse.metrics.layers import DeadUnits, EffectiveMACs, EffectiveParameters, LayerDensity
-from lightning_sparse.metrics.masks import MaskChurn, MaskOverlap, OverParameterizationRate, Sparsity
+from lightning_sparse.metrics.model import DeadUnits, EffectiveMACs, EffectiveParameters, LayerDensity
+from lightning_sparse.metrics.sparsity import MaskChurn, MaskOverlap, OverParameterizationRate, Sparsity
 
 __all__ = [
     "CKA",

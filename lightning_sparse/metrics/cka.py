@@ -16,7 +16,7 @@ __all__ = ["CKA"]
 
 
 class CKA(Metric):
-    r"""Linear centred kernel alignment of all pairs of layers, over any number of batches.
+    r"""Linear centered kernel alignment of all pairs of layers, over any number of batches.
 
     HSIC is summed over batches and ranks, and one ratio is taken at the end, so the value hardly depends on the batch size;
     a batch of n samples costs n^2 times the size of all features, and nothing but one number per pair is kept. Batches of

@@ -12,7 +12,7 @@ __all__ = ["MLP", "VGG", "LeNet5", "LeNet300", "ResNet", "TorchvisionNetwork", "
 
 
 class MLP(nn.Sequential):
-    """Linear layers with ReLU between them, optionally with batch normalisation.
+    """Linear layers with ReLU between them, optionally with batch normalization.
 
     Args:
         num_classes: outputs.
@@ -21,7 +21,7 @@ class MLP(nn.Sequential):
         hidden: width of each hidden layer.
         batch_norm: after each hidden linear layer.
         kaiming: initial values by which signals keep their size (He et al. 2015), biases zero; deep networks without batch
-            normalisation need them, or signals fade. False takes those of nn.Linear.
+            normalization need them, or signals fade. False takes those of nn.Linear.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class WideResNet(_CIFARNet):
 
 
 class VGG(nn.Module):
-    """VGG-19 with batch normalisation for small images: 16 convolutions and one linear layer.
+    """VGG-19 with batch normalization for small images: 16 convolutions and one linear layer.
 
     Source: Simonyan and Zisserman 2014, https://arxiv.org/abs/1409.1556; the one-classifier form of the pruning literature.
 

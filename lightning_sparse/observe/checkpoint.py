@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.callbacks.base import sparsifiers
-from lightning_sparse.callbacks.phase import phase_of
+from lightning_sparse.loop.phase import phase_of
+from lightning_sparse.loop.sparsifier import sparsifiers
 
 __all__ = ["SparsityCheckpoint"]
 

@@ -20,11 +20,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_sparse.callbacks.base import Sparsifier, sparsifiers
-from lightning_sparse.callbacks.phase import phase_of
-from lightning_sparse.callbacks.quiet import quietly, size_of
 from lightning_sparse.core import MaskSet, Target, count_macs, describe, effective_macs
 from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
+from lightning_sparse.loop.dry_run import dry_run, size_of
+from lightning_sparse.loop.phase import phase_of
+from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
 from lightning_sparse.observe.history import History, choose_metric
 from lightning_sparse.observe.report import FILE, corner, describe_machine, picture, write_report
 from lightning_sparse.observe.table import render
@@ -335,7 +335,7 @@ def _dense_macs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> 
     reasons = []
     for data, run in ways:
         try:
-            with quietly(trainer, module) as twin, trainer.precision_plugin.forward_context():
+            with dry_run(trainer, module) as twin, trainer.precision_plugin.forward_context():
                 counted = count_macs(twin, functools.partial(run, twin), size_of(data))
         except Exception as error:
             reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:120])

@@ -1,4 +1,4 @@
-"""Drawings as SVG text: curves, bars, heat maps, bit pictures. Colours are classes of the page, so they follow its theme."""
+"""Drawings as SVG text: curves, bars, heat maps, bit pictures. Colors are classes of the page, so they follow its theme."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Series:
         name: for the legend and the tooltip.
         x: positions; y: values. Pairs with None are left out.
         y: values.
-        style: a class of the page's style sheet, such as `s0` for the first colour, `dashed` for a line of reference.
+        style: a class of the page's style sheet, such as `s0` for the first color, `dashed` for a line of reference.
         marks: points instead of a line.
     """
 
@@ -159,7 +159,7 @@ def heat_map(names: Sequence[str], columns: Sequence[Sequence[float]], heads: Se
         values = [min(LEVELS - 1, int(columns[j][i] * (LEVELS - 1) + 0.5)) for j in chosen]
         start = 0
         for j in range(1, len(values) + 1):
-            if j == len(values) or values[j] != values[start]:  # neighbours of one shade are one stroke
+            if j == len(values) or values[j] != values[start]:  # neighbors of one shade are one stroke
                 paths.setdefault(values[start], []).append(f"M{start} {i + 0.5:g}h{j - start}")
                 start = j
     strokes = "".join(

@@ -97,7 +97,7 @@ class Dashboard:
         self.logger.experiment.log_artifact(artifact)
 
     def checkpoint(self, path: Path, run: Mapping[str, Any]) -> None:
-        """The sparse checkpoint as an artefact that knows its sparsity and its accuracy.
+        """The sparse checkpoint as an artifact that knows its sparsity and its accuracy.
 
         Args:
             path: of the checkpoint; one that falls short of the target is left where it is.
@@ -111,7 +111,7 @@ class Dashboard:
         if run["target"] is not None and zeros < run["target"] - 1e-6:
             rank_zero_warn(
                 f"SparsityMonitor: '{path.name}', the best checkpoint, has sparsity {zeros:.4f}, not {run['target']:.4f}, "
-                "and is no artefact; add SparsityCheckpoint, which chooses among those at target."
+                "and is no artifact; add SparsityCheckpoint, which chooses among those at target."
             )
             return
         row = next((row for row in run["rows"] if row["epoch"] == saved["epoch"]), run["rows"][-1])
@@ -142,7 +142,7 @@ class PatientWandbLogger(WandbLogger):
 
 
 def _facts(run: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """What to know of an artefact before loading it."""
+    """What to know of an artifact before loading it."""
     return {"method": run["method"], "model": run["model"], "sparsity": row["sparsity"], **row["metrics"]}
 
 

@@ -1,5 +1,5 @@
 """Optimizers that train sparse weights by themselves, without a callback and without Lightning."""
 
-from lightning_sparse.optim.lp_sgd import LpSGD, sphere_groups
+from lightning_sparse.optim.lp_sphere import LpSGD, sphere_groups
 
 __all__ = ["LpSGD", "sphere_groups"]

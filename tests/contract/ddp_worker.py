@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_sparse import SNIP, CKARegularization, GraSP, MagnitudePruning, SparsityCheckpoint, SparsityMonitor
-from lightning_sparse.callbacks import Pruning, Sparsifier
+from lightning_sparse.families import Pruning
+from lightning_sparse.loop import Sparsifier
 from tests.toys import BATCHES, OVERLAYS, FeaturePenalty, L2Penalty, Toy, loader, method_of, overlay, toy, trainer
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))

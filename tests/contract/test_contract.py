@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch import Tensor, nn
 
 from lightning_sparse import CKARegularization, SparsityMixin
-from lightning_sparse.callbacks import Rewiring, Sparsifier, Step
 from lightning_sparse.core import MaskSet
+from lightning_sparse.families import Rewiring
 from lightning_sparse.functional import unpack
+from lightning_sparse.loop import Sparsifier, Step
 from tests import toys
 from tests.toys import BATCHES, OVERLAYS, Toy, Watcher, fit, loader, method_of, overlay, toy, trainer
 
@@ -27,7 +28,7 @@ def state_of(module: L.LightningModule, runner: L.Trainer, method: Sparsifier) -
     return {
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
         "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in runner.optimizers],
-        "memory": method.memorise(),
+        "memory": method.memorize(),
         "rng": torch.get_rng_state(),
     }
 
@@ -247,7 +248,7 @@ def test_16_mixed_with_a_planted_infinity(path: Path, fused: bool) -> None:
     assert on_target(method)
 
 
-# ---- 7 Good neighbour -----------------------------------------------------------------------------------------------
+# ---- 7 Good neighbor -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -332,7 +333,7 @@ class Manual(SparsityMixin, Toy):
 
 
 @pytest.mark.filterwarnings("ignore:.*has removed all of")  # the large layer, whose optimizer steps half as often
-def test_manual_optimisation_with_two_optimizers(path: Path) -> None:
+def test_manual_optimization_with_two_optimizers(path: Path) -> None:
     callbacks = overlay(path)
     method = method_of(callbacks)
     module = Manual()

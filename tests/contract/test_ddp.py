@@ -122,7 +122,7 @@ def test_the_first_rank_watches_for_all(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_the_reference_differs_without_the_penalty() -> None:
-    plain, penalised = toy(), toy()
+    plain, penalized = toy(), toy()
     fit(plain)
-    fit(penalised, L2Penalty(0.5))
-    assert not torch.allclose(plain.net[0].weight, penalised.net[0].weight, rtol=1e-2)
+    fit(penalized, L2Penalty(0.5))
+    assert not torch.allclose(plain.net[0].weight, penalized.net[0].weight, rtol=1e-2)

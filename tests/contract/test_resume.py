@@ -75,7 +75,7 @@ def test_resume_with_two_optimizers(tmp_path: Path) -> None:
         again, other = MagnitudePruning(0.9), Manual()
         fit(other, again, ckpt_path=tmp_path / f"step={step}.ckpt")
         assert differences(expected["weights"], dict(other.state_dict())) == []
-        assert differences(expected["memory"], again.memorise()) == []
+        assert differences(expected["memory"], again.memorize()) == []
 
 
 @pytest.mark.parametrize("make", [lambda: L2Penalty(0.1), lambda: FeaturePenalty(0.1), UnitNorm])
@@ -210,10 +210,10 @@ def test_numbers_of_numpy_do_not_spoil_the_checkpoint(tmp_path: Path) -> None:
 
 def test_arguments_that_are_not_stored_are_noticed_at_once() -> None:
     class Forgetful(L2Penalty):
-        def __init__(self, colour: str, **options: Any) -> None:
+        def __init__(self, color: str, **options: Any) -> None:
             super().__init__(0.1, **options)
 
-    with pytest.raises(ValueError, match=r"Forgetful must store its arguments under their own names; \['colour'\] are not"):
+    with pytest.raises(ValueError, match=r"Forgetful must store its arguments under their own names; \['color'\] are not"):
         fit(toy(), Forgetful("red"))
     assert set(L2Penalty(0.5, targets=["net.0"]).config()) == {"strength", "targets"}
 
@@ -226,7 +226,7 @@ def test_resume_on_a_gpu(tmp_path: Path) -> None:
     fit(module, first, ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1), **on_gpu)
     again, other = MagnitudePruning(0.9), toy("adamw", seed=1)
     fit(other, again, ckpt_path=tmp_path / "step=5.ckpt", **on_gpu)
-    assert differences(first.memorise(), again.memorise()) == []
+    assert differences(first.memorize(), again.memorize()) == []
     for name, value in module.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 

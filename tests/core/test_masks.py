@@ -106,7 +106,7 @@ def test_memory_survives_a_file(tmp_path: object) -> None:
     method.queue = [1, {"score": 0.5, "mask": torch.tensor([True, False])}]
     method.variables = {"a": torch.rand(3, 5)}
     assert Derived.remembered() == ["masks", "phase", "queue", "variables"]
-    torch.save(method.memorise(), f"{tmp_path}/state")
+    torch.save(method.memorize(), f"{tmp_path}/state")
     back = Derived()
     back.recall(torch.load(f"{tmp_path}/state", weights_only=True))
     assert back.phase == "fine-tuning"
@@ -117,10 +117,10 @@ def test_memory_survives_a_file(tmp_path: object) -> None:
     assert method.variables["a"].any()
 
 
-def test_what_is_memorised_is_a_copy() -> None:
+def test_what_is_memorized_is_a_copy() -> None:
     method = Derived()
     method.variables = {"a": torch.ones(2)}
-    saved = method.memorise()
+    saved = method.memorize()
     method.variables["a"].zero_()
     assert saved["variables"]["a"].tolist() == [1, 1]
 

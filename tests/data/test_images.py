@@ -98,7 +98,7 @@ def test_cutout_is_a_square_of_zeros() -> None:
     made = augment(torch.ones(200, 1, 8, 8), Augmentation(cutout=4), torch.Generator().manual_seed(0))
     holes = 64 - made.sum((1, 2, 3))
     assert holes.max() == 16
-    assert holes.min() == 4  # centred in a corner
+    assert holes.min() == 4  # centered in a corner
     assert made.unique().tolist() == [0, 1]
 
 

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 
 def kill(layer: nn.Module, outputs: list[int], dim: int = 0) -> None:
-    """What a mask of channels does: weights are zero, biases and normalisation stay."""
+    """What a mask of channels does: weights are zero, biases and normalization stay."""
     assert isinstance(layer.weight, nn.Parameter)
     layer.weight.data.index_fill_(dim, torch.tensor(outputs), 0.0)
 
 
 def unsettle(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Normalisations and biases that emit something, as after training."""
+    """Normalizations and biases that emit something, as after training."""
     generator = torch.Generator().manual_seed(seed)
     for part in net.modules():
         if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -31,7 +31,7 @@ def unsettle(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Two convolutions with normalisation around a shortcut."""
+    """Two convolutions with normalization around a shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -62,7 +62,7 @@ def test_the_optimizer_goes_on_with_its_moments(kind: type[torch.optim.Optimizer
             kill(layer, dead[name])
         if isinstance(layer, nn.BatchNorm2d):  # dead channels emit nothing, and learn nothing that is read
             layer.bias.data[::2] = -9.0
-    for part in net.modules():  # in training mode the two would differ by what the normalisation of dead channels learns
+    for part in net.modules():  # in training mode the two would differ by what the normalization of dead channels learns
         if isinstance(part, nn.BatchNorm2d):
             part.requires_grad_(False)
     options = {"lr": 0.01} | ({"momentum": 0.9} if kind is torch.optim.SGD else {})

@@ -65,7 +65,7 @@ def test_minus_zero_infinity_and_every_nan_are_values(tmp_path: Path) -> None:
 
 
 def test_gaps_of_every_width_are_counted(tmp_path: Path) -> None:
-    """Neighbours 255, 256, 257, 65,536 and 65,537 places apart, and at both ends."""
+    """Neighbors 255, 256, 257, 65,536 and 65,537 places apart, and at both ends."""
     for places in ([255, 510], [256, 512], [0, 257], [65_536], [0, 65_537], [99_999], [40_000, 99_999], []):
         tensor = torch.zeros(100_000)
         tensor[places] = 1.5
@@ -134,7 +134,7 @@ def test_what_cannot_be_stored_or_read_says_so(tmp_path: Path, monkeypatch: pyte
         save_compact({"w": torch.ones(2)}, tmp_path / "file")
 
 
-# ---- normalisation ------------------------------------------------------------------------------------------------------
+# ---- normalization ------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_measured_anew_are_those_of_the_batches() -> None:
@@ -156,7 +156,7 @@ def test_statistics_measured_anew_are_those_of_the_batches() -> None:
     assert recalibrate(nn.Linear(3, 2), batches) == 0
 
 
-def test_folded_normalisation_gives_the_same_outputs_and_keeps_zeros(tmp_path: Path) -> None:
+def test_folded_normalization_gives_the_same_outputs_and_keeps_zeros(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for make in (lambda: ResNet(10, 1, 8, depth=8), lambda: MLP(10, 1, 8, hidden=(16, 16), batch_norm=True)):
         net = make()

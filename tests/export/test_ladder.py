@@ -27,8 +27,8 @@ from lightning_sparse.export import (
     onnx_runner,
     use_kernels,
 )
+from lightning_sparse.export.compare_models import Timing, interleaved
 from lightning_sparse.export.ladder import _Ladder
-from lightning_sparse.export.running import Timing, interleaved
 from lightning_sparse.export.semi_structured import why_not
 from lightning_sparse.models import MLP, Classifier, ResNet
 
@@ -108,7 +108,7 @@ def test_all_rungs_of_a_trained_perceptron(tmp_path: Path) -> None:
 def test_a_residual_network_with_channel_masks_folded(tmp_path: Path) -> None:
     module, x = trained(resnet, "channel", 0.5, 3), images()
     report = export_ladder(module, x, tmp_path / "out", fold=True, rounds=1)
-    assert "normalisations are folded" in report.rungs["plain"].note
+    assert "normalizations are folded" in report.rungs["plain"].note
     again = load_model(resnet().eval(), tmp_path / "out" / "compact.safetensors")
     torch.testing.assert_close(again(x), module(x), rtol=1e-5, atol=1e-5)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in again.modules())

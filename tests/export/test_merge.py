@@ -268,7 +268,7 @@ def test_padding_between_is_refused_and_padding_in_front_merges(stride: int) -> 
     assert report.milliseconds is not None
 
 
-def test_batch_normalisation_is_folded_and_judged_folded() -> None:
+def test_batch_normalization_is_folded_and_judged_folded() -> None:
     net = pad_in_front(conv_net(norm=True, last=1))
     x = signed(3, 2, 10, 10)
     non_negative(net, ["2"])

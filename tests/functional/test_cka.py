@@ -64,18 +64,18 @@ Y = torch.arange(1, 19, dtype=torch.float64).cos().view(6, 3)
         (linear_hsic(Y, Y), 2.7821155505475),
         (linear_cka(X, Y), -0.3330442429758),
         (linear_cka(X, Y, unbiased=False), 0.0178365434877),
-        (linear_cka(X, Y, unbiased=False, centred=False), 0.0171976567368),
+        (linear_cka(X, Y, unbiased=False, centered=False), 0.0171976567368),
     ],
 )
 def test_golden_values(value: Tensor, expected: float) -> None:
     assert float(value) == pytest.approx(expected, abs=1e-12)
 
 
-def test_biased_and_uncentred_forms_from_features() -> None:
+def test_biased_and_uncentered_forms_from_features() -> None:
     """|| Y'X ||^2 / (|| X'X || || Y'Y ||), the feature form."""
-    for x, y, centred in ((X - X.mean(0), Y - Y.mean(0), True), (X, Y, False)):
+    for x, y, centered in ((X - X.mean(0), Y - Y.mean(0), True), (X, Y, False)):
         feature_form = (y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
-        assert float(linear_cka(X, Y, unbiased=False, centred=centred)) == pytest.approx(float(feature_form), abs=1e-14)
+        assert float(linear_cka(X, Y, unbiased=False, centered=centered)) == pytest.approx(float(feature_form), abs=1e-14)
 
 
 def test_all_pairs_at_once_equal_the_pairwise_formula() -> None:
@@ -132,7 +132,7 @@ def test_a_layer_with_itself_pulls_nothing() -> None:
     assert torch.autograd.grad(linear_cka(x, x), x)[0].abs().max() < 1e-10
 
 
-def test_minimised_freely_similarity_becomes_negative() -> None:
+def test_minimized_freely_similarity_becomes_negative() -> None:
     x, y = sample(8, 100).requires_grad_(), sample(8, 100, seed=1).requires_grad_()
     optimizer = torch.optim.Adam([x, y], lr=0.05)
     for _ in range(200):
@@ -146,7 +146,7 @@ def test_minimised_freely_similarity_becomes_negative() -> None:
 def dead(kind: str, n: int, dtype: torch.dtype) -> Tensor:
     if kind == "zero":
         return torch.zeros(n, 40, dtype=dtype)
-    if kind == "one-hot":  # its U-centred Gram matrix vanishes, though the feature varies
+    if kind == "one-hot":  # its U-centered Gram matrix vanishes, though the feature varies
         return torch.eye(n, dtype=dtype)
     row = sample(1, 40, seed=7).to(dtype)
     return (row.repeat(n, 1) * 1000) * (1 + 1e-7 * sample(n, 40, seed=8).to(dtype))  # rounding noise of a large constant
@@ -183,7 +183,7 @@ def test_too_few_samples(n: int, unbiased: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_are_wide_under_autocast(dtype: torch.dtype) -> None:
-    hidden = sample(8, 12)  # large features that are not centred: sums in 16 bits overflow, or lose the centre
+    hidden = sample(8, 12)  # large features that are not centered: sums in 16 bits overflow, or lose the center
     x = (200 * (hidden @ sample(12, 4096, seed=1) + 60)).relu().to(dtype)
     y = (200 * (hidden @ sample(12, 4096, seed=2) + 9 * sample(8, 4096, seed=3) + 60)).relu().to(dtype)
     exact = float(slow_cka(x, y))
@@ -196,7 +196,7 @@ def test_sums_are_wide_under_autocast(dtype: torch.dtype) -> None:
     assert not abs(float(narrow) - exact) < 3e-2
 
 
-def test_features_far_from_zero_are_centred_before_they_are_multiplied() -> None:
+def test_features_far_from_zero_are_centered_before_they_are_multiplied() -> None:
     hidden = sample(8, 4096, seed=1)
     x, y = (sample(8, 4096) + 30).float(), (sample(8, 4096) + hidden + 30).float()
     assert float(linear_cka(x, y)) == pytest.approx(float(slow_cka(x, y)), abs=1e-4)
@@ -208,7 +208,7 @@ def test_float32_is_enough_and_float64_can_be_had() -> None:
     assert float(linear_cka(x.float(), y.float())) == pytest.approx(exact, abs=1e-5)
     wide = linear_cka(x.float(), y.float(), dtype=torch.float64)
     assert wide.dtype == torch.float64
-    assert float(wide) == pytest.approx(exact, abs=1e-8)  # the reference does not centre first
+    assert float(wide) == pytest.approx(exact, abs=1e-8)  # the reference does not center first
 
 
 def test_penalty_counts_ordered_pairs_without_the_constant() -> None:
@@ -243,5 +243,5 @@ def test_the_ratio_of_means_hardly_depends_on_the_batch_size() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"features of the same samples, but these have \[6, 5\]"):
         linear_cka(X, Y[:5])
-    with pytest.raises(ValueError, match="centred=False has no unbiased form"):
-        linear_cka(X, Y, centred=False)
+    with pytest.raises(ValueError, match="centered=False has no unbiased form"):
+        linear_cka(X, Y, centered=False)

@@ -47,7 +47,7 @@ def test_values() -> None:
     assert float(hypersparse_loss([weights], 0.9)) == pytest.approx(float(weights.abs().sum()), rel=1e-12)
 
 
-def test_differentiating_the_normalisation_too_would_cancel_everything() -> None:
+def test_differentiating_the_normalization_too_would_cancel_everything() -> None:
     weights = sample().requires_grad_()
     size = weights.abs()
     slope = hypersparse_scale([weights], 0.9).slope

@@ -223,7 +223,7 @@ def test_long_curves_are_thinned() -> None:
     assert drawing.count("M") <= 150
 
 
-def test_neighbours_of_one_shade_are_one_stroke() -> None:
+def test_neighbors_of_one_shade_are_one_stroke() -> None:
     drawing = heat_map(["a", "b"], [[0.0, 1.0], [0.0, 1.0], [1.0, 1.0]], ["1", "3"])
     assert re.findall(r'stroke-opacity="([\d.]+)" d="([^"]*)"', drawing) == [
         ("0.00", "M0 0.5h2"),

@@ -114,11 +114,11 @@ def test_every_section_goes_by_the_step_also_in_a_run_that_somebody_else_opened(
     assert {key.partition("/")[0] for key in unknown} <= {"final"}
 
 
-def test_artefacts_know_their_sparsity_and_their_score(tmp_path: Path) -> None:
+def test_artifacts_know_their_sparsity_and_their_score(tmp_path: Path) -> None:
     train(tmp_path)
     [run] = records(tmp_path)
-    artefacts = {record["artifact"]["type"]: record["artifact"] for record in run if record["type"] == "artifact"}
-    facts = json.loads(artefacts["model"]["metadata"])
+    artifacts = {record["artifact"]["type"]: record["artifact"] for record in run if record["type"] == "artifact"}
+    facts = json.loads(artifacts["model"]["metadata"])
     [file] = (tmp_path / "best").iterdir()
     saved = torch.load(file, weights_only=True)
     weights = [value for value in saved["state_dict"].values() if value.ndim > 1]
@@ -128,14 +128,14 @@ def test_artefacts_know_their_sparsity_and_their_score(tmp_path: Path) -> None:
     assert facts["global_step"] == saved["global_step"]
     [score] = [callback["best_model_score"] for key, callback in saved["callbacks"].items() if "Checkpoint" in key]
     assert facts["val_loss"] == pytest.approx(float(score))
-    assert json.loads(artefacts["sparsity"]["metadata"])["method"] == "MagnitudePruning"
+    assert json.loads(artifacts["sparsity"]["metadata"])["method"] == "MagnitudePruning"
 
 
-def test_a_dense_checkpoint_is_no_sparse_artefact(tmp_path: Path) -> None:
+def test_a_dense_checkpoint_is_no_sparse_artifact(tmp_path: Path) -> None:
     first = ModelCheckpoint(tmp_path / "first", monitor="epoch", mode="min")
     logger = WandbLogger(save_dir=tmp_path)
     with pytest.warns(
-        UserWarning, match=r"the best checkpoint, has sparsity 0.0000, not 0.7500, and is no artefact; add Spars"
+        UserWarning, match=r"the best checkpoint, has sparsity 0.0000, not 0.7500, and is no artifact; add Spars"
     ):
         fit(
             toy(), MagnitudePruning(0.75, start=0.5), SparsityMonitor(table=False), first, logger=logger, log_every_n_steps=1

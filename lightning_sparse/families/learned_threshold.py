@@ -1,0 +1,138 @@
+"""Methods that learn at which size a weight is cut off."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_sparse.core import LiveMasks, Position, Remembered, Target
+from lightning_sparse.families.shadow_weights import ShadowWeights
+from lightning_sparse.loop.loop import Step
+
+__all__ = ["LearnedThreshold", "check_number"]
+
+
+class LearnedThreshold(ShadowWeights):
+    """A method that keeps the weights beyond a threshold, and learns the threshold together with them.
+
+    What makes the thresholds is the callback's and moves by gradient descent with momentum, at the learning rate of the
+    weights that are cut. A method says how thresholds come about and what the gradients are.
+
+    Args:
+        learning_rate: of what makes the thresholds; None is that of the weights, step by step.
+        momentum: likewise, in [0, 1).
+    """
+
+    sources = Remembered[dict[str, Tensor]](dict)
+    """What makes the thresholds, by weight; in float32 or wider."""
+    velocity = Remembered[dict[str, Tensor]](dict)
+    """Its momentum."""
+    alive = Remembered[dict[str, Tensor]](dict)
+    """The masks as they are now; True is beyond the threshold."""
+
+    def __init__(
+        self,
+        *,
+        learning_rate: float | None = None,
+        momentum: float = 0.9,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.learning_rate, self.momentum = learning_rate, momentum
+        self._gradients: dict[str, Tensor] = {}
+        self._masks = LiveMasks({})
+        if learning_rate is not None:
+            check_number("learning_rate", learning_rate)
+        if not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+            raise ValueError(f"momentum={momentum!r} must be in [0, 1).")
+
+    @abstractmethod
+    def initial(self, target: Target) -> Tensor:
+        """What makes the thresholds of a weight at the start."""
+
+    @abstractmethod
+    def threshold(self, name: str) -> Tensor:
+        """The thresholds of a weight, in a shape that broadcasts over it."""
+
+    @abstractmethod
+    def differentiate(self, name: str, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the loss by the dense weight and by what makes its thresholds.
+
+        Args:
+            name: of the weight.
+            weight: dense.
+            gradient: of the loss by what the model shows.
+        """
+
+    @abstractmethod
+    def pull(self, name: str) -> Tensor:
+        """The gradient of the penalty on the thresholds, by what makes them."""
+
+    def settle(self, name: str, dense: Tensor) -> None:
+        """The thresholds have moved."""
+
+    @property
+    def mask_set(self) -> LiveMasks:
+        if self._masks.variables is not self.alive:
+            self._masks = LiveMasks(self.alive)
+        return self._masks
+
+    def begin(self) -> None:
+        for target in self.chosen:
+            wide = torch.promote_types(target.weight.dtype, torch.float32)
+            self.sources[target.name] = self.initial(target).to(target.weight.device, wide)
+            self.velocity[target.name] = torch.zeros_like(self.sources[target.name])
+            self.alive[target.name] = torch.ones_like(target.weight, dtype=torch.bool)
+        super().begin()
+
+    def shown(self, name: str, dense: Tensor) -> Tensor:
+        return torch.gt(dense.abs(), self.threshold(name), out=self.alive[name])
+
+    def evolve(self, position: Position) -> None:
+        if not position.epoch_start:
+            return
+        self.mask_set.changed = True  # let the ranks compare; after every step it would take too long
+        for name, kept in self.mask_set.counts.items():
+            if kept == 0:
+                rank_zero_warn(
+                    f"{self.label} has removed all of '{name}', so signals no longer pass this layer; lower the penalty, "
+                    f"or exclude the layer with targets=['!{name}']."
+                )
+
+    def before_step(self, step: Step) -> None:
+        super().before_step(step)
+        for name, weight in step.weights.items():
+            if weight.grad is None:
+                continue  # its optimizer skips it, and so do we
+            by_weight, by_source = self.differentiate(name, weight, weight.grad)
+            if step.gradient_scale is not None:
+                by_source = by_source / step.gradient_scale
+            self._gradients[name] = by_source.to(self.sources[name]) + self.pull(name)
+            weight.grad.copy_(by_weight)
+
+    def silence(self, step: Step) -> None:
+        """Nothing: `differentiate` has said what dropped entries learn."""
+
+    def after_step(self, step: Step) -> None:
+        for name, weight in step.weights.items():
+            if weight.grad is None:
+                continue
+            rate = step.learning_rate(name) if self.learning_rate is None else self.learning_rate
+            self.velocity[name].mul_(self.momentum).add_(self._gradients.pop(name))
+            self.sources[name].sub_(self.velocity[name] * rate)
+            self.settle(name, weight)
+        super().after_step(step)
+
+    def numbers(self) -> Mapping[str, float | Tensor]:
+        return {"threshold": torch.stack([self.threshold(name).mean() for name in self.weights]).mean()}
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse what is not a finite number from 0 up."""
+    if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+        raise ValueError(f"{name}={value!r} must be a number from 0 up.")

@@ -1,0 +1,261 @@
+"""Methods that train sparse from the start and move connections to better places on the way."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from numbers import Real
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_sparse.core import FINAL, Budget, Channels, MaskSet, Position, Remembered, RunLength, Window
+from lightning_sparse.families.masked import Masked
+from lightning_sparse.functional import DROP_SCHEDULES, drop_count, over_parameterization_rate, regrow
+from lightning_sparse.functional.schedules import Schedule
+from lightning_sparse.loop.loop import Step
+from lightning_sparse.loop.rng import check_seed, draw_seed
+
+__all__ = ["Rewiring"]
+
+
+class Rewiring(Masked):
+    """Starts from a random mask and, again and again, drops some connections of each layer and grows as many others.
+
+    At station `evolve`, at the cost of two selections per layer and update; between updates at that of every mask. Each
+    layer keeps its number of connections exactly. Grown weights start at zero with zero moments; a connection that is
+    dropped and grown again in the same update keeps its weight, as in the official code of RigL. Gradients are those of
+    the backward pass that happens anyway, penalties included, read in `before_step` and held in one buffer until the update
+    is done.
+
+    Args:
+        sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
+        start: when rewiring starts: a fraction of the run, `'n epochs'` or `'n steps'`. At 0 the random mask counts as the
+            first update.
+        end: when it ends; the number of connections moved is 0 from there on.
+        every: time between updates; `'n epochs'` updates at the start of epochs, all else after steps. About a hundred steps
+            or more: what has been grown needs time to matter before it is judged.
+        drop_fraction: share of each layer's connections that an update drops, in (0, 1).
+        final_drop_fraction: to which it falls at `end`, in [0, 1).
+        drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
+        allocation: how sparsity is shared: `erk` (the default), `erk+` (last layer dense), `er`, `uniform`, `uniform+`
+            (first layer dense), or `global` (every weight has the same chance). With `n:m` every layer has the same share.
+        structure: `unstructured`, or `n:m`: every group of m inputs keeps n connections at all times.
+        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        track_explored: remember which weights have ever been active, a byte each, for `explored_rate`.
+        seed: of the mask and of all that is grown at random. None takes the seed of `seed_everything`, or draws one.
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart.
+    """
+
+    reads_gradients: ClassVar[bool] = True
+    """Whether scores need gradients; where not, none are kept."""
+    takes_steps: ClassVar[bool] = False
+    """Whether an update takes the place of an optimizer step, which then moves nothing."""
+
+    drawn_seed = Remembered(int)
+    updates = Remembered(int)
+    """How often connections have been moved."""
+    explored = Remembered(MaskSet)
+    """The union of all masks so far, if it is tracked."""
+    _tick = Remembered(int)
+    _due = Remembered(int)
+    _last = Remembered(int)
+    _gradients = Remembered[dict[str, Tensor | None]](dict)
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        start: float | str = 0.0,
+        end: float | str = 0.75,
+        every: float | str = 0.05,
+        drop_fraction: float = 0.3,
+        final_drop_fraction: float = 0.0,
+        drop_schedule: Schedule | str = "cosine",
+        allocation: str | None = None,
+        structure: str | int = "unstructured",
+        layer_sparsity: Mapping[str, float] | None = None,
+        track_explored: bool = False,
+        seed: int | None = None,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
+        self.layer_sparsity, self.track_explored, self.seed = layer_sparsity, track_explored, seed
+        self.start, self.end, self.every = start, end, every
+        self.drop_fraction, self.final_drop_fraction = drop_fraction, final_drop_fraction
+        self.drop_schedule = drop_schedule
+        _check_share("drop_fraction", drop_fraction, "(0, 1): the share of a layer's connections that an update drops", 0.3)
+        if final_drop_fraction != 0:
+            _check_share("final_drop_fraction", final_drop_fraction, "[0, 1): what drop_fraction falls to", 0.0)
+        if drop_schedule not in DROP_SCHEDULES if isinstance(drop_schedule, str) else not callable(drop_schedule):
+            raise ValueError(
+                f"drop_schedule={drop_schedule!r} is unknown; choose from {list(DROP_SCHEDULES)} or give a function."
+            )
+        check_seed(seed)
+        default = "uniform" if ":" in str(structure) else "erk"
+        self.budget = Budget(sparsity, allocation or default, structure, layer_sparsity)
+        if isinstance(self.budget.structure, Channels):
+            raise ValueError(f"structure='{structure}' is not rewired; write 'unstructured' or 'n:m' such as '2:4'.")
+        self.window = Window(start, end, every)
+        self._reading = False
+
+    # ---- what a method answers ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def keep_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
+        """How much each connection matters; the lowest are dropped. Must be the same on all ranks.
+
+        Args:
+            name: of the weight.
+            weight: as it is now.
+            gradient: dense, of this step; empty where `reads_gradients` is False.
+        """
+
+    @abstractmethod
+    def grow_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
+        """How much each entry would gain by becoming a connection; the highest are grown. Must be the same on all ranks."""
+
+    # ---- checks, start -----------------------------------------------------------------------------------------------
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        for progress in (0.0, 0.5, 1.0):
+            if not math.isfinite(value := self._scheduled(progress)):
+                raise ValueError(f"drop_schedule gives {value} at progress {progress}; it must return a share in [0, 1).")
+        self.window.resolve(run)
+        interval = self.window.interval(run)
+        if interval is not None and interval >= self.window.end - self.window.start:
+            raise ValueError(
+                f"every={self.every!r} leaves no update between start={self.start!r} and end={self.end!r} in a training of "
+                f"{_length(run)}; choose a shorter interval or train longer."
+            )
+        self.budget.check(self.chosen)
+
+    def target_counts(self) -> tuple[int | None, dict[str, int]]:
+        return self.budget.kept_weights(self.chosen)
+
+    def begin(self) -> None:
+        super().begin()
+        self.drawn_seed = draw_seed(self.stations.trainer, self.seed)
+        self.explored = MaskSet(self.weights if self.track_explored else {})
+        self.explored.replace({name: torch.zeros_like(self.masks[name]) for name in self.explored})
+        self.set_masks(self.first_masks())
+        tick = self.window.tick(self.stations.position(self, epoch_start=True))
+        self._tick = self._due = tick if tick < FINAL else 0
+
+    def first_masks(self) -> dict[str, Tensor]:
+        """What the run starts from."""
+        return self.budget.random_masks(self.chosen, self.drawn_seed)
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        super().set_masks(masks)
+        self.explored.replace({name: self.explored[name] | masks[name] for name in self.explored if name in masks})
+
+    @property
+    def explored_rate(self) -> float | None:
+        """The fraction of weights that have ever been active; None where it is not tracked."""
+        return over_parameterization_rate(self.explored[name] for name in self.explored) if len(self.explored) else None
+
+    # ---- updates -----------------------------------------------------------------------------------------------------
+
+    def before_step(self, step: Step) -> None:
+        position = self.stations.position(self, under_way=1)
+        self._reading = (
+            self._waits_for_gradients(position)
+            and not step.weights.keys() <= self._gradients.keys()
+            and any(weight.grad is not None for weight in step.weights.values())
+        )
+        if self._reading:
+            for name, weight in step.weights.items():
+                self._gradients[name] = _copy(weight.grad, step.gradient_scale)
+
+    def replaces_step(self, step: Step) -> bool:
+        return self.takes_steps and self._reading
+
+    @property
+    def prepares_steps(self) -> bool:
+        return bool(self._gradients)  # a pair only where there is something to undo: the question waits for the device
+
+    def undo_step(self, step: Step) -> None:
+        for name in step.weights:
+            self._gradients.pop(name, None)
+
+    def evolve(self, position: Position) -> None:
+        if not self._is_due(position):
+            return
+        if self._waits_for_gradients(position) and len(self._gradients) < len(self.chosen):
+            return  # of other optimizers, or of the first step of this epoch
+        self.update(position)
+        self._gradients = {}
+        self._tick, self._last = self._due, self.steps
+
+    def conclude(self) -> None:
+        if self.updates == 0:
+            rank_zero_warn(
+                f"{self.label} has moved no connection: training ended before the first update, or all steps were made with "
+                "a closure past Lightning, which shows no gradients; update more often, or step with self.optimizers()."
+            )
+
+    def update(self, position: Position) -> None:
+        """All that happens at an update."""
+        fraction = self.fraction_dropped(position)
+        if fraction > 0:
+            self.rewire(fraction)
+
+    def rewire(self, fraction: float) -> None:
+        """Drop this share of every layer's connections, and grow as many."""
+        self.updates += 1
+        masks = {}
+        for target in self.chosen:
+            name, weight = target.name, target.weight.detach()
+            gradient = self._gradients.get(name) if self.reads_gradients else weight.new_empty(0)
+            kept = self.masks.counts[name]
+            count = drop_count(kept, fraction)
+            if gradient is None or count == 0:  # a layer that took no part in this step says nothing
+                continue
+            keep, grow = self.keep_score(name, weight, gradient), self.grow_score(name, weight, gradient)
+            try:
+                protect = partial(self.budget.structure.score, target=target)
+                masks[name] = regrow(self.masks[name], keep, grow, count, kept, protect)
+            except ValueError as error:
+                raise ValueError(f"{self.label} cannot rewire '{name}': {error}") from None
+        self.set_masks(masks)
+
+    def fraction_dropped(self, position: Position) -> float:
+        """The share of connections that an update here drops; 0 from the end on."""
+        progress = self.window.progress(position)
+        return 0.0 if progress >= 1 else min(max(self._scheduled(progress), 0.0), 1.0)
+
+    def _scheduled(self, progress: float) -> float:
+        schedule = DROP_SCHEDULES[self.drop_schedule] if isinstance(self.drop_schedule, str) else self.drop_schedule
+        return float(schedule(progress, self.drop_fraction, self.final_drop_fraction))
+
+    def _is_due(self, position: Position) -> bool:
+        self._due = max(self._due, self.window.tick(position))
+        rested = not self.takes_steps or self.steps > self._last + 1  # what was grown must have moved before it is judged
+        return self._due > self._tick and rested
+
+    def _waits_for_gradients(self, position: Position) -> bool:
+        return self.reads_gradients and self._is_due(position) and self.fraction_dropped(position) > 0
+
+
+def _check_share(name: str, value: Any, meaning: str, usual: float) -> None:
+    if not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise ValueError(f"{name}={value!r} must be in {meaning}; {usual:g} is usual.")
+
+
+def _copy(gradient: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    if gradient is None:
+        return None
+    return gradient.detach().clone() if scale is None else gradient.detach() / scale
+
+
+def _length(run: RunLength) -> str:
+    known = {"epochs": run.epochs, "steps": run.steps}
+    return " or ".join(f"{value:g} {unit}" for unit, value in known.items() if value is not None)

@@ -1,0 +1,189 @@
+"""For methods that try something on the training set by themselves: nobody else may notice."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+__all__ = ["dry_run", "example_inputs", "loss_of", "refuse_unrepeatable_data", "size_of", "training_outputs"]
+
+
+@contextmanager
+def dry_run(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.LightningModule]:
+    """A copy of a module that logs nothing and steps nothing; all generators are put back in the end.
+
+    The copy knows the trainer, so `self.trainer` and `self.current_epoch` work in its `training_step`, but its `log` is
+    silent, and its `optimizers()` are stand-ins.
+
+    Args:
+        trainer: that is fitting.
+        module: that is fitted; weights, buffers, metrics and gradients stay as they are.
+    """
+    generators = list(_generators(_combined(trainer)))
+    states = [generator.get_state() for generator in generators]
+    with isolate_rng():
+        try:
+            yield _quiet_copy(trainer, module)
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def training_outputs(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[tuple[Any, Any]]:
+    """Batches of the training set on the device, each with what `training_step` of a quiet copy returns for it.
+
+    The pass over the data is one of its own: loaders are copied before they are opened. It is as long as an epoch, with
+    the order and the augmentation of the epoch that is about to begin.
+
+    Args:
+        trainer: that is fitting.
+        module: from `dry_run`.
+    """
+    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    precision, batches = trainer.precision_plugin, trainer.num_training_batches
+    loader = _own_pass(_combined(trainer))
+    for index, batch in enumerate(itertools.islice(loader, None if batches == float("inf") else int(batches))):
+        batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
+        with precision.train_step_context():
+            output = module.training_step(batch, index) if with_index else module.training_step(batch)
+        yield batch, output
+
+
+def example_inputs(trainer: pl.Trainer, module: pl.LightningModule, label: str) -> Tensor:
+    """What the model can be called with: its `example_input_array`, or what comes first in the first batch.
+
+    Args:
+        trainer: that is fitting.
+        module: from `dry_run`.
+        label: who asks.
+
+    Raises:
+        ValueError: if neither is a tensor.
+    """
+    found: Any = module.example_input_array
+    if found is None:
+        refuse_unrepeatable_data(trainer, module, label)
+        batch = next(_own_pass(_combined(trainer)), None)
+        while isinstance(batch, list | tuple | Mapping) and batch:
+            batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+        found = batch
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"{label} must call the model once, but finds no tensor in a batch; set example_input_array in "
+            f"{type(module).__name__}."
+        )
+    return found
+
+
+def refuse_unrepeatable_data(trainer: pl.Trainer, module: pl.LightningModule, label: str) -> None:
+    """Refuse what `training_outputs` could not go through.
+
+    Raises:
+        ValueError: if the data can be read only once, or `training_step` fetches its batches itself.
+    """
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"{label} goes through the training set by itself, which a training_step(dataloader_iter) does not allow; take "
+            "batches instead."
+        )
+    for loader in _combined(trainer).flattened:
+        for data in (loader, getattr(loader, "dataset", None)):
+            if isinstance(data, Iterator):
+                raise ValueError(
+                    f"{label} goes through the training set by itself, but {type(data).__name__} can be read only once; "
+                    "give a loader that starts anew with every iter()."
+                )
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a `training_step` returned."""
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
+def size_of(batch: Any) -> int:
+    """How many samples a batch has: the length of the first tensor found in it; 1 if there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        return next((size_of(part) for part in batch if not isinstance(part, str | int | float)), 1)
+    return 1
+
+
+def _quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule:
+    # Hooks may be methods of callbacks, and callbacks lead to everything else: these stay the same objects.
+    known = [trainer, *trainer.callbacks, module._compiler_ctx]  # type: ignore[attr-defined]
+    try:
+        twin = copy.deepcopy(module, {id(item): item for item in known})
+    except Exception as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be copied with copy.deepcopy ({error}), which is needed to try out a pruned "
+            "model; keep what cannot be copied outside the module."
+        ) from error
+    # Compiled or wrapped methods are functions on the instance, and still those of the original.
+    for name in [name for name, value in vars(twin).items() if isinstance(value, types.FunctionType)]:
+        if hasattr(type(twin), name):
+            delattr(twin, name)
+    optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0) for _ in trainer.optimizers]
+    schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizers[0], 1.0) for _ in trainer.lr_scheduler_configs]
+    silent: dict[str, Any] = {
+        "_trainer": trainer,
+        "log": _nothing,
+        "log_dict": _nothing,
+        "manual_backward": _nothing,
+        "clip_gradients": _nothing,
+        "toggle_optimizer": _nothing,
+        "untoggle_optimizer": _nothing,
+        "optimizers": lambda use_pl_optimizer=True: optimizers[0] if len(optimizers) == 1 else optimizers,
+        "lr_schedulers": lambda: schedulers if len(schedulers) > 1 else next(iter(schedulers), None),
+    }
+    vars(twin).update(silent)
+    return twin
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _combined(trainer: pl.Trainer) -> CombinedLoader:
+    # The public `train_dataloader` forgets in which mode several loaders are combined, so this reads behind it.
+    loader = trainer.fit_loop._combined_loader
+    if loader is None:
+        raise ValueError("There is no training set to go through; give trainer.fit a train_dataloader.")
+    return loader
+
+
+def _own_pass(combined: CombinedLoader) -> Iterator[Any]:
+    """Batches as Lightning puts them together, from copies of the loaders, so that nobody's position changes."""
+    mine, loaders = copy.copy(combined), []
+    for loader in combined.flattened:
+        loader = copy.copy(loader)
+        if getattr(loader, "_iterator", None) is not None:
+            loader._iterator = None  # persistent workers serve one iterator, and that one is not ours
+        loaders.append(loader)
+    mine.flattened = loaders
+    for batch, _, _ in mine:
+        yield batch
+
+
+def _generators(combined: CombinedLoader) -> Iterator[torch.Generator]:
+    """Generators that a user gave to loaders and samplers; passes share them."""
+    for loader in combined.flattened:
+        sampler = getattr(loader, "sampler", None)
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        for owner in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                yield generator

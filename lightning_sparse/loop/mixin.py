@@ -1,0 +1,49 @@
+"""For modules that want to see the methods at work on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.core import format_table
+from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
+
+__all__ = ["SparsityMixin"]
+
+
+class SparsityMixin:
+    """Gives a LightningModule its own `sparsity_penalty()` and `sparsity_summary()`.
+
+    In manual optimization no callback can reach the loss, so methods that penalize features need the first:
+
+        class Net(SparsityMixin, LightningModule):
+            def training_step(self, batch, batch_idx):
+                loss = ... + self.sparsity_penalty()
+                self.manual_backward(loss)
+
+    With automatic optimization the same line is allowed and counts once. Penalties on weights need no line at all: they
+    enter as gradients.
+    """
+
+    def sparsity_penalty(self) -> Tensor:
+        """The sum of all feature penalties of this batch; zero where there is none."""
+        for method in self._methods():
+            if method._stations is not None:
+                method.stations.handed_over = True
+                penalty = method.stations.penalty()
+                if penalty is not None:
+                    return penalty
+                break
+        return torch.zeros((), device=self.device)  # type: ignore[attr-defined]
+
+    def sparsity_summary(self) -> str:
+        """A table of kept weights per layer, for the methods of the attached Trainer that own masks."""
+        rows = []
+        for method in self._methods():
+            if method.mask_set is not None and len(method.mask_set):
+                rows += method.summary()
+        return format_table(rows)
+
+    def _methods(self) -> list[Sparsifier]:
+        trainer = getattr(self, "_trainer", None)  # the public property raises where there is none
+        return [] if trainer is None else sparsifiers(trainer)

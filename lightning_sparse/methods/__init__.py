@@ -1,0 +1,39 @@
+"""One paper each."""
+
+from lightning_sparse.methods.cka_regularization import CKARegularization
+from lightning_sparse.methods.granet import GraNet
+from lightning_sparse.methods.grasp import GraSP
+from lightning_sparse.methods.hypersparse import HyperSparse
+from lightning_sparse.methods.layer_sparsity import LayerSparsity
+from lightning_sparse.methods.lottery_ticket import LotteryTicket
+from lightning_sparse.methods.lp_sphere import LpSphere
+from lightning_sparse.methods.magnitude_pruning import MagnitudePruning
+from lightning_sparse.methods.random_sparsity import RandomSparsity
+from lightning_sparse.methods.rigl import RigL
+from lightning_sparse.methods.set import SET
+from lightning_sparse.methods.snip import SNIP
+from lightning_sparse.methods.sparse_connectivity_learning import SparseConnectivityLearning
+from lightning_sparse.methods.str import STR
+from lightning_sparse.methods.synflow import SynFlow
+from lightning_sparse.methods.trainable_threshold import TrainableThreshold
+from lightning_sparse.methods.weight_penalty import WeightPenalty
+
+__all__ = [
+    "SET",
+    "SNIP",
+    "STR",
+    "CKARegularization",
+    "GraNet",
+    "GraSP",
+    "HyperSparse",
+    "LayerSparsity",
+    "LotteryTicket",
+    "LpSphere",
+    "MagnitudePruning",
+    "RandomSparsity",
+    "RigL",
+    "SparseConnectivityLearning",
+    "SynFlow",
+    "TrainableThreshold",
+    "WeightPenalty",
+]

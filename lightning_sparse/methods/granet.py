@@ -1,0 +1,149 @@
+"""Gradual pruning with regeneration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_sparse.core import Budget, Position, RunLength, Span
+from lightning_sparse.core.budget import check_sparsity
+from lightning_sparse.families.rewiring import Rewiring
+from lightning_sparse.functional import ALLOCATIONS, cubic, magnitude
+from lightning_sparse.functional.schedules import Schedule
+
+__all__ = ["GraNet"]
+
+
+@final
+class GraNet(Rewiring):
+    """Prune the smallest weights of all layers along a cubic schedule; at each update, regenerate some by gradient.
+
+    Source: Liu et al. 2021, "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration",
+    https://arxiv.org/abs/2106.10404, and the official repository VITA-Group/GraNet. An update prunes first and then drops
+    and grows in each layer; what the pruning of this update removed restarts at zero where it is grown again. The official
+    code stops a hair short of the target, here it is met exactly.
+
+    From dense with `initial_sparsity=0`. For the arguments not listed see `Rewiring`.
+
+    Args:
+        sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
+        initial_sparsity: of the random mask at the start; 0 starts dense.
+        initial_allocation: how that is shared: `erk` (the default), `erk+`, `er`, `uniform`, `uniform+` or `global`.
+        start: when pruning and regeneration start.
+        pruning_end: when the final sparsity is reached.
+        end: when regeneration ends.
+        every: time between updates.
+        drop_fraction: share of each layer's connections that are regenerated at the start.
+        final_drop_fraction: to which that falls at `end`.
+        drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
+        allocation: how pruning is shared: `global` (weights of all layers compete) or a rule for layers, as above.
+        structure: `unstructured`, or `n:m`: every group of m inputs keeps at least n connections, in the end exactly n.
+        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        track_explored: remember which weights have ever been active.
+        seed: of the initial mask.
+        targets: patterns that choose the weights.
+        name: tells two callbacks of one class apart.
+
+    Example:
+        >>> GraNet(sparsity=0.9).label
+        'GraNet'
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        initial_sparsity: float = 0.5,
+        initial_allocation: str | None = None,
+        start: float | str = 0.0,
+        pruning_end: float | str = 0.5,
+        end: float | str = 1.0,
+        every: float | str = 0.01,
+        drop_fraction: float = 0.5,
+        final_drop_fraction: float = 0.005,
+        drop_schedule: Schedule | str = "cosine",
+        allocation: str = "global",
+        structure: str | int = "unstructured",
+        layer_sparsity: Mapping[str, float] | None = None,
+        track_explored: bool = False,
+        seed: int | None = None,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            start=start,
+            end=end,
+            every=every,
+            drop_fraction=drop_fraction,
+            final_drop_fraction=final_drop_fraction,
+            drop_schedule=drop_schedule,
+            allocation=allocation,
+            structure=structure,
+            layer_sparsity=layer_sparsity,
+            track_explored=track_explored,
+            seed=seed,
+            targets=targets,
+            name=name,
+        )
+        self.initial_sparsity, self.initial_allocation, self.pruning_end = initial_sparsity, initial_allocation, pruning_end
+        check_sparsity("initial_sparsity", initial_sparsity)
+        if initial_sparsity > self.budget.sparsity:
+            raise ValueError(
+                f"initial_sparsity={initial_sparsity} is above sparsity={self.budget.sparsity}, and nothing that is pruned "
+                "comes back in number; start less sparse, or dense with initial_sparsity=0."
+            )
+        if initial_allocation not in (None, "global", *ALLOCATIONS):
+            raise ValueError(
+                f"initial_allocation={initial_allocation!r} is unknown; choose from {['global', *ALLOCATIONS]}."
+            )
+        default = "uniform" if ":" in str(structure) else "erk"
+        self._initial = Budget(sparsity, initial_allocation or default, structure, layer_sparsity)
+        self._pruning_span = Span.parse(pruning_end, "pruning_end")
+
+    def keep_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
+        return magnitude(weight)
+
+    def grow_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
+        return magnitude(gradient)
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        super().check(run, until)
+        self._initial.kept_weights(self.chosen, self.initial_sparsity)  # refuses what layers cannot hold
+        self._pruned = self._pruning_span.fraction(run, "pruning_end")
+        last = min(Span.parse(self.end).fraction(run), until)
+        if not self.window.start <= self._pruned <= last + 1e-9:
+            raise ValueError(
+                f"pruning_end={self.pruning_end!r} is {self._pruned:.0%} of the run as it was begun, but updates start at "
+                f"{self.window.start:.0%} and end at {last:.0%}; move it between them."
+            )
+
+    def first_masks(self) -> dict[str, Tensor]:
+        if self.initial_sparsity == 0:
+            return {name: torch.ones_like(self.masks[name]) for name in self.masks}
+        return self._initial.random_masks(self.chosen, self.drawn_seed, self.initial_sparsity)
+
+    def planned_sparsity(self, position: Position) -> float:
+        """What the cubic schedule asks for at this position; the final sparsity when regeneration has ended, too."""
+        start, end = self.window.start, self._pruned
+        if position.fraction >= end - 1e-9 or self.window.progress(position) >= 1:
+            return self.budget.sparsity
+        return cubic(max(0.0, (position.fraction - start) / (end - start)), self.initial_sparsity, self.budget.sparsity)
+
+    def update(self, position: Position) -> None:
+        sparsity = self.planned_sparsity(position)
+        if self.budget.kept_units(self.chosen, sparsity) < self.masks.kept:
+            self.prune(self.budget, sparsity, lambda name, weight: magnitude(weight))
+        super().update(position)
+
+    def conclude(self) -> None:
+        super().conclude()
+        if self.masks.kept != self.goal["total"]:
+            rank_zero_warn(
+                f"{self.label} ends at sparsity {self.masks.sparsity:.4f}, not {self.budget.sparsity}: training stopped "
+                "before the schedule did. Train on, or end the schedule earlier."
+            )

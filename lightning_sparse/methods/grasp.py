@@ -1,0 +1,58 @@
+"""GraSP: gradient flow at initialization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import final
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_sparse.families.pruning_at_init import PruningAtInitOnData
+from lightning_sparse.functional import gradient_flow, hessian_times
+
+__all__ = ["GraSP"]
+
+
+@final
+class GraSP(PruningAtInitOnData):
+    r"""Before the first batch, keep the weights that hold up the gradient norm; then train with a fixed mask.
+
+    $$ s = w \, (H g), \qquad g = \nabla L(w), \quad H = \nabla^2 L(w) $$
+
+    at the weights as they were initialized, on `batches` batches of the training set. Two passes over these batches, once,
+    the second with second derivatives, for which attention is computed without its fused kernels.
+
+    Source: Wang, Zhang and Grosse 2020, "Picking winning tickets before training by preserving gradient flow",
+    https://arxiv.org/abs/2002.07376. The temperature by which the paper divides the logits belongs to the user's loss here.
+
+    For the arguments see `PruningAtInit` and `PruningAtInitOnData`.
+
+    Raises:
+        ValueError: at the start of fit, if the model has no second derivatives.
+
+    Example:
+        >>> GraSP(sparsity=0.9, batches=4).label
+        'GraSP'
+    """
+
+    def choose(self) -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = self.mean_over_data(self.gradient)
+
+            def curvature(twin: LightningModule, loss: Tensor) -> Iterable[Tensor]:
+                try:
+                    return hessian_times(loss, self.twin_weights(twin), gradients)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"{self.label} needs second derivatives of the loss, and this model has none; exchange the layer "
+                        f"that lacks them, or use SNIP ({error})."
+                    ) from error
+
+            products = self.mean_over_data(curvature)
+        scores = [gradient_flow(w, p) for w, p in zip(self.weights.values(), products, strict=True)]
+        self.keep_best(scores)

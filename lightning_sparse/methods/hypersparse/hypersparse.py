@@ -1,0 +1,387 @@
+"""HyperSparse: adaptive regularized training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparse.core import MaskSet, Position, Remembered, RunLength, Span, check_sparsity
+from lightning_sparse.families.masked import Masked
+from lightning_sparse.functional import (
+    HYPERSPARSE_ALIGNMENT,
+    hypersparse_gradient,
+    hypersparse_scale,
+    quantile_rank,
+    top_k_masks,
+)
+from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, training_outputs
+from lightning_sparse.loop.loop import Step
+from lightning_sparse.methods.hypersparse.stop_rule import Attempt, StopRule
+from lightning_sparse.methods.hypersparse.training_score import Score
+
+__all__ = ["HyperSparse"]
+
+PHASES = ("pretrain", "regularize", "finetune")
+
+PUBLISHED_GROWTH, PUBLISHED_EPOCHS = 1.05, 64
+PUBLISHED_PULL = 5e-6 * 782 * sum(PUBLISHED_GROWTH**epoch for epoch in range(PUBLISHED_EPOCHS))
+"""The strength summed over all steps of the published runs, which stopped after 64 and 66 epochs of 782 steps."""
+
+RESERVE = 3.0
+"""By how much the strength of a planned phase exceeds the published pull: it may stop early, but should not stop late."""
+
+LEARNING_RATES: dict[str, Callable[[float], float]] = {
+    "step": lambda progress: 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "constant": lambda progress: 1.0,
+}
+
+
+@final
+class HyperSparse(Masked):
+    r"""Grow an adaptive penalty until the pruned copy predicts as well as the dense model, then prune and fine-tune.
+
+    Three phases of whole epochs. `pretrain` trains as usual. `regularize` adds, at station `weight_penalty`,
+
+    $$ \lambda_0 \eta^e \, sign(w) \, P \, sech^2(s |w|) $$
+
+    to the gradients (see `functional.hypersparse_gradient`); after every epoch a copy pruned to the target is scored on the
+    training set in evaluation mode, and the phase ends when it has caught up with the dense model's score during that epoch
+    (`core.StopRule`). Then the best copy is restored, with its mask for good and a fresh optimizer state, and `finetune`
+    goes on to the end.
+
+    Costs four passes over the weights per step while regularizing, and one pass over the training set per epoch of it. The
+    copies that may still be chosen (at most 2 * radius + 2) stay on the CPU and in the checkpoint.
+
+    Source: Glandorf, Kaiser and Rosenhahn 2023, "HyperSparse Neural Networks: Shifting Exploration to Exploitation through
+    Adaptive Regularization", https://arxiv.org/abs/2308.07163, as in the official repository. One weight more than
+    sparsity * n is removed, as there. Phases as fractions of the run, and strengths that follow from them, are ours.
+
+    Args:
+        sparsity: the fraction removed, in (0, 1), of all chosen weights together.
+        strength: of the penalty in the first epoch of its phase (lambda_0; published: 5e-6). None: as much as the phase
+            needs to pull three times as strongly, in all, as the published runs did.
+        growth: factor of the strength per epoch (eta; published: 1.05). None: what 64 epochs grow by, in this phase.
+        penalty: `hypersparse`, or `l1` or `l2` (the sum of squares) in the same frame; `l2` needs a strength of its own.
+        pretrain: length of the first phase: a fraction of the run or `'n epochs'` (published: 60); 0 for none.
+        regularize: the longest that the second phase may take (published: no limit).
+        finetune: None: to the end of the run, so that what regularization leaves over is not lost. `'n epochs'` (published:
+            160): training ends so long after pruning, whenever that is; set `max_epochs=-1`.
+        radius: copies on each side of the one that is judged by the mean of all (published: 1).
+        score: what the pruned copy and the dense model are compared by: None for the entry `accuracy` of what
+            `training_step` returns if it is a dictionary that has it, else for the loss; the name of such an entry, with a
+            minus sign if lower is better; or a function of (output, batch), higher is better.
+        learning_rate: constant until pruning, then, from the first value again, `step` (a tenth at 1/2 and 3/4 of
+            fine-tuning; published), `cosine` or `constant`; None leaves learning rates to the module's schedulers.
+        max_pull: cap on P, which grows without bound when the magnitude on the pruning boundary goes to zero.
+        alignment: x*, the point of tanh that meets the pruning boundary; the official code rounds it to 0.6585.
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart.
+    """
+
+    phase = Remembered[str](lambda: PHASES[0])
+    """`pretrain`, `regularize` or `finetune`."""
+    history = Remembered[list[dict[str, float]]](list)
+    """One entry per epoch of regularization: strength, pull, quantile, scores, and the best copy so far."""
+    stop_reason = Remembered(str)
+    """Why regularization ended: `fresh` or `stale` (see `core.StopRule`), or `limit`."""
+    stop_rule = Remembered(StopRule)
+    _first_epoch = Remembered(int)
+    _phase_start = Remembered(int)
+    _plan = Remembered[dict[str, Any]](dict)
+    _rates = Remembered[list[list[float]]](list)
+    _dense = Remembered[Tensor](lambda: torch.zeros(2, dtype=torch.float64))
+    _scale = Remembered[list[Tensor]](list)
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        strength: float | None = None,
+        growth: float | None = None,
+        penalty: str = "hypersparse",
+        pretrain: float | str = 0.2,
+        regularize: float | str = 0.4,
+        finetune: str | None = None,
+        radius: int = 1,
+        score: str | Callable[[Any, Any], Any] | None = None,
+        learning_rate: str | None = "step",
+        max_pull: float = math.inf,
+        alignment: float = HYPERSPARSE_ALIGNMENT,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.sparsity, self.strength, self.growth, self.penalty = sparsity, strength, growth, penalty
+        self.pretrain, self.regularize, self.finetune, self.radius = pretrain, regularize, finetune, radius
+        self.score, self.learning_rate, self.max_pull, self.alignment = score, learning_rate, max_pull, alignment
+        check_sparsity("sparsity", sparsity)
+        if sparsity == 0:
+            raise ValueError("sparsity=0 would regularize for nothing; leave the callback out to train densely.")
+        for argument in ("strength", "growth", "max_pull", "alignment"):
+            value = getattr(self, argument)
+            if value is not None and not (isinstance(value, Real) and float(value) > 0):
+                raise ValueError(f"{argument}={value!r} must be a positive number.")
+        if penalty not in PENALTIES:
+            raise ValueError(f"penalty='{penalty}' is unknown; choose from {list(PENALTIES)}.")
+        if learning_rate is not None and learning_rate not in LEARNING_RATES:
+            raise ValueError(f"learning_rate='{learning_rate}' is unknown; choose from {list(LEARNING_RATES)} or None.")
+        if not (isinstance(radius, int) and radius >= 0):
+            raise ValueError(f"radius={radius!r} must be a whole number, 0 or more.")
+        for argument, span in (("pretrain", pretrain), ("regularize", regularize), ("finetune", finetune)):
+            if span is None:
+                continue
+            parsed = Span.parse(span, argument)
+            if parsed.unit == "steps" or (parsed.unit == "epochs" and parsed.value != int(parsed.value)):
+                raise ValueError(f"{argument}={span!r} must be whole epochs: the pruned copy is tried after each.")
+            if argument == "finetune" and parsed.unit != "epochs":
+                raise ValueError(f"finetune={span!r} must be a number of epochs, such as '160 epochs', or None.")
+            if parsed.value == 0 and argument != "pretrain":
+                raise ValueError(f"{argument}={span!r} leaves the phase out; give it at least one epoch.")
+        if penalty == "l2" and strength is None:
+            raise ValueError("penalty='l2' has no published strength; give one, such as strength=1e-4.")
+        self._score = Score(score)
+
+    # ---- the plan ----------------------------------------------------------------------------------------------------
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        refuse_unrepeatable_data(self.stations.trainer, self.stations.module, self.label)
+        total = sum(weight.numel() for weight in self.weights.values())
+        if self._kept(total) < 1:
+            raise ValueError(
+                f"sparsity={self.sparsity} of {total:,} weights leaves nothing; lower it or choose more layers."
+            )
+        plan = self._make_plan(run)
+        saved = self._saved["memory"] if self._saved else {"phase": self.phase} if self._continues() else {}
+        if run.epochs is not None and saved.get("phase") != "finetune":
+            end = math.ceil(run.epochs * until - 1e-9)
+            needed = plan["pretrain"] + plan["regularize"] + (plan["finetune"] or 1)
+            if needed > end:
+                phases = ", ".join(f"{name} {plan[name] or 'at least 1'}" for name in PHASES if plan[name] != 0)
+                raise ValueError(
+                    f"{self.label} needs {needed} epochs ({phases}), but training ends after {end}; raise max_epochs, "
+                    "shorten the phases" + (", or set max_epochs=-1: the method ends training." if plan["finetune"] else ".")
+                )
+        if self.strength is None and plan["steps"] is None:
+            raise ValueError(f"{self.label} cannot choose its strength: the data have no length; give strength=5e-6, say.")
+
+    def _make_plan(self, run: RunLength) -> dict[str, Any]:
+        """The phases in epochs, and the steps of an epoch."""
+        plan: dict[str, Any] = {
+            "epochs": run.epochs,
+            "finetune": None if self.finetune is None else int(Span.parse(self.finetune).value),
+        }
+        for name in PHASES[:2]:
+            span = Span.parse(getattr(self, name), name)
+            if span.unit == "epochs":
+                plan[name] = int(span.value)
+            elif run.epochs is None:
+                raise ValueError(
+                    f"{name}={span} is a fraction of a run without a length; write '60 epochs' or set max_epochs."
+                )
+            else:
+                plan[name] = max(1, round(span.value * run.epochs)) if span.value else 0
+        batches = self.stations.trainer.num_training_batches
+        plan["steps"] = (
+            None if batches == float("inf") else -(-int(batches) // self.stations.trainer.accumulate_grad_batches)
+        )
+        return plan
+
+    def _kept(self, total: int) -> int:
+        return total - quantile_rank(self.sparsity, total) - 1
+
+    def target_counts(self) -> tuple[int | None, dict[str, int]]:
+        return self._kept(sum(weight.numel() for weight in self.weights.values())), {}
+
+    def begin(self) -> None:
+        super().begin()
+        trainer = self.stations.trainer
+        self.stop_rule = StopRule(self.radius)
+        self._plan = self._make_plan(RunLength(**self._length))
+        self._first_epoch = self._phase_start = trainer.current_epoch
+        self._rates = [
+            [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+            for optimizer in trainer.optimizers
+        ]
+        with dry_run(trainer, self.stations.module):
+            pass  # a module that cannot be copied is refused now, not when the copy is needed
+
+    def resume(self) -> None:
+        super().resume()
+        self.stop_rule.radius = self.radius
+        if self.phase == "finetune":
+            self._end_training()
+
+    # ---- the phases --------------------------------------------------------------------------------------------------
+
+    def evolve(self, position: Position) -> None:
+        if not position.epoch_start:
+            return
+        epoch = position.epoch
+        if self.phase == "regularize" and epoch > self._phase_start:
+            reason = self._try_pruned_copy(epoch - 1)
+            if reason is None and epoch - self._phase_start >= self._plan["regularize"]:
+                reason = "limit"
+            if reason is not None:
+                self._prune(epoch, reason)
+        if self.phase == "pretrain" and epoch - self._first_epoch >= self._plan["pretrain"]:
+            self.phase, self._phase_start = "regularize", epoch
+        self._dense = torch.zeros(2, dtype=torch.float64, device=self.stations.module.device)
+        for optimizer in self.stations.trainer.optimizers:
+            self._set_rates(optimizer)
+
+    def _try_pruned_copy(self, epoch: int) -> str | None:
+        """Score a copy pruned to the target, and ask the stop rule."""
+        trainer, module = self.stations.trainer, self.stations.module
+        masks = self._magnitude_masks()
+        pruned = torch.zeros_like(self._dense)
+        with dry_run(trainer, module) as twin:
+            masks.apply_(dict(twin.named_parameters()))
+            twin.eval()
+            state = {name: value.to("cpu", copy=True) for name, value in twin.state_dict().items()}
+            for batch, output in training_outputs(trainer, twin):
+                pruned += self._score.weighted(output, batch)
+        dense, attained = self._score.mean(trainer, self._dense), self._score.mean(trainer, pruned)
+        if not math.isfinite(dense):
+            raise RuntimeError(
+                f"{self.label}: the dense model scored {dense} in epoch {epoch}; training has diverged. Lower the learning "
+                "rate or the strength."
+            )
+        attained = attained if math.isfinite(attained) else -math.inf  # worse than any other
+        reason = self.stop_rule.add(Attempt(epoch, attained, state, masks.state_dict()), dense)
+        entry = {"epoch": epoch, "strength": self.strength_in(epoch), "pruned": attained, "dense": dense}
+        if self._scale:
+            entry |= {"quantile": float(self._scale[0]), "pull": float(self._scale[1])}
+        assert self.stop_rule.best is not None
+        self.history.append(entry | {"best": self.stop_rule.best.epoch, "mean": self.stop_rule.mean})
+        return reason
+
+    def _magnitude_masks(self) -> MaskSet:
+        sizes = [weight.detach().abs() for weight in self.weights.values()]
+        masks = MaskSet(self.weights)
+        masks.replace(dict(zip(self.weights, top_k_masks(sizes, self._kept(masks.total)), strict=True)))
+        return masks
+
+    def _prune(self, epoch: int, reason: str) -> None:
+        """Restore the best copy, fix its mask, forget what the optimizers knew."""
+        best, last = self.stop_rule.best, self.history[-1]
+        assert best is not None
+        what = f"the pruned copy of epoch {best.epoch}, score {best.score:.4g} (mean {self.stop_rule.mean:.4g})"
+        scores = f"the dense model's {last['dense']:.4g} in epoch {epoch - 1}"
+        if reason == "stale":
+            rank_zero_warn(
+                f"{self.label} goes on with {what}: the dense model has sunk below it, to {scores}. The penalty grows "
+                "faster than the network can follow; lower strength or growth."
+            )
+        else:
+            verb = "has caught up with" if reason == "fresh" else "is the best when the phase ends; compare"
+            rank_zero_info(f"{self.label} goes on with {what}, which {verb} {scores}.")
+        self.stations.module.load_state_dict(best.state)
+        restored = MaskSet()
+        restored.load_state_dict(best.masks)
+        self.set_masks({name: restored[name].to(weight.device) for name, weight in self.weights.items()})
+        for optimizer in self.stations.trainer.optimizers:
+            optimizer.state.clear()
+        self.stop_reason, self.phase, self._phase_start = reason, "finetune", epoch
+        self.stop_rule = StopRule(self.radius)  # lets the copies go
+        self._scale = []
+        self._end_training()
+
+    def _end_training(self) -> None:
+        """Where fine-tuning has a length of its own, the run ends with it."""
+        if self._plan["finetune"] is not None:
+            trainer, end = self.stations.trainer, self._phase_start + self._plan["finetune"]
+            if trainer.current_epoch < end:
+                trainer.fit_loop.max_epochs = end
+
+    # ---- every step --------------------------------------------------------------------------------------------------
+
+    def strength_in(self, epoch: int) -> float:
+        """Lambda in an epoch of regularization."""
+        epochs = self._plan["regularize"]
+        growth = self.growth or PUBLISHED_GROWTH ** (PUBLISHED_EPOCHS / epochs)
+        strength = self.strength
+        if strength is None:
+            strength = RESERVE * PUBLISHED_PULL / (self._plan["steps"] * sum(growth**e for e in range(epochs)))
+        return strength * growth ** (epoch - self._phase_start)
+
+    def weight_penalty(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+        if self.phase != "regularize":
+            return
+        strength = self.strength_in(self.stations.trainer.current_epoch)
+        gradient = PENALTIES[self.penalty](self)
+        for name, weight in step.weights.items():
+            yield name, gradient(weight.detach()).mul_(strength)
+
+    def batch_end(self) -> None:
+        for optimizer in self.stations.trainer.optimizers:
+            self._set_rates(optimizer)  # schedulers have just set theirs, and observers look before the next step
+
+    def _set_rates(self, optimizer: Optimizer) -> None:
+        if self.learning_rate is None:
+            return
+        trainer = self.stations.trainer
+        factor = 1.0
+        if self.phase == "finetune":
+            length = self._plan["finetune"] or self._plan["epochs"] - self._phase_start
+            factor = LEARNING_RATES[self.learning_rate](min(1.0, (trainer.current_epoch - self._phase_start) / length))
+        rates = self._rates[trainer.optimizers.index(optimizer)]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+
+    def watch(self, output: Any, batch: Any) -> None:
+        self._dense += self._score.weighted(output, batch)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._stations is not None and trainer.world_size > 1:
+            # Every rank resumes from the file of the first: each with its part of what all have gathered.
+            gathered = trainer.strategy.reduce(self._dense.clone(), reduce_op="sum")
+            checkpoint["callbacks"][self.state_key]["memory"]["_dense"] = (gathered / trainer.world_size).cpu()
+
+    # ---- what can be seen --------------------------------------------------------------------------------------------
+
+    def headline(self) -> Mapping[str, float | str]:
+        return {"phase": f"{self.phase} {self.stations.trainer.current_epoch - self._phase_start + 1}"}
+
+    def numbers(self) -> Mapping[str, float | Tensor]:
+        shown: dict[str, float | Tensor] = {"phase": float(PHASES.index(self.phase))}
+        if self.phase == "regularize":
+            shown["strength"] = self.strength_in(self.stations.trainer.current_epoch)
+            shown |= dict(zip(("quantile", "pull"), self._scale, strict=False))
+        if self.history:
+            last = self.history[-1]
+            shown |= {"pruned score": last["pruned"], "dense score": last["dense"], "best mean": last["mean"]}
+        return shown
+
+    def conclude(self) -> None:
+        if self.phase != "finetune":
+            rank_zero_warn(
+                f"{self.label} ends dense: training stopped in phase '{self.phase}', before pruning. Train on, or shorten "
+                "the phases before."
+            )
+
+
+def _adaptive(method: HyperSparse) -> Callable[[Tensor], Tensor]:
+    scale = hypersparse_scale(list(method.weights.values()), method.sparsity, method.alignment, method.max_pull)
+    method._scale = [scale.quantile, scale.pull]
+    return lambda weight: hypersparse_gradient([weight], method.sparsity, scale)[0]
+
+
+PENALTIES: dict[str, Callable[[HyperSparse], Callable[[Tensor], Tensor]]] = {
+    "hypersparse": _adaptive,
+    "l1": lambda method: torch.sign,
+    "l2": lambda method: lambda weight: 2 * weight,
+}
+"""By name: what makes the gradient of one layer."""

@@ -1,0 +1,69 @@
+"""One number that says how well a model did on the training set, whatever its task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_sparse.loop.dry_run import loss_of, size_of
+
+__all__ = ["Score"]
+
+
+class Score:
+    """The mean over samples of a number in what `training_step` returns; higher is better.
+
+    Args:
+        what: None for the entry `accuracy` of a dictionary that has it, else for the loss; the name of an entry, with a
+            minus sign if lower is better; or a function of (output, batch), higher is better.
+
+    Example:
+        >>> score = Score("-error")
+        >>> score.weighted({"loss": torch.tensor(2.0), "error": torch.tensor(0.25)}, torch.rand(8, 3)).tolist()
+        [-2.0, 8.0]
+    """
+
+    def __init__(self, what: str | Callable[[Any, Any], Any] | None = None) -> None:
+        self.what = what
+
+    def weighted(self, output: Any, batch: Any) -> Tensor:
+        """The sum over a batch, and the number of its samples, on the device.
+
+        Raises:
+            ValueError: if the output does not hold such a number.
+        """
+        value = torch.as_tensor(self._value(output, batch)).detach()
+        if value.numel() != 1:
+            raise ValueError(f"The score of a batch must be one number, not a tensor of shape {tuple(value.shape)}.")
+        size = size_of(batch)
+        return torch.stack([value.reshape(()).double() * size, torch.full_like(value, size).reshape(()).double()])
+
+    @staticmethod
+    def mean(trainer: pl.Trainer, total: Tensor) -> float:
+        """The mean of all that was summed, over all ranks."""
+        summed: Tensor = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum")
+        return float(summed[0] / summed[1])
+
+    def _value(self, output: Any, batch: Any) -> Any:
+        entries = output if isinstance(output, Mapping) else {}
+        if callable(self.what):
+            return self.what(output, batch)
+        if self.what is not None:
+            key = self.what.removeprefix("-")
+            if key not in entries:
+                has = f"has {list(entries)}" if entries else "returns no dictionary"
+                raise ValueError(f"score='{self.what}' needs an entry '{key}' in what training_step returns, which {has}.")
+            return -torch.as_tensor(entries[key]) if self.what.startswith("-") else entries[key]
+        if "accuracy" in entries:
+            return entries["accuracy"]
+        loss = loss_of(output)
+        if loss is None:
+            raise ValueError(
+                "training_step returns no loss, so models cannot be compared by it; return the loss (in manual optimization "
+                "too), or give score= a function of (output, batch)."
+            )
+        return -loss

@@ -1,0 +1,451 @@
+"""Training on unit Lp spheres, with or without connections that fall and return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_sparse.core import (
+    FINAL,
+    MaskSet,
+    Position,
+    Remembered,
+    RunLength,
+    Sphere,
+    Window,
+    check_exponents,
+    check_sparsity,
+    find_spheres,
+)
+from lightning_sparse.families.masked import Masked
+from lightning_sparse.functional import (
+    counts,
+    cubic,
+    exact_count,
+    from_dual,
+    growth_factor,
+    growth_score,
+    lp_normalize,
+    lp_sgd_,
+    piecewise_linear,
+    random_generator,
+    random_score,
+    relative_magnitude,
+    to_dual,
+    top_k_masks,
+)
+from lightning_sparse.loop.loop import Step
+from lightning_sparse.loop.rng import check_seed, draw_seed
+from lightning_sparse.loop.sparsifier import Sparsifier
+
+__all__ = ["LpSphere"]
+
+MODES = ("official", "feedback")
+
+Knots = Sequence[Sequence[float]]
+
+MIXING_SCHEDULES: dict[str, Knots] = {
+    # The knots of the published recipe, 0, E/6, E/3, E-3 and E for E = 50 epochs, in units of its peak of 2/256.
+    "published": ((0, 0.02), (1 / 6, 1), (1 / 3, 0.25), (0.94, 0.002), (1, 0.0001)),
+    "constant": ((0, 1),),
+}
+
+
+@final
+class LpSphere(Masked):
+    r"""Keep the weights of every output on a unit Lp sphere; the closer p is to 1, the sparser they become.
+
+    $$ v \leftarrow \frac{(1 - \eta) v - \eta \, \hat g}{\|\cdot\|_q}, \qquad w = sign(v) |v|^{1/(p-1)}, \qquad
+       \hat g = m / \|m\|_q, \qquad q = p / (p-1) $$
+
+    with m the gradient after momentum. The callback makes this step itself, at station `after_step`, and hides the
+    gradients of constrained weights from the optimizer until then: it neither moves nor decays them, keeps no state for
+    them, and gradients are clipped by the norm of the others alone (the step does not depend on theirs). Cost: three
+    powers per constrained weight and step; in memory and in checkpoints v and m, where SGD would keep m and Adam two
+    moments.
+
+    With a `sparsity`, connections also fall and return (at `evolve`, from the gradients of that very step). A connection
+    falls where its weight is small beside the mean of its output; others return where the gradient is large. What has
+    fallen is exactly zero in the model and in every checkpoint, but v lives on in the callback: it fades, and a
+    connection that returns takes up what is left of it. These masks are drawn over all `targets`, free ones included.
+
+    Source: Li et al. 2021, https://arxiv.org/abs/2103.16013, read from the official repository WilliamLiPro/LpSS: the
+    text of the paper was not at hand. Its slips are mended: norms do not underflow, growth goes by the magnitude of the
+    gradient, and an output that has lost everything stays so.
+
+    Args:
+        p: of the sphere, above 1; one for all, a list in the order of the constrained weights, or glob over names -> p, of
+            which the first that fits counts. Published: 1.4 and 1.3 for half of the weights removed, 1.3 and 1.15 for
+            80 %, 1.2 and 1.07 for 90 % (first four layers, others).
+        sparsity: the fraction removed in the end, in [0, 1); None trains on the spheres and removes nothing.
+        mixing: eta at its peak, in (0, 1]. Published: 2 / batch size, at 256.
+        mixing_schedule: along which eta moves: `published` (up for a sixth of the run, down to a quarter, out at the end),
+            `constant`, or knots of (fraction of the run, fraction of the peak) such as [[0, 0.1], [1, 1]].
+        momentum: in [0, 1), on the gradient.
+        nesterov: look ahead along the momentum.
+        mode: `official` steers toward the sparsity with the published controller, which need not arrive: choose p as
+            small as the sparsity wants it. `feedback` is our extension: a cubic schedule, met exactly at every update.
+        initial_sparsity: removed at random from every layer at the start; at most `sparsity`.
+        drop_threshold: h at the start, the fraction of its output's mean below which a weight falls; a cosine takes it to 0.
+        growth_margin: delta, by how much fewer connections return than fall below the target, and more above it.
+        start: when connections begin to fall and return: a fraction of the run, `'n epochs'` or `'n steps'`.
+        end: when they have stopped.
+        every: time between updates, in steps or as a fraction; the published 40 steps are a 300th of their run.
+        of_all_parameters: count `sparsity` over all parameters of the module, norms and biases included, as published; by
+            default over `targets`.
+        seed: of the first masks. None takes the seed of `seed_everything`, or draws one.
+        free: patterns of `targets` that stay off the spheres; by default the last layer, and layers whose name holds
+            `shortcut` or `downsample`.
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart.
+
+    Example:
+        >>> LpSphere(1.07, sparsity=0.9).label
+        'LpSphere'
+    """
+
+    duals = Remembered[dict[str, Tensor]](dict)
+    """v of every constrained weight, what masks have removed included."""
+    momenta = Remembered[dict[str, Tensor]](dict)
+    growth = Remembered[float](lambda: 0.95)
+    """How many connections return at the next update for each that falls, in the official mode."""
+    drawn_seed = Remembered(int)
+    _tick = Remembered(int)
+
+    def __init__(
+        self,
+        p: float | Sequence[float] | Mapping[str, float],
+        *,
+        sparsity: float | None = None,
+        mixing: float = 2 / 256,
+        mixing_schedule: str | Knots = "published",
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        mode: str = "official",
+        initial_sparsity: float = 0.2,
+        drop_threshold: float = 0.2,
+        growth_margin: float = 0.1,
+        start: float | str = 0.2,
+        end: float | str = 0.8,
+        every: float | str = 1 / 300,
+        of_all_parameters: bool = False,
+        seed: int | None = None,
+        free: str | Sequence[str] | None = None,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.p, self.sparsity, self.mode = p, sparsity, mode
+        self.mixing, self.mixing_schedule = mixing, mixing_schedule
+        self.momentum, self.nesterov = momentum, nesterov
+        self.initial_sparsity, self.drop_threshold, self.growth_margin = initial_sparsity, drop_threshold, growth_margin
+        self.start, self.end, self.every = start, end, every
+        self.of_all_parameters, self.seed, self.free = of_all_parameters, seed, free
+        check_exponents(p)
+        if sparsity is not None:
+            check_sparsity("sparsity", sparsity)
+        check_sparsity("initial_sparsity", initial_sparsity)
+        if not 0 < mixing <= 1:
+            raise ValueError(f"mixing={mixing} must be in (0, 1]: how much of the new direction a step mixes in.")
+        for label, value in (("momentum", momentum), ("growth_margin", growth_margin)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{label}={value} must be in [0, 1).")
+        if drop_threshold < 0:
+            raise ValueError(f"drop_threshold={drop_threshold} must not be negative: a fraction of an output's mean.")
+        if mode not in MODES:
+            raise ValueError(f"mode='{mode}' is unknown; choose from {list(MODES)}.")
+        check_seed(seed)
+        if str(every).strip().endswith(("epoch", "epochs")):
+            raise ValueError(
+                f"every={every!r} falls before the first batch of an epoch, where there is no gradient to grow by; write a "
+                "fraction of the run, or 'n steps'."
+            )
+        self.knots = _read_knots(mixing_schedule, mixing)
+        self.window = Window(start, end, every)
+        self.spheres: dict[str, Sphere] = {}
+        self._hidden: dict[str, Tensor] = {}
+        self._dense: dict[str, Tensor] = {}
+
+    # ---- the start ---------------------------------------------------------------------------------------------------
+
+    @property
+    def mask_set(self) -> MaskSet | None:
+        return None if self.sparsity is None else self.masks
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        found = find_spheres(self.stations.module, self.p, self.targets, self.free)
+        self.spheres = {sphere.target.name: sphere for sphere in found}
+        self._refuse_rivals()
+        if run.epochs is None and run.steps is None and self.mixing_schedule != "constant":
+            raise ValueError(
+                "The length of this run is unknown, so eta has no schedule; set max_epochs or max_steps, or "
+                "mixing_schedule='constant'."
+            )
+        if self.sparsity is None:
+            return
+        self.window.resolve(run)
+        if self.window.end > until + 1e-9 and self._tick != FINAL:
+            raise ValueError(
+                f"{self.label} ends its schedule at {self.window.end:.0%} of the run as it was begun, but training now ends "
+                f"at {until:.0%} of that; train at least as long as planned then, or start anew from the weights."
+            )
+        total, removed = self._weights_in_all(), exact_count(self.sparsity, self._counted())
+        if removed >= total:
+            raise ValueError(
+                f"sparsity={self.sparsity} of {self._counted():,} leaves nothing of the {total:,} weights that can be "
+                "removed; lower it or choose more layers."
+            )
+
+    def _refuse_rivals(self) -> None:
+        for other in self.stations.methods:
+            acts = other.mask_set is not None or other.prepares_steps or type(other).project is not Sparsifier.project
+            if other is self or not acts:
+                continue
+            for name, weight in other.weights.items():
+                if name in self.spheres and weight is self.spheres[name].target.weight:
+                    raise ValueError(
+                        f"{self.label} moves '{name}' by itself, so {other.label} cannot act on it too; give each its own "
+                        "targets, or let LpSphere remove weights with its own sparsity."
+                    )
+
+    def target_counts(self) -> tuple[int | None, dict[str, int]]:
+        return (self._kept_at(self.sparsity) if self.sparsity is not None and self.mode == "feedback" else None), {}
+
+    def begin(self) -> None:
+        for name in self.spheres:
+            self._enter(name)
+        if self.sparsity is None:
+            return
+        super().begin()
+        self.drawn_seed = draw_seed(self.stations.trainer, self.seed)
+        share = min(self.initial_sparsity, self.sparsity)
+        masks = {}
+        for name, weight in self.weights.items():
+            score = random_score(weight, random_generator(self.drawn_seed, 0, name))
+            removed = min(math.ceil(share * weight.numel() - 1e-6), weight.numel() - 1)
+            masks[name] = top_k_masks([score], weight.numel() - removed)[0].to(weight.device)
+        self.set_masks(masks)
+
+    def resume(self) -> None:
+        for name, sphere in self.spheres.items():
+            weight = sphere.target.weight
+            expected, found = from_dual(self.duals[name], sphere.p), weight.detach().to(self.duals[name].dtype, copy=True)
+            self.masks.apply_({name: expected})
+            self.masks.apply_({name: found})
+            if (found - expected).norm() > 1e-2 * expected.norm():  # other weights have been loaded since: begin with them
+                self._enter(name)
+        super().resume()
+
+    def _enter(self, name: str) -> None:
+        """Put a weight on its sphere, from wherever it is."""
+        sphere = self.spheres[name]
+        self.duals[name] = to_dual(lp_normalize(sphere.target.weight, sphere.p, sphere.dim), sphere.p)
+        if self.momentum:
+            self.momenta[name] = torch.zeros_like(self.duals[name])
+        sphere.target.weight.copy_(from_dual(self.duals[name], sphere.p))
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    def before_step(self, step: Step) -> None:
+        if self.sparsity is not None and self._is_due():
+            self._dense.update({n: w.grad.clone() for n, w in step.weights.items() if w.grad is not None})
+
+    def silence(self, step: Step) -> None:
+        super().silence(step)
+        moving = [name for name in self._constrained(step) if step.weights[name].grad is not None]
+        if moving:
+            self.stations.unscale(step.optimizer)
+        for name in moving:
+            self._hidden[name] = step.weights[name].grad  # type: ignore[assignment]
+            step.weights[name].grad = None
+
+    def after_step(self, step: Step) -> None:
+        for name in self._constrained(step):
+            gradient = self._hidden.pop(name, None)
+            self._move(name, gradient)
+            step.weights[name].grad = gradient
+
+    def after_unseen_step(self, step: Step) -> None:
+        if self.sparsity is not None:
+            super().after_unseen_step(step)
+            super().silence(step)
+        for name in self._constrained(step):  # the optimizer has moved it too, which counts for nothing
+            self._move(name, step.weights[name].grad)
+
+    def undo_step(self, step: Step) -> None:
+        for name, weight in step.weights.items():
+            self._dense.pop(name, None)
+            hidden = self._hidden.pop(name, None)
+            if weight.grad is None:
+                weight.grad = hidden
+
+    def release(self) -> None:
+        for name, gradient in self._hidden.items():
+            self.weights[name].grad = gradient
+        self._hidden, self._dense, self.spheres = {}, {}, {}
+
+    def _constrained(self, step: Step) -> list[str]:
+        return [name for name in step.weights if name in self.spheres]
+
+    def _move(self, name: str, gradient: Tensor | None) -> None:
+        sphere, dual = self.spheres[name], self.duals[name]
+        if gradient is None:  # not used in this batch; but a restless optimizer may have moved it
+            sphere.target.weight.copy_(from_dual(dual, sphere.p))
+            return
+        lp_sgd_(
+            sphere.target.weight,
+            dual,
+            self.momenta.get(name),
+            gradient,
+            self._mixing_at(self.stations.position(self, under_way=1).fraction),
+            sphere.p,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            dim=sphere.dim,
+        )
+
+    def _mixing_at(self, progress: float) -> float:
+        """Eta, at a fraction of the run."""
+        return self.mixing * piecewise_linear(progress, self.knots)
+
+    # ---- what falls, and what returns --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        for name in self.momenta.keys() & masks.keys():
+            self.momenta[name].masked_fill_(self.masks.dropped(name) | ~masks[name], 0)
+        super().set_masks(masks)
+        for name in self.spheres.keys() & masks.keys():  # what returns takes up what is left of it
+            weight = self.spheres[name].target.weight
+            weight.copy_(from_dual(self.duals[name], self.spheres[name].p))
+            self.masks.apply_({name: weight})
+
+    def evolve(self, position: Position) -> None:
+        if self.sparsity is None or position.epoch_start:  # before a batch there is no gradient to grow by
+            return
+        tick = self.window.tick(position)
+        if tick > self._tick:
+            self._tick = tick
+            update = {"official": self._steer, "feedback": self._follow}[self.mode]
+            update(self.window.progress(position))
+        self._dense.clear()
+
+    def _is_due(self) -> bool:
+        """Whether an update will follow this step; with several optimizers, whether it may."""
+        stations = self.stations
+        return self.window.tick(stations.position(self, under_way=len(stations.trainer.optimizers))) > self._tick
+
+    def _steer(self, progress: float) -> None:
+        """The published update: all below the threshold fall, and gamma times as many return."""
+        threshold, masks = self._threshold(progress), {}
+        for name, score in self._growth_scores().items():
+            kept = self.masks[name] & (self._relative(name) >= threshold)
+            left = int(kept.count_nonzero())
+            returning = min(int((self.masks.counts[name] - left) * self.growth), kept.numel() - left)
+            masks[name] = kept | top_k_masks([score.masked_fill(kept, -torch.inf)], returning)[0]
+        self.set_masks(masks)
+        sparsity = self._removed() / self._counted()
+        if self.sparsity:
+            self.growth = growth_factor(sparsity, self.sparsity, threshold, self.growth_margin)
+
+    def _follow(self, progress: float) -> None:
+        """Our extension: as many return as the schedule wants; where too few have fallen, the threshold rises."""
+        start = min(self.initial_sparsity, self.sparsity or 0.0)
+        wanted = self._kept_at(cubic(progress, start, self.sparsity or 0.0))
+        threshold, scores = self._threshold(progress), self._growth_scores()
+        relative = {name: self._relative(name) for name in self.weights}
+        # A layer without a gradient in this batch gives only what the count demands.
+        kept = {name: self.masks[name] & (r >= threshold if name in scores else True) for name, r in relative.items()}
+        left = [int(mask.count_nonzero()) for mask in kept.values()]
+        if sum(left) >= wanted:
+            ranked = [r.masked_fill(~kept[name], -torch.inf) for name, r in relative.items()]
+            self.set_masks(dict(zip(kept, top_k_masks(ranked, wanted), strict=True)))
+            return
+        fallen = [self.masks.counts[name] - n for name, n in zip(kept, left, strict=True)]
+        missing = wanted - sum(left)
+        if sum(fallen) < missing:
+            fallen = [mask.numel() - n if name in scores else 0 for (name, mask), n in zip(kept.items(), left, strict=True)]
+        missing = min(missing, sum(fallen))
+        returning = counts([missing / max(sum(fallen), 1)] * len(fallen), fallen, missing)
+        for (name, mask), number in zip(kept.items(), returning, strict=True):
+            if number:
+                kept[name] = mask | top_k_masks([scores[name].masked_fill(mask, -torch.inf)], number)[0]
+        self.set_masks(kept)
+
+    def _threshold(self, progress: float) -> float:
+        return self.drop_threshold * (1 + math.cos(math.pi * progress)) / 2
+
+    def _relative(self, name: str) -> Tensor:
+        return relative_magnitude(self.weights[name].detach(), self.masks[name], self._output_dims[name])
+
+    def _growth_scores(self) -> dict[str, Tensor]:
+        return {name: growth_score(gradient, self._output_dims[name]) for name, gradient in self._dense.items()}
+
+    @property
+    def _output_dims(self) -> dict[str, int]:
+        return {target.name: target.output_dim for target in self.chosen}
+
+    def _weights_in_all(self) -> int:
+        return sum(weight.numel() for weight in self.weights.values())
+
+    def _counted(self) -> int:
+        """What `sparsity` is a fraction of."""
+        if self.of_all_parameters:
+            return sum(parameter.numel() for parameter in self.stations.module.parameters())
+        return self._weights_in_all()
+
+    def _kept_at(self, sparsity: float) -> int:
+        return self._weights_in_all() - exact_count(sparsity, self._counted())
+
+    def _removed(self) -> int:
+        return self.masks.total - self.masks.kept
+
+    # ---- what is told ------------------------------------------------------------------------------------------------
+
+    def numbers(self) -> Mapping[str, float | Tensor]:
+        mixing = self._mixing_at(self.stations.position(self).fraction)
+        steered = self.sparsity is not None and self.mode == "official"
+        return {"mixing": mixing, "growth": self.growth} if steered else {"mixing": mixing}
+
+    def conclude(self) -> None:
+        if self.sparsity is None:
+            return
+        reached = self._removed() / self._counted()
+        if self.mode == "feedback" and self._tick != FINAL:
+            rank_zero_warn(
+                f"{self.label} ends at sparsity {reached:.4f}, not {self.sparsity}: training stopped before the schedule "
+                "did. Train on, or end the schedule earlier."
+            )
+        elif abs(reached - self.sparsity) > 0.03:
+            rank_zero_info(
+                f"{self.label} ends at sparsity {reached:.4f}, not {self.sparsity}: the published controller steers, but "
+                "does not promise. A smaller p or more mixing makes more weights fall; mode='feedback' arrives exactly."
+            )
+
+
+def _read_knots(schedule: str | Knots, peak: float) -> Knots:
+    """The knots of eta's schedule, as fractions of its peak."""
+    if isinstance(schedule, str):
+        if schedule not in MIXING_SCHEDULES:
+            raise ValueError(
+                f"mixing_schedule='{schedule}' is unknown; choose from {list(MIXING_SCHEDULES)}, or give knots."
+            )
+        return MIXING_SCHEDULES[schedule]
+    try:
+        times, factors = [float(time) for time, _ in schedule], [float(factor) for _, factor in schedule]
+    except (TypeError, ValueError):
+        times = factors = []
+    if not times or times != sorted(times) or not 0 <= times[0] <= times[-1] <= 1:
+        raise ValueError(
+            f"mixing_schedule={schedule!r} must list pairs of (fraction of the run, fraction of the peak) in order, such as "
+            "[[0, 0.1], [1, 1]]."
+        )
+    for time, factor in zip(times, factors, strict=True):
+        if not 0 <= peak * factor <= 1:
+            raise ValueError(f"mixing_schedule makes eta {peak * factor:g} at {time:.0%} of the run; keep it in [0, 1].")
+    return schedule

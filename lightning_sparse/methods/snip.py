@@ -1,0 +1,35 @@
+"""SNIP: connection sensitivity at initialization."""
+
+from __future__ import annotations
+
+from typing import final
+
+from lightning_sparse.families.pruning_at_init import PruningAtInitOnData
+from lightning_sparse.functional import connection_sensitivity
+
+__all__ = ["SNIP"]
+
+
+@final
+class SNIP(PruningAtInitOnData):
+    r"""Before the first batch, keep the weights to which the loss is most sensitive; then train with a fixed mask.
+
+    $$ s = |w \, \partial L / \partial w| $$
+
+    at the weights as they were initialized, on `batches` batches of the training set. One forward and one backward pass
+    per batch, once.
+
+    Source: Lee, Ajanthan and Torr 2019, "SNIP: Single-shot network pruning based on connection sensitivity",
+    https://arxiv.org/abs/1810.02340.
+
+    For the arguments see `PruningAtInit` and `PruningAtInitOnData`.
+
+    Example:
+        >>> SNIP(sparsity=0.9, batches=4).label
+        'SNIP'
+    """
+
+    def choose(self) -> None:
+        gradients = self.mean_over_data(self.gradient)
+        scores = [connection_sensitivity(w, g) for w, g in zip(self.weights.values(), gradients, strict=True)]
+        self.keep_best(scores)

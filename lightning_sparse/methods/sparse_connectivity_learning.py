@@ -1,0 +1,365 @@
+"""Sparse connectivity learning: every connection has a variable that decides whether it is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import final
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_sparse.core import FINAL, Budget, LiveMasks, Position, Remembered, RunLength, Span, Window
+from lightning_sparse.families.shadow_weights import ShadowWeights
+from lightning_sparse.functional import (
+    FEATURE_NORMS,
+    STEP_PROXIES,
+    connection_price,
+    cubic,
+    dead_features,
+    density_error,
+    normalize_features_,
+    steer_price,
+)
+from lightning_sparse.loop.loop import Step
+
+__all__ = ["SparseConnectivityLearning"]
+
+TARGET_FREEZE = 0.75
+"""Of the run: when masks freeze at their target, if nothing else is said; a quarter is left to train what is kept."""
+
+ARRIVAL = 2 / 3
+"""Of the time until then: when the controller wants the target reached. The rest is for choosing at that density."""
+
+STEERING = 0.005
+"""Of the run: the controller's clock. Counting waits for the device."""
+
+FIRST_COST = 0.01
+"""Where the controller starts; a hundredth of the typical normalized gradient."""
+
+FEATURES = ("filter", "layer")
+
+
+@final
+class SparseConnectivityLearning(ShadowWeights):
+    r"""Learn which connections to keep, at one price for all: every layer finds its own sparsity.
+
+    A weight w is used as $w \cdot H(s)$, with a trainable variable s of its own and the unit step H. The task's gradient for
+    s takes a proxy p for the step's derivative and is normalized per filter f; the connection count enters with its price:
+
+    $$ g = \frac{\partial L}{\partial (w H)}\, w\, p(s), \qquad v \leftarrow \mu v + g / rms_f(g) + \lambda p(s), \qquad
+       s \leftarrow s - \eta v $$
+
+    Dropped connections have a gradient too, so they can return. Their weights get none, but weight decay and moments of the
+    optimizer go on moving them. Dense weights, variables and velocities are the callback's; the model holds kept weights
+    and exact zeros. At stations `before_step` and `after_step`, at the cost of some twelve passes over the weights per
+    step and of three more copies of the weights in memory (12 bytes per weight).
+
+    Source: Tang et al. 2022, "Automatic Sparse Connectivity Learning for Neural Networks",
+    https://arxiv.org/abs/2201.05020, of which only the abstract was at hand: faithful to that, not to the paper. All
+    default values are ours. So is `sparsity`: a controller moves the price (below zero, a reward, if need be) until the
+    density is reached; then the highest variables are kept, exactly as many as promised, and masks stay.
+
+    Args:
+        connection_cost: the price of a connection (lambda), positive; higher is sparser. With rms-normalized gradients
+            useful values lie between 0.01 and 0.2. With a sparsity: where its controller starts (0.01).
+        sparsity: the fraction removed, in (0, 1), instead of a price that stays.
+        proxy: of the step's derivative: `identity` (the paper's), `leaky_relu`, `softplus`.
+        norm: of the gradients of a feature: `rms`, `l2`, `max`, or `none`. Prices depend on it: l2 makes gradients
+            smaller by the root of the fan-in.
+        feature: what is normalized: each `filter` (output channel, neuron) by itself, or the whole `layer`.
+        initial: value of all variables at the start, positive. Only its ratio to `mask_lr` counts (identity proxy).
+        mask_lr: learning rate of the variables (eta). It follows the shape of the weights' schedule: it is multiplied by
+            their rate over their highest or initial rate.
+        mask_momentum: of the variables (mu), in [0, 1).
+        warmup: over which the price rises from zero: a fraction of the run, `'n epochs'` or `'n steps'`.
+        freeze: when masks stop changing. None: never with a price, at 0.75 of the run with a sparsity.
+        min_kept: connections that every layer keeps at least.
+        targets: patterns that choose the weights; see `core.find_targets`. `"!:first"` and `"!:last"` exempt the ends.
+        name: tells two callbacks of one class apart.
+
+    Raises:
+        ValueError: for values out of range, or without a price and a sparsity.
+
+    Example:
+        >>> SparseConnectivityLearning(0.05).label, SparseConnectivityLearning(sparsity=0.95).label
+        ('SparseConnectivityLearning', 'SparseConnectivityLearning')
+    """
+
+    variables = Remembered[dict[str, Tensor]](dict)
+    """One per connection, in float32 or wider; positive is kept."""
+    velocity = Remembered[dict[str, Tensor]](dict)
+    """Their momentum; the price is part of it."""
+    cost = Remembered(float)
+    """The price now."""
+    frozen = Remembered(bool)
+    """Whether masks have stopped changing."""
+    _tick = Remembered(int)
+    _steering = Remembered[dict[str, float]](lambda: {"memory": math.asinh(1.0), "progress": 0.0})
+    _full_rates = Remembered[dict[str, float]](dict)
+    _regrown = Remembered[dict[str, Tensor]](dict)
+    _kept_before = Remembered[dict[str, int]](dict)
+    _emptied = Remembered[list[str]](list)
+
+    def __init__(
+        self,
+        connection_cost: float | None = None,
+        *,
+        sparsity: float | None = None,
+        proxy: str = "identity",
+        norm: str = "rms",
+        feature: str = "filter",
+        initial: float = 0.1,
+        mask_lr: float = 0.01,
+        mask_momentum: float = 0.9,
+        warmup: float | str = 0.0,
+        freeze: float | str | None = None,
+        min_kept: int = 0,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.connection_cost, self.sparsity = connection_cost, sparsity
+        self.proxy, self.norm, self.feature = proxy, norm, feature
+        self.initial, self.mask_lr, self.mask_momentum = initial, mask_lr, mask_momentum
+        self.warmup, self.freeze, self.min_kept = warmup, freeze, min_kept
+        self._check_arguments()
+        self.budget = None if sparsity is None else Budget(sparsity)
+        self.rise = Window(0.0, warmup, STEERING)
+        self.window = Window(0.0, self._freeze, STEERING)
+        self._masks = LiveMasks({})
+
+    # ---- what is asked of it -----------------------------------------------------------------------------------------
+
+    @property
+    def mask_set(self) -> LiveMasks:
+        if self._masks.variables is not self.variables:
+            self._masks = LiveMasks(self.variables)
+        return self._masks
+
+    def shown(self, name: str, dense: Tensor) -> Tensor:
+        return self.variables[name] > 0
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        for target in self.chosen:
+            if self._full_rate(target.weight) <= 0:
+                raise ValueError(
+                    f"{self.label}: the optimizer does not step '{target.name}', whose learning rate is 0; give it one, or "
+                    f"exclude it with targets=['!{target.name}']."
+                )
+            if target.weight.numel() < self.min_kept:
+                raise ValueError(
+                    f"min_kept={self.min_kept} is more than '{target.name}' has ({target.weight.numel():,}); lower it, or "
+                    f"exclude the layer with targets=['!{target.name}']."
+                )
+        if self.warmup:
+            Span.parse(self.warmup, "warmup").fraction(run, "warmup")
+            self.rise.resolve(run)
+        if self.budget is not None or self.freeze is not None:
+            Span.parse(self._freeze, "freeze").fraction(run, "freeze")
+            self.window.resolve(run)
+        if self.budget is not None:
+            self._check_target(self.budget, until)
+
+    def begin(self) -> None:
+        dtypes = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in self.weights.items()}
+        self.variables = {
+            name: torch.full_like(weight, self.initial, dtype=dtypes[name]) for name, weight in self.weights.items()
+        }
+        self.velocity = {name: torch.zeros_like(variable) for name, variable in self.variables.items()}
+        self._full_rates = {name: self._full_rate(weight) for name, weight in self.weights.items()}
+        self._regrown = {name: variable.new_zeros((), dtype=torch.int64) for name, variable in self.variables.items()}
+        self._kept_before = {name: variable.numel() for name, variable in self.variables.items()}
+        self.cost = self._first_cost
+        if self.budget is not None:
+            self.goal = {"total": self.budget.kept_units(self.chosen), "layers": {}}
+        super().begin()
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    def before_step(self, step: Step) -> None:
+        super().before_step(step)  # from here on `hidden` is a copy of the dense weights, and free
+        if self.frozen:
+            return
+        features = {target.name: target.output_dim if self.feature == "filter" else None for target in self.chosen}
+        for name, weight in step.weights.items():
+            if weight.grad is None:
+                continue  # its optimizer skips it, and so do we
+            gradient = self.hidden[name].mul_(weight.grad)
+            if step.gradient_scale is not None:
+                gradient.div_(step.gradient_scale)
+            if self.proxy != "identity":
+                gradient.mul_(STEP_PROXIES[self.proxy](self.variables[name]))
+            normalize_features_(gradient, self.norm, features[name])
+
+    def after_step(self, step: Step) -> None:
+        if not self.frozen:
+            rates = {id(weight): group["lr"] for group in step.optimizer.param_groups for weight in group["params"]}
+            for name, weight in step.weights.items():
+                if weight.grad is not None:
+                    self._learn(name, self.mask_lr * float(rates[id(weight)]) / self._full_rates[name])
+        super().after_step(step)
+
+    def _learn(self, name: str, rate: float) -> None:
+        """Move the variables of one layer by the gradient that waits in `hidden`."""
+        variable, velocity = self.variables[name], self.velocity[name]
+        kept = variable > 0
+        velocity.mul_(self.mask_momentum).add_(self.hidden[name])
+        if self.proxy == "identity":
+            velocity.add_(self.cost)
+        else:
+            velocity.add_(STEP_PROXIES[self.proxy](variable), alpha=self.cost)
+        variable.sub_(velocity, alpha=rate)
+        if self.min_kept:
+            least = variable.flatten().topk(self.min_kept).values[-1]
+            variable.copy_(torch.where(variable >= least, variable.clamp(min=torch.finfo(variable.dtype).tiny), variable))
+        self._regrown[name].add_(((variable > 0) > kept).sum())
+
+    # ---- the price and the freeze ------------------------------------------------------------------------------------
+
+    def evolve(self, position: Position) -> None:
+        if not position.epoch_start and self.stations.time_to_count:
+            self._warn_of_empty_layers(self.mask_set.counts)
+        if self.frozen:
+            return
+        if self.budget is None:
+            self.cost = self._first_cost * self.rise.progress(position)
+            self.frozen = self.freeze is not None and self.window.tick(position) == FINAL
+            return
+        tick = self.window.tick(position)
+        if tick == FINAL:
+            self._settle(self.budget)
+            self.frozen = True
+        elif tick > self._tick:
+            self._steer(self.window.progress(position), self.budget.sparsity)
+        self._tick = tick
+
+    def _steer(self, progress: float, sparsity: float) -> None:
+        """Move the price so that the density follows a cubic path to its target."""
+        masks, last = self.mask_set, self._steering
+        wanted = 1 - cubic(min(1.0, progress / ARRIVAL), 0.0, sparsity)
+        error = density_error(max(masks.kept, 0.5) / masks.total, wanted, 1 - sparsity)
+        memory, drive = steer_price(last["memory"], error, progress - last["progress"])
+        self._steering = {"memory": memory, "progress": progress}
+        self.cost = connection_price(drive, self._first_cost)
+
+    def _settle(self, budget: Budget) -> None:
+        """Keep exactly as many connections as promised: those with the highest variables."""
+        scores = []
+        for variable in self.variables.values():
+            score = variable.clone(memory_format=torch.contiguous_format)
+            if self.min_kept:
+                score.view(-1)[variable.flatten().topk(self.min_kept).indices] = torch.inf
+            scores.append(score)
+        for variable, mask in zip(self.variables.values(), budget.masks(self.chosen, scores), strict=True):
+            kept = variable.clamp(min=torch.finfo(variable.dtype).tiny)
+            variable.copy_(torch.where(mask, kept, variable.clamp(max=0)))
+        self.take_in(self.weights)
+        self.mask_set.changed = True
+
+    def conclude(self) -> None:
+        if self.budget is not None and not self.frozen:
+            rank_zero_warn(
+                f"{self.label} ends at sparsity {self.mask_set.sparsity:.4f}, not {self.budget.sparsity}: training stopped "
+                "before its masks were frozen. Train on, or freeze earlier."
+            )
+
+    # ---- what it tells -----------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        counts = self.mask_set.counts
+        self._warn_of_empty_layers(counts)
+        regrown = sum(int(count) for count in self._regrown.values())
+        features = {target.name: target.output_dim for target in self.chosen}
+        numbers = {
+            "kept": sum(counts.values()),
+            "regrown": regrown,
+            "pruned": regrown - sum(counts.values()) + sum(self._kept_before.values()),
+            "dead_filters": sum(int(dead_features(self.variables[name], features[name])) for name in counts),
+            "smallest_variable": min(float(variable.min()) for variable in self.variables.values()),
+            "cost": self.cost,
+            **{f"kept/{name}": count for name, count in counts.items()},
+        }
+        pl_module.log_dict({f"{self.label}/{key}": float(value) for key, value in numbers.items()})
+        for count in self._regrown.values():
+            count.zero_()
+        self._kept_before = counts
+        self.mask_set.changed = True
+        self.stations.check_ranks()  # once per epoch: after every step it would take too long
+
+    def _warn_of_empty_layers(self, counts: dict[str, int]) -> None:
+        empty = [name for name, count in counts.items() if count == 0 and name not in self._emptied]
+        for name in empty:
+            rank_zero_warn(
+                f"{self.label} has removed all of '{name}'; signals no longer pass this layer. Lower the price, "
+                "or set min_kept."
+            )
+        self._emptied = self._emptied + empty
+
+    # ---- arguments ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _freeze(self) -> float | str:
+        default = TARGET_FREEZE if self.sparsity is not None else 1.0
+        return default if self.freeze is None else self.freeze
+
+    @property
+    def _first_cost(self) -> float:
+        return FIRST_COST if self.connection_cost is None else float(self.connection_cost)
+
+    def _full_rate(self, weight: Tensor) -> float:
+        """The learning rate that schedules start from or rise to, of the group that a weight is in."""
+        for optimizer in self.stations.trainer.optimizers:
+            for group in optimizer.param_groups:
+                if any(parameter is weight for parameter in group["params"]):
+                    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+        return 0.0
+
+    def _check_arguments(self) -> None:
+        if self.connection_cost is None and self.sparsity is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the price of a connection, such as connection_cost=0.05, or sparsity=0.95."
+            )
+        limits = {  # whether zero is allowed, what it must be below, in words
+            "connection_cost": (False, math.inf, "a positive number"),
+            "initial": (False, math.inf, "a positive number"),
+            "mask_lr": (True, math.inf, "a number, 0 (masks stay dense) or more"),
+            "mask_momentum": (True, 1, "a number in [0, 1)"),
+            "min_kept": (True, math.inf, "a whole number, 0 or more"),
+        }
+        for name, (zero, below, meaning) in limits.items():
+            value = getattr(self, name)
+            number = float(value) if isinstance(value, Real) else -1.0
+            fits = (number > 0 or (zero and number == 0)) and number < below
+            fits &= name != "min_kept" or number % 1 == 0
+            if not fits and not (name == "connection_cost" and value is None):
+                raise ValueError(f"{name}={value!r} must be {meaning}.")
+        for name, known in (("proxy", STEP_PROXIES), ("norm", FEATURE_NORMS), ("feature", FEATURES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {list(known)}.")
+        if self.sparsity == 0:
+            raise ValueError("sparsity=0 removes nothing; leave the callback out.")
+        warms_up = Span.parse(self.warmup, "warmup").value > 0
+        if self.sparsity is not None and warms_up:
+            raise ValueError(
+                f"warmup={self.warmup!r} is for a price; with a sparsity the controller sets it, leave warmup out."
+            )
+        if not Span.parse(self._freeze, "freeze").value:
+            raise ValueError(f"freeze={self.freeze!r} leaves no time to learn; freeze later, or leave it out.")
+
+    def _check_target(self, budget: Budget, until: float) -> None:
+        budget.check(self.chosen)
+        promised = budget.kept_units(self.chosen)
+        if promised < self.min_kept * len(self.chosen):
+            raise ValueError(
+                f"sparsity={self.sparsity} keeps {promised:,} connections, fewer than min_kept={self.min_kept} in each of "
+                f"{len(self.chosen)} layers; lower one of them."
+            )
+        if self.window.end > until + 1e-9 and not self.frozen:
+            raise ValueError(
+                f"{self.label} freezes its masks at {self.window.end:.0%} of the run as it was begun, but training now ends "
+                f"at {until:.0%} of that; train at least as long as planned then, or start anew from the weights."
+            )

@@ -1,0 +1,187 @@
+"""SynFlow: synaptic flow at initialization, without data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_sparse.families.pruning_at_init import PruningAtInit
+from lightning_sparse.functional import connection_sensitivity, exponential
+from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, training_outputs
+
+__all__ = ["SynFlow"]
+
+# Scores are nothing but rounding where those of the whole layer come to less of what flows, in units of the last place. Seen
+# up to 30 behind a layer norm; where anything flows, one layer at least carries a good part of it.
+_ROUNDING = 1000
+
+
+@final
+class SynFlow(PruningAtInit):
+    r"""Before the first batch, keep the weights that carry the flow from inputs to outputs; then train with a fixed mask.
+
+    $$ s = |w \, \partial R / \partial w|, \qquad R = \mathbf 1^\top f(\mathbf 1;\, |\theta|) $$
+
+    in evaluation mode and float64, with every parameter and statistic made positive and an input of ones. Repeated on what
+    is left while the density falls geometrically to its target, so no layer is emptied while others have weights to spare.
+    No data is used but the shape of the input; `iterations` forward and backward passes of one sample, once.
+
+    Source: Tanaka et al. 2020, "Pruning neural networks without any data by iteratively conserving synaptic flow",
+    https://arxiv.org/abs/2006.05467, algorithm 1.
+
+    Args:
+        sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
+        iterations: rounds of scoring and pruning.
+        input_shape: of one sample as the network takes it, without the batch; None looks at what the network is given
+            for the first batch of the training set.
+        network: the part of the module that is scored, by name; None is the innermost part with all trainable parameters.
+        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
+            `erk+`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
+            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart.
+
+    Example:
+        >>> SynFlow(sparsity=0.98, input_shape=[3, 32, 32]).label
+        'SynFlow'
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        iterations: int = 100,
+        input_shape: Sequence[int] | None = None,
+        network: str | None = None,
+        allocation: str = "global",
+        structure: str | int = "unstructured",
+        layer_sparsity: Mapping[str, float] | None = None,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            allocation=allocation,
+            structure=structure,
+            layer_sparsity=layer_sparsity,
+            targets=targets,
+            name=name,
+        )
+        self.iterations, self.input_shape, self.network = iterations, input_shape, network
+        if not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(f"iterations={iterations!r} must be a whole number from 1 up.")
+
+    def choose(self) -> None:
+        path = self._path()
+        args, kwargs = self._ones(path)
+        with dry_run(self.stations.trainer, self.stations.module) as twin:
+            dtype = torch.float32 if twin.device.type == "mps" else torch.float64  # R is a product over all layers
+            twin.to(dtype).eval()
+            for tensor in itertools.chain(twin.parameters(), twin.buffers()):
+                tensor.data.abs_()
+            args, kwargs = (_each(value, lambda tensor: tensor.to(dtype)) for value in (args, kwargs))
+            self._iterate(twin, lambda: twin.get_submodule(path)(*args, **kwargs))
+
+    def _iterate(self, twin: LightningModule, flow: Callable[[], Any]) -> None:
+        weights = self.twin_weights(twin)
+        masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
+        for iteration in range(1, self.iterations + 1):
+            scores = self._scores(twin, weights, flow)
+            if iteration == 1:
+                self.check_scores(scores)
+            scores = [score.masked_fill(~mask, -torch.inf) for score, mask in zip(scores, masks, strict=True)]
+            sparsity = exponential(iteration / self.iterations, 0.0, self.budget.sparsity)
+            kept = [int(mask.count_nonzero()) for mask in masks]
+            masks = self.budget.masks(self.chosen, scores, sparsity, kept)
+            for weight, mask in zip(weights, masks, strict=True):
+                weight.data.mul_(mask)
+        self.set_masks(dict(zip(self.weights, masks, strict=True)))
+
+    def _scores(self, twin: LightningModule, weights: Sequence[nn.Parameter], flow: Callable[[], Any]) -> list[Tensor]:
+        twin.zero_grad()
+        outputs: list[Tensor] = []
+        try:
+            _each(flow(), outputs.append)
+        except Exception as error:
+            raise ValueError(
+                f"{self.label} could not send ones through the network; give the input_shape of one sample, or the network "
+                f"that takes it ({error})."
+            ) from error
+        torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
+        reduce = self.stations.trainer.strategy.reduce
+        scores = []
+        for name, weight in zip(self.weights, weights, strict=True):
+            if weight.grad is None:
+                raise ValueError(
+                    f"{self.label}: nothing flows through '{name}'; exclude it with targets=['!{name}'], or give the "
+                    "network that it belongs to."
+                )
+            scores.append(connection_sensitivity(weight, reduce(weight.grad, reduce_op="mean")))
+        size = reduce(torch.stack([output.detach().abs().sum() for output in outputs]).sum(), reduce_op="mean")
+        if max(float(score.sum()) for score in scores) < _ROUNDING * torch.finfo(size.dtype).eps * float(size):
+            return [torch.zeros_like(score) for score in scores]  # as behind a layer norm, which always has the same sum
+        return scores
+
+    def _path(self) -> str:
+        """Which part of the module is scored."""
+        module = self.stations.module
+        if self.network is not None:
+            names = dict(module.named_modules())
+            if self.network not in names:
+                raise ValueError(
+                    f"{self.label}: network='{self.network}' is no part of {type(module).__name__}; it has "
+                    f"{[name for name in names if name and '.' not in name]}."
+                )
+            return self.network
+        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        path = trained[0]
+        while path:
+            path = path.rpartition(".")[0]
+            callable_ = type(module.get_submodule(path)).forward is not nn.Module.forward  # a list of layers is not
+            if callable_ and all(name.startswith(f"{path}.") for name in trained):
+                break
+        return path
+
+    def _ones(self, path: str) -> tuple[Any, Any]:
+        """Arguments for the network: one sample, all ones."""
+        trainer, module = self.stations.trainer, self.stations.module
+        if self.input_shape is not None:
+            return (torch.ones(1, *self.input_shape, device=module.device),), {}
+        refuse_unrepeatable_data(trainer, module, f"{self.label} without input_shape")
+        calls: list[tuple[Any, Any]] = []
+        with dry_run(trainer, module) as twin, torch.no_grad():
+            twin.get_submodule(path).register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+            next(training_outputs(trainer, twin), None)
+        if not calls:
+            raise ValueError(
+                f"{self.label} saw no call of the network '{path or type(module).__name__}' in the first batch's "
+                "training_step; give the input_shape of one sample."
+            )
+        args, kwargs = calls[0]
+        return _each(args, self._one), _each(kwargs, self._one)
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{self.label} sends ones through the network, but this one takes numbers of type {tensor.dtype}; give a "
+                "network inside that takes floating-point numbers."
+            )
+        return torch.ones_like(tensor[:1])
+
+
+def _each(value: Any, apply: Callable[[Tensor], Any]) -> Any:
+    """The same structure with every tensor in it exchanged."""
+    if isinstance(value, Tensor):
+        return apply(value)
+    if isinstance(value, Mapping):
+        return {key: _each(item, apply) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_each(item, apply) for item in value])
+    return value

@@ -1,0 +1,152 @@
+"""Penalties on weights, with a prune at the end: the plain baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.core import FINAL, MaskSet, Position, RunLength, parse_structure
+from lightning_sparse.families.pruning import Pruning
+from lightning_sparse.functional import PENALTIES, magnitude
+from lightning_sparse.loop.loop import Step
+
+__all__ = ["WeightPenalty"]
+
+
+@final
+class WeightPenalty(Pruning):
+    r"""Pull weights toward zero by a penalty, then remove the smallest at once.
+
+    At station `weight_penalty`, as a gradient in closed form: $g \leftarrow g + \lambda\, dR/dw$; or, with `proximal`, at
+    station `project`: $w \leftarrow prox_{\eta\lambda R}(w)$ with the learning rate $\eta$ of the step that was made. One
+    pass over the weights per step, and no graph. The penalty ends with the prune, and what is left trains on without it.
+
+    | kind | R(w) of one layer |
+    | --- | --- |
+    | `l1` | the sum of magnitudes |
+    | `l2` | half the squared norm: weight decay |
+    | `group_lasso` | the norms of output channels, each times the root of its size |
+    | `hoyer` | the square of the sum of magnitudes over the sum of squares; no proximal map |
+
+    Sources: Han et al. 2015, https://arxiv.org/abs/1506.02626 (L1 and L2, then pruning by magnitude); Wen et al. 2016,
+    https://arxiv.org/abs/1608.03665 (group lasso); Yang et al. 2020, https://arxiv.org/abs/1908.09979 (Hoyer-Square).
+
+    Args:
+        sparsity: the fraction removed by the prune, in [0, 1); None prunes nothing, and then the penalty alone decides.
+        kind: of penalty, see above.
+        strength: lambda, not negative.
+        proximal: take the penalty as a proximal step, which makes exact zeros by itself, where there is one. The step
+            size is the plain learning rate, also with optimizers that scale every entry by their own.
+        end: when the penalty ends and the prune is made: a fraction of the run, `'n epochs'` or `'n steps'`. None is 0.8
+            with a sparsity, and the end of the run without.
+        allocation: how sparsity is shared: `global` (all layers compete), `uniform`, `uniform+`, `er`, `erk`, `erk+`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
+            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart.
+
+    Raises:
+        ValueError: for an unknown kind, a negative strength, or a proximal step that has no closed form.
+
+    Example:
+        >>> WeightPenalty(sparsity=0.9, kind="group_lasso", structure="channel").label
+        'WeightPenalty'
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        kind: str = "l1",
+        strength: float = 1e-4,
+        proximal: bool = False,
+        end: float | str | None = None,
+        allocation: str = "global",
+        structure: str | int = "unstructured",
+        layer_sparsity: Mapping[str, float] | None = None,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        self.prunes = sparsity is not None or bool(layer_sparsity) or parse_structure(structure).sparsity is not None
+        when = end if end is not None else 0.8 if self.prunes else 1.0
+        at_once = float(when) if isinstance(when, int) else when  # a start of 1 would be refused as a slip of the pen
+        super().__init__(
+            sparsity if self.prunes else 0.0,
+            start=at_once,
+            end=when,
+            schedule="constant",
+            allocation=allocation,
+            structure=structure,
+            layer_sparsity=layer_sparsity,
+            targets=targets,
+            name=name,
+        )
+        self.sparsity, self.end = sparsity, end  # type: ignore[assignment]
+        self.kind, self.strength, self.proximal = kind, strength, proximal
+        if kind not in PENALTIES:
+            raise ValueError(f"kind={kind!r} is unknown; choose from {list(PENALTIES)}.")
+        if not (isinstance(strength, int | float) and 0 <= strength < float("inf")):
+            raise ValueError(f"strength={strength!r} must be a number from 0 up: the factor of the penalty.")
+        if proximal and PENALTIES[kind].proximal_ is None:
+            able = [other for other, penalty in PENALTIES.items() if penalty.proximal_ is not None]
+            raise ValueError(f"kind='{kind}' has no proximal map in closed form; leave proximal out, or choose from {able}.")
+
+    def score(self, name: str, weight: Tensor) -> Tensor:
+        return magnitude(weight)
+
+    @property
+    def mask_set(self) -> MaskSet | None:
+        return self.masks if self.prunes else None
+
+    @property
+    def pulls(self) -> bool:
+        """Whether the penalty is still on."""
+        return self._tick != FINAL
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        if self.prunes or self.end is not None:
+            super().check(run, until)
+
+    def begin(self) -> None:
+        if self.prunes:
+            super().begin()
+
+    def evolve(self, position: Position) -> None:
+        if self.prunes:
+            super().evolve(position)
+        elif self.end is not None:
+            self._tick = self.window.tick(position)
+
+    def weight_penalty(self, step: Step) -> Iterable[tuple[str, Tensor]]:
+        if self.pulls and not self.proximal:
+            dims = self._dims
+            for name, weight in step.weights.items():
+                yield name, PENALTIES[self.kind].gradient(weight.detach(), dims[name]).mul_(self.strength)
+
+    def project(self, step: Step) -> None:
+        move = PENALTIES[self.kind].proximal_
+        if self.pulls and self.proximal and move is not None:
+            dims = self._dims
+            for name, weight in step.weights.items():
+                move(weight, step.learning_rate(name) * self.strength, dims[name])
+        super().project(step)
+
+    @torch.no_grad()
+    def numbers(self) -> Mapping[str, float | Tensor]:
+        if not self.pulls:
+            return {}
+        dims, value = self._dims, PENALTIES[self.kind].value
+        values = [value(weight, dims[name]) for name, weight in self.weights.items()]
+        return {"penalty": self.strength * torch.stack(values).sum()}
+
+    def conclude(self) -> None:
+        if self.prunes:
+            super().conclude()
+
+    @property
+    def _dims(self) -> dict[str, int]:
+        return {target.name: target.output_dim for target in self.chosen}

@@ -1,0 +1,162 @@
+"""Metrics with a number for every layer: how dense it is, what it costs, which of its outputs are dead."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.core import effective_macs, find_targets
+from lightning_sparse.functional import dead_outputs, layer_density, nonzero_counts
+from lightning_sparse.metrics.drawing import bars
+from lightning_sparse.metrics.sparsity import Masks, _MaskMetric
+
+__all__ = ["DeadUnits", "EffectiveMACs", "EffectiveParameters", "LayerDensity"]
+
+
+class _ByLayer(_MaskMetric):
+    """A number for every layer, at the latest reading.
+
+    Args:
+        dense: the number of each layer before anything is removed.
+        start: before the first reading; the same if None.
+        options: of `torchmetrics.Metric`.
+    """
+
+    number: type = float
+    values: Tensor
+
+    def __init__(self, dense: Mapping[str, float], start: float | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.names, self.dense = list(dense), dict(dense)
+        first = [float(value) if start is None else start for value in dense.values()]
+        self.add_state("values", torch.tensor(first, dtype=torch.float64))
+
+    @abstractmethod
+    def read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """The number of each layer, from its mask or weight."""
+
+    def update(self, tensors: Masks) -> None:
+        """Read masks for what is kept, or weights for what is not zero, as they are now."""
+        found = self.read({name: tensors[name] for name in self.names if name in tensors})
+        self.values = torch.tensor([found[name] for name in self.names], dtype=torch.float64, device=self.device)
+
+    def compute(self) -> dict[str, Any]:
+        return {name: self.number(value) for name, value in zip(self.names, self.values.tolist(), strict=True)}
+
+    def plot(self, val: Mapping[str, float] | None = None, ax: Any = None) -> tuple[Any, Any]:
+        """A bar for each layer, before that of the dense model; needs matplotlib.
+
+        Args:
+            val: numbers to draw instead of the current ones.
+            ax: axes of matplotlib to draw on.
+
+        Returns:
+            The figure and its axes.
+        """
+        return bars(self.compute() if val is None else val, self.label, ax, self.dense)
+
+
+class LayerDensity(_ByLayer):
+    """The fraction of each layer's entries that are in effect, at the latest reading.
+
+    Give it masks for what is kept, or weights for what is not zero.
+
+    Args:
+        masks: of the layers to be read.
+        options: of `torchmetrics.Metric`.
+
+    Example:
+        >>> masks = {"fc": torch.tensor([True, True, False, False])}
+        >>> density = LayerDensity(masks)
+        >>> density.update(masks)
+        >>> density.compute()
+        {'fc': 0.5}
+    """
+
+    label = "density"
+
+    def __init__(self, masks: Masks, **options: Any) -> None:
+        super().__init__(dict.fromkeys(masks, 1.0), **options)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
+        return layer_density(tensors)
+
+
+class EffectiveMACs(_ByLayer):
+    """Multiply-accumulates per sample that are left if nothing is multiplied by zero, by layer.
+
+    What has no mask counts as dense. `dense` holds the numbers of the dense model; the totals are sums.
+
+    Args:
+        macs: of the dense model, from `core.count_macs`.
+        options: of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = EffectiveMACs({"fc": 100, "head": 10})
+        >>> metric.update({"fc": torch.tensor([True, False, False, False])})
+        >>> metric.compute(), sum(metric.compute().values())
+        ({'fc': 25, 'head': 10}, 35)
+    """
+
+    label = "MACs"
+    number = int
+
+    def __init__(self, macs: Mapping[str, int], **options: Any) -> None:
+        super().__init__(macs, **options)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
+        return effective_macs({name: int(value) for name, value in self.dense.items()}, tensors)
+
+
+class EffectiveParameters(EffectiveMACs):
+    """Parameters that are left, by name; those without a mask, such as biases and norms, count whole.
+
+    Args:
+        module: whose parameters are counted.
+        options: of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = EffectiveParameters(nn.Linear(2, 2))
+        >>> metric.update({"weight": torch.tensor([[True, False], [False, False]])})
+        >>> metric.compute()
+        {'weight': 1, 'bias': 2}
+    """
+
+    label = "parameters"
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        super().__init__({name: parameter.numel() for name, parameter in module.named_parameters()}, **options)
+
+
+class DeadUnits(_ByLayer):
+    """How many neurons or filters of each layer have lost all their incoming weights.
+
+    What has no mask has no dead ones. `dense` holds how many there are of both kinds.
+
+    Args:
+        module: whose layers are read.
+        targets: patterns that choose the weights; see `core.find_targets`.
+        options: of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = DeadUnits(nn.Sequential(nn.Linear(2, 2)))
+        >>> metric.update({"0.weight": torch.tensor([[True, False], [False, False]])})
+        >>> metric.compute()
+        {'0.weight': 1}
+    """
+
+    label = "dead outputs"
+    number = int
+
+    def __init__(self, module: nn.Module, targets: str | Sequence[str] = ("*",), **options: Any) -> None:
+        found = find_targets(module, targets)
+        self.dims = {target.name: target.output_dim for target in found}
+        super().__init__({target.name: target.weight.shape[target.output_dim] for target in found}, start=0.0, **options)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
+        dead = {name: dead_outputs(tensor, self.dims[name]) for name, tensor in tensors.items()}
+        return {**dict.fromkeys(self.names, 0), **nonzero_counts(dead)}
