@@ -1,7 +1,7 @@
 """Sparse connectivity learning: what a step costs, what is held in memory, and accuracy against sparsity.
 
     python -m benchmarks.sparse_connectivity_learning cost --save   ResNet-20, batch 128: time and memory
-    python -m benchmarks.sparse_connectivity_learning evidence --data DIR   LeNet-300-100 on Fashion-MNIST; goes on where it stopped
+    python -m benchmarks.sparse_connectivity_learning evidence --data DIR   LeNet-300-100; goes on where it stopped
     python -m benchmarks.sparse_connectivity_learning table   print the evidence that is there
 
 Time: steps with and without the callback take turns on one model in one run, each compared with its neighbor; the
