@@ -1,6 +1,6 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
-from lightning_sparse.core.budget import Budget, check_sparsity
+from lightning_sparse.core.budget import AllocationName, Budget, Plan
 from lightning_sparse.core.chains import (
     Chains,
     Link,
@@ -15,52 +15,65 @@ from lightning_sparse.core.chains import (
     padding_of,
     shared_parameters,
 )
+from lightning_sparse.core.checks import check_choice, check_number, check_sparsity, check_whole
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs
-from lightning_sparse.core.coupling import Coupling, Place
+from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
+from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
-from lightning_sparse.core.masks import LiveMasks, MaskSet
+from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
-from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured, parse_structure
+from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
-from lightning_sparse.core.targets import Candidate, Target, describe, find_targets, matches_name
-from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window
+from lightning_sparse.core.targets import Candidate, Target, as_patterns, describe, find_targets, matches_name
+from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
 __all__ = [
     "BETWEEN_ACTIVATIONS",
     "FINAL",
     "FREE",
     "HEADER",
+    "LAYER_KINDS",
+    "AllocationName",
     "Budget",
     "Candidate",
     "Chains",
     "Channels",
     "Coupled",
+    "CoupledVectors",
     "Coupling",
     "Exponents",
     "FeatureLayer",
     "FeatureTap",
+    "LayerKind",
     "LayerRow",
     "Link",
     "LiveMasks",
     "MaskSet",
+    "Masks",
     "Memory",
     "NOfM",
     "Network",
     "Place",
+    "Plan",
     "Position",
     "Remembered",
     "RunLength",
     "Span",
     "Sphere",
     "Structure",
+    "StructureName",
     "Target",
     "Unstructured",
     "Window",
     "analyze",
+    "as_patterns",
+    "check_choice",
     "check_exponents",
+    "check_number",
     "check_sparsity",
+    "check_whole",
     "clear_moments",
     "convolution_of",
     "count_macs",
@@ -76,9 +89,11 @@ __all__ = [
     "group_features",
     "is_collapsed",
     "is_linear",
+    "kind_of",
     "matches_name",
     "padding_of",
     "parse_structure",
+    "refuse_shorter_run",
     "shared_parameters",
     "summarize",
 ]

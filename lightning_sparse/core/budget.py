@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any
+from functools import cached_property
+from typing import Literal
 
 from torch import Tensor
 
-from lightning_sparse.core.structure import Coupled, Pool, Unstructured, parse_structure
+from lightning_sparse.core.checks import check_choice, check_sparsity
+from lightning_sparse.core.coupling import Coupling
+from lightning_sparse.core.structure import Coupled, Structure, Unstructured, parse_structure
 from lightning_sparse.core.targets import Target, matches_name
 from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, random_generator, random_score, top_k_masks
 
-__all__ = ["Budget"]
+__all__ = ["AllocationName", "Budget", "Plan"]
+
+AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+"]
+"""`global` lets the scores of all layers compete; the others are the names in `functional.ALLOCATIONS`."""
 
 
 class Budget:
-    """Selects masks of an exact size from scores.
+    """A sparsity, what it counts, and how layers share it.
 
     Args:
         sparsity: the fraction of units (weights, or channels) removed in the end, in [0, 1). May be None where the
@@ -24,6 +29,7 @@ class Budget:
         allocation: `global` (scores of all layers compete) or a name in `functional.ALLOCATIONS`.
         structure: `unstructured`, `channel`, `coupled`, or `n:m`.
         layer_sparsity: layers with a sparsity of their own: glob over names -> sparsity. They count toward the total.
+        usual: the allocation of a method about which nothing has been said; `n:m` takes no other.
 
     Raises:
         ValueError: for values out of range or in contradiction.
@@ -35,6 +41,7 @@ class Budget:
         allocation: str = "global",
         structure: str | int = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        usual: str = "global",
     ) -> None:
         self.structure = parse_structure(structure)
         implied = self.structure.sparsity
@@ -47,10 +54,9 @@ class Budget:
                 f"sparsity={self.sparsity} contradicts structure='{structure}', which removes {implied:g} of every layer; "
                 "leave sparsity out."
             )
-        if allocation != "global" and allocation not in ALLOCATIONS:
-            raise ValueError(f"allocation='{allocation}' is unknown; choose from {['global', *ALLOCATIONS]}.")
+        check_choice("allocation", allocation, ["global", *ALLOCATIONS])
         self.allocation = "uniform" if implied is not None else allocation
-        if implied is not None and allocation not in ("global", "uniform"):
+        if implied is not None and allocation not in (usual, "global", "uniform"):
             raise ValueError(f"structure='{structure}' fixes every layer's sparsity; leave allocation='{allocation}' out.")
         if layer_sparsity is not None and not isinstance(layer_sparsity, Mapping):
             raise ValueError(f"layer_sparsity={layer_sparsity!r} must map layers to sparsities, such as {{'*.fc': 0.0}}.")
@@ -58,56 +64,87 @@ class Budget:
         if implied is not None and self.layer_sparsity:
             raise ValueError(
                 f"structure='{structure}' fixes every layer's sparsity; leave layer_sparsity out, and exclude layers that "
-                "shall stay dense with targets=['!<layer>']."
+                "must stay dense with targets=['!<layer>']."
             )
         for pattern, value in self.layer_sparsity.items():
             check_sparsity(f"layer_sparsity['{pattern}']", value)
 
-    def check(self, targets: Sequence[Target]) -> None:
+    def plan(self, targets: Sequence[Target], coupling: Coupling | None = None) -> Plan:
+        """Lay the budget out on the weights of a model.
+
+        Args:
+            targets: the weights.
+            coupling: which channels go together, for `coupled`.
+        """
+        return Plan(self, targets, self.structure if coupling is None else Coupled(coupling))
+
+
+class Plan:
+    """A budget laid out on weights: how many units each of them keeps, at every sparsity on the way.
+
+    Args:
+        budget: that is shared.
+        targets: the weights.
+        structure: what is removed as one piece.
+
+    Raises:
+        ValueError: if a layer with a sparsity of its own is not among the weights.
+    """
+
+    def __init__(self, budget: Budget, targets: Sequence[Target], structure: Structure) -> None:
+        self.budget, self.targets, self.structure = budget, targets, structure
+        self._pools = structure.pools(targets)
+        self._sizes = [pool.size for pool in self._pools]
+        self.units = sum(self._sizes)
+        """How many units there are."""
+        self._own = self._sparsities_of_their_own()
+        everyone = range(len(self._sizes))
+        if budget.allocation == "global":
+            free = tuple(pool for pool in everyone if pool not in self._own)
+            self._groups = [(pool,) for pool in self._own] + ([free] if free else [])
+        else:
+            self._groups = [(pool,) for pool in everyone]
+        self._room = [sum([self._sizes[pool] for pool in group]) for group in self._groups]
+
+    def check(self) -> None:
         """Refuse what cannot be reached on these weights, before any training."""
-        for target in targets:
+        sparsity, kept = self.budget.sparsity, self.kept_units()
+        for target in self.targets:
             self.structure.check(target)
-        if self.kept_units(targets) == 0:
-            total = sum(pool.size for pool in self.structure.pools(targets))
-            raise ValueError(f"sparsity={self.sparsity} of {total:,} units leaves nothing; lower it or choose more layers.")
-        if isinstance(self.structure, Coupled) and self.kept_units(targets) < len(self.structure.pools(targets)):
+        if kept == 0:
+            raise ValueError(f"sparsity={sparsity} of {self.units:,} units leaves nothing; lower it or choose more layers.")
+        if isinstance(self.structure, Coupled) and kept < len(self._pools):
             raise ValueError(
-                f"sparsity={self.sparsity} keeps {self.kept_units(targets)} units, fewer than there are groups of coupled "
-                f"layers ({len(self.structure.pools(targets))}), and each keeps one; lower it."
+                f"sparsity={sparsity} keeps {kept} units, fewer than there are groups of coupled layers "
+                f"({len(self._pools)}), and each keeps one; lower it."
             )
-        _, kept = self.kept_weights(targets)
-        for target in targets:
-            if kept.get(target.name) == 0:
+        _, layers = self.kept_weights()
+        for target in self.targets:
+            if layers.get(target.name) == 0:
                 raise ValueError(
-                    f"sparsity={self.sparsity} with allocation='{self.allocation}' leaves nothing of '{target.name}' "
+                    f"sparsity={sparsity} with allocation='{self.budget.allocation}' leaves nothing of '{target.name}' "
                     f"({self.structure.units(target)} units); lower it, exclude the layer, or use allocation='global'."
                 )
 
-    def kept_units(self, targets: Sequence[Target], sparsity: float | None = None) -> int:
+    def kept_units(self, sparsity: float | None = None) -> int:
         """How many units remain at a sparsity (default: the final one)."""
-        total = sum(pool.size for pool in self.structure.pools(targets))
-        return total - exact_count(self.sparsity if sparsity is None else sparsity, total)
+        return self.units - exact_count(self.budget.sparsity if sparsity is None else sparsity, self.units)
 
-    def kept_weights(self, targets: Sequence[Target], sparsity: float | None = None) -> tuple[int | None, dict[str, int]]:
+    def kept_weights(self, sparsity: float | None = None) -> tuple[int | None, dict[str, int]]:
         """Weights that remain at a sparsity (default: the final one): in all, and per layer where scores have no say."""
-        units = self._plan(targets, self.sparsity if sparsity is None else sparsity)
-        alone = {pools[0]: number for pools, number in units.items() if len(pools) == 1}
-        kept = {targets[layer].name: count for layer, count in self.structure.entries(alone, targets).items()}
-        if len(kept) == len(targets):
+        numbers = self._final if sparsity is None else self._counts(sparsity)
+        alone = {group[0]: number for group, number in zip(self._groups, numbers, strict=True) if len(group) == 1}
+        kept = {self.targets[layer].name: count for layer, count in self.structure.entries(alone, self.targets).items()}
+        if len(kept) == len(self.targets):
             return sum(kept.values()), kept
-        return (self.kept_units(targets, sparsity) if isinstance(self.structure, Unstructured) else None), kept
+        return (self.kept_units(sparsity) if isinstance(self.structure, Unstructured) else None), kept
 
     def masks(
-        self,
-        targets: Sequence[Target],
-        scores: Sequence[Tensor],
-        sparsity: float | None = None,
-        kept: Sequence[int] | None = None,
+        self, scores: Sequence[Tensor], sparsity: float | None = None, kept: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Masks with exactly the due number of units, the best by score.
 
         Args:
-            targets: the weights.
             scores: one tensor per weight; higher survives.
             sparsity: at this moment of a schedule; default: the final one.
             kept: weights that each layer keeps so far. No layer gets more, and none goes below its final number, so
@@ -116,82 +153,76 @@ class Budget:
         Raises:
             ValueError: if a score is NaN.
         """
-        for score, target in zip(scores, targets, strict=True):
+        ranked = self.structure.rank(scores, self.targets)
+        held = None if kept is None else self.structure.held(kept, self.targets, ranked)
+        numbers = self._counts(self.budget.sparsity if sparsity is None else sparsity, held)
+        chosen: dict[int, Tensor] = {}
+        for group, number in zip(self._groups, numbers, strict=True):
+            try:
+                masks = top_k_masks([ranked[pool] for pool in group], number)
+            except ValueError:
+                self._refuse_nan(scores)
+                raise
+            chosen.update(zip(group, masks, strict=True))
+        return self.structure.spread([chosen[pool] for pool in range(len(ranked))], self.targets)
+
+    def random_masks(self, seed: int, sparsity: float | None = None) -> dict[str, Tensor]:
+        """Masks by name, drawn at random; the same on every rank and device."""
+        scores = [random_score(target.weight, random_generator(seed, 0, target.name)) for target in self.targets]
+        masks = self.masks(scores, sparsity)
+        return {target.name: mask.to(target.weight.device) for target, mask in zip(self.targets, masks, strict=True)}
+
+    @cached_property
+    def _final(self) -> list[int]:
+        return self._counts(self.budget.sparsity)
+
+    def _counts(self, sparsity: float, held: Sequence[int] | None = None) -> list[int]:
+        """Units to keep in every group of pools that compete with each other; most groups are single pools.
+
+        Args:
+            sparsity: at this moment.
+            held: units that every pool keeps so far.
+        """
+        densities, total = self._densities(sparsity), self.kept_units(sparsity)
+        if held is None:
+            return counts(densities, self._room, total)
+        high = [sum([held[pool] for pool in group]) for group in self._groups]
+        low = list(map(min, self._final, high))
+        return counts(densities, self._room, min(total, sum(high)), low, high)
+
+    def _densities(self, sparsity: float) -> list[float]:
+        """What every group keeps. Layers with a sparsity of their own go along in proportion to the whole."""
+        way = sparsity / self.budget.sparsity if self.budget.sparsity else 1.0
+        own = {pool: 1 - value * way for pool, value in self._own.items()}
+        if self.budget.allocation != "global":
+            shapes = [tuple(self.targets[pool.layers[0]].weight.shape) for pool in self._pools]
+            return ALLOCATIONS[self.budget.allocation](shapes, 1 - sparsity, own, self._sizes)
+        left = (1 - sparsity) * self.units - sum([density * self._sizes[pool] for pool, density in own.items()])
+        room = self._room[-1] if len(own) < len(self._groups) else 0
+        if not -1e-6 <= left <= room + 1e-6:
+            total = self.kept_units(sparsity)
+            raise ValueError(
+                f"sparsity={sparsity} keeps {total:,} units, but layer_sparsity keeps {total - round(left):,} and the "
+                f"other layers hold {room:,}; choose another sparsity or free a layer."
+            )
+        return [*own.values(), *([left / room] if room else [])]
+
+    def _sparsities_of_their_own(self) -> dict[int, float]:
+        """Of pools, in order."""
+        own: dict[int, float] = {}
+        for pattern, value in self.budget.layer_sparsity.items():
+            hits = {layer for layer, target in enumerate(self.targets) if matches_name(pattern, target.name)}
+            if not hits:
+                names = ", ".join(target.name for target in self.targets[:8])
+                more = ", ..." if len(self.targets) > 8 else ""
+                raise ValueError(f"layer_sparsity: the glob '{pattern}' matches none of the chosen weights ({names}{more}).")
+            own.update({index: value for index, pool in enumerate(self._pools) if hits & {*pool.layers}})
+        return dict(sorted(own.items()))
+
+    def _refuse_nan(self, scores: Sequence[Tensor]) -> None:
+        for score, target in zip(scores, self.targets, strict=True):
             if bool(score.isnan().any()):
                 raise ValueError(
                     f"The score of '{target.name}' holds NaN, so nothing can be ranked; training has diverged, lower the "
                     "learning rate or clip gradients."
-                )
-        ranked = self.structure.rank(scores, targets)
-        held = None if kept is None else self.structure.held(kept, targets, ranked)
-        chosen: dict[int, Tensor] = {}
-        for pools, number in self._plan(targets, self.sparsity if sparsity is None else sparsity, held).items():
-            chosen.update(zip(pools, top_k_masks([ranked[pool] for pool in pools], number), strict=True))
-        return self.structure.spread([chosen[pool] for pool in range(len(ranked))], targets)
-
-    def random_masks(self, targets: Sequence[Target], seed: int, sparsity: float | None = None) -> dict[str, Tensor]:
-        """Masks by name, drawn at random; the same on every rank and device."""
-        scores = [random_score(target.weight, random_generator(seed, 0, target.name)) for target in targets]
-        masks = self.masks(targets, scores, sparsity)
-        return {target.name: mask.to(target.weight.device) for target, mask in zip(targets, masks, strict=True)}
-
-    def _plan(
-        self, targets: Sequence[Target], sparsity: float, held: Sequence[int] | None = None
-    ) -> dict[tuple[int, ...], int]:
-        """Units to keep in every group of pools that compete with each other; most groups are single pools.
-
-        Args:
-            targets: the weights.
-            sparsity: at this moment.
-            held: units that every pool keeps so far.
-        """
-        everything = self.structure.pools(targets)
-        sizes = [pool.size for pool in everything]
-        fixed = self._fixed(targets, everything, sparsity)
-        total = self.kept_units(targets, sparsity)
-        if self.allocation == "global":
-            groups: list[tuple[int, ...]] = [(pool,) for pool in fixed]
-            free = tuple(pool for pool in range(len(sizes)) if pool not in fixed)
-            left = (1 - sparsity) * sum(sizes) - sum(fixed[pool] * sizes[pool] for pool in fixed)
-            room = sum(sizes[pool] for pool in free)
-            if not -1e-6 <= left <= room + 1e-6:
-                raise ValueError(
-                    f"sparsity={sparsity} keeps {total:,} units, but layer_sparsity keeps {total - round(left):,} and the "
-                    f"other layers hold {room:,}; choose another sparsity or free a layer."
-                )
-            densities = [fixed[pool] for pool in fixed] + ([left / room] if free else [])
-            groups += [free] if free else []
-        else:
-            groups = [(pool,) for pool in range(len(sizes))]
-            shapes = [tuple(targets[pool.layers[0]].weight.shape) for pool in everything]
-            densities = ALLOCATIONS[self.allocation](shapes, 1 - sparsity, fixed, sizes)
-        capacity = [sum(sizes[pool] for pool in pools) for pools in groups]
-        if held is None:
-            return dict(zip(groups, counts(densities, capacity, total), strict=True))
-        high = [sum(held[pool] for pool in pools) for pools in groups]
-        low = list(self._plan(targets, self.sparsity).values())
-        low = [min(final, most) for final, most in zip(low, high, strict=True)]
-        return dict(zip(groups, counts(densities, capacity, min(total, sum(high)), low, high), strict=True))
-
-    def _fixed(self, targets: Sequence[Target], pools: Sequence[Pool], sparsity: float) -> dict[int, float]:
-        """Densities of the pools with a sparsity of their own, on the way in proportion to the whole."""
-        way = sparsity / self.sparsity if self.sparsity else 1.0
-        fixed: dict[int, float] = {}
-        for pattern, value in self.layer_sparsity.items():
-            hits = {layer for layer, target in enumerate(targets) if matches_name(pattern, target.name)}
-            if not hits:
-                names = ", ".join(target.name for target in targets[:8])
-                more = ", ..." if len(targets) > 8 else ""
-                raise ValueError(f"layer_sparsity: the glob '{pattern}' matches none of the chosen weights ({names}{more}).")
-            fixed.update({index: 1 - value * way for index, pool in enumerate(pools) if hits & {*pool.layers}})
-        return dict(sorted(fixed.items()))
-
-
-def check_sparsity(name: str, value: Any) -> None:
-    """Refuse what is not a fraction below one."""
-    if not isinstance(value, Real):
-        raise ValueError(f"{name}={value!r} must be a number in [0, 1): the fraction that is removed.")
-    value = float(value)
-    if not 0 <= value < 1:
-        hint = f"; for {value:g} % write {value / 100:g}" if 1 <= value <= 100 else ""
-        raise ValueError(f"{name}={value} must be in [0, 1): the fraction that is removed{hint}.")
+                ) from None

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-__all__ = ["Coupling", "Place"]
+from lightning_sparse.core.masks import MaskSet
+from lightning_sparse.core.moments import clear_moments
+
+__all__ = ["CoupledVectors", "Coupling", "Place"]
 
 Place = tuple[str, int]
 """A parameter, and a channel of it."""
@@ -100,3 +104,50 @@ class Coupling:
             free = self.units[name] >= 0
             kept[self.units[name][free]] = alive.cpu()[free]
         return kept
+
+
+class CoupledVectors:
+    """Biases and norms that go with coupled channels: zero where a channel is gone, and not counted.
+
+    Args:
+        coupling: which channels go together.
+        parameters: of the network, by name.
+    """
+
+    def __init__(self, coupling: Coupling, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.coupling = coupling
+        self.parameters = {name: parameters[name] for name in coupling.vectors}
+        self.masks = MaskSet(self.parameters)
+
+    def follow(
+        self,
+        channels: Mapping[str, Tensor],
+        optimizers: Iterable[Optimizer],
+        averages: Iterable[Mapping[str, nn.Parameter]],
+    ) -> None:
+        """What goes with a channel that is gone becomes zero, and so does what optimizers and averages know of it.
+
+        Args:
+            channels: which of every weight are left.
+            optimizers: of the network.
+            averages: copies of the network's parameters.
+        """
+        units = self.coupling.gather(channels)
+        self.masks.replace({name: self.coupling.spread(units, name) for name in self.parameters})
+        for optimizer in optimizers:
+            self.clear(optimizer)
+        for copy in (self.parameters, *averages):
+            self.masks.apply_({name: copy[name] for name in self.parameters})
+
+    def clear(self, optimizer: Optimizer) -> None:
+        """Set what an optimizer remembers of them to zero."""
+        for name, vector in self.parameters.items():
+            clear_moments(optimizer, vector, self.masks.dropped(name))
+
+    def silence(self) -> None:
+        """Set their gradients to zero."""
+        self.masks.apply_({name: vector.grad for name, vector in self.parameters.items()})
+
+    def project(self) -> None:
+        """Set them to zero."""
+        self.masks.apply_(self.parameters)

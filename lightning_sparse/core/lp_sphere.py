@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_sparse.core.targets import Target, describe, find_targets, matches_name
+from lightning_sparse.core.targets import Target, as_patterns, describe, find_targets, matches_name
 from lightning_sparse.functional import check_exponent, check_vectors
 
 __all__ = ["FREE", "Exponents", "Sphere", "check_exponents", "find_spheres"]
@@ -53,10 +53,9 @@ def find_spheres(
     if free is None:
         free = [pattern for pattern in FREE if any(candidate.chosen for candidate in describe(module, [pattern]))]
     free = [free] if isinstance(free, str) else free
-    targets = [targets] if isinstance(targets, str) else targets
-    found = find_targets(module, [*targets, *(f"!{pattern}" for pattern in free)])
+    found = find_targets(module, [*as_patterns(targets), *(f"!{pattern}" for pattern in free)])
     for target in found:
-        if target.transposed and target.groups > 1:
+        if target.shares_rows:
             raise ValueError(
                 f"'{target.name}' is a grouped transposed convolution, where one row serves several outputs; leave it free "
                 f"with free=[..., '{target.name}']."

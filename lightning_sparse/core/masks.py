@@ -1,31 +1,83 @@
-"""A set of masks: one bit of knowledge per weight, a byte in memory, a bit on disk."""
+"""Sets of masks: those that are stored, and those that follow variables."""
 
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.functional import apply_bits_, mask_bits, pack, unpack
 
-__all__ = ["LiveMasks", "MaskSet"]
+__all__ = ["LiveMasks", "MaskSet", "Masks"]
 
 
-class MaskSet:
-    """The masks of named weights; True = kept.
+class Masks(ABC):
+    """The masks of named weights; True = kept."""
+
+    live: ClassVar[bool]
+    """Whether masks move with every step; then they are counted only as often as Lightning logs."""
+
+    @abstractmethod
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[str]: ...
+
+    @abstractmethod
+    def numel(self, name: str) -> int:
+        """How many entries one weight has."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> dict[str, int]:
+        """How many entries of each weight are kept."""
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(iter(self))
+
+    def dropped(self, name: str) -> Tensor:
+        """The complement of the mask."""
+        return ~self[name]
+
+    @property
+    def kept(self) -> int:
+        """How many entries are kept."""
+        return sum(self.counts.values())
+
+    @property
+    def total(self) -> int:
+        """How many entries there are."""
+        return sum([self.numel(name) for name in self])
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of entries that are dropped."""
+        return 1 - self.kept / self.total if self.total else 0.0
+
+    def fingerprint(self) -> Tensor:
+        """One number per mask, in order; two sets with equal numbers have, but for rare chance, equal masks."""
+        sums = [zlib.crc32(pack(self[name]).cpu().numpy().tobytes()) for name in self]
+        return torch.tensor(sums, dtype=torch.int64)
+
+
+class MaskSet(Masks):
+    """Masks that are stored: one bit of knowledge per weight, a byte in memory, a bit on disk.
 
     Example:
         >>> masks = MaskSet({"fc.weight": torch.ones(2, 2)})
-        >>> masks.replace({"fc.weight": torch.tensor([[True, False], [True, True]])})
+        >>> _ = masks.replace({"fc.weight": torch.tensor([[True, False], [True, True]])})
         >>> masks.kept, masks.total, masks.sparsity
         (3, 4, 0.25)
     """
 
     live = False
-    """Whether masks move with every step; then they are counted only as often as Lightning logs."""
 
     def __init__(self, weights: Mapping[str, Tensor] | None = None) -> None:
         # As int8 with all bits one where kept: a byte per weight, in the form that is applied twice every step.
@@ -34,8 +86,8 @@ class MaskSet:
             for name, weight in (weights or {}).items()
         }
         self._kept = {name: bits.numel() for name, bits in self._bits.items()}
-        self.changed = False
-        """Set by `replace` and `load_state_dict`; whoever has compared the ranks sets it back."""
+        self.changes = 0
+        """How often masks have been replaced or loaded."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self._bits[name] != 0
@@ -49,12 +101,23 @@ class MaskSet:
     def __contains__(self, name: object) -> bool:
         return name in self._bits
 
+    def numel(self, name: str) -> int:
+        return self._bits[name].numel()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(self._kept)
+
     def dropped(self, name: str) -> Tensor:
-        """The complement of the mask."""
         return self._bits[name] == 0
 
-    def replace(self, masks: Mapping[str, Tensor]) -> None:
-        """Exchange the masks of some weights."""
+    def replace(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Exchange the masks of some weights.
+
+        Returns:
+            For each weight whose mask is another one now, its unsettled entries: all but those kept before and after.
+        """
+        unsettled = {}
         for name, mask in masks.items():
             old = self._bits[name]
             if mask.shape != old.shape or mask.dtype != torch.bool:
@@ -62,49 +125,23 @@ class MaskSet:
                     f"The mask of '{name}' must be boolean of shape {tuple(old.shape)}, "
                     f"not {mask.dtype} of shape {tuple(mask.shape)}."
                 )
-            self._bits[name] = mask_bits(mask).to(old.device)
-            self._kept[name] = int(mask.count_nonzero())
-            self.changed = True
+            bits = mask_bits(mask).to(old.device)
+            if not bits.equal(old):
+                unsettled[name] = (bits & old) == 0
+                self._bits[name], self._kept[name] = bits, int(mask.count_nonzero())
+        self.changes += 1  # also where nothing has changed: all ranks must come to the comparison together
+        return unsettled
 
     @torch.no_grad()
     def apply_(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Set dropped entries of the given tensors to zero, in place; names without a mask pass through."""
         for name, tensor in tensors.items():
-            if tensor is not None and name in self._bits and self._kept.get(name, 0) < tensor.numel():
+            if tensor is not None and name in self._bits and self._kept[name] < tensor.numel():
                 apply_bits_(tensor, self._bits[name].to(tensor.device))
-
-    def numel(self, name: str) -> int:
-        """How many entries one weight has."""
-        return self._bits[name].numel()
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many entries of each weight are kept."""
-        return dict(self._kept)
-
-    @property
-    def kept(self) -> int:
-        """How many entries are kept."""
-        return sum(self._kept.values())
-
-    @property
-    def total(self) -> int:
-        """How many entries there are."""
-        return sum(bits.numel() for bits in self._bits.values())
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction of entries that are dropped."""
-        return 1 - self.kept / self.total if self.total else 0.0
 
     def to(self, weights: Mapping[str, Tensor]) -> None:
         """Move each mask to the device of its weight."""
         self._bits = {name: bits.to(weights[name].device) for name, bits in self._bits.items()}
-
-    def fingerprint(self) -> Tensor:
-        """One number per mask, in order; two sets with equal numbers have, but for rare chance, equal masks."""
-        sums = [zlib.crc32(pack(self[name]).cpu().numpy().tobytes()) for name in self]
-        return torch.tensor(sums, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit per weight."""
@@ -115,10 +152,10 @@ class MaskSet:
         masks = {name: unpack(saved["kept"], tuple(saved["shape"])) for name, saved in state.items()}
         self._bits = {name: mask_bits(mask) for name, mask in masks.items()}
         self._kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
-        self.changed = True
+        self.changes += 1
 
 
-class LiveMasks(MaskSet):
+class LiveMasks(Masks):
     """Masks that follow variables: what is positive is kept. Nothing is stored; every question is answered anew.
 
     Args:
@@ -135,9 +172,13 @@ class LiveMasks(MaskSet):
     live = True
 
     def __init__(self, variables: Mapping[str, Tensor]) -> None:
-        super().__init__()
         self.variables = variables
-        self._bits = _Positive(variables)  # type: ignore[assignment]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.variables[name] > 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.variables)
 
     def numel(self, name: str) -> int:
         return self.variables[name].numel()
@@ -147,27 +188,3 @@ class LiveMasks(MaskSet):
         kept = [(variable > 0).sum() for variable in self.variables.values()]
         together = torch.stack([count.to(kept[0].device) for count in kept]).tolist() if kept else []  # waits once
         return dict(zip(self.variables, together, strict=True))
-
-    @property
-    def kept(self) -> int:
-        return sum(self.counts.values())
-
-    @property
-    def total(self) -> int:
-        return sum(variable.numel() for variable in self.variables.values())
-
-
-class _Positive(Mapping[str, Tensor]):
-    """The bits of the masks of variables."""
-
-    def __init__(self, variables: Mapping[str, Tensor]) -> None:
-        self.variables = variables
-
-    def __getitem__(self, name: str) -> Tensor:
-        return mask_bits(self.variables[name] > 0)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.variables)
-
-    def __len__(self) -> int:
-        return len(self.variables)

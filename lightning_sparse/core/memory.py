@@ -29,7 +29,9 @@ class Remembered(Generic[T]):
     `load_state_dict` and `to`. Tensors in a dictionary keyed by weight names follow their weights.
 
     Args:
-        create: makes the value that a fresh start has.
+        create: makes the value that a fresh start has. Without it, the constructor of the class sets the value, which has a
+            `reset` besides, for a fresh start.
+        averaged: tensors of which every rank holds a part of its own; a checkpoint has their mean over ranks.
 
     Example:
         >>> class Counter(Memory):
@@ -41,8 +43,8 @@ class Remembered(Generic[T]):
         2
     """
 
-    def __init__(self, create: Callable[[], T]) -> None:
-        self.create = create
+    def __init__(self, create: Callable[[], T] | None = None, *, averaged: bool = False) -> None:
+        self.create, self.averaged = create, averaged
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -58,6 +60,8 @@ class Remembered(Generic[T]):
             return self
         values = instance.__dict__.setdefault("_remembered", {})
         if self.name not in values:
+            if self.create is None:
+                raise AttributeError(f"{type(instance).__name__} has not set '{self.name}' in its constructor.")
             values[self.name] = self.create()
         return values[self.name]  # type: ignore[no-any-return]
 
@@ -78,7 +82,17 @@ class Memory:
 
     def forget(self) -> None:
         """Back to the values of a fresh start."""
-        self.__dict__["_remembered"] = {}
+        values = self.__dict__.setdefault("_remembered", {})
+        for name in self.remembered():
+            if getattr(type(self), name).create is None:
+                values[name].reset()
+            else:
+                values.pop(name, None)
+
+    @classmethod
+    def averaged(cls) -> list[str]:
+        """The names of attributes of which every rank holds a part."""
+        return [name for name in cls.remembered() if getattr(cls, name).averaged]
 
     def memorize(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists, dictionaries and CPU tensors; boolean tensors at one bit each."""

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from lightning_sparse.core.coupling import Coupling
 from lightning_sparse.core.targets import Target
 from lightning_sparse.functional import channel_score, expand_channels, n_m_mask
 
-__all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "Unstructured", "parse_structure"]
+__all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "StructureName", "Unstructured", "parse_structure"]
+
+StructureName = Literal["unstructured", "channel", "coupled", "2:4"] | str | int
+"""`unstructured`, `channel`, `coupled`, or any `n:m`; a number only because YAML reads an unquoted 2:4 as one."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Structure(ABC):
 
 @final
 class Unstructured(Structure):
-    """Every weight by itself."""
+    """Every weight by itself: scores are masks are weights, and nothing is to be translated."""
 
     def units(self, target: Target) -> int:
         return target.weight.numel()
@@ -87,6 +90,18 @@ class Unstructured(Structure):
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return kept
+
+    def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+        return list(scores)
+
+    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+        return list(kept)
+
+    def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
+        return list(counts)
+
+    def entries(self, kept: Mapping[int, int], targets: Sequence[Target]) -> dict[int, int]:
+        return dict(kept)
 
 
 @final
@@ -130,7 +145,7 @@ class Channels(Structure):
     text = "channel"
 
     def check(self, target: Target) -> None:
-        if target.transposed and target.groups > 1:
+        if target.shares_rows:
             raise ValueError(
                 f"structure='{self.text}' is not defined for the grouped transposed convolution '{target.name}', where one "
                 f"row serves several outputs; exclude it with targets=['!{target.name}']."
@@ -150,13 +165,23 @@ class Channels(Structure):
 class Coupled(Channels):
     """Output channels, each in all the layers that additions couple, with its biases and norms: these can leave a network.
 
-    Whoever knows the network sets `coupling` before anything else is asked. Channels that cannot leave are kept.
+    Channels that cannot leave are kept.
+
+    Args:
+        coupling: which channels go together; None before the network is known.
     """
 
     text = "coupled"
 
-    def __init__(self) -> None:
-        self.coupling = Coupling([], {}, {}, {})
+    def __init__(self, coupling: Coupling | None = None) -> None:
+        self._coupling = coupling
+
+    @property
+    def coupling(self) -> Coupling:
+        """Which channels go together."""
+        if self._coupling is None:
+            raise ValueError("structure='coupled' needs to know which channels of the network go together.")
+        return self._coupling
 
     def pools(self, targets: Sequence[Target]) -> list[Pool]:
         places = {target.name: layer for layer, target in enumerate(targets)}

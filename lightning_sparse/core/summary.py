@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lightning_sparse.core.masks import MaskSet
+from lightning_sparse.core.masks import Masks
 
 __all__ = ["LayerRow", "format_table", "summarize"]
 
@@ -39,7 +39,7 @@ class LayerRow(NamedTuple):
 HEADER = ("layer", "kept", "target", "density")
 
 
-def summarize(masks: MaskSet, target: int | None = None, targets: Mapping[str, int] | None = None) -> list[LayerRow]:
+def summarize(masks: Masks, target: int | None = None, targets: Mapping[str, int] | None = None) -> list[LayerRow]:
     """One row per masked weight, and their sum last.
 
     Args:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-__all__ = ["Candidate", "Candidates", "Target", "describe", "find_targets", "matches_name"]
+from lightning_sparse.core.layers import LayerKind, kind_of
 
-DEFAULT_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention)
+__all__ = ["Candidate", "Candidates", "Target", "as_patterns", "describe", "find_targets", "matches_name"]
 
 
 @dataclass(frozen=True)
@@ -26,24 +25,21 @@ class Target:
     Args:
         name: as in the module's state dict.
         weight: the parameter itself.
-        transposed: whether dimension 1, not 0, counts the output channels.
+        output_dim: the dimension that counts outputs.
+        input_dim: the dimension that counts inputs.
         groups: of a convolution, else 1.
     """
 
     name: str
     weight: nn.Parameter
-    transposed: bool = False
+    output_dim: int = 0
+    input_dim: int = 1
     groups: int = 1
 
     @property
-    def output_dim(self) -> int:
-        """The dimension that counts output channels."""
-        return 1 if self.transposed else 0
-
-    @property
-    def input_dim(self) -> int:
-        """The dimension that counts inputs."""
-        return 0 if self.transposed else 1
+    def shares_rows(self) -> bool:
+        """Whether one row serves several outputs, as in a grouped transposed convolution."""
+        return self.output_dim != 0 and self.groups > 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Ta
         >>> [target.name for target in find_targets(net, ["!:first"])]
         ['3.weight']
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = as_patterns(patterns)
     parameters = _parameters(module, patterns)
     candidates = [_decide(parameter, patterns) for parameter in parameters]
     _check_patterns(patterns, parameters)
@@ -88,15 +84,34 @@ def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Ta
             "or an attention projection, or name a layer type with 'type:<class>'."
         )
     _check_usable(chosen)
-    return [
-        Target(p.name, p.weight, isinstance(p.layer, _ConvTransposeNd), int(getattr(p.layer, "groups", 1))) for p in chosen
-    ]
+    return [_target(parameter) for parameter in chosen]
+
+
+def _target(parameter: _Parameter) -> Target:
+    kind = kind_of(parameter.layer) or LayerKind(nn.Module)
+    groups = int(getattr(parameter.layer, "groups", 1))
+    return Target(parameter.name, parameter.weight, kind.output_dim, kind.input_dim, groups)
 
 
 def describe(module: nn.Module, patterns: Sequence[str] = ("*",)) -> Candidates:
     """Every parameter of the module with the reason why it is in or out; print it for a table."""
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = as_patterns(patterns)
     return Candidates(_decide(parameter, patterns) for parameter in _parameters(module, patterns))
+
+
+def as_patterns(targets: str | Sequence[str]) -> list[str]:
+    """One pattern or several, as a list.
+
+    Raises:
+        ValueError: if there is none, which would leave open whether all weights are meant or no weight.
+    """
+    if isinstance(targets, str):
+        return [targets]
+    if not isinstance(targets, Sequence) or not targets:
+        raise ValueError(
+            f"targets={targets!r} names no weights; write patterns such as ['encoder.*'], or leave it out for all."
+        )
+    return list(targets)
 
 
 def matches_name(pattern: str, name: str) -> bool:
@@ -144,7 +159,7 @@ class _Parameter:
     @property
     def foreign(self) -> nn.Module | None:
         """A layer that holds it and is none of the kinds that names choose among."""
-        return next((layer for _, layer in self.owners if not isinstance(layer, DEFAULT_KINDS)), None)
+        return next((layer for _, layer in self.owners if kind_of(layer) is None), None)
 
     def matches(self, pattern: str) -> bool:
         if pattern.startswith(":"):
@@ -257,7 +272,7 @@ def _covering(names: list[str], chosen: list[str]) -> list[str]:
 
 def _check_parametrization(name: str, layer: nn.Module, patterns: list[str]) -> None:
     """A computed weight cannot hold zeros of its own, so a method must not pass it over in silence."""
-    if not isinstance(layer, DEFAULT_KINDS):
+    if kind_of(layer) is None:
         return
     if parametrize.is_parametrized(layer) or "weight_orig" in dict(layer.named_parameters(recurse=False)):
         stand_in = _Parameter(nn.Parameter(torch.empty(0, 0)), [(f"{name}.weight", layer)])

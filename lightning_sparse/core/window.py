@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["FINAL", "Position", "RunLength", "Span", "Window"]
+from torch import Tensor
+
+__all__ = ["FINAL", "Position", "RunLength", "Span", "Window", "refuse_shorter_run"]
 
 
 FINAL = 1 << 62
@@ -99,21 +102,43 @@ class Span:
         return f"{self.value:g}" if self.unit == "fraction" else f"{self.value:g} {self.unit}"
 
 
+def refuse_shorter_run(what: str, end: float, until: float) -> None:
+    """Refuse to resume a run that is now too short for what it was begun with.
+
+    Args:
+        what: happens at the end, such as `SET ends its schedule`.
+        end: when it happens, as a fraction of the run as it was begun.
+        until: how much of that run is over when training ends now.
+
+    Raises:
+        ValueError: if training ends before.
+    """
+    if end > until + 1e-9:
+        raise ValueError(
+            f"{what} at {end:.0%} of the run as it was begun, but training now ends at {until:.0%} of that; train at least "
+            "as long as planned then, or start anew from the weights."
+        )
+
+
 class Window:
-    """A part of the run with updates on a grid.
+    """A part of the run with updates on a grid, and which of them have been made.
+
+    What has been made is state, for checkpoints; when the window opens and closes is not.
 
     Args:
         start: when it opens.
         end: when it closes; the last update falls there.
         every: the grid. `'k epochs'` updates at the start of epochs, all else right after steps. On a grid of epochs the
             window starts and ends with the epoch of the grid that has begun by then.
+        end_name: how sentences call the end.
 
     Raises:
         ValueError: for spans that cannot be read, or an empty grid.
     """
 
-    def __init__(self, start: float | str, end: float | str, every: float | str) -> None:
-        self._end, self._start = Span.parse(end, "end"), Span.parse(start, "start")
+    def __init__(self, start: float | str, end: float | str, every: float | str, end_name: str = "end") -> None:
+        self._end_name = end_name
+        self._end, self._start = Span.parse(end, end_name), Span.parse(start, "start")
         for name, value in (("start", start), ("every", every)):
             if isinstance(value, int) and value == 1:
                 raise ValueError(f"{name}=1 would be the whole run; write '1 epoch', '1 step' or a fraction such as 0.01.")
@@ -121,8 +146,10 @@ class Window:
         if self._every.value <= 0 or (self._every.unit != "fraction" and self._every.value != int(self._every.value)):
             raise ValueError(f"every={every!r} must be a positive fraction, or a whole number of epochs or steps.")
         if self._start.unit == self._end.unit and self._start.value > self._end.value:
-            raise ValueError(f"start={start!r} lies after end={end!r}; exchange them.")
+            raise ValueError(f"start={start!r} lies after {end_name}={end!r}; exchange them.")
         self.start = self.end = 0.0
+        self.done = self.due = 0
+        """The numbers of the latest update that has been made, and of the latest that was due."""
 
     def resolve(self, run: RunLength) -> None:
         """Turn spans into fractions of this run.
@@ -134,11 +161,12 @@ class Window:
             raise ValueError(
                 "The length of this run is unknown, so no schedule can be laid out; set max_epochs or max_steps."
             )
-        self.end = self._end.fraction(run, "end")
+        self.end = self._end.fraction(run, self._end_name)
         self.start = self._start.fraction(run, "start")
         if self.start > self.end:
             raise ValueError(
-                f"start='{self._start}' lies after end='{self._end}' in a run of {run.epochs} epochs; exchange them."
+                f"start='{self._start}' lies after {self._end_name}='{self._end}' in a run of {run.epochs} epochs; exchange "
+                "them."
             )
         if run.epochs is None:
             return
@@ -183,3 +211,64 @@ class Window:
         if self._every.unit == "fraction":
             return int((position.fraction - self.start) / self._every.value + 1e-9) + 1
         return int((position.epoch if self._every.unit == "epochs" else position.step) // self._every.value) + 1
+
+    # ---- which updates have been made --------------------------------------------------------------------------------
+
+    def is_due(self, position: Position) -> bool:
+        """Whether an update is to be made; it stays due until it is."""
+        self.due = max(self.due, self.tick(position))
+        return self.due > self.done
+
+    def finish(self) -> None:
+        """What was due has been made."""
+        self.done = self.due
+
+    def take(self, position: Position) -> bool:
+        """Whether an update is due; it counts as made."""
+        due = self.is_due(position)
+        self.finish()
+        return due
+
+    def skip(self, position: Position) -> None:
+        """Count what is due here as made, except the last update."""
+        tick = self.tick(position)
+        self.done = self.due = tick if tick < FINAL else 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last update has been made."""
+        return self.done == FINAL
+
+    def check(self, run: RunLength, until: float, what: str) -> None:
+        """Lay the window out on a run, and refuse one that has become too short for it.
+
+        Args:
+            run: the length that fractions of the run refer to.
+            until: how much of it is over when this fit ends.
+            what: happens at the end, for the sentence.
+        """
+        self.resolve(run)
+        if not self.is_over:
+            refuse_shorter_run(what, self.end, until)
+
+    def unfinished(self, label: str, reached: float, promised: float) -> str:
+        """The sentence for a training that has stopped before the last update."""
+        return (
+            f"{label} ends at sparsity {reached:.4f}, not {promised}: training stopped before the schedule did. Train on, "
+            "or end the schedule earlier."
+        )
+
+    def reset(self) -> None:
+        """No update has been made."""
+        self.done = self.due = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been made."""
+        return {"done": self.done, "due": self.due}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.done, self.due = state["done"], state["due"]
+
+    def to(self, weights: Mapping[str, Tensor]) -> None:
+        """Numbers are on no device."""

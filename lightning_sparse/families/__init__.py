@@ -1,5 +1,6 @@
 """What kinds of methods share: each family leaves a method one or two questions to answer."""
 
+from lightning_sparse.families.budgeted import Budgeted
 from lightning_sparse.families.learned_threshold import LearnedThreshold
 from lightning_sparse.families.masked import Masked
 from lightning_sparse.families.pruning import Pruning
@@ -7,4 +8,13 @@ from lightning_sparse.families.pruning_at_init import PruningAtInit, PruningAtIn
 from lightning_sparse.families.rewiring import Rewiring
 from lightning_sparse.families.shadow_weights import ShadowWeights
 
-__all__ = ["LearnedThreshold", "Masked", "Pruning", "PruningAtInit", "PruningAtInitOnData", "Rewiring", "ShadowWeights"]
+__all__ = [
+    "Budgeted",
+    "LearnedThreshold",
+    "Masked",
+    "Pruning",
+    "PruningAtInit",
+    "PruningAtInitOnData",
+    "Rewiring",
+    "ShadowWeights",
+]

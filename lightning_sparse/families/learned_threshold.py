@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.core import LiveMasks, Position, Remembered, Target
+from lightning_sparse.core import LiveMasks, Remembered, Target, check_number
 from lightning_sparse.families.shadow_weights import ShadowWeights
-from lightning_sparse.loop.loop import Step
+from lightning_sparse.loop import Step
 
-__all__ = ["LearnedThreshold", "check_number"]
+__all__ = ["LearnedThreshold"]
 
 
 class LearnedThreshold(ShadowWeights):
@@ -26,6 +26,11 @@ class LearnedThreshold(ShadowWeights):
         learning_rate: of what makes the thresholds; None is that of the weights, step by step.
         momentum: likewise, in [0, 1).
     """
+
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("sparsity", "allocation", "structure", "layer_sparsity"),
+        "thresholds are learned, so layers and sparsity come out as they come; more strength is sparser",
+    )
 
     sources = Remembered[dict[str, Tensor]](dict)
     """What makes the thresholds, by weight; in float32 or wider."""
@@ -93,16 +98,12 @@ class LearnedThreshold(ShadowWeights):
     def shown(self, name: str, dense: Tensor) -> Tensor:
         return torch.gt(dense.abs(), self.threshold(name), out=self.alive[name])
 
-    def evolve(self, position: Position) -> None:
-        if not position.epoch_start:
-            return
-        self.mask_set.changed = True  # let the ranks compare; after every step it would take too long
-        for name, kept in self.mask_set.counts.items():
+    def epoch_end(self) -> Mapping[str, float | Tensor]:
+        counts = self.mask_set.counts
+        for name, kept in counts.items():
             if kept == 0:
-                rank_zero_warn(
-                    f"{self.label} has removed all of '{name}', so signals no longer pass this layer; lower the penalty, "
-                    f"or exclude the layer with targets=['!{name}']."
-                )
+                self.warn_of_empty(name, f"Lower the strength, or exclude the layer with targets=['!{name}'].")
+        return {"kept": float(sum(counts.values()))}
 
     def before_step(self, step: Step) -> None:
         super().before_step(step)
@@ -130,9 +131,3 @@ class LearnedThreshold(ShadowWeights):
 
     def numbers(self) -> Mapping[str, float | Tensor]:
         return {"threshold": torch.stack([self.threshold(name).mean() for name in self.weights]).mean()}
-
-
-def check_number(name: str, value: object) -> None:
-    """Refuse what is not a finite number from 0 up."""
-    if not (isinstance(value, int | float) and 0 <= value < float("inf")):
-        raise ValueError(f"{name}={value!r} must be a number from 0 up.")

@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import Budget, RunLength
-from lightning_sparse.families.masked import Masked
+from lightning_sparse.core import AllocationName, StructureName, check_whole
+from lightning_sparse.families.budgeted import Budgeted
 from lightning_sparse.loop.dry_run import dry_run, loss_of, refuse_unrepeatable_data, size_of, training_outputs
 
 __all__ = ["PruningAtInit", "PruningAtInitOnData"]
 
 
-class PruningAtInit(Masked):
+class PruningAtInit(Budgeted):
     """A method that chooses its mask at the beginning, by a score of the weights as they were initialized.
 
     At station `begin`; later at no cost but that of every mask. The scores are taken on a silent copy of the module, so
@@ -27,7 +27,7 @@ class PruningAtInit(Masked):
     Args:
         sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`.
+            `erk+`. With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
@@ -35,35 +35,14 @@ class PruningAtInit(Masked):
         name: tells two callbacks of one class apart.
     """
 
-    def __init__(
-        self,
-        sparsity: float | None = None,
-        *,
-        allocation: str = "global",
-        structure: str | int = "unstructured",
-        layer_sparsity: Mapping[str, float] | None = None,
-        targets: str | Sequence[str] = ("*",),
-        name: str | None = None,
-    ) -> None:
-        super().__init__(targets=targets, name=name)
-        self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
-        self.layer_sparsity = layer_sparsity
-        self.budget = Budget(sparsity, allocation, structure, layer_sparsity)
-
-    def check(self, run: RunLength, until: float = 1.0) -> None:
-        self.check_budget(self.budget)
-
-    def target_counts(self) -> tuple[int | None, dict[str, int]]:
-        return self.budget.kept_weights(self.chosen)
-
     @abstractmethod
-    def choose(self) -> None:
+    def choose_masks(self) -> None:
         """Score the weights and set the masks; called once, gradients are enabled."""
 
     def begin(self) -> None:
         super().begin()
         with torch.enable_grad():
-            self.choose()
+            self.choose_masks()
 
     def twin_weights(self, twin: nn.Module) -> list[nn.Parameter]:
         """The chosen weights of a copy of the module, in order."""
@@ -74,7 +53,7 @@ class PruningAtInit(Masked):
         """Remove the lowest scores, one tensor of them per weight, in order."""
         self.check_scores(scores)
         by_name = dict(zip(self.weights, scores, strict=True))
-        self.prune(self.budget, self.budget.sparsity, lambda name, weight: by_name[name])
+        self.prune(self.budget.sparsity, lambda name, weight: by_name[name])
 
     def check_scores(self, scores: Sequence[Tensor]) -> None:
         """Refuse scores that say nothing.
@@ -111,8 +90,8 @@ class PruningAtInitOnData(PruningAtInit):
         sparsity: float | None = None,
         *,
         batches: int = 1,
-        allocation: str = "global",
-        structure: str | int = "unstructured",
+        allocation: AllocationName = "global",
+        structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
@@ -126,11 +105,10 @@ class PruningAtInitOnData(PruningAtInit):
             name=name,
         )
         self.batches = batches
-        if not isinstance(batches, int) or batches < 1:
-            raise ValueError(f"batches={batches!r} must be a whole number from 1 up.")
+        check_whole("batches", batches, 1)
 
     def begin(self) -> None:
-        refuse_unrepeatable_data(self.stations.trainer, self.stations.module, self.label)
+        refuse_unrepeatable_data(self.run.trainer, self.run.module, self.label)
         super().begin()
 
     def mean_over_data(self, derivatives: Callable[[LightningModule, Tensor], Iterable[Tensor]]) -> list[Tensor]:
@@ -150,7 +128,7 @@ class PruningAtInitOnData(PruningAtInit):
             count += size
             for total, tensor in zip(sums, derivatives(twin, loss), strict=True):
                 total.add_(tensor.detach(), alpha=size)
-        strategy = self.stations.trainer.strategy
+        strategy = self.run.trainer.strategy
         everywhere = strategy.reduce(torch.tensor(float(count), device=strategy.root_device), reduce_op="sum")
         if float(everywhere) == 0:
             raise ValueError(
@@ -177,11 +155,11 @@ class PruningAtInitOnData(PruningAtInit):
 
     def _losses(self) -> Iterator[tuple[LightningModule, Tensor, int]]:
         """A silent copy of the module, its loss on a batch, and the size of the batch."""
-        trainer = self.stations.trainer
-        with dry_run(trainer, self.stations.module) as twin:
+        trainer = self.run.trainer
+        with dry_run(trainer, self.run.module) as twin:
             by_hand: list[Any] = []
             vars(twin)["manual_backward"] = lambda loss, *args, **kwargs: by_hand.append(loss)
-            count = self.batches * self.stations.accumulation(trainer.current_epoch)
+            count = self.batches * self.run.accumulation(trainer.current_epoch)
             for batch, output in itertools.islice(training_outputs(trainer, twin), count):
                 losses = [loss_of(output)] if twin.automatic_optimization else by_hand
                 yield twin, self._total(losses), size_of(batch)

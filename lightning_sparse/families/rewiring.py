@@ -13,17 +13,28 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.core import FINAL, Budget, Channels, MaskSet, Position, Remembered, RunLength, Window
-from lightning_sparse.families.masked import Masked
+from lightning_sparse.core import (
+    AllocationName,
+    Channels,
+    MaskSet,
+    Position,
+    Remembered,
+    RunLength,
+    StructureName,
+    Window,
+    check_choice,
+)
+from lightning_sparse.families.budgeted import Budgeted
 from lightning_sparse.functional import DROP_SCHEDULES, drop_count, over_parameterization_rate, regrow
+from lightning_sparse.functional.regrowth import DropScheduleName
 from lightning_sparse.functional.schedules import Schedule
-from lightning_sparse.loop.loop import Step
+from lightning_sparse.loop import Step
 from lightning_sparse.loop.rng import check_seed, draw_seed
 
 __all__ = ["Rewiring"]
 
 
-class Rewiring(Masked):
+class Rewiring(Budgeted):
     """Starts from a random mask and, again and again, drops some connections of each layer and grows as many others.
 
     At station `evolve`, at the cost of two selections per layer and update; between updates at that of every mask. Each
@@ -42,8 +53,8 @@ class Rewiring(Masked):
         drop_fraction: share of each layer's connections that an update drops, in (0, 1).
         final_drop_fraction: to which it falls at `end`, in [0, 1).
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
-        allocation: how sparsity is shared: `erk` (the default), `erk+` (last layer dense), `er`, `uniform`, `uniform+`
-            (first layer dense), or `global` (every weight has the same chance). With `n:m` every layer has the same share.
+        allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+` (first layer
+            dense), or `global` (every weight has the same chance). With `n:m` every layer has the same share.
         structure: `unstructured`, or `n:m`: every group of m inputs keeps n connections at all times.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         track_explored: remember which weights have ever been active, a byte each, for `explored_rate`.
@@ -62,10 +73,11 @@ class Rewiring(Masked):
     """How often connections have been moved."""
     explored = Remembered(MaskSet)
     """The union of all masks so far, if it is tracked."""
-    _tick = Remembered(int)
-    _due = Remembered(int)
-    _last = Remembered(int)
-    _gradients = Remembered[dict[str, Tensor | None]](dict)
+    window = Remembered[Window]()
+    last_update = Remembered(int)
+    """The step that followed the last update."""
+    gradients = Remembered[dict[str, Tensor | None]](dict)
+    """Dense ones of the step after which an update is due."""
 
     def __init__(
         self,
@@ -76,31 +88,33 @@ class Rewiring(Masked):
         every: float | str = 0.05,
         drop_fraction: float = 0.3,
         final_drop_fraction: float = 0.0,
-        drop_schedule: Schedule | str = "cosine",
-        allocation: str | None = None,
-        structure: str | int = "unstructured",
+        drop_schedule: DropScheduleName | Schedule = "cosine",
+        allocation: AllocationName = "erk",
+        structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         track_explored: bool = False,
         seed: int | None = None,
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
-        super().__init__(targets=targets, name=name)
-        self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
-        self.layer_sparsity, self.track_explored, self.seed = layer_sparsity, track_explored, seed
+        super().__init__(
+            sparsity,
+            allocation=allocation,
+            structure=structure,
+            layer_sparsity=layer_sparsity,
+            targets=targets,
+            name=name,
+        )
+        self.track_explored, self.seed = track_explored, seed
         self.start, self.end, self.every = start, end, every
         self.drop_fraction, self.final_drop_fraction = drop_fraction, final_drop_fraction
         self.drop_schedule = drop_schedule
         _check_share("drop_fraction", drop_fraction, "(0, 1): the share of a layer's connections that an update drops", 0.3)
         if final_drop_fraction != 0:
             _check_share("final_drop_fraction", final_drop_fraction, "[0, 1): what drop_fraction falls to", 0.0)
-        if drop_schedule not in DROP_SCHEDULES if isinstance(drop_schedule, str) else not callable(drop_schedule):
-            raise ValueError(
-                f"drop_schedule={drop_schedule!r} is unknown; choose from {list(DROP_SCHEDULES)} or give a function."
-            )
+        if not callable(drop_schedule):
+            check_choice("drop_schedule", drop_schedule, DROP_SCHEDULES, " or give a function")
         check_seed(seed)
-        default = "uniform" if ":" in str(structure) else "erk"
-        self.budget = Budget(sparsity, allocation or default, structure, layer_sparsity)
         if isinstance(self.budget.structure, Channels):
             raise ValueError(f"structure='{structure}' is not rewired; write 'unstructured' or 'n:m' such as '2:4'.")
         self.window = Window(start, end, every)
@@ -132,26 +146,22 @@ class Rewiring(Masked):
         interval = self.window.interval(run)
         if interval is not None and interval >= self.window.end - self.window.start:
             raise ValueError(
-                f"every={self.every!r} leaves no update between start={self.start!r} and end={self.end!r} in a training of "
-                f"{_length(run)}; choose a shorter interval or train longer."
+                f"every={self.every!r} leaves no update between {self.window.start:.0%} and {self.window.end:.0%} of a "
+                f"training of {_length(run)}; choose a shorter interval or train longer."
             )
-        self.budget.check(self.chosen)
-
-    def target_counts(self) -> tuple[int | None, dict[str, int]]:
-        return self.budget.kept_weights(self.chosen)
+        super().check(run, until)
 
     def begin(self) -> None:
         super().begin()
-        self.drawn_seed = draw_seed(self.stations.trainer, self.seed)
+        self.drawn_seed = draw_seed(self.run.trainer, self.seed)
         self.explored = MaskSet(self.weights if self.track_explored else {})
         self.explored.replace({name: torch.zeros_like(self.masks[name]) for name in self.explored})
         self.set_masks(self.first_masks())
-        tick = self.window.tick(self.stations.position(self, epoch_start=True))
-        self._tick = self._due = tick if tick < FINAL else 0
+        self.window.skip(self.position(epoch_start=True))
 
     def first_masks(self) -> dict[str, Tensor]:
         """What the run starts from."""
-        return self.budget.random_masks(self.chosen, self.drawn_seed)
+        return self.laid_out.random_masks(self.drawn_seed)
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         super().set_masks(masks)
@@ -165,35 +175,37 @@ class Rewiring(Masked):
     # ---- updates -----------------------------------------------------------------------------------------------------
 
     def before_step(self, step: Step) -> None:
-        position = self.stations.position(self, under_way=1)
+        position = self.position(under_way=1)
         self._reading = (
             self._waits_for_gradients(position)
-            and not step.weights.keys() <= self._gradients.keys()
+            and not step.weights.keys() <= self.gradients.keys()
             and any(weight.grad is not None for weight in step.weights.values())
         )
         if self._reading:
             for name, weight in step.weights.items():
-                self._gradients[name] = _copy(weight.grad, step.gradient_scale)
+                self.gradients[name] = _copy(weight.grad, step.gradient_scale)
 
-    def replaces_step(self, step: Step) -> bool:
-        return self.takes_steps and self._reading
+    def silence(self, step: Step) -> None:
+        super().silence(step)
+        step.replaced = self.takes_steps and self._reading
 
     @property
     def prepares_steps(self) -> bool:
-        return bool(self._gradients)  # a pair only where there is something to undo: the question waits for the device
+        return bool(self.gradients)  # a pair only where there is something to undo: the question waits for the device
 
     def undo_step(self, step: Step) -> None:
         for name in step.weights:
-            self._gradients.pop(name, None)
+            self.gradients.pop(name, None)
 
     def evolve(self, position: Position) -> None:
         if not self._is_due(position):
             return
-        if self._waits_for_gradients(position) and len(self._gradients) < len(self.chosen):
+        if self._waits_for_gradients(position) and len(self.gradients) < len(self.chosen):
             return  # of other optimizers, or of the first step of this epoch
         self.update(position)
-        self._gradients = {}
-        self._tick, self._last = self._due, self.steps
+        self.gradients = {}
+        self.window.finish()
+        self.last_update = self.steps
 
     def conclude(self) -> None:
         if self.updates == 0:
@@ -214,14 +226,14 @@ class Rewiring(Masked):
         masks = {}
         for target in self.chosen:
             name, weight = target.name, target.weight.detach()
-            gradient = self._gradients.get(name) if self.reads_gradients else weight.new_empty(0)
+            gradient = self.gradients.get(name) if self.reads_gradients else weight.new_empty(0)
             kept = self.masks.counts[name]
             count = drop_count(kept, fraction)
             if gradient is None or count == 0:  # a layer that took no part in this step says nothing
                 continue
             keep, grow = self.keep_score(name, weight, gradient), self.grow_score(name, weight, gradient)
             try:
-                protect = partial(self.budget.structure.score, target=target)
+                protect = partial(self.laid_out.structure.score, target=target)
                 masks[name] = regrow(self.masks[name], keep, grow, count, kept, protect)
             except ValueError as error:
                 raise ValueError(f"{self.label} cannot rewire '{name}': {error}") from None
@@ -237,9 +249,8 @@ class Rewiring(Masked):
         return float(schedule(progress, self.drop_fraction, self.final_drop_fraction))
 
     def _is_due(self, position: Position) -> bool:
-        self._due = max(self._due, self.window.tick(position))
-        rested = not self.takes_steps or self.steps > self._last + 1  # what was grown must have moved before it is judged
-        return self._due > self._tick and rested
+        rested = not self.takes_steps or self.steps > self.last_update + 1  # what was grown must move before it is judged
+        return self.window.is_due(position) and rested
 
     def _waits_for_gradients(self, position: Position) -> bool:
         return self.reads_gradients and self._is_due(position) and self.fraction_dropped(position) > 0

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.core import Remembered
 from lightning_sparse.functional import apply_bits_, mask_bits
-from lightning_sparse.loop.loop import Step
-from lightning_sparse.loop.sparsifier import Sparsifier
+from lightning_sparse.loop import Sparsifier, Step
 
 __all__ = ["ShadowWeights"]
 
@@ -61,7 +60,7 @@ class ShadowWeights(Sparsifier):
 
     def hide(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Take dropped entries out of the model, and out of moving averages of it."""
-        averages = list(self.stations.averages())
+        averages = self.run.averages()
         for name, weight in weights.items():
             bits = mask_bits(self.shown(name, weight))
             apply_bits_(self.hidden[name].copy_(weight), ~bits)
@@ -79,7 +78,7 @@ class ShadowWeights(Sparsifier):
 
     def silence(self, step: Step) -> None:
         if step.gradient_scale is not None:
-            self.stations.unscale(step.optimizer)  # or infinities in what is removed, and was read, would not be found
+            self.run.unscale(step.optimizer)  # or infinities in what is removed, and was read, would not be found
         for name, weight in step.weights.items():
             if weight.grad is not None:
                 apply_bits_(weight.grad, mask_bits(self.shown(name, weight)))

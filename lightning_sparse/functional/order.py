@@ -48,7 +48,7 @@ def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False) -> 
         >>> kth_smallest([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 1)
         tensor(2.)
     """
-    total = sum(value.numel() for value in values)
+    total = sum([value.numel() for value in values])
     if not 0 <= k < total:
         raise ValueError(f"k={k} is not a rank among {total} values; give 0 <= k < {total}.")
     dtype = values[0].dtype
@@ -90,16 +90,16 @@ def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
         >>> top_k_masks([torch.tensor([1.0, 5.0]), torch.tensor([1.0])], 2)
         [tensor([True, True]), tensor([False])]
     """
-    total = sum(score.numel() for score in scores)
+    total = sum([score.numel() for score in scores])
     if not 0 <= keep <= total:
         raise ValueError(f"keep={keep} is impossible among {total} entries; give 0 <= keep <= {total}.")
-    if any(bool(score.isnan().any()) for score in scores):
+    if any([bool(score.isnan().any()) for score in scores]):  # noqa: C419 - one call, not one per tensor
         raise ValueError("A score is NaN, so nothing can be ranked; look for a diverged loss or a bad weight.")
     if keep in (0, total):
         return [torch.full_like(score, keep > 0, dtype=torch.bool) for score in scores]
     threshold = kth_smallest(scores, total - keep)
     masks = [(score > threshold).contiguous() for score in scores]
-    missing = keep - sum(int(mask.count_nonzero()) for mask in masks)
+    missing = keep - sum([int(mask.count_nonzero()) for mask in masks])
     for score, mask in zip(scores, masks, strict=True):
         if missing == 0:
             break

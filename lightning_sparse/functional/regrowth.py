@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,13 +12,16 @@ from torch import Tensor
 from lightning_sparse.functional.order import top_k_masks
 from lightning_sparse.functional.schedules import Schedule, cosine
 
-__all__ = ["DROP_SCHEDULES", "drop_count", "held", "regrow"]
+__all__ = ["DROP_SCHEDULES", "DropScheduleName", "drop_count", "held", "regrow"]
 
 
 def held(progress: float, start: float, end: float) -> float:
     """The start value throughout."""
     return start
 
+
+DropScheduleName = Literal["cosine", "constant"]
+"""The names in `DROP_SCHEDULES`."""
 
 DROP_SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "constant": held}
 r"""How the share that is dropped moves. The cosine is that of RigL, $\frac{\alpha}{2}(1 + \cos(\pi t / T))$ for an end at 0.

@@ -5,11 +5,25 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from typing import Literal
 
-__all__ = ["SCHEDULES", "Schedule", "constant", "cosine", "cubic", "exponential", "linear", "piecewise_linear"]
+__all__ = [
+    "SCHEDULES",
+    "Schedule",
+    "ScheduleName",
+    "constant",
+    "cosine",
+    "cubic",
+    "exponential",
+    "linear",
+    "piecewise_linear",
+]
 
 Schedule = Callable[[float, float, float], float]
 """`schedule(progress, start, end)` is `start` before, and exactly `end` at, the end."""
+
+ScheduleName = Literal["constant", "linear", "cubic", "cosine", "exponential"]
+"""The names in `SCHEDULES`."""
 
 
 def constant(progress: float, start: float, end: float) -> float:

@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_sparse.loop.privates import combined_loader, compiler_context, forget_iterator
+
 __all__ = ["dry_run", "example_inputs", "loss_of", "refuse_unrepeatable_data", "size_of", "training_outputs"]
 
 
@@ -124,7 +126,7 @@ def size_of(batch: Any) -> int:
 
 def _quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule:
     # Hooks may be methods of callbacks, and callbacks lead to everything else: these stay the same objects.
-    known = [trainer, *trainer.callbacks, module._compiler_ctx]  # type: ignore[attr-defined]
+    known = [trainer, *trainer.callbacks, compiler_context(module)]  # type: ignore[attr-defined]
     try:
         twin = copy.deepcopy(module, {id(item): item for item in known})
     except Exception as error:
@@ -158,8 +160,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _combined(trainer: pl.Trainer) -> CombinedLoader:
-    # The public `train_dataloader` forgets in which mode several loaders are combined, so this reads behind it.
-    loader = trainer.fit_loop._combined_loader
+    loader = combined_loader(trainer)
     if loader is None:
         raise ValueError("There is no training set to go through; give trainer.fit a train_dataloader.")
     return loader
@@ -170,8 +171,7 @@ def _own_pass(combined: CombinedLoader) -> Iterator[Any]:
     mine, loaders = copy.copy(combined), []
     for loader in combined.flattened:
         loader = copy.copy(loader)
-        if getattr(loader, "_iterator", None) is not None:
-            loader._iterator = None  # persistent workers serve one iterator, and that one is not ours
+        forget_iterator(loader)
         loaders.append(loader)
     mine.flattened = loaders
     for batch, _, _ in mine:

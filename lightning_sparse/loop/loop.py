@@ -1,73 +1,45 @@
-"""One fit of all methods of a Trainer: hooks, order, position, agreement of ranks. `base.py` draws the loop."""
+"""Visits the stations of all methods in order, from the first batch of a fit to its end. `sparsifier.py` draws the loop."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
-from lightning_sparse.core import Position, RunLength
+from lightning_sparse.core import Masks, MaskSet
+from lightning_sparse.loop.method import Method
 from lightning_sparse.loop.phase import phase_of
+from lightning_sparse.loop.run import Run
+from lightning_sparse.loop.step import Step
 
-if TYPE_CHECKING:
-    from lightning_sparse.loop.sparsifier import Sparsifier
-
-__all__ = ["Stations", "Step"]
+__all__ = ["Loop"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of one optimizer, as a method sees it.
+class Loop:
+    """One fit of all methods of a Trainer: hooks, order, agreement of ranks.
 
     Args:
-        optimizer: that is about to move, or has moved.
-        weights: those of the method's weights that this optimizer owns.
-        gradient_scale: the factor that gradients carry now, where the optimizer itself unscales them (fused optimizers
-            in 16-bit mixed precision), else None.
-    """
-
-    optimizer: Optimizer
-    weights: Mapping[str, nn.Parameter]
-    gradient_scale: Tensor | None = None
-
-    def learning_rate(self, name: str) -> float | Tensor:
-        """The current learning rate of one weight."""
-        weight = self.weights[name]
-        for group in self.optimizer.param_groups:
-            if any(parameter is weight for parameter in group["params"]):
-                return group["lr"]  # type: ignore[no-any-return]
-        raise KeyError(name)
-
-
-class Stations:
-    """Visits the stations of all methods in order, from the first batch of a fit to its end.
-
-    Args:
-        trainer: of the fit.
-        module: that is trained.
+        run: the fit.
         methods: in the order of the callbacks.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, methods: list[Sparsifier]) -> None:
-        self.trainer, self.module, self.methods = trainer, module, methods
-        self.handed_over = False
+    def __init__(self, run: Run, methods: Sequence[Method]) -> None:
+        self.run, self.methods = run, list(methods)
+        """Those that are visited; whoever measures may exchange them between two batches."""
+        self._everyone = list(methods)
         self._closed = False
+        self._handed_over = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
-        self._pending: dict[int, list[Step]] = {}
+        self._pending: dict[int, list[tuple[Method, Step]]] = {}
         self._depth: dict[int, int] = {}
-        self._unscaled: set[int] = set()
-        self._stepped = True  # no gradients wait
-        self._batch_idx = 0
+        self._compared: dict[int, int] = {}
+        self._seen: tuple[Any, Any] = (None, None)
         self._epoch = -1
         self._logged = -1
         self._phase: str | None = None
@@ -77,14 +49,16 @@ class Stations:
 
     def open(self) -> None:
         """Check every method, then start every method, then hook in: a refusal leaves all as it was."""
-        run = self.run_length()
-        _refuse_shared_weights(self.methods)
+        length = self.run.length()
         for method in self.methods:
-            if method._saved is not None:
-                method._check_saved(method._saved)
-            begun = method._run(run)
-            method.check(begun, _share(run, begun, by_steps=self.trainer.max_steps != -1))
-        for optimizer in self.trainer.optimizers:
+            method.enter(self.run)
+        _refuse_shared_masks(self.methods)
+        for method in self.methods:
+            method.check_brought()
+            begun = method.length_as_begun(length)
+            method.check(begun, self.run.share(length, begun))
+        _refuse_rivals(self.methods)
+        for optimizer in self.run.optimizers:
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             self._owned[id(optimizer)] = {
                 id(method): {name: weight for name, weight in method.weights.items() if id(weight) in owned}
@@ -92,14 +66,14 @@ class Stations:
             }
         with torch.no_grad():
             for method in self.methods:
-                method._start(run)
-        for optimizer in self.trainer.optimizers:
+                method.begin_or_resume(length)
+        for optimizer in self.run.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._direct_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._wrap_training_step()
         self._wrap_optimizer_step()
         self._wrap_progress_bar()
-        self.check_ranks()
+        self._compare_ranks()
 
     def close(self) -> None:
         """Take everything away that `open` has attached; safe to call again."""
@@ -109,69 +83,109 @@ class Stations:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for optimizer in self.trainer.optimizers:
+        for optimizer in self.run.optimizers:
             self._undo(optimizer)  # interrupted between the two halves of a step
         while self._replaced:
             owner, name, original, was_its_own = self._replaced.pop()
             setattr(owner, name, original) if was_its_own else delattr(owner, name)
-        for method in self.methods:
+        for method in self._everyone:
             method.release()
 
-    # ---- the loop ----------------------------------------------------------------------------------------------------
+    # ---- epochs and batches ------------------------------------------------------------------------------------------
 
     def epoch_start(self) -> None:
-        self._epoch = self.trainer.current_epoch
+        self._epoch = self.run.trainer.current_epoch
         with torch.no_grad():
             self._evolve(epoch_start=True)
 
     def batch_start(self, batch_idx: int) -> None:
+        run, trainer = self.run, self.run.trainer
         # Resumed inside an epoch, or from a checkpoint of an epoch's last batch, Lightning goes on without announcing the
         # epoch; neither we nor GradientAccumulationScheduler have been told.
-        epoch = self.trainer.current_epoch
+        epoch = trainer.current_epoch
         if self._epoch != epoch:
-            self.trainer.accumulate_grad_batches = self.accumulation(epoch)
+            trainer.accumulate_grad_batches = run.accumulation(epoch)
             if batch_idx == 0:
                 self._announce_epoch()
                 self.epoch_start()
             self._epoch = epoch
-        if self._stepped or batch_idx == 0:
-            self._batch_idx = batch_idx - 1
-            with torch.no_grad():
-                for method in self.methods:
-                    method.before_batch(self.position(method))
-            self.check_ranks()
-        self._batch_idx, self._stepped, self.handed_over = batch_idx, False, False
+        run.fresh = run.fresh or batch_idx == 0
+        run.batch_idx = batch_idx - 1
+        with torch.no_grad():
+            for method in self.methods:
+                method.before_batch(method.position())
+        if run.fresh:
+            self._compare_ranks()
+        run.batch_idx, run.fresh, self._handed_over = batch_idx, False, False
         self._depth.clear()
 
     def _announce_epoch(self) -> None:
         """Lightning has not counted this epoch as begun, and would take what is saved in it for the end of the last one."""
-        progress: Any = self.trainer.fit_loop.epoch_progress
+        progress: Any = self.run.trainer.fit_loop.epoch_progress
         if progress.current.ready == progress.current.processed:
             progress.increment_ready()
             progress.increment_started()
 
+    def batch_end(self) -> None:
+        for optimizer in self.run.optimizers:
+            self._undo(optimizer)
+        # With several optimizers not before all have stepped: the losses of those to come may hold the weights as they are.
+        if len(self.run.optimizers) > 1 and self.run.fresh:
+            with torch.no_grad():
+                self._evolve()
+        for method in self.methods:
+            method.batch_end(*self._seen)
+        self._seen = (None, None)
+        self._log()
+
+    def epoch_end(self) -> None:
+        for method in self.methods:
+            self._log_numbers(method, method.epoch_end())
+        self._compare_ranks(live=True)  # after every step it would take too long
+
+    def conclude(self) -> None:
+        for method in self.methods:
+            method.conclude()
+
+    def _evolve(self, epoch_start: bool = False, under_way: int = 0) -> None:
+        for method in self.methods:
+            method.evolve(method.position(epoch_start, under_way))
+        self._compare_ranks()
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)
         self._count()
-        self._unscaled.discard(id(optimizer))
-        steps = list(self._steps(optimizer, self._gradient_scale(optimizer)))
+        steps = self._steps(optimizer, self.run.gradient_scale(optimizer))
         with torch.no_grad():
             for method, step in steps:
-                self._add_gradients(step, method.weight_penalty(step))
+                step.add_gradients(method.weight_penalty(step))
             for method, step in steps:
                 method.before_step(step)
             for method, step in steps:
                 method.silence(step)
-            if any(method.replaces_step(step) for method, step in steps):
+            if any(step.replaced for _, step in steps):
                 self._withhold_gradients(optimizer)
-        self._pending[id(optimizer)] = [step for _, step in steps]
+        self._pending[id(optimizer)] = steps
+
+    def _steps(self, optimizer: Optimizer, scale: Tensor | None = None) -> list[tuple[Method, Step]]:
+        owned = self._owned[id(optimizer)]
+        return [(method, Step(optimizer, owned[id(method)], scale)) for method in self.methods]
 
     def _count(self) -> None:
         """A batch that steps is one step, however many optimizers move in it."""
-        if not self._stepped:
-            self._stepped = True
+        if not self.run.fresh:
+            self.run.fresh = True
             for method in self.methods:
                 method.steps += 1
+
+    def _withhold_gradients(self, optimizer: Optimizer) -> None:
+        """No weight, no moment and no counter moves where there is no gradient."""
+        self.run.unscale(optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _direct_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """A step past Lightning (`use_pl_optimizer=False`): there is no closure, and nobody has announced it."""
@@ -179,11 +193,6 @@ class Stations:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
         if closure is None and id(optimizer) not in self._pending:
             self.before_step(optimizer)
-
-    @property
-    def _paired(self) -> bool:
-        """Whether a method must know that a step which it prepared did not happen."""
-        return any(method.prepares_steps for method in self.methods)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -195,7 +204,7 @@ class Stations:
         if found_inf is not None and bool(found_inf.any()):  # waits for the device, so only where somebody must know
             return  # a fused optimizer was called, but its kernel skipped the step
         prepared = self._pending.pop(id(optimizer), None)
-        steps = list(self._steps(optimizer))
+        steps = self._steps(optimizer)
         self._count()
         for method, step in steps:
             if prepared is not None:
@@ -204,204 +213,81 @@ class Stations:
                 method.after_unseen_step(step)
         for method, step in steps:
             method.project(step)
-        if len(self.trainer.optimizers) == 1:
+        if len(self.run.optimizers) == 1:
             self._evolve(under_way=1)
 
-    def batch_end(self) -> None:
-        for optimizer in self.trainer.optimizers:
-            self._undo(optimizer)
-        # With several optimizers not before all have stepped: the losses of those to come may hold the weights as they are.
-        if len(self.trainer.optimizers) > 1 and self._stepped:
-            with torch.no_grad():
-                self._evolve()
-        for method in self.methods:
-            method.batch_end()
-        self._log()
-
-    def _log(self) -> None:
-        if self._batch_idx == 0:
-            for method in self.methods:
-                numbers = {f"{method.label}/{key}": value for key, value in method.numbers().items()}
-                self.module.log_dict(numbers, on_step=False, on_epoch=True, batch_size=1)
-        masks = [masks for method in self.methods if (masks := method.mask_set) is not None]
-        if any(mask.live for mask in masks) and not self.time_to_count:
-            return
-        kept = sum(mask.kept for mask in masks)
-        # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
-        if masks and (self._batch_idx == 0 or kept != self._logged):
-            sparsity = 1 - kept / sum(mask.total for mask in masks)
-            self.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
-            self._logged, self._phase = kept, phase_of(self.methods)
-
     @property
-    def time_to_count(self) -> bool:
-        """Whether to count masks that move with every step: as often as Lightning logs, for it waits for the device."""
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self._batch_idx == 0 or self.trainer.global_step % max(interval, 1) == 0
+    def _paired(self) -> bool:
+        """Whether a method must know that a step which it prepared did not happen."""
+        return any(method.prepares_steps for method in self.methods)
 
     def _undo(self, optimizer: Optimizer) -> None:
         """A step was prepared and never made: the gradient scaler has skipped it."""
         steps = self._pending.pop(id(optimizer), None)
         if steps is not None:
             with torch.no_grad():
-                for method, step in zip(self.methods, steps, strict=True):
+                for method, step in steps:
                     method.undo_step(step)
 
-    def _evolve(self, epoch_start: bool = False, under_way: int = 0) -> None:
-        for method in self.methods:
-            method.evolve(self.position(method, epoch_start, under_way))
-        self.check_ranks()
-
-    # ---- where the run is --------------------------------------------------------------------------------------------
-
-    def run_length(self) -> RunLength:
-        """Epochs and steps of the whole run, as far as they can be known before it starts."""
-        trainer = self.trainer
-        max_epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        max_steps = None if trainer.max_steps == -1 else trainer.max_steps
-        batches = trainer.num_training_batches
-        unlimited = max_epochs is None and max_steps is None
-        whole_epochs = None if max_epochs is None else float(max_epochs)
-        if unlimited or batches == float("inf") or batches == 0:
-            return RunLength(whole_epochs, max_steps, within_epochs=False)
-        if not self.module.automatic_optimization:  # who steps by hand, steps as often as they like
-            return RunLength(whole_epochs, max_steps)
-        epochs = steps = 0
-        while (max_epochs is None or epochs < max_epochs) and (max_steps is None or steps < max_steps):
-            in_epoch = -(-int(batches) // self.accumulation(epochs))
-            if max_steps is not None and steps + in_epoch > max_steps:
-                return RunLength(epochs + (max_steps - steps) / in_epoch, max_steps)
-            epochs, steps = epochs + 1, steps + in_epoch
-        return RunLength(float(epochs), steps)
-
-    def accumulation(self, epoch: int) -> int:
-        """Batches per optimizer step in an epoch."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
-                return callback.get_accumulate_grad_batches(epoch)
-        return self.trainer.accumulate_grad_batches
-
-    def position(self, method: Sparsifier, epoch_start: bool = False, under_way: int = 0) -> Position:
-        """Where the run is now: before an epoch's first batch, or after the step of the current batch.
-
-        Args:
-            method: whose run.
-            epoch_start: whether it is the moment before the first batch.
-            under_way: steps that are made but not yet counted by Lightning.
-        """
-        trainer = self.trainer
-        epoch, length = trainer.current_epoch, RunLength(**method._length)
-        fraction = 0.0
-        if length.epochs:
-            batches = trainer.num_training_batches
-            inside = 0.0 if epoch_start or batches == float("inf") else (self._batch_idx + 1) / batches
-            fraction = (epoch + inside) / length.epochs
-        if length.steps and trainer.max_steps != -1:
-            fraction = max(fraction, (trainer.global_step + under_way) / length.steps)
-        return Position(min(fraction, 1.0), epoch, method.steps, epoch_start)
-
-    @property
-    def ends_with_next_step(self) -> bool:
-        """Whether no step follows the one that the current batch begins to gather gradients for; False if not known."""
-        trainer = self.trainer
-        batches = trainer.num_training_batches
-        if trainer.max_epochs in (None, -1) or batches == float("inf") or not self.module.automatic_optimization:
-            return False
-        begun = self._batch_idx + 1
-        return (
-            trainer.current_epoch + 1 == trainer.max_epochs and begun + self.accumulation(trainer.current_epoch) >= batches
-        )
-
-    # ---- gradients and penalties -------------------------------------------------------------------------------------
-
-    def _steps(self, optimizer: Optimizer, scale: Tensor | None = None) -> Iterator[tuple[Sparsifier, Step]]:
-        for method in self.methods:
-            yield method, Step(optimizer, self._owned[id(optimizer)][id(method)], scale)
-
-    def _gradient_scale(self, optimizer: Optimizer) -> Tensor | None:
-        if self._scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-            return None
-        scale: Tensor = self._scaler.scale(torch.ones((), device=self.module.device))
-        return scale
-
-    @property
-    def _scaler(self) -> Any:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    @staticmethod
-    def _add_gradients(step: Step, gradients: Iterable[tuple[str, Tensor]]) -> None:
-        for name, gradient in gradients:
-            weight = step.weights[name]
-            if step.gradient_scale is not None:
-                gradient = gradient * step.gradient_scale
-            grad = weight.grad
-            if grad is None:
-                weight.grad = gradient.to(weight.dtype).clone()
-            else:
-                grad.add_(gradient)
-
-    def _withhold_gradients(self, optimizer: Optimizer) -> None:
-        """No weight, no moment and no counter moves where there is no gradient."""
-        self.unscale(optimizer)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+    # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor | None:
-        """The sum of all feature penalties of this batch; asked for once, it is not added again."""
+        """The sum of all feature penalties of this batch."""
         terms = [term for method in self.methods if (term := method.feature_penalty()) is not None]
         return torch.stack([term.reshape(()) for term in terms]).sum() if terms else None
 
+    def hand_over_penalty(self) -> Tensor | None:
+        """The same for a module that adds it to its loss by itself; it is not added again."""
+        self._handed_over = True
+        return self.penalty()
+
     def _wrap_training_step(self) -> None:
         """Add feature penalties to the loss where it is made, so that accumulation, scaling and DDP see one loss."""
-        watchers = [method for method in self.methods if method.watches]
-        penalized = any(method.penalizes_features for method in self.methods)
-        if penalized and not self.module.automatic_optimization:
+        module = self.run.module
+        penalized = any(method.answers(Method.feature_penalty) for method in self.methods)
+        if penalized and not module.automatic_optimization:
             penalized = False
-            if not hasattr(self.module, "sparsity_penalty"):
+            if not hasattr(module, "sparsity_penalty"):
                 rank_zero_warn(
-                    f"{type(self.module).__name__} optimizes manually, so no callback can reach its loss; add "
+                    f"{type(module).__name__} optimizes manually, so no callback can reach its loss; add "
                     "self.sparsity_penalty() to it (lightning_sparse.SparsityMixin)."
                 )
-        if not watchers and not penalized:
+        if not penalized and not any(method.answers(Method.batch_end) for method in self.methods):
             return
-        original = self.module.training_step
+        original = module.training_step
 
         @functools.wraps(original)  # Lightning asks for the signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
             output: Any = original(*args, **kwargs)
-            for method in watchers:
-                method.watch(output, args[0] if args else kwargs["batch"])
-            penalty = self.penalty() if penalized and output is not None and not self.handed_over else None
+            self._seen = (_detached(output), args[0] if args else kwargs["batch"])
+            penalty = self.penalty() if penalized and output is not None and not self._handed_over else None
             if penalty is None:
                 return output
             if isinstance(output, Mapping):
                 return {**output, "loss": output["loss"] + penalty}
             return output + penalty
 
-        self._replace(self.module, "training_step", training_step)
+        self._replace(module, "training_step", training_step)
+
+    # ---- what is wrapped ---------------------------------------------------------------------------------------------
 
     def _wrap_optimizer_step(self) -> None:
         """Learn at once that a gradient scaler has skipped a step: nothing else is called before the batch ends."""
         if not self._paired:
             return
-        original = self.trainer.strategy.optimizer_step
+        strategy = self.run.trainer.strategy
+        original = strategy.optimizer_step
 
         def optimizer_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             result = original(optimizer, *args, **kwargs)
             self._undo(optimizer)
             return result
 
-        self._replace(self.trainer.strategy, "optimizer_step", optimizer_step)
-
-    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        """Until `close`, a function of one object, not of its class."""
-        self._replaced.append((owner, name, getattr(owner, name), name in vars(owner)))
-        setattr(owner, name, function)
+        self._replace(strategy, "optimizer_step", optimizer_step)
 
     def _wrap_progress_bar(self) -> None:
         """Show words: what is logged can only be a number, and stays on the bar when its name is no longer used."""
-        bar: Any = self.trainer.progress_bar_callback
+        bar: Any = self.run.trainer.progress_bar_callback
         if bar is None or "get_metrics" in vars(bar):
             return
         original = bar.get_metrics
@@ -413,80 +299,79 @@ class Stations:
 
         self._replace(bar, "get_metrics", get_metrics)
 
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Divide gradients by their scale now, and look for infinities, where a fused optimizer would do so in its step.
+    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Until `close`, a function of one object, not of its class."""
+        self._replaced.append((owner, name, getattr(owner, name), name in vars(owner)))
+        setattr(owner, name, function)
 
-        For methods that hide gradients from it: what is hidden would not be searched. At station `silence`, when nobody
-        reads scaled gradients any more; only the first call does it, for a scaler allows one.
-        """
-        if id(optimizer) not in self._unscaled and self._gradient_scale(optimizer) is not None:
-            self._unscaled.add(id(optimizer))
-            self._scaler.unscale_(optimizer)
+    # ---- what is logged ----------------------------------------------------------------------------------------------
 
-    # ---- copies of the model -----------------------------------------------------------------------------------------
+    def _log_numbers(self, method: Method, numbers: Mapping[str, float | Tensor]) -> None:
+        named = {f"{method.label}/{key}": value for key, value in numbers.items()}
+        if named:
+            self.run.module.log_dict(named, on_step=False, on_epoch=True, batch_size=1)
 
-    def averages(self) -> Iterator[dict[str, nn.Parameter]]:
-        """The weights of moving averages (`EMAWeightAveraging`, `StochasticWeightAveraging`), by the module's names.
-
-        An entry that is pruned must leave the average too: there it would fade but never become zero. Lightning keeps
-        the averaged model in a private attribute and offers no hook, so this is the one place that reads it.
-        """
-        for model in self._average_models():
-            yield dict((model.module if isinstance(model, AveragedModel) else model).named_parameters())
-
-    def restart_averages(self) -> None:
-        """Let moving averages begin again from the module as it is now."""
-        for model in self._average_models():
-            if isinstance(model, AveragedModel):
-                model.n_averaged.zero_()
-                model = model.module
-            for copies, originals in (
-                (model.named_parameters(), dict(self.module.named_parameters())),
-                (model.named_buffers(), dict(self.module.named_buffers())),
-            ):
-                for name, tensor in copies:
-                    tensor.data.copy_(originals[name])
-
-    def _average_models(self) -> Iterator[nn.Module]:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            model = getattr(callback, "_average_model", None)
-            if isinstance(model, nn.Module):
-                yield model
+    def _log(self) -> None:
+        first = self.run.batch_idx == 0
+        if first:
+            for method in self.methods:
+                self._log_numbers(method, method.numbers())
+        masks = [masks for method in self.methods if (masks := method.mask_set) is not None]
+        if any(mask.live for mask in masks) and not self.run.time_to_count:
+            return
+        kept = sum([mask.kept for mask in masks])
+        # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
+        if masks and (first or kept != self._logged):
+            sparsity = 1 - kept / sum([mask.total for mask in masks])
+            self.run.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
+            self._logged, self._phase = kept, phase_of(self.methods)
 
     # ---- ranks -------------------------------------------------------------------------------------------------------
 
-    def check_ranks(self) -> None:
+    def _compare_ranks(self, live: bool = False) -> None:
         """After a change of masks: every rank must hold the same ones.
+
+        Args:
+            live: compare masks that move with every step too.
 
         Raises:
             RuntimeError: naming the first weight whose masks differ.
         """
+        for method, masks in self.to_compare(live):
+            if self.run.trainer.world_size == 1:
+                continue
+            mine = masks.fingerprint().to(self.run.trainer.strategy.root_device)
+            everyone = self.run.trainer.strategy.all_gather(mine)
+            wrong = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
+            if wrong:
+                raise RuntimeError(
+                    f"{method.label}: the ranks hold different masks of '{list(masks)[wrong[0]]}'; a score or a random "
+                    "choice was made from data of one rank only."
+                )
+
+    def to_compare(self, live: bool) -> Iterator[tuple[Method, Masks]]:
+        """Masks that have changed since the ranks were compared last."""
         for method in self.methods:
             masks = method.mask_set
-            if masks is None or not masks.changed:
-                continue
-            masks.changed = False
-            if self.trainer.world_size > 1:
-                mine = masks.fingerprint().to(self.trainer.strategy.root_device)
-                everyone = self.trainer.strategy.all_gather(mine)
-                wrong = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
-                if wrong:
-                    raise RuntimeError(
-                        f"{method.label}: the ranks hold different masks of '{list(masks)[wrong[0]]}'; a score or a random "
-                        "choice was made from data of one rank only."
-                    )
+            if isinstance(masks, MaskSet):
+                if masks.changes != self._compared.get(id(method)):
+                    self._compared[id(method)] = masks.changes
+                    yield method, masks
+            elif masks is not None and live:
+                yield method, masks
 
 
-def _share(run: RunLength, begun: RunLength, by_steps: bool) -> float:
-    """How much of the run as it was begun is over when this fit ends; counted as positions are."""
-    shares = [run.epochs / begun.epochs] if run.epochs and begun.epochs else []
-    if run.steps and begun.steps and (by_steps or not shares):
-        shares.append(run.steps / begun.steps)
-    return min(1.0, max(shares, default=1.0))
+def _detached(output: Any) -> Any:
+    """What a `training_step` returned, without its graph."""
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, Mapping):
+        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in output.items()}
+    return output
 
 
-def _refuse_shared_weights(methods: list[Sparsifier]) -> None:
-    owner: dict[int, Sparsifier] = {}
+def _refuse_shared_masks(methods: Sequence[Method]) -> None:
+    owner: dict[int, Method] = {}
     for method in methods:
         if method.mask_set is None:
             continue
@@ -497,3 +382,17 @@ def _refuse_shared_weights(methods: list[Sparsifier]) -> None:
                     "or keep one of them."
                 )
             owner[id(weight)] = method
+
+
+def _refuse_rivals(methods: Sequence[Method]) -> None:
+    moved = {id(method.weights[name]): (method, name) for method in reversed(methods) for name in method.moves}
+    for other in methods:
+        if other.mask_set is None and not other.prepares_steps and not other.answers(Method.project):
+            continue
+        for weight in other.weights.values():
+            method, name = moved.get(id(weight), (other, ""))
+            if method is not other:
+                raise ValueError(
+                    f"{method.label} moves '{name}' by itself, so {other.label} cannot act on it too; give each its own "
+                    f"targets, or let {type(method).__name__} remove weights with its own sparsity."
+                )

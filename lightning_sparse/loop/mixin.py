@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.core import format_table
+from lightning_sparse.loop.privates import trainer_of
 from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
 
 __all__ = ["SparsityMixin"]
@@ -27,13 +28,10 @@ class SparsityMixin:
 
     def sparsity_penalty(self) -> Tensor:
         """The sum of all feature penalties of this batch; zero where there is none."""
-        for method in self._methods():
-            if method._stations is not None:
-                method.stations.handed_over = True
-                penalty = method.stations.penalty()
-                if penalty is not None:
-                    return penalty
-                break
+        loop = next((method.loop for method in self._methods() if method.loop is not None), None)
+        penalty = None if loop is None else loop.hand_over_penalty()
+        if penalty is not None:
+            return penalty
         return torch.zeros((), device=self.device)  # type: ignore[attr-defined]
 
     def sparsity_summary(self) -> str:
@@ -45,5 +43,5 @@ class SparsityMixin:
         return format_table(rows)
 
     def _methods(self) -> list[Sparsifier]:
-        trainer = getattr(self, "_trainer", None)  # the public property raises where there is none
+        trainer = trainer_of(self)
         return [] if trainer is None else sparsifiers(trainer)

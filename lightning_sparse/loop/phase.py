@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lightning_sparse.loop.sparsifier import Sparsifier
+from lightning_sparse.loop.method import Method
 
 __all__ = ["phase_of"]
 
 
-def phase_of(methods: Sequence[Sparsifier]) -> str | None:
+def phase_of(methods: Sequence[Method]) -> str | None:
     """Where a run is: `dense`, `sparsifying`, or `at target` once every method that promises a sparsity has reached it.
 
     None where no method promises one.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, final
+from typing import Any, ClassVar, Literal, final
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.core import FeatureLayer, FeatureTap, RunLength, feature_layers, group_features
+from lightning_sparse.core import FeatureLayer, FeatureTap, Position, RunLength, check_choice, feature_layers, group_features
 from lightning_sparse.functional import PAIR_WEIGHTS, linear_cka_matrix, off_diagonal_mean, similarity_penalty
-from lightning_sparse.loop.sparsifier import Sparsifier
+from lightning_sparse.loop import Sparsifier
+from lightning_sparse.loop.privates import compiler_context
 
 __all__ = ["CKARegularization"]
 
@@ -62,19 +62,24 @@ class CKARegularization(Sparsifier):
         ValueError: for layers that cannot be compared, at the start of fit, or in the first batch where only that shows it.
     """
 
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("sparsity", "allocation", "structure", "layer_sparsity"),
+        "it removes nothing by itself; list it beside a method that does",
+    )
+
     def __init__(
         self,
-        strength: float = 1e-4,
         *,
+        strength: float = 1e-4,
         samples: int | None = 8,
         every_n_batches: int = 5,
         layers: str | Sequence[str] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
-        pairs: str = "auto",
-        pair_weight: str | Callable[[int], float] = "constant",
-        reduction: str = "sum",
+        pairs: Literal["auto", "stage", "all"] = "auto",
+        pair_weight: Literal["constant", "adjacent", "inverse"] | Callable[[int], float] = "constant",
+        reduction: Literal["sum", "mean"] = "sum",
         unbiased: bool = True,
-        dtype: str = "float32",
+        dtype: Literal["float32", "float64"] = "float32",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -89,23 +94,23 @@ class CKARegularization(Sparsifier):
         self._similarities: list[Tensor] = []
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        self._found = feature_layers(self.stations.module, self._patterns, self.groups)
+        self._found = feature_layers(self.run.module, self._patterns, self.groups)
 
     def begin(self) -> None:
         self.resume()
 
     def resume(self) -> None:
-        module = self.stations.module
-        if module._compiler_ctx is not None or any("_orig_mod" in name for name, _ in module.named_modules()):
+        module = self.run.module
+        if compiler_context(module) is not None or any("_orig_mod" in name for name, _ in module.named_modules()):
             torch.compiler.reset()  # graphs compiled before do not know of the hooks
         self._tap = FeatureTap(self._found)
         self._due = self._announced = self._warned = False
         self._similarities = []
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+    def before_batch(self, position: Position) -> None:
         if self._tap is not None:
-            self._due = self._tap.open = self.strength > 0 and batch_idx % self.every_n_batches == 0
+            coming = self.run.batch_idx + 1
+            self._due = self._tap.open = self.strength > 0 and coming % self.every_n_batches == 0
 
     def feature_penalty(self) -> Tensor | None:
         if self._tap is None or not self._due:
@@ -130,7 +135,7 @@ class CKARegularization(Sparsifier):
             return None
         return self.strength * similarity_penalty(matrices, self._weight_of_pairs, self.reduction == "mean")
 
-    def batch_end(self) -> None:
+    def batch_end(self, output: Any, batch: Any) -> None:
         if self._tap is not None:
             self._tap.take()  # nobody may have asked for the term
 
@@ -189,14 +194,11 @@ class CKARegularization(Sparsifier):
             raise ValueError(
                 f"groups={dict(self.groups)!r} says which layers are compared; name some, and leave layers and pairs out."
             )
-        for argument, choices in {"pairs": PAIRS, "reduction": REDUCTIONS, "dtype": tuple(DTYPES)}.items():
-            if getattr(self, argument) not in choices:
-                raise ValueError(f"{argument}={getattr(self, argument)!r} is unknown; choose from {list(choices)}.")
-        if not callable(self.pair_weight) and self.pair_weight not in PAIR_WEIGHTS:
-            raise ValueError(
-                f"pair_weight={self.pair_weight!r} is unknown; choose from {list(PAIR_WEIGHTS)} or give a function of the "
-                "distance of two layers."
-            )
+        check_choice("pairs", self.pairs, PAIRS)
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_choice("dtype", self.dtype, DTYPES)
+        if not callable(self.pair_weight):
+            check_choice("pair_weight", self.pair_weight, PAIR_WEIGHTS, " or give a function of the distance of two layers")
 
 
 def _refuse_other_samples(counts: list[tuple[str, int]]) -> None:

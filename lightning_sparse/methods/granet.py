@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.core import Budget, Position, RunLength, Span
-from lightning_sparse.core.budget import check_sparsity
-from lightning_sparse.families.rewiring import Rewiring
+from lightning_sparse.core import (
+    AllocationName,
+    Budget,
+    Position,
+    RunLength,
+    Span,
+    StructureName,
+    Window,
+    check_choice,
+    check_sparsity,
+)
+from lightning_sparse.families import Rewiring
 from lightning_sparse.functional import ALLOCATIONS, cubic, magnitude
+from lightning_sparse.functional.regrowth import DropScheduleName
 from lightning_sparse.functional.schedules import Schedule
 
 __all__ = ["GraNet"]
@@ -32,13 +42,13 @@ class GraNet(Rewiring):
     Args:
         sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
         initial_sparsity: of the random mask at the start; 0 starts dense.
-        initial_allocation: how that is shared: `erk` (the default), `erk+`, `er`, `uniform`, `uniform+` or `global`.
+        initial_allocation: how that is shared: `erk`, `erk+`, `er`, `uniform`, `uniform+` or `global`.
         start: when pruning and regeneration start.
-        pruning_end: when the final sparsity is reached.
-        end: when regeneration ends.
+        end: when the final sparsity is reached.
+        rewiring_end: when regeneration ends.
         every: time between updates.
         drop_fraction: share of each layer's connections that are regenerated at the start.
-        final_drop_fraction: to which that falls at `end`.
+        final_drop_fraction: to which that falls at `rewiring_end`.
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
         allocation: how pruning is shared: `global` (weights of all layers compete) or a rule for layers, as above.
         structure: `unstructured`, or `n:m`: every group of m inputs keeps at least n connections, in the end exactly n.
@@ -53,21 +63,25 @@ class GraNet(Rewiring):
         'GraNet'
     """
 
+    refused: ClassVar[Mapping[str, str]] = {
+        "pruning_end": "the final sparsity is reached at end, and regeneration ends at rewiring_end"
+    }
+
     def __init__(
         self,
         sparsity: float | None = None,
         *,
         initial_sparsity: float = 0.5,
-        initial_allocation: str | None = None,
+        initial_allocation: AllocationName = "erk",
         start: float | str = 0.0,
-        pruning_end: float | str = 0.5,
-        end: float | str = 1.0,
+        end: float | str = 0.5,
+        rewiring_end: float | str = 1.0,
         every: float | str = 0.01,
         drop_fraction: float = 0.5,
         final_drop_fraction: float = 0.005,
-        drop_schedule: Schedule | str = "cosine",
-        allocation: str = "global",
-        structure: str | int = "unstructured",
+        drop_schedule: DropScheduleName | Schedule = "cosine",
+        allocation: AllocationName = "global",
+        structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         track_explored: bool = False,
         seed: int | None = None,
@@ -77,7 +91,7 @@ class GraNet(Rewiring):
         super().__init__(
             sparsity,
             start=start,
-            end=end,
+            end=1.0,  # its own window is made below
             every=every,
             drop_fraction=drop_fraction,
             final_drop_fraction=final_drop_fraction,
@@ -90,20 +104,19 @@ class GraNet(Rewiring):
             targets=targets,
             name=name,
         )
-        self.initial_sparsity, self.initial_allocation, self.pruning_end = initial_sparsity, initial_allocation, pruning_end
+        self.end, self.rewiring_end = end, rewiring_end
+        self.window = Window(start, rewiring_end, every, "rewiring_end")
+        self.initial_sparsity, self.initial_allocation = initial_sparsity, initial_allocation
         check_sparsity("initial_sparsity", initial_sparsity)
         if initial_sparsity > self.budget.sparsity:
             raise ValueError(
                 f"initial_sparsity={initial_sparsity} is above sparsity={self.budget.sparsity}, and nothing that is pruned "
                 "comes back in number; start less sparse, or dense with initial_sparsity=0."
             )
-        if initial_allocation not in (None, "global", *ALLOCATIONS):
-            raise ValueError(
-                f"initial_allocation={initial_allocation!r} is unknown; choose from {['global', *ALLOCATIONS]}."
-            )
-        default = "uniform" if ":" in str(structure) else "erk"
-        self._initial = Budget(sparsity, initial_allocation or default, structure, layer_sparsity)
-        self._pruning_span = Span.parse(pruning_end, "pruning_end")
+        check_choice("initial_allocation", initial_allocation, ["global", *ALLOCATIONS])
+        self._initial = Budget(sparsity, initial_allocation, structure, layer_sparsity, usual="erk")
+        self._span = Span.parse(end, "end")
+        self._pruned = 1.0
 
     def keep_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
         return magnitude(weight)
@@ -113,19 +126,19 @@ class GraNet(Rewiring):
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         super().check(run, until)
-        self._initial.kept_weights(self.chosen, self.initial_sparsity)  # refuses what layers cannot hold
-        self._pruned = self._pruning_span.fraction(run, "pruning_end")
-        last = min(Span.parse(self.end).fraction(run), until)
+        self._initial.plan(self.chosen).kept_weights(self.initial_sparsity)  # refuses what layers cannot hold
+        self._pruned = self._span.fraction(run, "end")
+        last = min(Span.parse(self.rewiring_end).fraction(run), until)
         if not self.window.start <= self._pruned <= last + 1e-9:
             raise ValueError(
-                f"pruning_end={self.pruning_end!r} is {self._pruned:.0%} of the run as it was begun, but updates start at "
-                f"{self.window.start:.0%} and end at {last:.0%}; move it between them."
+                f"end={self.end!r} is {self._pruned:.0%} of the run as it was begun, but updates start at "
+                f"{self.window.start:.0%} and stop at {last:.0%}; move it between them."
             )
 
     def first_masks(self) -> dict[str, Tensor]:
         if self.initial_sparsity == 0:
             return {name: torch.ones_like(self.masks[name]) for name in self.masks}
-        return self._initial.random_masks(self.chosen, self.drawn_seed, self.initial_sparsity)
+        return self._initial.plan(self.chosen).random_masks(self.drawn_seed, self.initial_sparsity)
 
     def planned_sparsity(self, position: Position) -> float:
         """What the cubic schedule asks for at this position; the final sparsity when regeneration has ended, too."""
@@ -136,14 +149,11 @@ class GraNet(Rewiring):
 
     def update(self, position: Position) -> None:
         sparsity = self.planned_sparsity(position)
-        if self.budget.kept_units(self.chosen, sparsity) < self.masks.kept:
-            self.prune(self.budget, sparsity, lambda name, weight: magnitude(weight))
+        if self.laid_out.kept_units(sparsity) < self.masks.kept:
+            self.prune(sparsity, lambda name, weight: magnitude(weight))
         super().update(position)
 
     def conclude(self) -> None:
         super().conclude()
         if self.masks.kept != self.goal["total"]:
-            rank_zero_warn(
-                f"{self.label} ends at sparsity {self.masks.sparsity:.4f}, not {self.budget.sparsity}: training stopped "
-                "before the schedule did. Train on, or end the schedule earlier."
-            )
+            rank_zero_warn(self.window.unfinished(self.label, self.masks.sparsity, self.budget.sparsity))

@@ -28,7 +28,7 @@ class GraSP(PruningAtInitOnData):
     Source: Wang, Zhang and Grosse 2020, "Picking winning tickets before training by preserving gradient flow",
     https://arxiv.org/abs/2002.07376. The temperature by which the paper divides the logits belongs to the user's loss here.
 
-    For the arguments see `PruningAtInit` and `PruningAtInitOnData`.
+    For the arguments see `PruningAtInitOnData`.
 
     Raises:
         ValueError: at the start of fit, if the model has no second derivatives.
@@ -38,7 +38,7 @@ class GraSP(PruningAtInitOnData):
         'GraSP'
     """
 
-    def choose(self) -> None:
+    def choose_masks(self) -> None:
         with sdpa_kernel(SDPBackend.MATH):
             gradients = self.mean_over_data(self.gradient)
 

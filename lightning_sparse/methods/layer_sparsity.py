@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
-from typing import Any, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,6 +15,8 @@ from lightning_sparse.core import (
     Remembered,
     RunLength,
     Span,
+    check_choice,
+    check_number,
     effective_pair,
     find_chains,
     is_collapsed,
@@ -29,8 +30,7 @@ from lightning_sparse.functional import (
     negative_ratio,
     soft_threshold_,
 )
-from lightning_sparse.loop.loop import Step
-from lightning_sparse.loop.sparsifier import Sparsifier
+from lightning_sparse.loop import Sparsifier, Step
 
 __all__ = ["LayerSparsity"]
 
@@ -77,19 +77,25 @@ class LayerSparsity(Sparsifier):
         ValueError: if no chosen layer could ever merge, with the reason for each.
 
     Example:
-        >>> LayerSparsity(0.3).config()["norm"]
+        >>> LayerSparsity(strength=0.3).config()["norm"]
         'fro'
     """
 
     history = Remembered[list[dict[str, Any]]](list)
     """One entry per epoch, before its first batch, and one after the last: the ratio of every layer that may merge."""
-    _ramp = Remembered(float)
+    ramp = Remembered(float)
+    """The share of the strength that is on: below 1 while it warms up."""
+
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("sparsity", "allocation", "structure", "layer_sparsity"),
+        "whole layers become linear, no weight is promised to be zero; l1 adds sparse connections",
+    )
 
     def __init__(
         self,
-        strength: float = 0.3,
         *,
-        norm: str = "fro",
+        strength: float = 0.3,
+        norm: Literal["fro", "l1", "fro_sq"] = "fro",
         proximal: bool = False,
         scale_decay: float = 1e-3,
         l1: float = 0.0,
@@ -107,10 +113,8 @@ class LayerSparsity(Sparsifier):
         numbers: dict[str, Any] = {"strength": strength, "scale_decay": scale_decay, "l1": l1}
         numbers |= {f"layer_strength['{glob}']": value for glob, value in (layer_strength or {}).items()}
         for argument, value in numbers.items():
-            if not (isinstance(value, Real) and 0 <= float(value) < float("inf")):
-                raise ValueError(f"{argument}={value!r} must be a number from 0 up.")
-        if norm not in LAYER_NORMS:
-            raise ValueError(f"norm={norm!r} is unknown; choose from {list(LAYER_NORMS)}.")
+            check_number(argument, value)
+        check_choice("norm", norm, LAYER_NORMS)
         if not (isinstance(tolerance, int | float) and 0 <= tolerance < 1):
             raise ValueError(f"tolerance={tolerance!r} must be in [0, 1): a ratio of norms.")
         if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
@@ -126,7 +130,7 @@ class LayerSparsity(Sparsifier):
         if self._warmup.value:
             self._warmup.fraction(run, "warmup")
         chosen = {target.name for target in self.chosen}
-        chains = find_chains(self.stations.module, self.input_range)
+        chains = find_chains(self.run.module, self.input_range)
         links = [link for link in chains.links if link.activated and f"{link.name}.weight" in chosen]
         if not links and (self.strength or self.layer_strength):
             raise ValueError(self._nothing_to_merge(chains.obstacles, chosen))
@@ -164,7 +168,7 @@ class LayerSparsity(Sparsifier):
         return found
 
     def begin(self) -> None:
-        self._ramp = 0.0 if self._warmup.value else 1.0
+        self.ramp = 0.0 if self._warmup.value else 1.0
 
     def release(self) -> None:
         self.links = []
@@ -173,8 +177,8 @@ class LayerSparsity(Sparsifier):
 
     def evolve(self, position: Position) -> None:
         if self._warmup.value:
-            span = self._warmup.fraction(RunLength(**self._length), "warmup")
-            self._ramp = min(1.0, position.fraction / span)
+            span = self._warmup.fraction(RunLength(**self.begun_with), "warmup")
+            self.ramp = min(1.0, position.fraction / span)
         if position.epoch_start:
             self._write_down(position.epoch)
 
@@ -190,7 +194,7 @@ class LayerSparsity(Sparsifier):
         if self.proximal:
             return
         for link in self.links:
-            strength = self._strengths[link.name] * self._ramp
+            strength = self._strengths[link.name] * self.ramp
             if strength:
                 for name, gradient in self._gradients(link).items():
                     if name in step.weights:
@@ -216,7 +220,7 @@ class LayerSparsity(Sparsifier):
                 if target.name in step.weights:
                     soft_threshold_(target.weight, step.learning_rate(target.name) * self.l1)
         for link in self.links:
-            weight, strength = f"{link.name}.weight", self._strengths[link.name] * self._ramp
+            weight, strength = f"{link.name}.weight", self._strengths[link.name] * self.ramp
             if weight in step.weights and strength:
                 tensors = [p for name, p in link.parameters().items() if name in step.weights]
                 layer_prox_(tensors, step.learning_rate(weight) * strength, self.norm)
@@ -251,7 +255,7 @@ class LayerSparsity(Sparsifier):
         return shown | ({"penalty": torch.stack(penalties).sum()} if penalties else {})
 
     def conclude(self) -> None:
-        self._write_down(self.stations.trainer.current_epoch)
+        self._write_down(self.run.trainer.current_epoch)
         if not self.links:
             return
         collapsed = [link.name for link in self.links if is_collapsed(link)]

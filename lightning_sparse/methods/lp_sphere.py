@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import final
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar, Literal, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse.core import (
-    FINAL,
     MaskSet,
     Position,
     Remembered,
     RunLength,
     Sphere,
     Window,
+    check_choice,
     check_exponents,
     check_sparsity,
     find_spheres,
 )
-from lightning_sparse.families.masked import Masked
+from lightning_sparse.families import Masked
 from lightning_sparse.functional import (
     counts,
     cubic,
@@ -39,9 +39,8 @@ from lightning_sparse.functional import (
     to_dual,
     top_k_masks,
 )
-from lightning_sparse.loop.loop import Step
+from lightning_sparse.loop import Step
 from lightning_sparse.loop.rng import check_seed, draw_seed
-from lightning_sparse.loop.sparsifier import Sparsifier
 
 __all__ = ["LpSphere"]
 
@@ -79,10 +78,10 @@ class LpSphere(Masked):
     gradient, and an output that has lost everything stays so.
 
     Args:
+        sparsity: the fraction removed in the end, in [0, 1); None trains on the spheres and removes nothing.
         p: of the sphere, above 1; one for all, a list in the order of the constrained weights, or glob over names -> p, of
             which the first that fits counts. Published: 1.4 and 1.3 for half of the weights removed, 1.3 and 1.15 for
             80 %, 1.2 and 1.07 for 90 % (first four layers, others).
-        sparsity: the fraction removed in the end, in [0, 1); None trains on the spheres and removes nothing.
         mixing: eta at its peak, in (0, 1]. Published: 2 / batch size, at 256.
         mixing_schedule: along which eta moves: `published` (up for a sixth of the run, down to a quarter, out at the end),
             `constant`, or knots of (fraction of the run, fraction of the peak) such as [[0, 0.1], [1, 1]].
@@ -105,7 +104,7 @@ class LpSphere(Masked):
         name: tells two callbacks of one class apart.
 
     Example:
-        >>> LpSphere(1.07, sparsity=0.9).label
+        >>> LpSphere(0.9, p=1.07).label
         'LpSphere'
     """
 
@@ -115,18 +114,23 @@ class LpSphere(Masked):
     growth = Remembered[float](lambda: 0.95)
     """How many connections return at the next update for each that falls, in the official mode."""
     drawn_seed = Remembered(int)
-    _tick = Remembered(int)
+    window = Remembered[Window]()
+
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("allocation", "structure", "layer_sparsity"),
+        "weights fall inside each output's sphere, and only their sum is steered; choose weights with targets and free",
+    )
 
     def __init__(
         self,
-        p: float | Sequence[float] | Mapping[str, float],
-        *,
         sparsity: float | None = None,
+        *,
+        p: float | Sequence[float] | Mapping[str, float],
         mixing: float = 2 / 256,
-        mixing_schedule: str | Knots = "published",
+        mixing_schedule: Literal["published", "constant"] | Knots = "published",
         momentum: float = 0.9,
         nesterov: bool = True,
-        mode: str = "official",
+        mode: Literal["official", "feedback"] = "official",
         initial_sparsity: float = 0.2,
         drop_threshold: float = 0.2,
         growth_margin: float = 0.1,
@@ -157,8 +161,7 @@ class LpSphere(Masked):
                 raise ValueError(f"{label}={value} must be in [0, 1).")
         if drop_threshold < 0:
             raise ValueError(f"drop_threshold={drop_threshold} must not be negative: a fraction of an output's mean.")
-        if mode not in MODES:
-            raise ValueError(f"mode='{mode}' is unknown; choose from {list(MODES)}.")
+        check_choice("mode", mode, MODES)
         check_seed(seed)
         if str(every).strip().endswith(("epoch", "epochs")):
             raise ValueError(
@@ -178,9 +181,8 @@ class LpSphere(Masked):
         return None if self.sparsity is None else self.masks
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        found = find_spheres(self.stations.module, self.p, self.targets, self.free)
+        found = find_spheres(self.run.module, self.p, self.targets, self.free)
         self.spheres = {sphere.target.name: sphere for sphere in found}
-        self._refuse_rivals()
         if run.epochs is None and run.steps is None and self.mixing_schedule != "constant":
             raise ValueError(
                 "The length of this run is unknown, so eta has no schedule; set max_epochs or max_steps, or "
@@ -188,12 +190,7 @@ class LpSphere(Masked):
             )
         if self.sparsity is None:
             return
-        self.window.resolve(run)
-        if self.window.end > until + 1e-9 and self._tick != FINAL:
-            raise ValueError(
-                f"{self.label} ends its schedule at {self.window.end:.0%} of the run as it was begun, but training now ends "
-                f"at {until:.0%} of that; train at least as long as planned then, or start anew from the weights."
-            )
+        self.window.check(run, until, f"{self.label} ends its schedule")
         total, removed = self._weights_in_all(), exact_count(self.sparsity, self._counted())
         if removed >= total:
             raise ValueError(
@@ -201,20 +198,9 @@ class LpSphere(Masked):
                 "removed; lower it or choose more layers."
             )
 
-    def _refuse_rivals(self) -> None:
-        for other in self.stations.methods:
-            acts = other.mask_set is not None or other.prepares_steps or type(other).project is not Sparsifier.project
-            if other is self or not acts:
-                continue
-            for name, weight in other.weights.items():
-                if name in self.spheres and weight is self.spheres[name].target.weight:
-                    raise ValueError(
-                        f"{self.label} moves '{name}' by itself, so {other.label} cannot act on it too; give each its own "
-                        "targets, or let LpSphere remove weights with its own sparsity."
-                    )
-
-    def target_counts(self) -> tuple[int | None, dict[str, int]]:
-        return (self._kept_at(self.sparsity) if self.sparsity is not None and self.mode == "feedback" else None), {}
+    @property
+    def moves(self) -> Collection[str]:
+        return self.spheres.keys()
 
     def begin(self) -> None:
         for name in self.spheres:
@@ -222,7 +208,8 @@ class LpSphere(Masked):
         if self.sparsity is None:
             return
         super().begin()
-        self.drawn_seed = draw_seed(self.stations.trainer, self.seed)
+        self.promise(self._kept_at(self.sparsity) if self.mode == "feedback" else None)
+        self.drawn_seed = draw_seed(self.run.trainer, self.seed)
         share = min(self.initial_sparsity, self.sparsity)
         masks = {}
         for name, weight in self.weights.items():
@@ -259,7 +246,7 @@ class LpSphere(Masked):
         super().silence(step)
         moving = [name for name in self._constrained(step) if step.weights[name].grad is not None]
         if moving:
-            self.stations.unscale(step.optimizer)
+            self.run.unscale(step.optimizer)
         for name in moving:
             self._hidden[name] = step.weights[name].grad  # type: ignore[assignment]
             step.weights[name].grad = None
@@ -302,7 +289,7 @@ class LpSphere(Masked):
             dual,
             self.momenta.get(name),
             gradient,
-            self._mixing_at(self.stations.position(self, under_way=1).fraction),
+            self._mixing_at(self.position(under_way=1).fraction),
             sphere.p,
             momentum=self.momentum,
             nesterov=self.nesterov,
@@ -328,17 +315,14 @@ class LpSphere(Masked):
     def evolve(self, position: Position) -> None:
         if self.sparsity is None or position.epoch_start:  # before a batch there is no gradient to grow by
             return
-        tick = self.window.tick(position)
-        if tick > self._tick:
-            self._tick = tick
+        if self.window.take(position):
             update = {"official": self._steer, "feedback": self._follow}[self.mode]
             update(self.window.progress(position))
         self._dense.clear()
 
     def _is_due(self) -> bool:
         """Whether an update will follow this step; with several optimizers, whether it may."""
-        stations = self.stations
-        return self.window.tick(stations.position(self, under_way=len(stations.trainer.optimizers))) > self._tick
+        return self.window.tick(self.position(under_way=len(self.run.optimizers))) > self.window.done
 
     def _steer(self, progress: float) -> None:
         """The published update: all below the threshold fall, and gamma times as many return."""
@@ -381,14 +365,10 @@ class LpSphere(Masked):
         return self.drop_threshold * (1 + math.cos(math.pi * progress)) / 2
 
     def _relative(self, name: str) -> Tensor:
-        return relative_magnitude(self.weights[name].detach(), self.masks[name], self._output_dims[name])
+        return relative_magnitude(self.weights[name].detach(), self.masks[name], self.output_dims[name])
 
     def _growth_scores(self) -> dict[str, Tensor]:
-        return {name: growth_score(gradient, self._output_dims[name]) for name, gradient in self._dense.items()}
-
-    @property
-    def _output_dims(self) -> dict[str, int]:
-        return {target.name: target.output_dim for target in self.chosen}
+        return {name: growth_score(gradient, self.output_dims[name]) for name, gradient in self._dense.items()}
 
     def _weights_in_all(self) -> int:
         return sum(weight.numel() for weight in self.weights.values())
@@ -396,7 +376,7 @@ class LpSphere(Masked):
     def _counted(self) -> int:
         """What `sparsity` is a fraction of."""
         if self.of_all_parameters:
-            return sum(parameter.numel() for parameter in self.stations.module.parameters())
+            return sum(parameter.numel() for parameter in self.run.module.parameters())
         return self._weights_in_all()
 
     def _kept_at(self, sparsity: float) -> int:
@@ -408,7 +388,7 @@ class LpSphere(Masked):
     # ---- what is told ------------------------------------------------------------------------------------------------
 
     def numbers(self) -> Mapping[str, float | Tensor]:
-        mixing = self._mixing_at(self.stations.position(self).fraction)
+        mixing = self._mixing_at(self.position().fraction)
         steered = self.sparsity is not None and self.mode == "official"
         return {"mixing": mixing, "growth": self.growth} if steered else {"mixing": mixing}
 
@@ -416,11 +396,8 @@ class LpSphere(Masked):
         if self.sparsity is None:
             return
         reached = self._removed() / self._counted()
-        if self.mode == "feedback" and self._tick != FINAL:
-            rank_zero_warn(
-                f"{self.label} ends at sparsity {reached:.4f}, not {self.sparsity}: training stopped before the schedule "
-                "did. Train on, or end the schedule earlier."
-            )
+        if self.mode == "feedback" and not self.window.is_over:
+            rank_zero_warn(self.window.unfinished(self.label, reached, self.sparsity))
         elif abs(reached - self.sparsity) > 0.03:
             rank_zero_info(
                 f"{self.label} ends at sparsity {reached:.4f}, not {self.sparsity}: the published controller steers, but "
@@ -431,10 +408,7 @@ class LpSphere(Masked):
 def _read_knots(schedule: str | Knots, peak: float) -> Knots:
     """The knots of eta's schedule, as fractions of its peak."""
     if isinstance(schedule, str):
-        if schedule not in MIXING_SCHEDULES:
-            raise ValueError(
-                f"mixing_schedule='{schedule}' is unknown; choose from {list(MIXING_SCHEDULES)}, or give knots."
-            )
+        check_choice("mixing_schedule", schedule, MIXING_SCHEDULES, " or give knots")
         return MIXING_SCHEDULES[schedule]
     try:
         times, factors = [float(time) for time, _ in schedule], [float(factor) for _, factor in schedule]

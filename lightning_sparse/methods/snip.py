@@ -22,14 +22,14 @@ class SNIP(PruningAtInitOnData):
     Source: Lee, Ajanthan and Torr 2019, "SNIP: Single-shot network pruning based on connection sensitivity",
     https://arxiv.org/abs/1810.02340.
 
-    For the arguments see `PruningAtInit` and `PruningAtInitOnData`.
+    For the arguments see `PruningAtInitOnData`.
 
     Example:
         >>> SNIP(sparsity=0.9, batches=4).label
         'SNIP'
     """
 
-    def choose(self) -> None:
+    def choose_masks(self) -> None:
         gradients = self.mean_over_data(self.gradient)
         scores = [connection_sensitivity(w, g) for w, g in zip(self.weights.values(), gradients, strict=True)]
         self.keep_best(scores)

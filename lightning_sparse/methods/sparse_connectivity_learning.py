@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import final
+from typing import ClassVar, Literal, final
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.core import FINAL, Budget, LiveMasks, Position, Remembered, RunLength, Span, Window
-from lightning_sparse.families.shadow_weights import ShadowWeights
+from lightning_sparse.core import (
+    Budget,
+    LiveMasks,
+    Position,
+    Remembered,
+    RunLength,
+    Span,
+    Window,
+    check_choice,
+    refuse_shorter_run,
+)
+from lightning_sparse.families import ShadowWeights
 from lightning_sparse.functional import (
     FEATURE_NORMS,
     STEP_PROXIES,
@@ -24,12 +33,11 @@ from lightning_sparse.functional import (
     normalize_features_,
     steer_price,
 )
-from lightning_sparse.loop.loop import Step
+from lightning_sparse.loop import Step
 
 __all__ = ["SparseConnectivityLearning"]
 
-TARGET_FREEZE = 0.75
-"""Of the run: when masks freeze at their target, if nothing else is said; a quarter is left to train what is kept."""
+ONE_PRICE = "all connections pay one price, by which layers find their own sparsity; choose weights with targets"
 
 ARRIVAL = 2 / 3
 """Of the time until then: when the controller wants the target reached. The rest is for choosing at that density."""
@@ -37,7 +45,7 @@ ARRIVAL = 2 / 3
 STEERING = 0.005
 """Of the run: the controller's clock. Counting waits for the device."""
 
-FIRST_COST = 0.01
+FIRST_PRICE = 0.01
 """Where the controller starts; a hundredth of the typical normalized gradient."""
 
 FEATURES = ("filter", "layer")
@@ -64,19 +72,20 @@ class SparseConnectivityLearning(ShadowWeights):
     density is reached; then the highest variables are kept, exactly as many as promised, and masks stay.
 
     Args:
-        connection_cost: the price of a connection (lambda), positive; higher is sparser. With rms-normalized gradients
-            useful values lie between 0.01 and 0.2. With a sparsity: where its controller starts (0.01).
-        sparsity: the fraction removed, in (0, 1), instead of a price that stays.
+        sparsity: the fraction removed, in (0, 1); or give a price instead, and no number is promised.
+        price: of a connection (lambda), positive; higher is sparser. With rms-normalized gradients useful values lie between
+            0.01 and 0.2. With a sparsity: where its controller starts (0.01).
         proxy: of the step's derivative: `identity` (the paper's), `leaky_relu`, `softplus`.
         norm: of the gradients of a feature: `rms`, `l2`, `max`, or `none`. Prices depend on it: l2 makes gradients
             smaller by the root of the fan-in.
         feature: what is normalized: each `filter` (output channel, neuron) by itself, or the whole `layer`.
-        initial: value of all variables at the start, positive. Only its ratio to `mask_lr` counts (identity proxy).
-        mask_lr: learning rate of the variables (eta). It follows the shape of the weights' schedule: it is multiplied by
-            their rate over their highest or initial rate.
-        mask_momentum: of the variables (mu), in [0, 1).
+        initial: value of all variables at the start, positive. Only its ratio to `learning_rate` counts (identity proxy).
+        learning_rate: of the variables (eta). It follows the shape of the weights' schedule: it is multiplied by their rate
+            over their highest or initial rate.
+        momentum: of the variables (mu), in [0, 1).
         warmup: over which the price rises from zero: a fraction of the run, `'n epochs'` or `'n steps'`.
-        freeze: when masks stop changing. None: never with a price, at 0.75 of the run with a sparsity.
+        end: when masks stop changing, so that what is kept trains on; with a sparsity it is met here. `1.0` with a price:
+            never.
         min_kept: connections that every layer keeps at least.
         targets: patterns that choose the weights; see `core.find_targets`. `"!:first"` and `"!:last"` exempt the ends.
         name: tells two callbacks of one class apart.
@@ -85,8 +94,8 @@ class SparseConnectivityLearning(ShadowWeights):
         ValueError: for values out of range, or without a price and a sparsity.
 
     Example:
-        >>> SparseConnectivityLearning(0.05).label, SparseConnectivityLearning(sparsity=0.95).label
-        ('SparseConnectivityLearning', 'SparseConnectivityLearning')
+        >>> SparseConnectivityLearning(0.95).budget.sparsity, SparseConnectivityLearning(price=0.05).budget
+        (0.95, None)
     """
 
     variables = Remembered[dict[str, Tensor]](dict)
@@ -95,41 +104,47 @@ class SparseConnectivityLearning(ShadowWeights):
     """Their momentum; the price is part of it."""
     cost = Remembered(float)
     """The price now."""
-    frozen = Remembered(bool)
-    """Whether masks have stopped changing."""
-    _tick = Remembered(int)
+    window = Remembered[Window]()
     _steering = Remembered[dict[str, float]](lambda: {"memory": math.asinh(1.0), "progress": 0.0})
     _full_rates = Remembered[dict[str, float]](dict)
     _regrown = Remembered[dict[str, Tensor]](dict)
     _kept_before = Remembered[dict[str, int]](dict)
     _emptied = Remembered[list[str]](list)
 
+    refused: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("allocation", "structure", "layer_sparsity"), ONE_PRICE),
+        "connection_cost": "the price of a connection is called price",
+        "mask_lr": "the learning rate of the variables is called learning_rate",
+        "mask_momentum": "the momentum of the variables is called momentum",
+        "freeze": "when masks stop changing is called end",
+    }
+
     def __init__(
         self,
-        connection_cost: float | None = None,
-        *,
         sparsity: float | None = None,
-        proxy: str = "identity",
-        norm: str = "rms",
-        feature: str = "filter",
+        *,
+        price: float | None = None,
+        proxy: Literal["identity", "leaky_relu", "softplus"] = "identity",
+        norm: Literal["rms", "l2", "max", "none"] = "rms",
+        feature: Literal["filter", "layer"] = "filter",
         initial: float = 0.1,
-        mask_lr: float = 0.01,
-        mask_momentum: float = 0.9,
+        learning_rate: float = 0.01,
+        momentum: float = 0.9,
         warmup: float | str = 0.0,
-        freeze: float | str | None = None,
+        end: float | str = 0.75,
         min_kept: int = 0,
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
         super().__init__(targets=targets, name=name)
-        self.connection_cost, self.sparsity = connection_cost, sparsity
+        self.sparsity, self.price = sparsity, price
         self.proxy, self.norm, self.feature = proxy, norm, feature
-        self.initial, self.mask_lr, self.mask_momentum = initial, mask_lr, mask_momentum
-        self.warmup, self.freeze, self.min_kept = warmup, freeze, min_kept
+        self.initial, self.learning_rate, self.momentum = initial, learning_rate, momentum
+        self.warmup, self.end, self.min_kept = warmup, end, min_kept
         self._check_arguments()
         self.budget = None if sparsity is None else Budget(sparsity)
-        self.rise = Window(0.0, warmup, STEERING)
-        self.window = Window(0.0, self._freeze, STEERING)
+        self.rise = Window(0.0, warmup, STEERING, "warmup")
+        self.window = Window(0.0, end, STEERING)
         self._masks = LiveMasks({})
 
     # ---- what is asked of it -----------------------------------------------------------------------------------------
@@ -156,10 +171,8 @@ class SparseConnectivityLearning(ShadowWeights):
                     f"exclude the layer with targets=['!{target.name}']."
                 )
         if self.warmup:
-            Span.parse(self.warmup, "warmup").fraction(run, "warmup")
             self.rise.resolve(run)
-        if self.budget is not None or self.freeze is not None:
-            Span.parse(self._freeze, "freeze").fraction(run, "freeze")
+        if self.freezes:
             self.window.resolve(run)
         if self.budget is not None:
             self._check_target(self.budget, until)
@@ -173,9 +186,9 @@ class SparseConnectivityLearning(ShadowWeights):
         self._full_rates = {name: self._full_rate(weight) for name, weight in self.weights.items()}
         self._regrown = {name: variable.new_zeros((), dtype=torch.int64) for name, variable in self.variables.items()}
         self._kept_before = {name: variable.numel() for name, variable in self.variables.items()}
-        self.cost = self._first_cost
+        self.cost = self._first_price
         if self.budget is not None:
-            self.goal = {"total": self.budget.kept_units(self.chosen), "layers": {}}
+            self.promise(self.budget.plan(self.chosen).kept_units())
         super().begin()
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -200,14 +213,14 @@ class SparseConnectivityLearning(ShadowWeights):
             rates = {id(weight): group["lr"] for group in step.optimizer.param_groups for weight in group["params"]}
             for name, weight in step.weights.items():
                 if weight.grad is not None:
-                    self._learn(name, self.mask_lr * float(rates[id(weight)]) / self._full_rates[name])
+                    self._learn(name, self.learning_rate * float(rates[id(weight)]) / self._full_rates[name])
         super().after_step(step)
 
     def _learn(self, name: str, rate: float) -> None:
         """Move the variables of one layer by the gradient that waits in `hidden`."""
         variable, velocity = self.variables[name], self.velocity[name]
         kept = variable > 0
-        velocity.mul_(self.mask_momentum).add_(self.hidden[name])
+        velocity.mul_(self.momentum).add_(self.hidden[name])
         if self.proxy == "identity":
             velocity.add_(self.cost)
         else:
@@ -220,22 +233,29 @@ class SparseConnectivityLearning(ShadowWeights):
 
     # ---- the price and the freeze ------------------------------------------------------------------------------------
 
+    @property
+    def freezes(self) -> bool:
+        """Whether masks stop changing before the run ends."""
+        return self.budget is not None or self.end != 1
+
+    @property
+    def frozen(self) -> bool:
+        """Whether masks have stopped changing."""
+        return self.window.is_over
+
     def evolve(self, position: Position) -> None:
-        if not position.epoch_start and self.stations.time_to_count:
+        if not position.epoch_start and self.run.time_to_count:
             self._warn_of_empty_layers(self.mask_set.counts)
         if self.frozen:
             return
         if self.budget is None:
-            self.cost = self._first_cost * self.rise.progress(position)
-            self.frozen = self.freeze is not None and self.window.tick(position) == FINAL
+            self.cost = self._first_price * self.rise.progress(position)
+        if not self.freezes or not self.window.take(position) or self.budget is None:
             return
-        tick = self.window.tick(position)
-        if tick == FINAL:
+        if self.frozen:
             self._settle(self.budget)
-            self.frozen = True
-        elif tick > self._tick:
+        else:
             self._steer(self.window.progress(position), self.budget.sparsity)
-        self._tick = tick
 
     def _steer(self, progress: float, sparsity: float) -> None:
         """Move the price so that the density follows a cubic path to its target."""
@@ -244,7 +264,7 @@ class SparseConnectivityLearning(ShadowWeights):
         error = density_error(max(masks.kept, 0.5) / masks.total, wanted, 1 - sparsity)
         memory, drive = steer_price(last["memory"], error, progress - last["progress"])
         self._steering = {"memory": memory, "progress": progress}
-        self.cost = connection_price(drive, self._first_cost)
+        self.cost = connection_price(drive, self._first_price)
 
     def _settle(self, budget: Budget) -> None:
         """Keep exactly as many connections as promised: those with the highest variables."""
@@ -254,80 +274,69 @@ class SparseConnectivityLearning(ShadowWeights):
             if self.min_kept:
                 score.view(-1)[variable.flatten().topk(self.min_kept).indices] = torch.inf
             scores.append(score)
-        for variable, mask in zip(self.variables.values(), budget.masks(self.chosen, scores), strict=True):
+        for variable, mask in zip(self.variables.values(), budget.plan(self.chosen).masks(scores), strict=True):
             kept = variable.clamp(min=torch.finfo(variable.dtype).tiny)
             variable.copy_(torch.where(mask, kept, variable.clamp(max=0)))
         self.take_in(self.weights)
-        self.mask_set.changed = True
 
     def conclude(self) -> None:
         if self.budget is not None and not self.frozen:
             rank_zero_warn(
                 f"{self.label} ends at sparsity {self.mask_set.sparsity:.4f}, not {self.budget.sparsity}: training stopped "
-                "before its masks were frozen. Train on, or freeze earlier."
+                "before its masks were frozen. Train on, or end earlier."
             )
 
     # ---- what it tells -----------------------------------------------------------------------------------------------
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        counts = self.mask_set.counts
+    def epoch_end(self) -> Mapping[str, float | Tensor]:
+        counts, dims = self.mask_set.counts, self.output_dims
         self._warn_of_empty_layers(counts)
         regrown = sum(int(count) for count in self._regrown.values())
-        features = {target.name: target.output_dim for target in self.chosen}
         numbers = {
             "kept": sum(counts.values()),
             "regrown": regrown,
             "pruned": regrown - sum(counts.values()) + sum(self._kept_before.values()),
-            "dead_filters": sum(int(dead_features(self.variables[name], features[name])) for name in counts),
+            "dead_filters": sum(int(dead_features(self.variables[name], dims[name])) for name in counts),
             "smallest_variable": min(float(variable.min()) for variable in self.variables.values()),
             "cost": self.cost,
             **{f"kept/{name}": count for name, count in counts.items()},
         }
-        pl_module.log_dict({f"{self.label}/{key}": float(value) for key, value in numbers.items()})
         for count in self._regrown.values():
             count.zero_()
         self._kept_before = counts
-        self.mask_set.changed = True
-        self.stations.check_ranks()  # once per epoch: after every step it would take too long
+        return {key: float(value) for key, value in numbers.items()}
 
     def _warn_of_empty_layers(self, counts: dict[str, int]) -> None:
         empty = [name for name, count in counts.items() if count == 0 and name not in self._emptied]
         for name in empty:
-            rank_zero_warn(
-                f"{self.label} has removed all of '{name}'; signals no longer pass this layer. Lower the price, "
-                "or set min_kept."
-            )
+            self.warn_of_empty(name, "Lower the price, or set min_kept.")
         self._emptied = self._emptied + empty
 
     # ---- arguments ---------------------------------------------------------------------------------------------------
 
     @property
-    def _freeze(self) -> float | str:
-        default = TARGET_FREEZE if self.sparsity is not None else 1.0
-        return default if self.freeze is None else self.freeze
-
-    @property
-    def _first_cost(self) -> float:
-        return FIRST_COST if self.connection_cost is None else float(self.connection_cost)
+    def _first_price(self) -> float:
+        return FIRST_PRICE if self.price is None else float(self.price)
 
     def _full_rate(self, weight: Tensor) -> float:
         """The learning rate that schedules start from or rise to, of the group that a weight is in."""
-        for optimizer in self.stations.trainer.optimizers:
+        for optimizer in self.run.optimizers:
             for group in optimizer.param_groups:
                 if any(parameter is weight for parameter in group["params"]):
                     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
         return 0.0
 
     def _check_arguments(self) -> None:
-        if self.connection_cost is None and self.sparsity is None:
+        if self.price is None and self.sparsity is None:
             raise ValueError(
-                f"{type(self).__name__} needs the price of a connection, such as connection_cost=0.05, or sparsity=0.95."
+                f"{type(self).__name__} needs a sparsity, such as sparsity=0.95, or the price of a connection, such as "
+                "price=0.05."
             )
         limits = {  # whether zero is allowed, what it must be below, in words
-            "connection_cost": (False, math.inf, "a positive number"),
+            "price": (False, math.inf, "a positive number"),
             "initial": (False, math.inf, "a positive number"),
-            "mask_lr": (True, math.inf, "a number, 0 (masks stay dense) or more"),
-            "mask_momentum": (True, 1, "a number in [0, 1)"),
+            "learning_rate": (True, math.inf, "a number, 0 (masks stay dense) or more"),
+            "momentum": (True, 1, "a number in [0, 1)"),
             "min_kept": (True, math.inf, "a whole number, 0 or more"),
         }
         for name, (zero, below, meaning) in limits.items():
@@ -335,11 +344,11 @@ class SparseConnectivityLearning(ShadowWeights):
             number = float(value) if isinstance(value, Real) else -1.0
             fits = (number > 0 or (zero and number == 0)) and number < below
             fits &= name != "min_kept" or number % 1 == 0
-            if not fits and not (name == "connection_cost" and value is None):
+            if not fits and not (name == "price" and value is None):
                 raise ValueError(f"{name}={value!r} must be {meaning}.")
-        for name, known in (("proxy", STEP_PROXIES), ("norm", FEATURE_NORMS), ("feature", FEATURES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {list(known)}.")
+        check_choice("proxy", self.proxy, STEP_PROXIES)
+        check_choice("norm", self.norm, FEATURE_NORMS)
+        check_choice("feature", self.feature, FEATURES)
         if self.sparsity == 0:
             raise ValueError("sparsity=0 removes nothing; leave the callback out.")
         warms_up = Span.parse(self.warmup, "warmup").value > 0
@@ -347,19 +356,17 @@ class SparseConnectivityLearning(ShadowWeights):
             raise ValueError(
                 f"warmup={self.warmup!r} is for a price; with a sparsity the controller sets it, leave warmup out."
             )
-        if not Span.parse(self._freeze, "freeze").value:
-            raise ValueError(f"freeze={self.freeze!r} leaves no time to learn; freeze later, or leave it out.")
+        if not Span.parse(self.end, "end").value:
+            raise ValueError(f"end={self.end!r} leaves no time to learn; end later, or leave it out.")
 
     def _check_target(self, budget: Budget, until: float) -> None:
-        budget.check(self.chosen)
-        promised = budget.kept_units(self.chosen)
+        plan = budget.plan(self.chosen)
+        plan.check()
+        promised = plan.kept_units()
         if promised < self.min_kept * len(self.chosen):
             raise ValueError(
                 f"sparsity={self.sparsity} keeps {promised:,} connections, fewer than min_kept={self.min_kept} in each of "
                 f"{len(self.chosen)} layers; lower one of them."
             )
-        if self.window.end > until + 1e-9 and not self.frozen:
-            raise ValueError(
-                f"{self.label} freezes its masks at {self.window.end:.0%} of the run as it was begun, but training now ends "
-                f"at {until:.0%} of that; train at least as long as planned then, or start anew from the weights."
-            )
+        if not self.frozen:
+            refuse_shorter_run(f"{self.label} freezes its masks", self.window.end, until)

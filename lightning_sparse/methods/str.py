@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Target
-from lightning_sparse.families.learned_threshold import LearnedThreshold, check_number
+from lightning_sparse.core import Target, check_number
+from lightning_sparse.families.learned_threshold import LearnedThreshold
 from lightning_sparse.functional import apply_bits_, mask_bits, soft_threshold, soft_threshold_slope
 
 __all__ = ["STR"]
@@ -36,7 +36,7 @@ class STR(LearnedThreshold):
     https://arxiv.org/abs/2002.03231. The default values are ours: which sparsity they give depends on the recipe.
 
     Args:
-        decay: lambda, the weight decay of s, from 0 up.
+        strength: lambda, the weight decay of s, from 0 up.
         initial_threshold: sigma(s) at the start, in (0, 0.5).
         learning_rate: of s; None is that of the weights, step by step.
         momentum: of s, in [0, 1).
@@ -44,14 +44,19 @@ class STR(LearnedThreshold):
         name: tells two callbacks of one class apart.
 
     Example:
-        >>> STR(decay=1e-3).label
+        >>> STR(strength=1e-3).label
         'STR'
     """
 
+    refused: ClassVar[Mapping[str, str]] = {
+        **LearnedThreshold.refused,
+        "decay": "the weight decay of s is called strength, like every factor of a penalty",
+    }
+
     def __init__(
         self,
-        decay: float = 5e-4,
         *,
+        strength: float = 5e-4,
         initial_threshold: float = 1e-3,
         learning_rate: float | None = None,
         momentum: float = 0.9,
@@ -59,8 +64,8 @@ class STR(LearnedThreshold):
         name: str | None = None,
     ) -> None:
         super().__init__(learning_rate=learning_rate, momentum=momentum, targets=targets, name=name)
-        self.decay, self.initial_threshold = decay, initial_threshold
-        check_number("decay", decay)
+        self.strength, self.initial_threshold = strength, initial_threshold
+        check_number("strength", strength)
         if not (isinstance(initial_threshold, float) and 0 < initial_threshold < 0.5):
             raise ValueError(f"initial_threshold={initial_threshold!r} must be in (0, 0.5).")
 
@@ -76,14 +81,14 @@ class STR(LearnedThreshold):
         return gradient * slope.abs(), (gradient * slope).sum() * threshold * (1 - threshold)
 
     def pull(self, name: str) -> Tensor:
-        return self.decay * self.sources[name]
+        return self.strength * self.sources[name]
 
     def hide(self, weights: Mapping[str, nn.Parameter]) -> None:
         """As in `ShadowWeights`, but what is hidden is what the model does not show: of kept weights, the threshold.
 
         Nothing is lost by rounding: a weight minus what is left of it is a number of the same precision.
         """
-        averages = list(self.stations.averages())
+        averages = self.run.averages()
         for name, weight in weights.items():
             dense = self.hidden[name].copy_(weight)
             bits = mask_bits(self.shown(name, dense))

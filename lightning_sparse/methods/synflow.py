@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.families.pruning_at_init import PruningAtInit
+from lightning_sparse.core import AllocationName, StructureName, check_whole
+from lightning_sparse.families import PruningAtInit
 from lightning_sparse.functional import connection_sensitivity, exponential
 from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, training_outputs
 
@@ -60,8 +61,8 @@ class SynFlow(PruningAtInit):
         iterations: int = 100,
         input_shape: Sequence[int] | None = None,
         network: str | None = None,
-        allocation: str = "global",
-        structure: str | int = "unstructured",
+        allocation: AllocationName = "global",
+        structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
@@ -75,13 +76,12 @@ class SynFlow(PruningAtInit):
             name=name,
         )
         self.iterations, self.input_shape, self.network = iterations, input_shape, network
-        if not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"iterations={iterations!r} must be a whole number from 1 up.")
+        check_whole("iterations", iterations, 1)
 
-    def choose(self) -> None:
+    def choose_masks(self) -> None:
         path = self._path()
         args, kwargs = self._ones(path)
-        with dry_run(self.stations.trainer, self.stations.module) as twin:
+        with dry_run(self.run.trainer, self.run.module) as twin:
             dtype = torch.float32 if twin.device.type == "mps" else torch.float64  # R is a product over all layers
             twin.to(dtype).eval()
             for tensor in itertools.chain(twin.parameters(), twin.buffers()):
@@ -99,7 +99,7 @@ class SynFlow(PruningAtInit):
             scores = [score.masked_fill(~mask, -torch.inf) for score, mask in zip(scores, masks, strict=True)]
             sparsity = exponential(iteration / self.iterations, 0.0, self.budget.sparsity)
             kept = [int(mask.count_nonzero()) for mask in masks]
-            masks = self.budget.masks(self.chosen, scores, sparsity, kept)
+            masks = self.laid_out.masks(scores, sparsity, kept)
             for weight, mask in zip(weights, masks, strict=True):
                 weight.data.mul_(mask)
         self.set_masks(dict(zip(self.weights, masks, strict=True)))
@@ -115,7 +115,7 @@ class SynFlow(PruningAtInit):
                 f"that takes it ({error})."
             ) from error
         torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
-        reduce = self.stations.trainer.strategy.reduce
+        reduce = self.run.trainer.strategy.reduce
         scores = []
         for name, weight in zip(self.weights, weights, strict=True):
             if weight.grad is None:
@@ -131,7 +131,7 @@ class SynFlow(PruningAtInit):
 
     def _path(self) -> str:
         """Which part of the module is scored."""
-        module = self.stations.module
+        module = self.run.module
         if self.network is not None:
             names = dict(module.named_modules())
             if self.network not in names:
@@ -151,7 +151,7 @@ class SynFlow(PruningAtInit):
 
     def _ones(self, path: str) -> tuple[Any, Any]:
         """Arguments for the network: one sample, all ones."""
-        trainer, module = self.stations.trainer, self.stations.module
+        trainer, module = self.run.trainer, self.run.module
         if self.input_shape is not None:
             return (torch.ones(1, *self.input_shape, device=module.device),), {}
         refuse_unrepeatable_data(trainer, module, f"{self.label} without input_shape")

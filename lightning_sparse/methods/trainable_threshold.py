@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_sparse.core import Target
-from lightning_sparse.families.learned_threshold import LearnedThreshold, check_number
+from lightning_sparse.core import Target, check_number
+from lightning_sparse.families.learned_threshold import LearnedThreshold
 from lightning_sparse.functional import step_threshold_gradients
 
 __all__ = ["TrainableThreshold"]
@@ -48,8 +48,8 @@ class TrainableThreshold(LearnedThreshold):
 
     def __init__(
         self,
-        strength: float = 5e-6,
         *,
+        strength: float = 5e-6,
         learning_rate: float | None = None,
         momentum: float = 0.9,
         targets: str | Sequence[str] = ("*",),

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
-from lightning_sparse.core import FINAL, MaskSet, Position, RunLength, parse_structure
-from lightning_sparse.families.pruning import Pruning
+from lightning_sparse.core import (
+    AllocationName,
+    MaskSet,
+    Position,
+    RunLength,
+    StructureName,
+    check_choice,
+    check_number,
+    parse_structure,
+)
+from lightning_sparse.families import Pruning
 from lightning_sparse.functional import PENALTIES, magnitude
-from lightning_sparse.loop.loop import Step
+from lightning_sparse.loop import Step
 
 __all__ = ["WeightPenalty"]
 
@@ -24,7 +33,7 @@ class WeightPenalty(Pruning):
     station `project`: $w \leftarrow prox_{\eta\lambda R}(w)$ with the learning rate $\eta$ of the step that was made. One
     pass over the weights per step, and no graph. The penalty ends with the prune, and what is left trains on without it.
 
-    | kind | R(w) of one layer |
+    | penalty | R(w) of one layer |
     | --- | --- |
     | `l1` | the sum of magnitudes |
     | `l2` | half the squared norm: weight decay |
@@ -36,12 +45,13 @@ class WeightPenalty(Pruning):
 
     Args:
         sparsity: the fraction removed by the prune, in [0, 1); None prunes nothing, and then the penalty alone decides.
-        kind: of penalty, see above.
+        penalty: see above.
         strength: lambda, not negative.
         proximal: take the penalty as a proximal step, which makes exact zeros by itself, where there is one. The step
             size is the plain learning rate, also with optimizers that scale every entry by their own.
-        end: when the penalty ends and the prune is made: a fraction of the run, `'n epochs'` or `'n steps'`. None is 0.8
-            with a sparsity, and the end of the run without.
+        end: when the penalty ends and the prune is made: a fraction of the run, `'n epochs'` or `'n steps'`; what is left of
+            the run trains without it. Without a sparsity, `end=1.0` keeps the penalty on to the last step, and `proximal`
+            needs that: its zeros last only as long as it does.
         allocation: how sparsity is shared: `global` (all layers compete), `uniform`, `uniform+`, `er`, `erk`, `erk+`.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
@@ -50,34 +60,38 @@ class WeightPenalty(Pruning):
         name: tells two callbacks of one class apart.
 
     Raises:
-        ValueError: for an unknown kind, a negative strength, or a proximal step that has no closed form.
+        ValueError: for an unknown penalty, a negative strength, or a proximal step that has no closed form.
 
     Example:
-        >>> WeightPenalty(sparsity=0.9, kind="group_lasso", structure="channel").label
+        >>> WeightPenalty(sparsity=0.9, penalty="group_lasso", structure="channel").label
         'WeightPenalty'
     """
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "kind": "the kind of penalty is called penalty",
+        "start": "the penalty pulls from the first step on",
+    }
 
     def __init__(
         self,
         sparsity: float | None = None,
         *,
-        kind: str = "l1",
+        penalty: Literal["l1", "l2", "group_lasso", "hoyer"] = "l1",
         strength: float = 1e-4,
         proximal: bool = False,
-        end: float | str | None = None,
-        allocation: str = "global",
-        structure: str | int = "unstructured",
+        end: float | str = 0.8,
+        allocation: AllocationName = "global",
+        structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
         self.prunes = sparsity is not None or bool(layer_sparsity) or parse_structure(structure).sparsity is not None
-        when = end if end is not None else 0.8 if self.prunes else 1.0
-        at_once = float(when) if isinstance(when, int) else when  # a start of 1 would be refused as a slip of the pen
+        at_once = float(end) if isinstance(end, int) else end  # a start of 1 would be refused as a slip of the pen
         super().__init__(
             sparsity if self.prunes else 0.0,
             start=at_once,
-            end=when,
+            end=end,
             schedule="constant",
             allocation=allocation,
             structure=structure,
@@ -85,15 +99,15 @@ class WeightPenalty(Pruning):
             targets=targets,
             name=name,
         )
-        self.sparsity, self.end = sparsity, end  # type: ignore[assignment]
-        self.kind, self.strength, self.proximal = kind, strength, proximal
-        if kind not in PENALTIES:
-            raise ValueError(f"kind={kind!r} is unknown; choose from {list(PENALTIES)}.")
-        if not (isinstance(strength, int | float) and 0 <= strength < float("inf")):
-            raise ValueError(f"strength={strength!r} must be a number from 0 up: the factor of the penalty.")
-        if proximal and PENALTIES[kind].proximal_ is None:
-            able = [other for other, penalty in PENALTIES.items() if penalty.proximal_ is not None]
-            raise ValueError(f"kind='{kind}' has no proximal map in closed form; leave proximal out, or choose from {able}.")
+        self.sparsity = sparsity
+        self.penalty, self.strength, self.proximal = penalty, strength, proximal
+        check_choice("penalty", penalty, PENALTIES)
+        check_number("strength", strength)
+        if proximal and PENALTIES[penalty].proximal_ is None:
+            able = [other for other, known in PENALTIES.items() if known.proximal_ is not None]
+            raise ValueError(
+                f"penalty='{penalty}' has no proximal map in closed form; leave proximal out, or choose from {able}."
+            )
 
     def score(self, name: str, weight: Tensor) -> Tensor:
         return magnitude(weight)
@@ -105,11 +119,18 @@ class WeightPenalty(Pruning):
     @property
     def pulls(self) -> bool:
         """Whether the penalty is still on."""
-        return self._tick != FINAL
+        return not self.window.is_over
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        if self.prunes or self.end is not None:
+        if self.prunes:
             super().check(run, until)
+        elif self.end != 1:
+            self.window.resolve(run)
+            if self.proximal and self.window.end < 1:
+                raise ValueError(
+                    "proximal=True without a sparsity makes zeros that last only as long as the penalty, and "
+                    f"end={self.end!r} is before the end of training; write end=1.0, or give a sparsity."
+                )
 
     def begin(self) -> None:
         if self.prunes:
@@ -118,19 +139,19 @@ class WeightPenalty(Pruning):
     def evolve(self, position: Position) -> None:
         if self.prunes:
             super().evolve(position)
-        elif self.end is not None:
-            self._tick = self.window.tick(position)
+        elif self.end != 1:
+            self.window.take(position)
 
     def weight_penalty(self, step: Step) -> Iterable[tuple[str, Tensor]]:
         if self.pulls and not self.proximal:
-            dims = self._dims
+            dims = self.output_dims
             for name, weight in step.weights.items():
-                yield name, PENALTIES[self.kind].gradient(weight.detach(), dims[name]).mul_(self.strength)
+                yield name, PENALTIES[self.penalty].gradient(weight.detach(), dims[name]).mul_(self.strength)
 
     def project(self, step: Step) -> None:
-        move = PENALTIES[self.kind].proximal_
+        move = PENALTIES[self.penalty].proximal_
         if self.pulls and self.proximal and move is not None:
-            dims = self._dims
+            dims = self.output_dims
             for name, weight in step.weights.items():
                 move(weight, step.learning_rate(name) * self.strength, dims[name])
         super().project(step)
@@ -139,14 +160,10 @@ class WeightPenalty(Pruning):
     def numbers(self) -> Mapping[str, float | Tensor]:
         if not self.pulls:
             return {}
-        dims, value = self._dims, PENALTIES[self.kind].value
+        dims, value = self.output_dims, PENALTIES[self.penalty].value
         values = [value(weight, dims[name]) for name, weight in self.weights.items()]
         return {"penalty": self.strength * torch.stack(values).sum()}
 
     def conclude(self) -> None:
         if self.prunes:
             super().conclude()
-
-    @property
-    def _dims(self) -> dict[str, int]:
-        return {target.name: target.output_dim for target in self.chosen}

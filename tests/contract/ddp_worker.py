@@ -91,7 +91,7 @@ def main(folder: Path) -> None:
     except RuntimeError as error:
         results["local score"] = str(error)
     penalties = {"weights": L2Penalty(0.5), "features": FeaturePenalty(0.5)}
-    for name, penalty in {**penalties, "similarity": CKARegularization(0.05, every_n_batches=1)}.items():
+    for name, penalty in {**penalties, "similarity": CKARegularization(strength=0.05, every_n_batches=1)}.items():
         module = toy()
         module.net[5] = torch.nn.Identity()
         run(module, [penalty], accumulate_grad_batches=2)

@@ -150,10 +150,11 @@ def test_a_checkpoint_of_a_version_with_fewer_arguments() -> None:
     saved = method.state_dict()
     del saved["config"]["structure"]
     method.chosen = find_targets(toy())
-    method._check_saved(saved)
+    method.brought = saved
+    method.check_brought()
     del saved["config"]["sparsity"]
     with pytest.raises(ValueError, match=r"sparsity=0.9 \(checkpoint: None\)"):
-        method._check_saved(saved)
+        method.check_brought()
 
 
 @pytest.mark.filterwarnings("ignore:.*begins in the middle")

@@ -162,7 +162,7 @@ def test_a_sum_over_concatenated_channels_couples_all_three() -> None:
 )
 def test_every_method_that_prunes_channels_can_couple_them(method: Sparsifier) -> None:
     module = resnet("adamw")
-    runner = fit(module, method, CKARegularization(1e-3, every_n_batches=1))
+    runner = fit(module, method, CKARegularization(strength=1e-3, every_n_batches=1))
     gone = ~alive(module, STREAM[0])
     assert gone.any()
     assert all(gone.equal(~alive(module, name)) for name in STREAM)

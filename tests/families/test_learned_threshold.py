@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from lightning_sparse import STR, TrainableThreshold
 from lightning_sparse.core import Target
 from lightning_sparse.families.learned_threshold import LearnedThreshold
-from lightning_sparse.loop.loop import Stations
+from lightning_sparse.loop import Loop, Run
 from tests.functional.test_thresholds import BinaryStep
 from tests.loop.test_loop import PlainSGD, Scaled, SelfUnscaling, SkippedSteps, without_dropout
 from tests.toys import BATCHES, Toy, Watcher, fit, loader, toy
 
 METHODS: dict[str, Callable[..., LearnedThreshold]] = {
-    "steps": lambda **options: TrainableThreshold(0.01, **options),
-    "soft": lambda **options: STR(0.02, initial_threshold=0.02, **options),
+    "steps": lambda **options: TrainableThreshold(strength=0.01, **options),
+    "soft": lambda **options: STR(strength=0.02, initial_threshold=0.02, **options),
 }
 
 
@@ -175,12 +175,12 @@ def test_a_skipped_step_leaves_no_trace(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_optimizer_that_unscales_by_itself(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients come scaled, as fused optimizers take them in 16-bit mixed precision; thresholds have no such optimizer."""
-    monkeypatch.setattr(Stations, "_scaler", property(lambda self: Scaled.Scaler()))
+    monkeypatch.setattr(Run, "_scaler", property(lambda self: Scaled.Scaler()))
     plain, fused = METHODS[method](), METHODS[method]()
     reference, module = PlainSGD(net=without_dropout()), SelfUnscaling(net=without_dropout())
     module.load_state_dict(reference.state_dict())
     with monkeypatch.context() as without:
-        without.setattr(Stations, "_scaler", None)
+        without.setattr(Run, "_scaler", None)
         fit(reference, plain, precision="bf16-mixed", max_steps=3)
     fit(module, fused, plugins=[Scaled()], max_steps=3)
     for name, source in plain.sources.items():
@@ -190,7 +190,7 @@ def test_an_optimizer_that_unscales_by_itself(method: str, monkeypatch: pytest.M
 
 def test_a_layer_that_is_nearly_empty_opens_again() -> None:
     """A hundredth of the weights is left: all thresholds of the layer return to zero; the others' stay."""
-    method = TrainableThreshold(0.0, learning_rate=0.0)
+    method = TrainableThreshold(strength=0.0, learning_rate=0.0)
 
     class Close(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -209,7 +209,7 @@ def test_a_layer_that_is_nearly_empty_opens_again() -> None:
 
 
 def test_a_layer_that_keeps_more_than_a_hundredth_stays_as_it_is() -> None:
-    method = TrainableThreshold(0.0, learning_rate=0.0)
+    method = TrainableThreshold(strength=0.0, learning_rate=0.0)
 
     class Close(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
@@ -222,26 +222,29 @@ def test_a_layer_that_keeps_more_than_a_hundredth_stays_as_it_is() -> None:
 
 
 def test_ranks_compare_masks_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    method, compared = STR(), []
-    check = Stations.check_ranks
+    compared: list[int] = []
+    to_compare = Loop.to_compare
 
-    def note(stations: Stations) -> None:
-        if method.mask_set.changed:
-            compared.append(stations.trainer.global_step)
-        check(stations)
+    def note(loop: Loop, live: bool) -> Any:
+        for method, masks in to_compare(loop, live):
+            compared.append(loop.run.trainer.global_step)
+            yield method, masks
 
-    monkeypatch.setattr(Stations, "check_ranks", note)
-    fit(toy(), method)
-    assert sorted(set(compared)) == [0, BATCHES, 2 * BATCHES]
+    monkeypatch.setattr(Loop, "to_compare", note)
+    fit(toy(), STR())
+    assert compared == [BATCHES, 2 * BATCHES, 3 * BATCHES]
 
 
 def test_a_layer_that_is_emptied_is_named() -> None:
-    with pytest.warns(UserWarning, match=r"STR has removed all of 'net.6.weight', so signals no longer"):
-        fit(toy(), STR(5.0, targets=["net.6"]))
+    with pytest.warns(UserWarning, match=r"STR has removed all of 'net.6.weight'; signals no longer"):
+        fit(toy(), STR(strength=5.0, targets=["net.6"]))
 
 
 def test_strength_and_decay_make_it_sparser() -> None:
-    for weak, strong in ((TrainableThreshold(0.0), TrainableThreshold(0.1)), (STR(0.0), STR(0.5))):
+    for weak, strong in (
+        (TrainableThreshold(strength=0.0), TrainableThreshold(strength=0.1)),
+        (STR(strength=0.0), STR(strength=0.5)),
+    ):
         sparsities = []
         for method in (weak, strong):
             fit(toy(), method)
@@ -282,7 +285,7 @@ def test_thresholds_of_transposed_convolutions_belong_to_outputs() -> None:
                 net=nn.Sequential(nn.ConvTranspose2d(1, 3, 2), nn.Flatten(), nn.Linear(3 * 81, 4)),
             )
 
-    method = TrainableThreshold(0.01)
+    method = TrainableThreshold(strength=0.01)
     fit(Up(), method, max_epochs=1)
     assert method.sources["net.0.weight"].shape == (1, 3, 1, 1)
     assert method.sources["net.2.weight"].shape == (4, 1)

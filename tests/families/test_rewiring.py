@@ -335,7 +335,7 @@ def test_granet_ends_at_two_of_four(initial: float) -> None:
 
 def test_golden_sparsities_of_granet() -> None:
     """28 updates from 0.5 to 0.95; the official code ends at 0.94998, here the target is met."""
-    method = GraNet(0.95, every="1 step", pruning_end="28 steps")
+    method = GraNet(0.95, every="1 step", end="28 steps")
     diary = Diary(method)
     fit(toy(), method, diary, max_epochs=14)
     kept = [sum(int(mask.sum()) for mask in masks.values()) for masks in diary.masks]

@@ -78,7 +78,7 @@ def test_gradients_are_held_on_steps_with_an_update_only(name: str, monkeypatch:
 
     class Look(L.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
-            assert method._gradients == {}
+            assert method.gradients == {}
             assert not method.prepares_steps
 
     monkeypatch.setattr(rewiring, "_copy", counted)
@@ -129,7 +129,7 @@ def test_an_update_that_falls_on_a_skipped_step_is_made_at_the_next_and_once(nam
     class Look(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
             scales.append(trainer.precision_plugin.scaler.get_scale())  # type: ignore[union-attr]
-            assert method._gradients == {}
+            assert method.gradients == {}
             assert all(weight.isfinite().all() for weight in pl_module.parameters())
 
     fit(Scaled(fused, infinite=(4, 5)), method, diary, Look(), plugins=[half()])
@@ -174,7 +174,7 @@ def test_optimizers_that_take_turns(tmp_path: Path) -> None:
 
     class Look(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            waiting.append(len(method._gradients))
+            waiting.append(len(method.gradients))
             trainer.save_checkpoint(tmp_path / f"{len(waiting)}.ckpt")
 
     fit(module, method, diary, Look())
@@ -240,7 +240,7 @@ def test_two_methods_under_one_optimizer() -> None:
 
 def test_a_run_that_became_too_short_to_prune(tmp_path: Path) -> None:
     fit(toy(), GraNet(0.9), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1), max_epochs=10)
-    with pytest.raises(ValueError, match=r"pruning_end=0.5 is 50% of the run as it was begun, but .* end at 30%"):
+    with pytest.raises(ValueError, match=r"end=0.5 is 50% of the run as it was begun, but .* end at 30%"):
         fit(toy(), GraNet(0.9), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=3)
 
 

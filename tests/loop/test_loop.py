@@ -216,13 +216,13 @@ class PlainSGD(Toy):
 
 
 def test_penalties_where_the_optimizer_unscales_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_sparse.loop.loop import Stations
+    from lightning_sparse.loop import Run
 
-    monkeypatch.setattr(Stations, "_scaler", property(lambda self: Scaled.Scaler()))
+    monkeypatch.setattr(Run, "_scaler", property(lambda self: Scaled.Scaler()))
     reference, module = PlainSGD(net=without_dropout()), SelfUnscaling(net=without_dropout())
     module.load_state_dict(reference.state_dict())
     with monkeypatch.context() as plain:
-        plain.setattr(Stations, "_scaler", None)
+        plain.setattr(Run, "_scaler", None)
         fit(reference, L2Penalty(0.5))
     fit(module, L2Penalty(0.5), plugins=[Scaled()])
     for name, value in reference.state_dict().items():
@@ -268,14 +268,11 @@ def test_projection_holds_zeros_against_any_optimizer() -> None:
 class Carousel(Masked):
     """Keeps another half of every weight after each step."""
 
-    def target_counts(self) -> tuple[int | None, dict[str, int]]:
-        return None, {}
-
     def evolve(self, position: Position) -> None:
         before = {name: self.masks[name] for name in self.masks}
         masks = {name: (torch.arange(m.numel()) + position.step).view(m.shape) % 2 == 0 for name, m in before.items()}
         self.set_masks(masks)
-        for optimizer in self.stations.trainer.optimizers:
+        for optimizer in self.run.optimizers:
             for name, weight in self.weights.items():
                 regrown = masks[name] & ~before[name]
                 assert position.epoch_start or position.step < 2 or regrown.any()

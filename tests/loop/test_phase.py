@@ -95,7 +95,7 @@ def test_the_bar_shows_the_phase_and_a_method_may_have_a_better_word() -> None:
 
 @pytest.mark.parametrize("kind", ["l1", "group_lasso"])
 def test_the_penalty_is_logged_while_it_pulls(kind: str) -> None:
-    method = WeightPenalty(0.5, kind=kind, strength=0.1)
+    method = WeightPenalty(0.5, penalty=kind, strength=0.1)
     seen: list[float | None] = []
 
     class Look(L.Callback):

@@ -26,15 +26,14 @@ class Noting(Sparsifier):
         self.losses: list[float] = []
         self.rates: list[float] = []
 
-    def watch(self, output: Any, batch: Any) -> None:
+    def batch_end(self, output: Any, batch: Any) -> None:
         assert len(batch) == 2
+        assert not output["loss"].requires_grad
         self.losses.append(output["loss"].item())
-
-    def batch_end(self) -> None:
-        self.rates.append(self.stations.trainer.optimizers[0].param_groups[0]["lr"])
+        self.rates.append(self.run.optimizers[0].param_groups[0]["lr"])
 
     def headline(self) -> dict[str, str]:
-        return {"round": f"{1 + self.stations.trainer.current_epoch} of 2"}
+        return {"round": f"{1 + self.run.trainer.current_epoch} of 2"}
 
     def numbers(self) -> dict[str, float]:
         return {"batches": float(len(self.rates))}

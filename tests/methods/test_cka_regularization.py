@@ -47,7 +47,7 @@ def test_equals_the_term_in_the_loss(samples: int | None, every: int, options: d
     expected.samples, expected.every = samples, every
     plain = double(Toy)
     fit(expected, **options)
-    fit(module, CKARegularization(0.5, samples=samples, every_n_batches=every), **options)
+    fit(module, CKARegularization(strength=0.5, samples=samples, every_n_batches=every), **options)
     fit(plain, **options)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-9, atol=1e-12, msg=name)
@@ -68,14 +68,14 @@ def test_manual_optimization() -> None:
     expected, module = double(Written), double(ByHand)
     expected.every = 2
     fit(expected)
-    fit(module, CKARegularization(0.5, every_n_batches=2))
+    fit(module, CKARegularization(strength=0.5, every_n_batches=2))
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_strength_zero_changes_no_bit() -> None:
     results = []
-    for extra in ([], [CKARegularization(0)]):
+    for extra in ([], [CKARegularization(strength=0)]):
         torch.manual_seed(0)
         module = toy()
         fit(module, RandomSparsity(0.5, seed=0), *extra)
@@ -103,7 +103,7 @@ def test_no_feature_outlives_its_step(cls: type[Toy]) -> None:
         def on_validation_batch_end(self, *args: Any) -> None:
             alive.append(len(method._tap._seen))
 
-    module, method = cls(net=without_dropout()), CKARegularization(0.1, every_n_batches=1)
+    module, method = cls(net=without_dropout()), CKARegularization(strength=0.1, every_n_batches=1)
     handle = module.net[1].register_forward_hook(lambda m, i, output: seen.append(weakref.ref(output)))
     fit(module, method, Ends(), val_check_interval=2)
     handle.remove()
@@ -127,7 +127,7 @@ def test_a_copy_of_the_model_is_not_seen() -> None:
     for cls in (Toy, Doubled):
         module = cls(net=without_dropout())
         module.load_state_dict(toy().state_dict())
-        fit(module, HyperSparse(0.5), CKARegularization(0.5, every_n_batches=1))
+        fit(module, HyperSparse(0.5), CKARegularization(strength=0.5, every_n_batches=1))
         results.append(module.state_dict())
     assert all(results[0][name].equal(results[1][name]) for name in results[0])
 
@@ -160,7 +160,7 @@ def test_beside_gradient_checkpointing() -> None:
 
     modules = [layered(), layered(Checkpointed)]
     for module in modules:
-        fit(module, CKARegularization(0.5, every_n_batches=1))
+        fit(module, CKARegularization(strength=0.5, every_n_batches=1))
     for name, value in modules[0].state_dict().items():
         torch.testing.assert_close(modules[1].state_dict()[name], value)
 
@@ -169,7 +169,7 @@ def test_checkpointing_that_hides_the_features_is_refused() -> None:
     class Hidden(Layered):
         around = staticmethod(lambda layer, x: checkpoint(layer, x.requires_grad_(), use_reentrant=True))
 
-    module, runner = layered(Hidden), trainer(CKARegularization(0.5))
+    module, runner = layered(Hidden), trainer(CKARegularization(strength=0.5))
     with pytest.raises(ValueError, match=r"let no layer be run under torch.no_grad or checkpointed with use_reentrant=True"):
         runner.fit(module, loader(), loader(1))
     assert runner.global_step == 0
@@ -193,7 +193,7 @@ def test_a_compiled_network(run_before: bool) -> None:
     plain, module = Toy(net=without_dropout()), Compiled(run_before)
     plain.load_state_dict(toy().state_dict())
     for each in (plain, module):
-        fit(each, CKARegularization(0.5, every_n_batches=2))
+        fit(each, CKARegularization(strength=0.5, every_n_batches=2))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name.replace("net.", "net._orig_mod.")], value)
 
@@ -216,7 +216,7 @@ def test_tied_layers_contribute_their_last_output() -> None:
             expected = linear_cka_matrix([feature.detach() for feature in pl_module.seen])
             terms.append((off_diagonal_mean(method._similarities), off_diagonal_mean([expected])))
 
-    method = CKARegularization(0.5, every_n_batches=1)
+    method = CKARegularization(strength=0.5, every_n_batches=1)
     fit(Tied(), method, Look(), max_epochs=1)
     assert len(terms) == BATCHES
     assert all(float(mine) == pytest.approx(float(expected), abs=1e-6) for mine, expected in terms)
@@ -226,18 +226,18 @@ def test_a_network_of_zeros_trains_on() -> None:
     module = toy()
     nn.init.zeros_(module.net[0].weight)
     nn.init.zeros_(module.net[0].bias)
-    fit(module, CKARegularization(10.0, every_n_batches=1), detect_anomaly=True)
+    fit(module, CKARegularization(strength=10.0, every_n_batches=1), detect_anomaly=True)
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
 def test_small_batches_are_left_out_with_one_warning() -> None:
     modules = [toy(), toy()]
     with pytest.warns(UserWarning, match=r"leaves out batches of fewer than 4 samples \(this one has 2\)") as caught:
-        fit(modules[0], CKARegularization(10.0, every_n_batches=1), batch_size=2)
+        fit(modules[0], CKARegularization(strength=10.0, every_n_batches=1), batch_size=2)
     assert len([w for w in caught if "leaves out" in str(w.message)]) == 1
     torch.manual_seed(0)
     results = []
-    for extra in ([], [CKARegularization(10.0, every_n_batches=1, unbiased=False)]):
+    for extra in ([], [CKARegularization(strength=10.0, every_n_batches=1, unbiased=False)]):
         torch.manual_seed(0)
         module = toy()
         fit(module, *extra, batch_size=2)
@@ -247,7 +247,7 @@ def test_small_batches_are_left_out_with_one_warning() -> None:
 
 def test_says_what_is_compared_and_logs_it(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        runner = fit(toy(), CKARegularization(0.1))
+        runner = fit(toy(), CKARegularization(strength=0.1))
     [said] = [record.getMessage() for record in caplog.records if "compares" in record.getMessage()]
     assert said.splitlines() == [
         "CKARegularization compares the layers of each group:",
@@ -266,7 +266,7 @@ def test_groups_weights_and_means() -> None:
 
     def value(**options: Any) -> tuple[float, list[Tensor]]:
         features.clear()
-        method = CKARegularization(2.0, every_n_batches=1, **options)
+        method = CKARegularization(strength=2.0, every_n_batches=1, **options)
         penalties = []
         original = method.feature_penalty
         method.feature_penalty = lambda: penalties.append(original()) or penalties[-1]  # type: ignore[method-assign,func-returns-value]
@@ -291,7 +291,7 @@ def test_a_term_in_16_bits_is_wide() -> None:
         def on_train_batch_end(self, *args: Any) -> None:
             kinds.add(method._similarities[0].dtype)
 
-    method = CKARegularization(0.1, every_n_batches=1)
+    method = CKARegularization(strength=0.1, every_n_batches=1)
     fit(toy(), method, Look(), precision="bf16-mixed", max_epochs=1)
     assert kinds == {torch.float32}
 
@@ -305,7 +305,7 @@ def test_features_of_different_samples_are_refused() -> None:
             rows = self.net[0](batch[0].flatten(0, 2))
             return nn.functional.cross_entropy(self.net[1:](rows.view(len(batch[0]), -1)), batch[1])
 
-    runner = trainer(CKARegularization(0.1))
+    runner = trainer(CKARegularization(strength=0.1))
     with pytest.raises(ValueError, match=r"'net.0' and 'net.2' are compared, but their outputs have 64 and 8 samples"):
         runner.fit(Windows(), loader(), loader(1))
     assert runner.global_step == 0
@@ -325,7 +325,7 @@ def test_similarity_falls() -> None:
             torch.manual_seed(0)
             module = Toy(net=MLP(10, 1, 8, hidden=(48, 48, 48, 48), batch_norm=True))
         train = TensorLoader(data[:896], labels[:896], half, half / 2, 32)
-        method = CKARegularization(strength, every_n_batches=1)
+        method = CKARegularization(strength=strength, every_n_batches=1)
         trainer(method, max_epochs=-1, max_steps=80).fit(module, train, loader(1))
         features, x = [], (data[896:].float() / 255 - 0.5) * 4
         module.eval()

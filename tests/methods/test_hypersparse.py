@@ -139,7 +139,7 @@ def test_the_penalty_is_added_to_the_weights_in_its_phase_and_nowhere_else(penal
 
 def test_strength_follows_the_published_numbers() -> None:
     method = HyperSparse(0.99, strength=5e-6, growth=1.05)
-    method._plan = {"regularize": 200, "steps": 782}
+    method.plan = {"regularize": 200, "steps": 782}
     assert [method.strength_in(epoch) for epoch in (0, 1)] == pytest.approx([5e-6, 5.25e-6])
     assert method.strength_in(63) == pytest.approx(1.0813e-4, rel=2e-4)
 
@@ -147,7 +147,7 @@ def test_strength_follows_the_published_numbers() -> None:
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (12, 422), (64, 782), (200, 10)])
 def test_the_strength_of_a_planned_phase_has_three_times_the_published_pull(epochs: int, steps: int) -> None:
     method = HyperSparse(0.99)
-    method._plan = {"regularize": epochs, "steps": steps}
+    method.plan = {"regularize": epochs, "steps": steps}
     pull = steps * sum(method.strength_in(epoch) for epoch in range(epochs))
     published = 782 * sum(5e-6 * 1.05**epoch for epoch in range(64))
     assert pull == pytest.approx(3 * published)

@@ -51,7 +51,7 @@ class Written(Toy):
 def test_training_is_that_of_the_written_loss(norm: str) -> None:
     written, ours = Written(deep(), 0.3, 1e-2, 1e-3, norm), Toy(net=deep())
     fit(written)
-    fit(ours, LayerSparsity(0.3, scale_decay=1e-2, l1=1e-3, norm=norm))
+    fit(ours, LayerSparsity(strength=0.3, scale_decay=1e-2, l1=1e-3, norm=norm))
     for name, value in written.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-10, atol=1e-12, msg=name)
 
@@ -83,7 +83,7 @@ def test_proximal_steps_are_a_step_and_then_the_map() -> None:
 
     hand, ours = ByHand(net=deep()), Plain(net=deep())
     fit(hand)
-    method = LayerSparsity(strength, proximal=True, scale_decay=decay, l1=l1)
+    method = LayerSparsity(strength=strength, proximal=True, scale_decay=decay, l1=l1)
     fit(ours, method)
     for name, value in hand.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-9, atol=1e-12, msg=name)
@@ -102,7 +102,7 @@ def test_batch_normalization_is_penalized_folded() -> None:
             if trainer.global_step == 1 and not seen:
                 seen.update({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
 
-    runner = trainer(LayerSparsity(0.5, scale_decay=0), Look(), max_steps=2)
+    runner = trainer(LayerSparsity(strength=0.5, scale_decay=0), Look(), max_steps=2)
     runner.fit(module, DataLoader([batch, batch], batch_size=None), toys.loader(1))  # type: ignore[arg-type]
     loss = twin.loss(batch)
     net: Any = twin.net
@@ -120,7 +120,7 @@ def test_batch_normalization_is_penalized_folded() -> None:
 def test_the_first_and_the_last_layer_are_never_penalized() -> None:
     before = deep()
     module = Toy(net=copy.deepcopy(before))
-    method = LayerSparsity(0.3, scale_decay=0)
+    method = LayerSparsity(strength=0.3, scale_decay=0)
     names: list[str] = []
 
     class Look(L.Callback):
@@ -133,7 +133,7 @@ def test_the_first_and_the_last_layer_are_never_penalized() -> None:
 
 
 def test_strengths_of_layers_and_a_warm_up() -> None:
-    method = LayerSparsity(0.3, layer_strength={"net.5": 0.0}, warmup="6 steps", scale_decay=0)
+    method = LayerSparsity(strength=0.3, layer_strength={"net.5": 0.0}, warmup="6 steps", scale_decay=0)
     plain, ours = Toy(net=deep()), Toy(net=deep())
     seen: list[float] = []
 
@@ -143,7 +143,7 @@ def test_strengths_of_layers_and_a_warm_up() -> None:
 
     fit(ours, method, Look())
     assert seen == pytest.approx([min(1.0, step / 6) for step in range(1, 3 * BATCHES + 1)])
-    fit(plain, LayerSparsity(0.0, scale_decay=0))
+    fit(plain, LayerSparsity(strength=0.0, scale_decay=0))
     reference = Toy(net=deep())
     fit(reference)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), reference.parameters(), strict=True))
@@ -151,7 +151,7 @@ def test_strengths_of_layers_and_a_warm_up() -> None:
 
 
 def test_what_is_logged_and_remembered() -> None:
-    method = LayerSparsity(0.3)
+    method = LayerSparsity(strength=0.3)
     runner = fit(Toy(net=deep()), method)
     logged = runner.logged_metrics
     assert {"LayerSparsity/ratio/net.3", "LayerSparsity/ratio/net.5"} < set(logged)
@@ -165,7 +165,7 @@ def test_a_collapsed_network_is_a_warning() -> None:
     module = Toy(net=deep())
     module.net[3].weight.data.mul_(1e-9)  # type: ignore[index, union-attr, operator]
     with pytest.warns(UserWarning, match=r"the weights of \['net.3'\] are almost zero: a signal is cut"):
-        fit(module, LayerSparsity(0.0, layer_strength={"net.5": 0.1}), limit_train_batches=1, max_epochs=1)
+        fit(module, LayerSparsity(strength=0.0, layer_strength={"net.5": 0.1}), limit_train_batches=1, max_epochs=1)
 
 
 def student(seed: int) -> Regressor:
@@ -180,7 +180,7 @@ def test_a_deep_network_becomes_shallow_and_is_refitted() -> None:
     quiet = {"limit_val_batches": 0, "max_epochs": 5}
     depths, modules = [], []
     for strength in (0.0, 1.0):
-        module, runner = student(0), trainer(LayerSparsity(strength), **quiet)
+        module, runner = student(0), trainer(LayerSparsity(strength=strength), **quiet)
         runner.fit(module, data)
         x, y = data.parts["test"]
         merged, report = merge_layers(module, x, rounds=0)
@@ -196,5 +196,5 @@ def test_a_deep_network_becomes_shallow_and_is_refitted() -> None:
     assert isinstance(refit, Regressor)
     hidden = [layer.out_features for layer in refit.network if isinstance(layer, nn.Linear)]  # type: ignore[union-attr]
     assert hidden == [20] * (depths[1] - 1) + [1]
-    trainer(LayerSparsity(0.0), max_epochs=1, limit_val_batches=0).fit(refit, data)
+    trainer(LayerSparsity(strength=0.0), max_epochs=1, limit_val_batches=0).fit(refit, data)
     assert merge_layers(refit)[1].depth[0] == depths[1]

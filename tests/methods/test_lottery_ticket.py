@@ -185,7 +185,7 @@ def test_every_round_removes_the_same_share() -> None:
 
 @pytest.mark.parametrize(("sparsity", "rounds"), [(0.0, 1), (0.2, 1), (0.21, 2), (1 - 0.8**14, 14), (0.9, 11)])
 def test_a_fifth_per_round_unless_told_otherwise(sparsity: float, rounds: int) -> None:
-    assert LotteryTicket(sparsity).plan.count == rounds
+    assert LotteryTicket(sparsity).trainings.count == rounds
     assert 0.8**rounds <= 1 - sparsity + 1e-9 or rounds == 1
 
 

@@ -32,7 +32,7 @@ def distance(method: LpSphere, module: nn.Module, p: float) -> float:
 
 @pytest.mark.parametrize("p", [1.07, 1.2, 1.4, 2.0, 3.0, 6.0])
 def test_every_observer_sees_unit_norms(p: float) -> None:
-    method, seen = LpSphere(p, mixing=0.1, mixing_schedule="constant"), []
+    method, seen = LpSphere(p=p, mixing=0.1, mixing_schedule="constant"), []
     fit(toy("adamw"), Watcher(lambda moment, module: seen.append(distance(method, module, p))), method)
     assert len(seen) > 3 * BATCHES
     assert max(seen) < 1e-5
@@ -55,7 +55,7 @@ def test_it_is_the_same_training_as_with_the_optimizer(p: float, momentum: float
     one, other = WithOptimizer(net=without_dropout()).double(), WithCallback(net=without_dropout()).double()
     other.load_state_dict(one.state_dict())
     fit(one)
-    fit(other, LpSphere(p, mixing=0.1, mixing_schedule="constant", momentum=momentum, nesterov=nesterov))
+    fit(other, LpSphere(p=p, mixing=0.1, mixing_schedule="constant", momentum=momentum, nesterov=nesterov))
     for name, value in one.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-8, atol=1e-12, msg=name)
 
@@ -75,7 +75,7 @@ def test_the_optimizer_leaves_the_spheres_alone(make: str) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return MAKERS[make](self.parameters())  # type: ignore[no-any-return]
 
-    method, module = LpSphere(1.3), Decaying()
+    method, module = LpSphere(p=1.3), Decaying()
     runner = fit(module, method)
     for name, weight in module.named_parameters():
         constrained = name in SPHERES
@@ -105,7 +105,7 @@ def test_gradients_are_hidden_from_the_optimizer_and_from_nobody_else() -> None:
         if moment == "batch end":
             assert all(p.grad is not None for p in observed.parameters())
 
-    fit(module, Watcher(look), LpSphere(1.3))
+    fit(module, Watcher(look), LpSphere(p=1.3))
     assert {name for name, hidden in seen if hidden} == set(SPHERES)
     assert {name for name, hidden in seen if not hidden} == {n for n, _ in module.named_parameters()} - set(SPHERES)
 
@@ -113,12 +113,12 @@ def test_gradients_are_hidden_from_the_optimizer_and_from_nobody_else() -> None:
 def test_a_skipped_step_leaves_no_trace() -> None:
     """The run with steps 1 and 3 skipped holds after each of them exactly what it held before."""
     states: list[dict[str, Any]] = []
-    method = LpSphere(1.2, sparsity=0.5, start=0.0, every="1 step", mixing=0.1)
+    method = LpSphere(p=1.2, sparsity=0.5, start=0.0, every="1 step", mixing=0.1)
     module = toy()
 
     def look(moment: str, observed: L.LightningModule) -> None:
         if moment == "batch end":
-            memory = {key: value for key, value in method.memorize().items() if key not in ("steps", "_tick")}
+            memory = {key: value for key, value in method.memorize().items() if key not in ("steps", "window")}
             states.append(copy.deepcopy({"weights": dict(observed.state_dict()), **memory}))
             assert not method._hidden
             assert not method._dense
@@ -134,7 +134,7 @@ def test_a_skipped_step_leaves_no_trace() -> None:
 
 def test_where_the_optimizer_itself_looks_for_infinities(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused optimizer in 16-bit precision: gradients are unscaled and searched before some of them are hidden."""
-    from lightning_sparse.loop.loop import Stations
+    from lightning_sparse.loop import Run
 
     class Scaler:
         calls = 0
@@ -163,9 +163,9 @@ def test_where_the_optimizer_itself_looks_for_infinities(monkeypatch: pytest.Mon
     plain, scaled = Scaled(net=without_dropout()), Scaled(net=without_dropout())
     scaled.load_state_dict(plain.state_dict())
     scaled.factor = 8.0
-    fit(plain, LpSphere(1.2))
-    monkeypatch.setattr(Stations, "_scaler", property(lambda self: Scaler()))
-    fit(scaled, LpSphere(1.2))
+    fit(plain, LpSphere(p=1.2))
+    monkeypatch.setattr(Run, "_scaler", property(lambda self: Scaler()))
+    fit(scaled, LpSphere(p=1.2))
     assert Scaler.calls == 3 * BATCHES
     for a, b in zip(plain.state_dict().values(), scaled.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -190,14 +190,14 @@ def test_steps_past_lightning_with_a_closure() -> None:
 
     plain, closed = Toy(net=without_dropout()), Closed(net=without_dropout())
     closed.load_state_dict(plain.state_dict())
-    fit(plain, LpSphere(1.3, mixing=0.1))
-    fit(closed, LpSphere(1.3, mixing=0.1))
+    fit(plain, LpSphere(p=1.3, mixing=0.1))
+    fit(closed, LpSphere(p=1.3, mixing=0.1))
     for a, b in zip(plain.state_dict().values(), closed.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_low_precision_weights_keep_wide_duals() -> None:
-    method, module = LpSphere(1.2, mixing=0.1), toy()
+    method, module = LpSphere(p=1.2, mixing=0.1), toy()
     fit(module, method, precision="bf16-true")
     for name in SPHERES:
         assert method.duals[name].dtype == torch.float32
@@ -207,7 +207,7 @@ def test_low_precision_weights_keep_wide_duals() -> None:
 
 
 def test_p_by_layer_and_what_is_free() -> None:
-    method, module = LpSphere({"net.0": 2.0, "*": 1.2}, free=["net.6"], targets=["!net.2"]), toy()
+    method, module = LpSphere(p={"net.0": 2.0, "*": 1.2}, free=["net.6"], targets=["!net.2"]), toy()
     fit(module, method)
     weights = dict(module.named_parameters())
     assert set(method.duals) == {"net.0.weight", "net.8.weight"}
@@ -224,22 +224,22 @@ def test_eta_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
         rates.append(rate)
 
     monkeypatch.setattr(file, "lp_sgd_", note)
-    fit(toy(), LpSphere(1.2, mixing=0.5, targets=["net.0"], free=[]))
+    fit(toy(), LpSphere(p=1.2, mixing=0.5, targets=["net.0"], free=[]))
     published = [0.02 + 0.98 * t * 6 / 12 if t <= 2 else 1 - 0.75 * (t / 12 - 1 / 6) * 6 for t in (1, 2, 3, 4)]
     assert rates[:4] == pytest.approx([0.5 * factor for factor in published])
     assert rates[-1] == pytest.approx(0.5 * 0.0001)
     rates.clear()
-    fit(toy(), LpSphere(1.2, mixing=0.5, mixing_schedule=[[0.5, 1.0], [1.0, 0.0]], targets=["net.0"], free=[]))
+    fit(toy(), LpSphere(p=1.2, mixing=0.5, mixing_schedule=[[0.5, 1.0], [1.0, 0.0]], targets=["net.0"], free=[]))
     assert rates == pytest.approx([0.5] * 6 + [0.5 * (1 - t / 6) for t in range(1, 7)])
     rates.clear()
-    ramp = LpSphere(1.2, mixing=0.5, mixing_schedule=[[0.0, 0.0], [1.0, 1.0]], targets=["net.0"], free=[])
+    ramp = LpSphere(p=1.2, mixing=0.5, mixing_schedule=[[0.0, 0.0], [1.0, 1.0]], targets=["net.0"], free=[])
     fit(toy(), ramp, max_epochs=-1, max_steps=10)
     assert rates == pytest.approx([0.5 * t / 10 for t in range(1, 11)]), "counted in steps"
 
 
 @pytest.mark.filterwarnings("ignore:.*begins in the middle")
 def test_weights_that_were_exchanged_are_begun_with() -> None:
-    method, module = LpSphere(1.3, sparsity=0.5, mixing=0.1), toy()
+    method, module = LpSphere(p=1.3, sparsity=0.5, mixing=0.1), toy()
     runner = fit(module, method)
     exchanged = toy(seed=5).state_dict()
     module.load_state_dict(exchanged)
@@ -261,13 +261,13 @@ def test_weights_that_were_exchanged_are_begun_with() -> None:
 
 
 def test_another_method_on_the_same_weights_is_refused_and_on_others_it_is_not() -> None:
-    for pair in ([LpSphere(1.2), MagnitudePruning(0.5)], [MagnitudePruning(0.5), LpSphere(1.2)]):
+    for pair in ([LpSphere(p=1.2), MagnitudePruning(0.5)], [MagnitudePruning(0.5), LpSphere(p=1.2)]):
         with pytest.raises(
             ValueError, match=r"LpSphere moves 'net.0.weight' by itself, so MagnitudePruning cannot act on it"
         ):
             fit(toy(), *pair)
     method = MagnitudePruning(0.5, targets=["net.8"])
-    fit(toy(), LpSphere(1.2), method)
+    fit(toy(), LpSphere(p=1.2), method)
     assert method.masks.sparsity == 0.5
 
 
@@ -290,7 +290,7 @@ def digits(epochs: int, *callbacks: L.Callback) -> Classifier:
 def test_the_sparsity_of_a_trained_network_falls_strictly_along_p() -> None:
     rows = []
     for p in (1.1, 1.4, 2.0, 3.0, 6.0):
-        module = digits(6, LpSphere(p, mixing=2 / 50))
+        module = digits(6, LpSphere(p=p, mixing=2 / 50))
         rows.append([float(hoyer_sparsity(module.network[i].weight).mean()) for i in (1, 4)])
     for sparser, flatter in itertools.pairwise(rows):
         assert all(a > b + 0.01 for a, b in zip(sparser, flatter, strict=True)), rows

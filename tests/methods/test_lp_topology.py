@@ -21,7 +21,7 @@ from tests.toys import Toy, Watcher, fit, loader, toy, trainer
 
 def test_what_is_removed_fades_and_lives_on() -> None:
     """Without a gradient of its own, v becomes (1 - eta) v / |u|_q: all removed entries of an output shrink alike."""
-    method = LpSphere(1.2, sparsity=0.5, initial_sparsity=0.5, start=1.0, end=1.0, mixing=0.1, mixing_schedule="constant")
+    method = LpSphere(p=1.2, sparsity=0.5, initial_sparsity=0.5, start=1.0, end=1.0, mixing=0.1, mixing_schedule="constant")
     module, q = toy(), 1.2 / 0.2
     duals: list[Tensor] = []
 
@@ -99,7 +99,7 @@ def falls(update: Update, name: str, threshold: float) -> Tensor:
 
 
 def test_the_published_update(updates: list[Update]) -> None:
-    method = LpSphere(1.15, sparsity=0.8, start=0.0, end=1.0, every="2 steps", mixing=0.1, drop_threshold=0.6)
+    method = LpSphere(p=1.15, sparsity=0.8, start=0.0, end=1.0, every="2 steps", mixing=0.1, drop_threshold=0.6)
     fit(toy(), method)
     assert len(updates) == 7
     assert updates[0].growth == 0.95
@@ -123,7 +123,7 @@ def test_the_published_update(updates: list[Update]) -> None:
 
 
 def test_momentum_and_weights_right_after_an_update(updates: list[Update]) -> None:
-    method = LpSphere(1.15, sparsity=0.8, start=0.0, end=1.0, every="2 steps", mixing=0.1, drop_threshold=0.6)
+    method = LpSphere(p=1.15, sparsity=0.8, start=0.0, end=1.0, every="2 steps", mixing=0.1, drop_threshold=0.6)
     fit(toy(), method)
     returned = 0
     for update, name in itertools.product(updates, SPHERES):
@@ -139,7 +139,7 @@ def test_momentum_and_weights_right_after_an_update(updates: list[Update]) -> No
 
 
 def test_nothing_falls_below_a_threshold_of_zero(updates: list[Update]) -> None:
-    method = LpSphere(1.07, sparsity=0.9, start=0.0, every="1 step", mixing=0.1, drop_threshold=0.0)
+    method = LpSphere(p=1.07, sparsity=0.9, start=0.0, every="1 step", mixing=0.1, drop_threshold=0.0)
     fit(toy(), method)
     assert len(updates) > 5
     assert all(update.before[name].equal(update.after[name]) for update in updates for name in update.before)
@@ -154,7 +154,7 @@ def test_an_output_that_has_lost_everything_stays_so(updates: list[Update]) -> N
             masks["net.6.weight"][3] = False
             method.set_masks(masks)
 
-    method = LpSphere(1.2, sparsity=0.5, start=0.1, every="1 step", mixing=0.1)
+    method = LpSphere(p=1.2, sparsity=0.5, start=0.1, every="1 step", mixing=0.1)
     method.growth = 0.0
     runner = trainer(method, Emptied(), max_epochs=1)
     module = toy()
@@ -167,7 +167,7 @@ def test_an_output_that_has_lost_everything_stays_so(updates: list[Update]) -> N
 
 
 def test_masks_change_on_the_grid_inside_the_window_only() -> None:
-    method = LpSphere(1.1, sparsity=0.8, start="4 steps", end="9 steps", every="2 steps", mixing=0.3, drop_threshold=0.8)
+    method = LpSphere(p=1.1, sparsity=0.8, start="4 steps", end="9 steps", every="2 steps", mixing=0.3, drop_threshold=0.8)
     seen: list[Tensor] = []
     fit(toy(), Watcher(lambda m, module: seen.append(method.masks.fingerprint()) if m == "batch end" else None), method)
     changes = [step for step, (a, b) in enumerate(itertools.pairwise(seen), start=2) if not a.equal(b)]
@@ -177,7 +177,7 @@ def test_masks_change_on_the_grid_inside_the_window_only() -> None:
 def test_the_first_masks_have_exact_counts_and_depend_on_the_seed() -> None:
     prints = []
     for seed in (1, 1, 2):
-        method = LpSphere(1.2, sparsity=0.9, start=1.0, end=1.0, seed=seed)
+        method = LpSphere(p=1.2, sparsity=0.9, start=1.0, end=1.0, seed=seed)
         fit(toy(), method, max_epochs=1)
         assert all(
             method.masks.numel(n) - kept == math.ceil(0.2 * method.masks.numel(n)) for n, kept in method.masks.counts.items()
@@ -185,13 +185,13 @@ def test_the_first_masks_have_exact_counts_and_depend_on_the_seed() -> None:
         prints.append(method.masks.fingerprint())
     assert prints[0].equal(prints[1])
     assert not prints[0].equal(prints[2])
-    less = LpSphere(1.2, sparsity=0.05, start=1.0, end=1.0, seed=1)
+    less = LpSphere(p=1.2, sparsity=0.05, start=1.0, end=1.0, seed=1)
     fit(toy(), less, max_epochs=1)
     assert less.masks.sparsity <= 0.06
 
 
 def test_the_feedback_mode_meets_its_schedule_at_every_update(updates: list[Update]) -> None:
-    method = LpSphere(1.3, sparsity=0.9, mode="feedback", start=0.0, end=0.9, every="2 steps", mixing=0.1)
+    method = LpSphere(p=1.3, sparsity=0.9, mode="feedback", start=0.0, end=0.9, every="2 steps", mixing=0.1)
     fit(toy(), method)
     total = method.masks.total
     for update in updates:
@@ -205,7 +205,7 @@ def test_the_feedback_mode_meets_its_schedule_at_every_update(updates: list[Upda
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.21, 0.5, 0.99])
 @pytest.mark.parametrize("p", [1.07, 2.0, 6.0])
 def test_the_feedback_mode_arrives_at_any_target(sparsity: float, p: float) -> None:
-    method = LpSphere(p, sparsity=sparsity, mode="feedback")
+    method = LpSphere(p=p, sparsity=sparsity, mode="feedback")
     fit(toy(), method, max_epochs=1)
     assert method.masks.kept == method.masks.total - exact_count(sparsity, method.masks.total)
 
@@ -213,7 +213,7 @@ def test_the_feedback_mode_arrives_at_any_target(sparsity: float, p: float) -> N
 def test_a_sparsity_of_all_parameters() -> None:
     module = toy()
     everything = sum(p.numel() for p in module.parameters())
-    method = LpSphere(1.3, sparsity=0.5, mode="feedback", of_all_parameters=True)
+    method = LpSphere(p=1.3, sparsity=0.5, mode="feedback", of_all_parameters=True)
     fit(module, method)
     assert method.masks.total - method.masks.kept == exact_count(0.5, everything)
     assert method.masks.total < everything
@@ -234,13 +234,13 @@ def test_two_optimizers_that_never_step_in_the_same_batch() -> None:
             self.manual_backward(self.loss(batch))
             optimizer.step()
 
-    method = LpSphere(1.3, sparsity=0.8, mode="feedback", every="1 step", start=0.0)
+    method = LpSphere(p=1.3, sparsity=0.8, mode="feedback", every="1 step", start=0.0)
     fit(Alternating(), method)
     assert method.masks.kept == method.goal["total"]
 
 
 def test_it_is_told_in_the_log() -> None:
-    runner = fit(toy(), LpSphere(1.2, sparsity=0.5))
+    runner = fit(toy(), LpSphere(p=1.2, sparsity=0.5))
     assert 0 < float(runner.logged_metrics["LpSphere/mixing"]) < 1
     assert float(runner.logged_metrics["LpSphere/growth"]) > 0
     assert float(runner.progress_bar_metrics["sparsity"]) > 0
@@ -251,13 +251,13 @@ def test_it_is_told_in_the_log() -> None:
 
 @pytest.mark.parametrize(("p", "sparsity"), [(1.07, 0.9), (1.15, 0.8)])
 def test_the_published_controller_arrives_where_p_fits_the_sparsity(p: float, sparsity: float) -> None:
-    method = LpSphere(p, sparsity=sparsity, mixing=2 / 50)
+    method = LpSphere(p=p, sparsity=sparsity, mixing=2 / 50)
     digits(12, method)
     assert abs(method.masks.sparsity - sparsity) <= 0.03
 
 
 def test_and_falls_short_where_p_does_not() -> None:
-    official, feedback = (LpSphere(2.0, sparsity=0.8, mixing=2 / 50, mode=mode) for mode in ("official", "feedback"))
+    official, feedback = (LpSphere(p=2.0, sparsity=0.8, mixing=2 / 50, mode=mode) for mode in ("official", "feedback"))
     digits(6, official)
     digits(6, feedback)
     assert official.masks.sparsity < 0.7

@@ -40,7 +40,7 @@ class Diary(L.Callback):
 
 @pytest.mark.parametrize("freeze", ["2 epochs", 2 / 3, "8 steps"])
 def test_frozen_masks_stay_and_weights_train_on(freeze: Any) -> None:
-    method = SCL(0.2, freeze=freeze)
+    method = SCL(price=0.2, end=freeze)
     diary = Diary(method)
     fit(toy(), method, diary)
     assert diary.changed[:7][-1]
@@ -50,7 +50,7 @@ def test_frozen_masks_stay_and_weights_train_on(freeze: Any) -> None:
 
 
 def test_the_price_warms_up() -> None:
-    method = SCL(0.6, warmup=0.5)
+    method = SCL(price=0.6, warmup=0.5)
     diary = Diary(method)
     used: list[float] = []
 
@@ -66,7 +66,7 @@ def test_the_price_warms_up() -> None:
 @pytest.mark.parametrize("mask_lr", [0.01, 0.0003])  # the second is too slow to come near
 @pytest.mark.parametrize(("sparsity", "min_kept"), [(0.3, 0), (0.5, 2), (0.9, 2), (0.97, 20)])
 def test_a_target_is_met_exactly_and_stays(sparsity: float, min_kept: int, mask_lr: float) -> None:
-    method = SCL(sparsity=sparsity, min_kept=min_kept, mask_lr=mask_lr)
+    method = SCL(sparsity=sparsity, min_kept=min_kept, learning_rate=mask_lr)
     diary = Diary(method)
     module = toy()
     fit(module, method, diary, max_epochs=8)
@@ -110,7 +110,7 @@ def test_the_controller_acts_by_its_clock(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_price_beside_a_target_is_where_the_controller_starts() -> None:
-    method = SCL(0.003, sparsity=0.8)
+    method = SCL(price=0.003, sparsity=0.8)
     costs: list[float] = []
 
     class Note(L.Callback):
@@ -162,9 +162,9 @@ class StopAt(L.Callback):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: SCL(0.2, warmup=0.5, freeze=0.75, min_kept=5, proxy="leaky_relu"),
-        lambda: SCL(0.02, norm="l2", feature="layer", warmup="5 steps", proxy="softplus", mask_lr=0.1),
-        lambda: SCL(sparsity=0.7, freeze="2 epochs", min_kept=3),
+        lambda: SCL(price=0.2, warmup=0.5, end=0.75, min_kept=5, proxy="leaky_relu"),
+        lambda: SCL(price=0.02, norm="l2", feature="layer", warmup="5 steps", proxy="softplus", learning_rate=0.1),
+        lambda: SCL(sparsity=0.7, end="2 epochs", min_kept=3),
     ],
     ids=["price", "layer", "target"],
 )
@@ -184,7 +184,7 @@ def test_resume_is_exact_with_every_option(make: Callable[[], SCL], tmp_path: An
 
 def test_a_layer_without_connections_is_named_once(recwarn: pytest.WarningsRecorder) -> None:
     warnings.simplefilter("always")
-    method = SCL(5.0)
+    method = SCL(price=5.0)
     fit(toy(), method, log_every_n_steps=1)
     said = [str(warning.message) for warning in recwarn if "has removed all of" in str(warning.message)]
     assert method.mask_set.kept == 0
@@ -193,7 +193,7 @@ def test_a_layer_without_connections_is_named_once(recwarn: pytest.WarningsRecor
 
 
 def test_a_minimum_of_connections_is_kept_everywhere_at_all_times() -> None:
-    method = SCL(5.0, min_kept=7)
+    method = SCL(price=5.0, min_kept=7)
     least: list[int] = []
 
     class Note(L.Callback):
@@ -208,7 +208,7 @@ def test_a_minimum_of_connections_is_kept_everywhere_at_all_times() -> None:
 
 
 def test_the_ends_can_be_exempt() -> None:
-    module, method = toy(), SCL(0.3, targets=["!:first", "!:last"])
+    module, method = toy(), SCL(price=0.3, targets=["!:first", "!:last"])
     fit(module, method)
     assert list(method.variables) == ["net.2.weight", "net.6.weight"]
     assert module.net[0].weight.all()

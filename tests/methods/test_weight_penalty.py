@@ -53,7 +53,7 @@ def test_the_penalty_equals_the_one_written_into_the_loss(kind: str, accumulate:
 
     reference, module, plain = double(Written), double(Toy), double(Toy)
     fit(reference, accumulate_grad_batches=accumulate)
-    fit(module, WeightPenalty(kind=kind, strength=0.01), accumulate_grad_batches=accumulate)
+    fit(module, WeightPenalty(penalty=kind, strength=0.01), accumulate_grad_batches=accumulate)
     fit(plain, accumulate_grad_batches=accumulate)
     for name, value in reference.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-9, atol=1e-12, msg=name)
@@ -83,7 +83,7 @@ def test_group_lasso_removes_whole_channels() -> None:
     norms = module.net[2].weight.detach().flatten(1).norm(dim=1)
     boundary = float(norms.sort().values[3:5].mean())
     strength = boundary / (RATE * 3 * BATCHES * 72**0.5)
-    fit(module, WeightPenalty(kind="group_lasso", strength=strength, proximal=True, targets=["net.2"]))
+    fit(module, WeightPenalty(penalty="group_lasso", strength=strength, proximal=True, targets=["net.2"]))
     alive = module.net[2].weight.detach().flatten(1).any(1)
     assert alive.tolist() == (norms > boundary).tolist()
     assert int(alive.count_nonzero()) == 4
@@ -135,5 +135,5 @@ def test_without_a_prune_the_length_of_the_run_may_be_unknown() -> None:
 def test_beside_gradual_pruning() -> None:
     """Without a sparsity of its own it owns no masks and shares weights with any method."""
     module, method = toy(), MagnitudePruning(0.9)
-    fit(module, WeightPenalty(kind="hoyer", strength=0.01), method)
+    fit(module, WeightPenalty(penalty="hoyer", strength=0.01), method)
     assert sum(int(w.count_nonzero()) for w in matrices(module)) == method.masks.kept == method.goal["total"]

@@ -130,7 +130,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("method", "at_log_steps"),
-    [(lambda: MagnitudePruning(0.5), False), (lambda: SparseConnectivityLearning(0.05), True)],
+    [(lambda: MagnitudePruning(0.5), False), (lambda: SparseConnectivityLearning(price=0.05), True)],
     ids=["masks", "masks that are live"],
 )
 def test_no_device_is_asked_between_log_steps(method: Any, at_log_steps: bool, tmp_path: Path) -> None:

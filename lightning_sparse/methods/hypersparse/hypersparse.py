@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any, final
+from typing import Any, ClassVar, Literal, final
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse.core import MaskSet, Position, Remembered, RunLength, Span, check_sparsity
+from lightning_sparse.core import MaskSet, Position, Remembered, RunLength, Span, check_choice, check_sparsity, check_whole
 from lightning_sparse.families.masked import Masked
 from lightning_sparse.functional import (
     HYPERSPARSE_ALIGNMENT,
@@ -22,12 +21,14 @@ from lightning_sparse.functional import (
     quantile_rank,
     top_k_masks,
 )
+from lightning_sparse.loop import Step
 from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, training_outputs
-from lightning_sparse.loop.loop import Step
 from lightning_sparse.methods.hypersparse.stop_rule import Attempt, StopRule
-from lightning_sparse.methods.hypersparse.training_score import Score
+from lightning_sparse.methods.hypersparse.training_score import TrainingScore
 
 __all__ = ["HyperSparse"]
+
+ONE_BOUNDARY = "the penalty has one boundary for all chosen weights together; choose weights with targets"
 
 PHASES = ("pretrain", "regularize", "finetune")
 
@@ -79,7 +80,7 @@ class HyperSparse(Masked):
         score: what the pruned copy and the dense model are compared by: None for the entry `accuracy` of what
             `training_step` returns if it is a dictionary that has it, else for the loss; the name of such an entry, with a
             minus sign if lower is better; or a function of (output, batch), higher is better.
-        learning_rate: constant until pruning, then, from the first value again, `step` (a tenth at 1/2 and 3/4 of
+        learning_rate_schedule: constant until pruning, then, from the first value again, `step` (a tenth at 1/2 and 3/4 of
             fine-tuning; published), `cosine` or `constant`; None leaves learning rates to the module's schedulers.
         max_pull: cap on P, which grows without bound when the magnitude on the pruning boundary goes to zero.
         alignment: x*, the point of tanh that meets the pruning boundary; the official code rounds it to 0.6585.
@@ -93,13 +94,22 @@ class HyperSparse(Masked):
     """One entry per epoch of regularization: strength, pull, quantile, scores, and the best copy so far."""
     stop_reason = Remembered(str)
     """Why regularization ended: `fresh` or `stale` (see `core.StopRule`), or `limit`."""
-    stop_rule = Remembered(StopRule)
-    _first_epoch = Remembered(int)
-    _phase_start = Remembered(int)
-    _plan = Remembered[dict[str, Any]](dict)
-    _rates = Remembered[list[list[float]]](list)
-    _dense = Remembered[Tensor](lambda: torch.zeros(2, dtype=torch.float64))
-    _scale = Remembered[list[Tensor]](list)
+    stop_rule = Remembered[StopRule]()
+    first_epoch = Remembered(int)
+    phase_start = Remembered(int)
+    plan = Remembered[dict[str, Any]](dict)
+    """The phases in epochs, and the steps of an epoch."""
+    rates = Remembered[list[list[float]]](list)
+    """Learning rates of all groups of all optimizers, before fine-tuning."""
+    dense = Remembered[Tensor](lambda: torch.zeros(2, dtype=torch.float64), averaged=True)
+    """What the dense model has scored in this epoch: the sum, and the number of samples."""
+    scale = Remembered[list[Tensor]](list)
+    """Quantile and pull of the penalty in the last step."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("allocation", "structure", "layer_sparsity"), ONE_BOUNDARY),
+        "learning_rate": "a schedule of it is called learning_rate_schedule",
+    }
 
     def __init__(
         self,
@@ -107,13 +117,13 @@ class HyperSparse(Masked):
         *,
         strength: float | None = None,
         growth: float | None = None,
-        penalty: str = "hypersparse",
+        penalty: Literal["hypersparse", "l1", "l2"] = "hypersparse",
         pretrain: float | str = 0.2,
         regularize: float | str = 0.4,
         finetune: str | None = None,
         radius: int = 1,
         score: str | Callable[[Any, Any], Any] | None = None,
-        learning_rate: str | None = "step",
+        learning_rate_schedule: Literal["step", "cosine", "constant"] | None = "step",
         max_pull: float = math.inf,
         alignment: float = HYPERSPARSE_ALIGNMENT,
         targets: str | Sequence[str] = ("*",),
@@ -122,7 +132,8 @@ class HyperSparse(Masked):
         super().__init__(targets=targets, name=name)
         self.sparsity, self.strength, self.growth, self.penalty = sparsity, strength, growth, penalty
         self.pretrain, self.regularize, self.finetune, self.radius = pretrain, regularize, finetune, radius
-        self.score, self.learning_rate, self.max_pull, self.alignment = score, learning_rate, max_pull, alignment
+        self.score, self.learning_rate_schedule = score, learning_rate_schedule
+        self.max_pull, self.alignment = max_pull, alignment
         check_sparsity("sparsity", sparsity)
         if sparsity == 0:
             raise ValueError("sparsity=0 would regularize for nothing; leave the callback out to train densely.")
@@ -130,13 +141,21 @@ class HyperSparse(Masked):
             value = getattr(self, argument)
             if value is not None and not (isinstance(value, Real) and float(value) > 0):
                 raise ValueError(f"{argument}={value!r} must be a positive number.")
-        if penalty not in PENALTIES:
-            raise ValueError(f"penalty='{penalty}' is unknown; choose from {list(PENALTIES)}.")
-        if learning_rate is not None and learning_rate not in LEARNING_RATES:
-            raise ValueError(f"learning_rate='{learning_rate}' is unknown; choose from {list(LEARNING_RATES)} or None.")
-        if not (isinstance(radius, int) and radius >= 0):
-            raise ValueError(f"radius={radius!r} must be a whole number, 0 or more.")
-        for argument, span in (("pretrain", pretrain), ("regularize", regularize), ("finetune", finetune)):
+        check_choice("penalty", penalty, PENALTIES)
+        if learning_rate_schedule is not None:
+            check_choice("learning_rate_schedule", learning_rate_schedule, LEARNING_RATES, " or None")
+        check_whole("radius", radius, 0)
+        self._check_spans()
+        if penalty == "l2" and strength is None:
+            raise ValueError("penalty='l2' has no published strength; give one, such as strength=1e-4.")
+        self.stop_rule = StopRule(radius)
+        self._score = TrainingScore(score)
+
+    # ---- the plan ----------------------------------------------------------------------------------------------------
+
+    def _check_spans(self) -> None:
+        for argument in PHASES:
+            span = getattr(self, argument)
             if span is None:
                 continue
             parsed = Span.parse(span, argument)
@@ -146,22 +165,16 @@ class HyperSparse(Masked):
                 raise ValueError(f"finetune={span!r} must be a number of epochs, such as '160 epochs', or None.")
             if parsed.value == 0 and argument != "pretrain":
                 raise ValueError(f"{argument}={span!r} leaves the phase out; give it at least one epoch.")
-        if penalty == "l2" and strength is None:
-            raise ValueError("penalty='l2' has no published strength; give one, such as strength=1e-4.")
-        self._score = Score(score)
-
-    # ---- the plan ----------------------------------------------------------------------------------------------------
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        refuse_unrepeatable_data(self.stations.trainer, self.stations.module, self.label)
+        refuse_unrepeatable_data(self.run.trainer, self.run.module, self.label)
         total = sum(weight.numel() for weight in self.weights.values())
         if self._kept(total) < 1:
             raise ValueError(
                 f"sparsity={self.sparsity} of {total:,} weights leaves nothing; lower it or choose more layers."
             )
         plan = self._make_plan(run)
-        saved = self._saved["memory"] if self._saved else {"phase": self.phase} if self._continues() else {}
-        if run.epochs is not None and saved.get("phase") != "finetune":
+        if run.epochs is not None and self.known("phase", None) != "finetune":
             end = math.ceil(run.epochs * until - 1e-9)
             needed = plan["pretrain"] + plan["regularize"] + (plan["finetune"] or 1)
             if needed > end:
@@ -189,34 +202,28 @@ class HyperSparse(Masked):
                 )
             else:
                 plan[name] = max(1, round(span.value * run.epochs)) if span.value else 0
-        batches = self.stations.trainer.num_training_batches
-        plan["steps"] = (
-            None if batches == float("inf") else -(-int(batches) // self.stations.trainer.accumulate_grad_batches)
-        )
+        batches = self.run.trainer.num_training_batches
+        plan["steps"] = None if batches == float("inf") else -(-int(batches) // self.run.trainer.accumulate_grad_batches)
         return plan
 
     def _kept(self, total: int) -> int:
         return total - quantile_rank(self.sparsity, total) - 1
 
-    def target_counts(self) -> tuple[int | None, dict[str, int]]:
-        return self._kept(sum(weight.numel() for weight in self.weights.values())), {}
-
     def begin(self) -> None:
         super().begin()
-        trainer = self.stations.trainer
-        self.stop_rule = StopRule(self.radius)
-        self._plan = self._make_plan(RunLength(**self._length))
-        self._first_epoch = self._phase_start = trainer.current_epoch
-        self._rates = [
+        trainer = self.run.trainer
+        self.promise(self._kept(self.masks.total))
+        self.plan = self._make_plan(RunLength(**self.begun_with))
+        self.first_epoch = self.phase_start = trainer.current_epoch
+        self.rates = [
             [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
             for optimizer in trainer.optimizers
         ]
-        with dry_run(trainer, self.stations.module):
+        with dry_run(trainer, self.run.module):
             pass  # a module that cannot be copied is refused now, not when the copy is needed
 
     def resume(self) -> None:
         super().resume()
-        self.stop_rule.radius = self.radius
         if self.phase == "finetune":
             self._end_training()
 
@@ -226,30 +233,30 @@ class HyperSparse(Masked):
         if not position.epoch_start:
             return
         epoch = position.epoch
-        if self.phase == "regularize" and epoch > self._phase_start:
+        if self.phase == "regularize" and epoch > self.phase_start:
             reason = self._try_pruned_copy(epoch - 1)
-            if reason is None and epoch - self._phase_start >= self._plan["regularize"]:
+            if reason is None and epoch - self.phase_start >= self.plan["regularize"]:
                 reason = "limit"
             if reason is not None:
                 self._prune(epoch, reason)
-        if self.phase == "pretrain" and epoch - self._first_epoch >= self._plan["pretrain"]:
-            self.phase, self._phase_start = "regularize", epoch
-        self._dense = torch.zeros(2, dtype=torch.float64, device=self.stations.module.device)
-        for optimizer in self.stations.trainer.optimizers:
+        if self.phase == "pretrain" and epoch - self.first_epoch >= self.plan["pretrain"]:
+            self.phase, self.phase_start = "regularize", epoch
+        self.dense = torch.zeros(2, dtype=torch.float64, device=self.run.module.device)
+        for optimizer in self.run.optimizers:
             self._set_rates(optimizer)
 
     def _try_pruned_copy(self, epoch: int) -> str | None:
         """Score a copy pruned to the target, and ask the stop rule."""
-        trainer, module = self.stations.trainer, self.stations.module
+        trainer, module = self.run.trainer, self.run.module
         masks = self._magnitude_masks()
-        pruned = torch.zeros_like(self._dense)
+        pruned = torch.zeros_like(self.dense)
         with dry_run(trainer, module) as twin:
             masks.apply_(dict(twin.named_parameters()))
             twin.eval()
             state = {name: value.to("cpu", copy=True) for name, value in twin.state_dict().items()}
             for batch, output in training_outputs(trainer, twin):
                 pruned += self._score.weighted(output, batch)
-        dense, attained = self._score.mean(trainer, self._dense), self._score.mean(trainer, pruned)
+        dense, attained = self._score.mean(trainer, self.dense), self._score.mean(trainer, pruned)
         if not math.isfinite(dense):
             raise RuntimeError(
                 f"{self.label}: the dense model scored {dense} in epoch {epoch}; training has diverged. Lower the learning "
@@ -258,8 +265,8 @@ class HyperSparse(Masked):
         attained = attained if math.isfinite(attained) else -math.inf  # worse than any other
         reason = self.stop_rule.add(Attempt(epoch, attained, state, masks.state_dict()), dense)
         entry = {"epoch": epoch, "strength": self.strength_in(epoch), "pruned": attained, "dense": dense}
-        if self._scale:
-            entry |= {"quantile": float(self._scale[0]), "pull": float(self._scale[1])}
+        if self.scale:
+            entry |= {"quantile": float(self.scale[0]), "pull": float(self.scale[1])}
         assert self.stop_rule.best is not None
         self.history.append(entry | {"best": self.stop_rule.best.epoch, "mean": self.stop_rule.mean})
         return reason
@@ -284,21 +291,21 @@ class HyperSparse(Masked):
         else:
             verb = "has caught up with" if reason == "fresh" else "is the best when the phase ends; compare"
             rank_zero_info(f"{self.label} goes on with {what}, which {verb} {scores}.")
-        self.stations.module.load_state_dict(best.state)
+        self.run.module.load_state_dict(best.state)
         restored = MaskSet()
         restored.load_state_dict(best.masks)
         self.set_masks({name: restored[name].to(weight.device) for name, weight in self.weights.items()})
-        for optimizer in self.stations.trainer.optimizers:
+        for optimizer in self.run.optimizers:
             optimizer.state.clear()
-        self.stop_reason, self.phase, self._phase_start = reason, "finetune", epoch
-        self.stop_rule = StopRule(self.radius)  # lets the copies go
-        self._scale = []
+        self.stop_reason, self.phase, self.phase_start = reason, "finetune", epoch
+        self.stop_rule.reset()  # lets the copies go
+        self.scale = []
         self._end_training()
 
     def _end_training(self) -> None:
         """Where fine-tuning has a length of its own, the run ends with it."""
-        if self._plan["finetune"] is not None:
-            trainer, end = self.stations.trainer, self._phase_start + self._plan["finetune"]
+        if self.plan["finetune"] is not None:
+            trainer, end = self.run.trainer, self.phase_start + self.plan["finetune"]
             if trainer.current_epoch < end:
                 trainer.fit_loop.max_epochs = end
 
@@ -306,60 +313,53 @@ class HyperSparse(Masked):
 
     def strength_in(self, epoch: int) -> float:
         """Lambda in an epoch of regularization."""
-        epochs = self._plan["regularize"]
+        epochs = self.plan["regularize"]
         growth = self.growth or PUBLISHED_GROWTH ** (PUBLISHED_EPOCHS / epochs)
         strength = self.strength
         if strength is None:
-            strength = RESERVE * PUBLISHED_PULL / (self._plan["steps"] * sum(growth**e for e in range(epochs)))
-        return strength * growth ** (epoch - self._phase_start)
+            strength = RESERVE * PUBLISHED_PULL / (self.plan["steps"] * sum(growth**e for e in range(epochs)))
+        return strength * growth ** (epoch - self.phase_start)
 
     def weight_penalty(self, step: Step) -> Iterator[tuple[str, Tensor]]:
         if self.phase != "regularize":
             return
-        strength = self.strength_in(self.stations.trainer.current_epoch)
+        strength = self.strength_in(self.run.trainer.current_epoch)
         gradient = PENALTIES[self.penalty](self)
         for name, weight in step.weights.items():
             yield name, gradient(weight.detach()).mul_(strength)
 
-    def batch_end(self) -> None:
-        for optimizer in self.stations.trainer.optimizers:
-            self._set_rates(optimizer)  # schedulers have just set theirs, and observers look before the next step
-
     def _set_rates(self, optimizer: Optimizer) -> None:
-        if self.learning_rate is None:
+        if self.learning_rate_schedule is None:
             return
-        trainer = self.stations.trainer
+        trainer = self.run.trainer
         factor = 1.0
         if self.phase == "finetune":
-            length = self._plan["finetune"] or self._plan["epochs"] - self._phase_start
-            factor = LEARNING_RATES[self.learning_rate](min(1.0, (trainer.current_epoch - self._phase_start) / length))
-        rates = self._rates[trainer.optimizers.index(optimizer)]
+            length = self.plan["finetune"] or self.plan["epochs"] - self.phase_start
+            factor = LEARNING_RATES[self.learning_rate_schedule](
+                min(1.0, (trainer.current_epoch - self.phase_start) / length)
+            )
+        rates = self.rates[trainer.optimizers.index(optimizer)]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * factor)
             else:
                 group["lr"] = rate * factor
 
-    def watch(self, output: Any, batch: Any) -> None:
-        self._dense += self._score.weighted(output, batch)
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._stations is not None and trainer.world_size > 1:
-            # Every rank resumes from the file of the first: each with its part of what all have gathered.
-            gathered = trainer.strategy.reduce(self._dense.clone(), reduce_op="sum")
-            checkpoint["callbacks"][self.state_key]["memory"]["_dense"] = (gathered / trainer.world_size).cpu()
+    def batch_end(self, output: Any, batch: Any) -> None:
+        self.dense += self._score.weighted(output, batch)
+        for optimizer in self.run.optimizers:
+            self._set_rates(optimizer)  # schedulers have just set theirs, and observers look before the next step
 
     # ---- what can be seen --------------------------------------------------------------------------------------------
 
     def headline(self) -> Mapping[str, float | str]:
-        return {"phase": f"{self.phase} {self.stations.trainer.current_epoch - self._phase_start + 1}"}
+        return {"phase": f"{self.phase} {self.run.trainer.current_epoch - self.phase_start + 1}"}
 
     def numbers(self) -> Mapping[str, float | Tensor]:
         shown: dict[str, float | Tensor] = {"phase": float(PHASES.index(self.phase))}
         if self.phase == "regularize":
-            shown["strength"] = self.strength_in(self.stations.trainer.current_epoch)
-            shown |= dict(zip(("quantile", "pull"), self._scale, strict=False))
+            shown["strength"] = self.strength_in(self.run.trainer.current_epoch)
+            shown |= dict(zip(("quantile", "pull"), self.scale, strict=False))
         if self.history:
             last = self.history[-1]
             shown |= {"pruned score": last["pruned"], "dense score": last["dense"], "best mean": last["mean"]}
@@ -375,7 +375,7 @@ class HyperSparse(Masked):
 
 def _adaptive(method: HyperSparse) -> Callable[[Tensor], Tensor]:
     scale = hypersparse_scale(list(method.weights.values()), method.sparsity, method.alignment, method.max_pull)
-    method._scale = [scale.quantile, scale.pull]
+    method.scale = [scale.quantile, scale.pull]
     return lambda weight: hypersparse_gradient([weight], method.sparsity, scale)[0]
 
 

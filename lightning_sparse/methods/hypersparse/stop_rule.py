@@ -53,6 +53,10 @@ class StopRule:
 
     def __init__(self, radius: int = 1) -> None:
         self.radius = radius
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all attempts."""
         self.window: list[Attempt] = []
         self.best: Attempt | None = None
         self.mean = float("-inf")

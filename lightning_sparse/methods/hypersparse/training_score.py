@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lightning_sparse.loop.dry_run import loss_of, size_of
 
-__all__ = ["Score"]
+__all__ = ["TrainingScore"]
 
 
-class Score:
+class TrainingScore:
     """The mean over samples of a number in what `training_step` returns; higher is better.
 
     Args:
@@ -22,7 +22,7 @@ class Score:
             minus sign if lower is better; or a function of (output, batch), higher is better.
 
     Example:
-        >>> score = Score("-error")
+        >>> score = TrainingScore("-error")
         >>> score.weighted({"loss": torch.tensor(2.0), "error": torch.tensor(0.25)}, torch.rand(8, 3)).tolist()
         [-2.0, 8.0]
     """

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.core import Budget, Position, Remembered, RunLength
-from lightning_sparse.families.masked import Masked
+from lightning_sparse.core import (
+    AllocationName,
+    Position,
+    Remembered,
+    RunLength,
+    StructureName,
+    check_choice,
+    refuse_shorter_run,
+)
+from lightning_sparse.families import Budgeted
 from lightning_sparse.functional import exponential, magnitude
 from lightning_sparse.methods.lottery_ticket.rounds import Rounds
 from lightning_sparse.methods.lottery_ticket.snapshot import Snapshot
@@ -22,7 +30,7 @@ REWINDS = ("weights", "learning rate")
 
 
 @final
-class LotteryTicket(Masked):
+class LotteryTicket(Budgeted):
     r"""Train, remove the smallest weights, return the others to where they were early on, and train again; several times.
 
     All rounds run in one fit. After round i the sparsity is $1 - (1 - s)^{i / rounds}$: every round removes the same share
@@ -64,7 +72,7 @@ class LotteryTicket(Masked):
         ValueError: if the rounds do not fit into the run, or it begins after the moment to return to.
 
     Example:
-        >>> LotteryTicket(sparsity=0.9, rewind_to="2 epochs").plan.count
+        >>> LotteryTicket(sparsity=0.9, rewind_to="2 epochs").trainings.count
         11
     """
 
@@ -80,85 +88,83 @@ class LotteryTicket(Masked):
         rounds: int | None = None,
         every: float | str | None = None,
         rewind_to: float | str = 0.0,
-        rewind: str = "weights",
+        rewind: Literal["weights", "learning rate"] = "weights",
         save_to: str | None = None,
-        allocation: str = "global",
-        structure: str | int = "unstructured",
+        allocation: AllocationName = "global",
+        structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
-        super().__init__(targets=targets, name=name)
-        self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
-        self.layer_sparsity = layer_sparsity
+        super().__init__(
+            sparsity,
+            allocation=allocation,
+            structure=structure,
+            layer_sparsity=layer_sparsity,
+            targets=targets,
+            name=name,
+        )
         self.rounds, self.every, self.rewind_to, self.rewind, self.save_to = rounds, every, rewind_to, rewind, save_to
-        if rewind not in REWINDS:
-            raise ValueError(f"rewind={rewind!r} is unknown; choose from {list(REWINDS)}.")
-        self.budget = Budget(sparsity, allocation, structure, layer_sparsity)
+        check_choice("rewind", rewind, REWINDS)
         fewest = max(1, math.ceil(math.log(1 - self.budget.sparsity) / math.log(0.8) - 1e-9))
-        self.plan = Rounds(fewest if rounds is None else rounds, every, rewind_to)
+        self.trainings = Rounds(fewest if rounds is None else rounds, every, rewind_to)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        self.check_budget(self.budget)
-        self.plan.resolve(run)
-        if self.plan.end > until + 1e-9:
-            raise ValueError(
-                f"{self.label} begins its last round at {self.plan.end:.0%} of the run as it was begun, but training now "
-                f"ends at {until:.0%} of that; train at least as long as planned then, or start anew from the weights."
-            )
-
-    def target_counts(self) -> tuple[int | None, dict[str, int]]:
-        return self.budget.kept_weights(self.chosen)
+        super().check(run, until)
+        self.trainings.resolve(run)
+        refuse_shorter_run(f"{self.label} begins its last round", self.trainings.end, until)
 
     @property
     def at_target(self) -> bool:
-        return self.round == self.plan.count
+        return self.round == self.trainings.count
 
     def begin(self) -> None:
         super().begin()
-        step = self.stations.trainer.global_step
-        if step and self.plan.start and self.plan.passed_start(self.stations.position(self, epoch_start=True)):
+        step = self.run.trainer.global_step
+        if step and self.trainings.start and self.trainings.passed_start(self.position(epoch_start=True)):
             raise ValueError(
                 f"{self.label}: rewind_to={self.rewind_to!r} lies before step {step}, at which this run begins, so it will "
                 "never come; rewind_to=0 returns to where the run begins."
             )
 
     def before_batch(self, position: Position) -> None:
-        stations = self.stations
-        schedulers = [config.scheduler for config in stations.trainer.lr_scheduler_configs]
-        if not self.moment and self.plan.reached_start(position):
-            self.moment.take(stations.module, stations.trainer.optimizers, schedulers)
+        run = self.run
+        if not run.fresh:
+            return
+        schedulers = [config.scheduler for config in run.trainer.lr_scheduler_configs]
+        if not self.moment and self.trainings.reached_start(position):
+            self.moment.take(run.module, run.optimizers, schedulers)
             self._save("ticket")
-        due = self.plan.count if stations.ends_with_next_step else self.plan.due(position)
+        due = self.trainings.count if run.ends_with_next_step else self.trainings.due(position)
         if due <= self.round:
             return
         self._save("trained")
         self.round = due
-        sparsity = exponential(due / self.plan.count, 0.0, self.budget.sparsity)
-        self.prune(self.budget, sparsity, lambda name, weight: magnitude(weight))
+        sparsity = exponential(due / self.trainings.count, 0.0, self.budget.sparsity)
+        self.prune(sparsity, lambda name, weight: magnitude(weight))
         if self.rewind == "weights":
-            self.moment.restore_weights(stations.module)
-        self.moment.restore_optimizers(stations.trainer.optimizers, schedulers, moments=self.rewind == "weights")
+            self.moment.restore_weights(run.module)
+        self.moment.restore_optimizers(run.optimizers, schedulers, moments=self.rewind == "weights")
         self.clean()  # the moment to return to was dense
         if self.rewind == "weights":
-            self.stations.restart_averages()
+            run.restart_averages()
         self._save("ticket")
 
     def _save(self, what: str) -> None:
         if self.save_to is not None:
             file = Path(self.save_to) / f"round={self.round}-{what}.ckpt"
-            self.stations.trainer.save_checkpoint(file, weights_only=True)
+            self.run.trainer.save_checkpoint(file, weights_only=True)
 
     def headline(self) -> Mapping[str, float | str]:
-        return {"round": f"{self.round} of {self.plan.count}"}
+        return {"round": f"{self.round} of {self.trainings.count}"}
 
     def numbers(self) -> Mapping[str, float | Tensor]:
         return {"round": float(self.round)}
 
     def conclude(self) -> None:
         self._save("trained")
-        if self.round < self.plan.count:
+        if self.round < self.trainings.count:
             rank_zero_warn(
-                f"{self.label} ends in round {self.round} of {self.plan.count} at sparsity {self.masks.sparsity:.4f}, not "
-                f"{self.budget.sparsity}: training stopped early. Train on, or take fewer rounds."
+                f"{self.label} ends in round {self.round} of {self.trainings.count} at sparsity {self.masks.sparsity:.4f}, "
+                f"not {self.budget.sparsity}: training stopped early. Train on, or take fewer rounds."
             )

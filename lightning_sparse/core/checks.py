@@ -1,0 +1,45 @@
+"""Sentences for arguments that cannot be: what was given, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+__all__ = ["check_choice", "check_number", "check_sparsity", "check_whole"]
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str], more: str = "") -> None:
+    """Refuse what is not among the choices.
+
+    Args:
+        name: of the argument.
+        value: that was given.
+        choices: all of them.
+        more: what else may be given, such as ` or give a function`.
+    """
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose from {known}{more}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is not a finite number from 0 up."""
+    if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a number from 0 up.")
+
+
+def check_whole(name: str, value: Any, least: int, more: str = "") -> None:
+    """Refuse what is not a whole number, or is too small."""
+    if not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(f"{name}={value!r} must be a whole number from {least} up{more}.")
+
+
+def check_sparsity(name: str, value: Any) -> None:
+    """Refuse what is not a fraction below one."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r} must be a number in [0, 1): the fraction that is removed.")
+    value = float(value)
+    if not 0 <= value < 1:
+        hint = f"; for {value:g} % write {value / 100:g}" if 1 <= value <= 100 else ""
+        raise ValueError(f"{name}={value} must be in [0, 1): the fraction that is removed{hint}.")

@@ -1,0 +1,152 @@
+"""Methods that promise a sparsity and share it among layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_sparse.core import (
+    AllocationName,
+    Budget,
+    Coupled,
+    CoupledVectors,
+    Coupling,
+    Plan,
+    Remembered,
+    RunLength,
+    StructureName,
+)
+from lightning_sparse.export.removal import find_coupling
+from lightning_sparse.families.masked import Masked
+from lightning_sparse.loop import Step
+from lightning_sparse.loop.dry_run import dry_run, example_inputs
+from lightning_sparse.loop.method import arguments
+
+__all__ = ["Budgeted"]
+
+
+class Budgeted(Masked):
+    """A method that removes an exact share of the weights, or of the channels, that it works on.
+
+    With `structure='coupled'` biases and norms go with their channels: they are zero where a channel is gone.
+
+    Args:
+        sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
+        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
+            `erk+`. With `n:m` every layer has the same share.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
+            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart.
+    """
+
+    traced = Remembered[dict[str, Any]](dict)
+    """The input that coupled channels were found with; a resumed run may stand where its loader has no batch left."""
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        allocation: AllocationName = "global",
+        structure: StructureName = "unstructured",
+        layer_sparsity: Mapping[str, float] | None = None,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
+        self.layer_sparsity = layer_sparsity
+        usual = arguments(type(self)).get("allocation", "global")
+        self.budget = Budget(sparsity, allocation, structure, layer_sparsity, usual)
+        self.plan: Plan | None = None
+        self.vectors: CoupledVectors | None = None
+        self._input: Mapping[str, Any] = {}
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        coupling = self._find_coupling() if isinstance(self.budget.structure, Coupled) else None
+        self.plan = self.budget.plan(self.chosen, coupling)
+        self.plan.check()
+
+    @property
+    def laid_out(self) -> Plan:
+        """The budget on the weights of the running fit."""
+        assert self.plan is not None, "asked before `check`"
+        return self.plan
+
+    def begin(self) -> None:
+        super().begin()
+        self.traced = dict(self._input)
+        self.promise(*self.laid_out.kept_weights())
+
+    def resume(self) -> None:
+        super().resume()
+        self._follow_channels()
+
+    def release(self) -> None:
+        self.plan = self.vectors = None
+        super().release()
+
+    def prune(self, sparsity: float, score: Callable[[str, Tensor], Tensor]) -> None:
+        """Remove the lowest scores until exactly this fraction is removed; entries removed before come first.
+
+        Args:
+            sparsity: the fraction removed after this.
+            score: of a weight, by name; higher survives.
+        """
+        weights, masks = self.weights, self.masks
+        scores = [score(name, weight) for name, weight in weights.items()]
+        scores = [one.masked_fill(masks.dropped(name), -torch.inf) for name, one in zip(weights, scores, strict=True)]
+        chosen = self.laid_out.masks(scores, sparsity, list(masks.counts.values()))
+        self.set_masks(dict(zip(weights, chosen, strict=True)))
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        super().set_masks(masks)
+        self._follow_channels()
+
+    def clean(self) -> None:
+        super().clean()
+        self._follow_channels()
+
+    # ---- coupled channels --------------------------------------------------------------------------------------------
+
+    def _find_coupling(self) -> Coupling:
+        trainer, module = self.run.trainer, self.run.module
+        known = self.known("traced", {})
+        with dry_run(trainer, module) as twin:
+            if known:
+                inputs = torch.zeros(known["shape"], dtype=getattr(torch, known["dtype"]))
+            else:
+                inputs = example_inputs(trainer, twin, self.label)
+            channels = {target.name: target.weight.shape[target.output_dim] for target in self.chosen}
+            coupling = find_coupling(twin, inputs.to(module.device), channels)
+        self._input = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        self.vectors = CoupledVectors(coupling, dict(module.named_parameters()))
+        stay = [f"'{name}' ({reason})" for name, reason in coupling.staying.items() if name in channels]
+        if stay and not known:
+            rank_zero_info(f"{self.label}: channels stay in {', '.join(stay)}.")
+        return coupling
+
+    def _follow_channels(self) -> None:
+        if self.vectors is not None:
+            alive = {t.name: self.masks[t.name].movedim(t.output_dim, 0).flatten(1).any(1) for t in self.chosen}
+            self.vectors.follow(alive, self.run.optimizers, self.run.averages())
+
+    def silence(self, step: Step) -> None:
+        super().silence(step)
+        if self.vectors is not None:
+            self.vectors.silence()
+
+    def after_unseen_step(self, step: Step) -> None:
+        super().after_unseen_step(step)
+        if self.vectors is not None:
+            self.vectors.clear(step.optimizer)
+
+    def project(self, step: Step) -> None:
+        super().project(step)
+        if self.vectors is not None:
+            self.vectors.project()

@@ -1,0 +1,354 @@
+"""What a method may answer, what it may use, and what it remembers. `sparsifier.py` draws the loop that asks it."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_sparse.core import (
+    LayerRow,
+    Masks,
+    Memory,
+    Position,
+    Remembered,
+    RunLength,
+    Target,
+    as_patterns,
+    find_targets,
+    summarize,
+)
+from lightning_sparse.loop.run import Run
+from lightning_sparse.loop.step import Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Method", "arguments"]
+
+
+class Method(Memory, ABC):
+    """Base of every method: overrides the stations it needs and leaves the rest.
+
+    Args:
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart, in checkpoints and messages.
+    """
+
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Arguments that the method does not take, though other methods or earlier versions do, and what to do instead."""
+
+    steps = Remembered(int)
+    """Batches so far that ended in an optimizer step."""
+    goal = Remembered[dict[str, Any]](lambda: {"total": None, "layers": {}})
+    """How many weights a method promises to keep, in all and per layer; None and missing where it promises nothing."""
+    begun_with = Remembered[dict[str, Any]](lambda: RunLength(None, None)._asdict())
+    """The length of the run as it was begun."""
+    shapes = Remembered[dict[str, list[int]]](dict)
+    """Of the chosen weights; empty before the first fit."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse words of other methods and earlier versions with what to write instead."""
+        _refuse_words(cls, args, kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, *, targets: str | Sequence[str] = ("*",), name: str | None = None) -> None:
+        self.targets = as_patterns(targets)
+        self.name = name
+        self.chosen: list[Target] = []
+        self.brought: Mapping[str, Any] | None = None
+        """The state that a checkpoint has brought, until training begins."""
+        self._run: Run | None = None
+
+    # ---- what a method may answer ------------------------------------------------------------------------------------
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        """Refuse with a ValueError what cannot work; the weights are chosen, nothing has been touched.
+
+        Args:
+            run: the length that fractions of the run refer to.
+            until: how much of it is over when this fit ends; less than 1 if a run is resumed to be shorter.
+        """
+
+    def begin(self) -> None:
+        """A fresh start: make what is remembered, project for the first time."""
+
+    def resume(self) -> None:
+        """What was remembered is back; make what is derived from it."""
+
+    def evolve(self, position: Position) -> None:
+        """Topology: called at the start of every epoch and right after every step."""
+
+    def before_batch(self, position: Position) -> None:
+        """Right before every batch. With `run.fresh` no gradients of earlier batches wait, and topology may change.
+
+        For changes that belong to what comes and not to what was: validation, checkpoints and learning rate schedulers that
+        follow the last step are over.
+        """
+
+    def feature_penalty(self) -> Tensor | None:
+        """A differentiable term for this batch, from features that the method's own hooks have seen."""
+        return None
+
+    def weight_penalty(self, step: Step) -> Iterable[tuple[str, Tensor]]:
+        """Gradients of a penalty on the weights, in closed form, by name; one at a time where memory counts."""
+        return ()
+
+    def before_step(self, step: Step) -> None:
+        """Right before the optimizer moves; all gradients are complete."""
+
+    def silence(self, step: Step) -> None:
+        """Remove the gradients that the optimizer must not see, or all of them by `step.replaced = True`."""
+
+    def after_step(self, step: Step) -> None:
+        """Right after the optimizer has moved."""
+
+    def after_unseen_step(self, step: Step) -> None:
+        """The optimizer has moved without `before_step`: a manual step past Lightning, with a closure."""
+
+    def undo_step(self, step: Step) -> None:
+        """The step that `before_step` prepared did not happen; leave no trace."""
+
+    def project(self, step: Step) -> None:
+        """Put the weights back where they belong."""
+
+    def batch_end(self, output: Any, batch: Any) -> None:
+        """The batch is over; learning rate schedulers that move by steps have moved.
+
+        Args:
+            output: what `training_step` returned, before any penalty was added.
+            batch: that it was given.
+        """
+
+    def epoch_end(self) -> Mapping[str, float | Tensor]:
+        """The epoch is over; what there is to tell of it goes to the logger, under the method's label."""
+        return {}
+
+    def headline(self) -> Mapping[str, float | str]:
+        """What the progress bar shows besides the sparsity: a phase, a round. Asked whenever the bar is drawn."""
+        return {}
+
+    def numbers(self) -> Mapping[str, float | Tensor]:
+        """What the logger shows of this method, under its label. Asked once per epoch, in its first batch."""
+        return {}
+
+    def conclude(self) -> None:
+        """Training has ended, hooks are still in place."""
+
+    def release(self) -> None:
+        """Remove whatever the method has attached to the model; called after success and failure alike."""
+
+    def answers(self, station: Callable[..., Any]) -> bool:
+        """Whether this method does something at a station, such as `Method.project`."""
+        return getattr(type(self), station.__name__) is not station
+
+    # ---- what it says about itself -----------------------------------------------------------------------------------
+
+    @property
+    def mask_set(self) -> Masks | None:
+        """The masks this method owns, if it owns any."""
+        return None
+
+    @property
+    def dropped_live_on(self) -> bool:
+        """Whether dropped entries live on out of sight, with moments in the optimizer, and may return after any step."""
+        return False
+
+    @property
+    def dropped_learn(self) -> bool:
+        """Whether the optimizer sees gradients of dropped entries, by which they may return."""
+        return False
+
+    @property
+    def prepares_steps(self) -> bool:
+        """Whether `before_step` and `after_step` are a pair here."""
+        return self.answers(Method.after_step) or self.answers(Method.undo_step)
+
+    @property
+    def moves(self) -> Collection[str]:
+        """The weights that the method moves in place of the optimizer, on which no other method may act."""
+        return ()
+
+    @property
+    def at_target(self) -> bool | None:
+        """Whether no more is kept than `goal` says, in all and in each layer; None for a method that promises nothing."""
+        masks, total, layers = self.mask_set, self.goal["total"], self.goal["layers"]
+        if masks is None or (total is None and not layers):
+            return None
+        counts = masks.counts
+        in_all = total is None or sum(counts.values()) <= total
+        return in_all and all(counts[name] <= kept for name, kept in layers.items())
+
+    # ---- what a method may use ---------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights this method works on, by name; empty outside training."""
+        return {target.name: target.weight for target in self.chosen}
+
+    @property
+    def output_dims(self) -> dict[str, int]:
+        """The dimension that counts outputs, by name."""
+        return {target.name: target.output_dim for target in self.chosen}
+
+    @property
+    def run(self) -> Run:
+        """The running fit: trainer, module, optimizers."""
+        if self._run is None:
+            raise RuntimeError(f"{self.label} is not in a running fit.")
+        return self._run
+
+    @property
+    def running(self) -> bool:
+        """Whether a fit is under way."""
+        return self._run is not None
+
+    def position(self, epoch_start: bool = False, under_way: int = 0) -> Position:
+        """Where the run is now; see `Run.position`."""
+        return self.run.position(RunLength(**self.begun_with), self.steps, epoch_start, under_way)
+
+    def known(self, name: str, otherwise: Any) -> Any:
+        """Of a remembered attribute, before training begins: what the checkpoint brings, or what this run goes on with."""
+        if self.brought is not None:
+            return self.brought["memory"].get(name, otherwise)
+        return getattr(self, name) if self.goes_on else otherwise
+
+    def promise(self, total: int | None, layers: Mapping[str, int] | None = None) -> None:
+        """Set the goal: weights to keep in all, and per layer where that is known."""
+        self.goal = {"total": total, "layers": dict(layers or {})}
+
+    def summary(self) -> list[LayerRow]:
+        """One row per masked layer: what is kept, of how many, and what is to be kept; the sum last."""
+        return [] if self.mask_set is None else summarize(self.mask_set, self.goal["total"], self.goal["layers"])
+
+    def warn_of_empty(self, name: str, remedy: str) -> None:
+        """Say that a layer has lost all its weights, and what helps."""
+        rank_zero_warn(f"{self.label} has removed all of '{name}'; signals no longer pass this layer. {remedy}")
+
+    @property
+    def label(self) -> str:
+        """How messages call this callback."""
+        return type(self).__name__ + (f"(name='{self.name}')" if self.name else "")
+
+    # ---- its run, from the first fit to the last ---------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """The arguments this callback was made with, as plain values."""
+        return {name: _plain(getattr(self, name)) for name in arguments(type(self)) if name != "name"}
+
+    def choose(self, module: nn.Module) -> None:
+        """Find the weights in a module."""
+        self.chosen = find_targets(module, self.targets)
+
+    def enter(self, run: Run) -> None:
+        """A fit begins."""
+        self._run = run
+
+    def leave(self) -> None:
+        """The fit is over, or has never come to its first batch."""
+        if self.brought is not None:  # the run was over before it began; keep what it knew
+            self.recall(self.brought["memory"])
+            self.brought = None
+        self._run = None
+        self.chosen = []
+
+    def check_brought(self) -> None:
+        """A resumed run goes on as it was configured, or not at all.
+
+        Raises:
+            ValueError: naming every argument that is another one, or the weights that are.
+        """
+        if self.brought is None:
+            return
+        mine = self.config()
+        defaults = {name: _plain(value) for name, value in arguments(type(self)).items()}
+        theirs = {**{name: defaults[name] for name in mine}, **self.brought["config"]}  # of a version with fewer arguments
+        drift = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        if drift:
+            changes = ", ".join(f"{key}={mine.get(key)!r} (checkpoint: {theirs.get(key)!r})" for key in drift)
+            raise ValueError(
+                f"{self.label} resumes with {changes}; restore the checkpoint's values, or start anew from its weights."
+            )
+        shapes, saved = self._chosen_shapes, self.brought["memory"]["shapes"]
+        if shapes != saved:
+            different = sorted(set(map(str, shapes.items())) ^ set(map(str, saved.items())))
+            raise ValueError(f"{self.label} resumes with other weights than the checkpoint's: {', '.join(different[:4])}.")
+
+    def length_as_begun(self, length: RunLength) -> RunLength:
+        """The length that fractions of the run refer to: that of the run as it was begun, or of this fit."""
+        return RunLength(**self.known("begun_with", length._asdict()))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether this fit goes on with the run that this instance has been through."""
+        return self.run.trainer.global_step > 0 and self.steps > 0 and self._chosen_shapes == self.shapes
+
+    def begin_or_resume(self, length: RunLength) -> None:
+        """Begin, go on, or resume; everything has been checked."""
+        if self.brought is not None:
+            self.recall(self.brought["memory"])
+            self.brought = None
+            self.place(self.weights, self.run.module.device)
+            self.resume()
+        elif self.goes_on:
+            self.resume()
+        else:
+            if self.run.trainer.global_step > 0:
+                rank_zero_warn(
+                    f"{self.label} begins in the middle of a run: the checkpoint, or the fit before, knows nothing of it."
+                )
+            self.forget()
+            self.begun_with = length._asdict()
+            self.shapes = self._chosen_shapes
+            self.begin()
+
+    @property
+    def _chosen_shapes(self) -> dict[str, list[int]]:
+        return {target.name: list(target.weight.shape) for target in self.chosen}
+
+
+def arguments(cls: type) -> dict[str, Any]:
+    """All arguments that a method is made with, those it hands on to its base included, and their defaults."""
+    names: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            names.update({p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)})
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                break
+    names.pop("self", None)
+    return names
+
+
+def _refuse_words(cls: type[Method], given: Sequence[Any], named: Mapping[str, Any]) -> None:
+    for name in named:
+        if name in cls.refused:
+            raise ValueError(f"{cls.__name__} does not take {name}: {cls.refused[name]}.")
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters) or len(given) <= len(by_position):
+        return
+    value = given[len(by_position)]
+    if by_position:
+        first = ", ".join(p.name for p in by_position)
+        raise ValueError(f"{cls.__name__} takes {first} without a name and all else with one; say what {value!r} is.")
+    keyword = next((p.name for p in parameters if p.kind == p.KEYWORD_ONLY), "name")
+    raise ValueError(
+        f"{cls.__name__} promises no sparsity, so {value!r} needs a name; write {keyword}={value!r} if that is what it is."
+    )
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Tensor) and hasattr(value, "item"):
+        return value.item()  # a number of NumPy, which would keep the checkpoint from loading with weights_only
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Callable):  # type: ignore[arg-type]
+        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return value

@@ -1,0 +1,167 @@
+"""The running fit, as far as a method may ask about it: trainer, module, where it is, how gradients are scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_sparse.core import Position, RunLength
+from lightning_sparse.loop.privates import average_models, unscales_itself
+
+__all__ = ["Run"]
+
+
+class Run:
+    """A fit from its first batch to its end.
+
+    Args:
+        trainer: of the fit.
+        module: that is trained.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+        self.batch_idx = 0
+        """The batch of the epoch that is under way, or -1 before the first."""
+        self.fresh = True
+        """Whether no gradients of earlier batches wait for a step."""
+        self._unscaled: set[int] = set()
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The plain optimizers."""
+        return self.trainer.optimizers
+
+    # ---- how long it is, and where it is ----------------------------------------------------------------------------
+
+    def length(self) -> RunLength:
+        """Epochs and steps of the whole run, as far as they can be known before it starts."""
+        trainer = self.trainer
+        max_epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        max_steps = None if trainer.max_steps == -1 else trainer.max_steps
+        batches = trainer.num_training_batches
+        unlimited = max_epochs is None and max_steps is None
+        whole_epochs = None if max_epochs is None else float(max_epochs)
+        if unlimited or batches == float("inf") or batches == 0:
+            return RunLength(whole_epochs, max_steps, within_epochs=False)
+        if not self.module.automatic_optimization:  # who steps by hand, steps as often as they like
+            return RunLength(whole_epochs, max_steps)
+        epochs = steps = 0
+        while (max_epochs is None or epochs < max_epochs) and (max_steps is None or steps < max_steps):
+            in_epoch = -(-int(batches) // self.accumulation(epochs))
+            if max_steps is not None and steps + in_epoch > max_steps:
+                return RunLength(epochs + (max_steps - steps) / in_epoch, max_steps)
+            epochs, steps = epochs + 1, steps + in_epoch
+        return RunLength(float(epochs), steps)
+
+    def share(self, length: RunLength, begun: RunLength) -> float:
+        """How much of a run as it was begun is over when this fit ends; counted as positions are."""
+        shares = [length.epochs / begun.epochs] if length.epochs and begun.epochs else []
+        if length.steps and begun.steps and (self.trainer.max_steps != -1 or not shares):
+            shares.append(length.steps / begun.steps)
+        return min(1.0, max(shares, default=1.0))
+
+    def accumulation(self, epoch: int) -> int:
+        """Batches per optimizer step in an epoch."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                return callback.get_accumulate_grad_batches(epoch)
+        return self.trainer.accumulate_grad_batches
+
+    def position(self, length: RunLength, steps: int, epoch_start: bool = False, under_way: int = 0) -> Position:
+        """Where the run is now: before an epoch's first batch, or after the step of the current batch.
+
+        Args:
+            length: of the run, to which fractions refer.
+            steps: that a method has seen.
+            epoch_start: whether it is the moment before the first batch.
+            under_way: steps that are made but not yet counted by Lightning.
+        """
+        trainer = self.trainer
+        epoch, fraction = trainer.current_epoch, 0.0
+        if length.epochs:
+            batches = trainer.num_training_batches
+            inside = 0.0 if epoch_start or batches == float("inf") else (self.batch_idx + 1) / batches
+            fraction = (epoch + inside) / length.epochs
+        if length.steps and trainer.max_steps != -1:
+            fraction = max(fraction, (trainer.global_step + under_way) / length.steps)
+        return Position(min(fraction, 1.0), epoch, steps, epoch_start)
+
+    @property
+    def ends_with_next_step(self) -> bool:
+        """Whether no step follows the one that the current batch begins to gather gradients for; False if not known."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if trainer.max_epochs in (None, -1) or batches == float("inf") or not self.module.automatic_optimization:
+            return False
+        begun = self.batch_idx + 1
+        return (
+            trainer.current_epoch + 1 == trainer.max_epochs and begun + self.accumulation(trainer.current_epoch) >= batches
+        )
+
+    @property
+    def time_to_count(self) -> bool:
+        """Whether to count masks that move with every step: as often as Lightning logs, for it waits for the device."""
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.batch_idx == 0 or self.trainer.global_step % max(interval, 1) == 0
+
+    # ---- the scale of gradients --------------------------------------------------------------------------------------
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def gradient_scale(self, optimizer: Optimizer) -> Tensor | None:
+        """The factor that gradients carry right before a step, or None if there is none."""
+        self._unscaled.discard(id(optimizer))
+        return self._scale(optimizer)
+
+    def _scale(self, optimizer: Optimizer) -> Tensor | None:
+        if self._scaler is None or not unscales_itself(optimizer):
+            return None
+        scale: Tensor = self._scaler.scale(torch.ones((), device=self.module.device))
+        return scale
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Divide gradients by their scale now, and look for infinities, where a fused optimizer would do so in its step.
+
+        For methods that hide gradients from it: what is hidden would not be searched. At station `silence`, when nobody
+        reads scaled gradients any more; only the first call does it, for a scaler allows one.
+        """
+        if id(optimizer) not in self._unscaled and self._scale(optimizer) is not None:
+            self._unscaled.add(id(optimizer))
+            self._scaler.unscale_(optimizer)
+
+    # ---- copies of the model -----------------------------------------------------------------------------------------
+
+    def averages(self) -> list[dict[str, nn.Parameter]]:
+        """The weights of moving averages (`EMAWeightAveraging`, `StochasticWeightAveraging`), by the module's names.
+
+        An entry that is pruned must leave the average too: there it would fade but never become zero.
+        """
+        return [dict(_averaged(model).named_parameters()) for model in average_models(self.trainer)]
+
+    def restart_averages(self) -> None:
+        """Let moving averages begin again from the module as it is now."""
+        for model in average_models(self.trainer):
+            if isinstance(model, AveragedModel):
+                model.n_averaged.zero_()
+            originals = dict(_tensors(self.module))
+            for name, tensor in _tensors(_averaged(model)):
+                tensor.data.copy_(originals[name])
+
+
+def _averaged(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, AveragedModel) else model
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
