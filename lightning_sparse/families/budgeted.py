@@ -63,32 +63,32 @@ class Budgeted(Masked):
         self.layer_sparsity = layer_sparsity
         usual = arguments(type(self)).get("allocation", "global")
         self.budget = Budget(sparsity, allocation, structure, layer_sparsity, usual)
-        self.plan: Plan | None = None
+        self._plan: Plan | None = None
         self.vectors: CoupledVectors | None = None
         self._input: Mapping[str, Any] = {}
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         coupling = self._find_coupling() if isinstance(self.budget.structure, Coupled) else None
-        self.plan = self.budget.plan(self.chosen, coupling)
-        self.plan.check()
+        self._plan = self.budget.plan(self.chosen, coupling)
+        self._plan.check()
 
     @property
-    def laid_out(self) -> Plan:
-        """The budget on the weights of the running fit."""
-        assert self.plan is not None, "asked before `check`"
-        return self.plan
+    def plan(self) -> Plan:
+        """The budget laid out on the weights of the running fit."""
+        assert self._plan is not None, "asked before `check`"
+        return self._plan
 
     def begin(self) -> None:
         super().begin()
         self.traced = dict(self._input)
-        self.promise(*self.laid_out.kept_weights())
+        self.promise(*self.plan.kept_weights())
 
     def resume(self) -> None:
         super().resume()
         self._follow_channels()
 
     def release(self) -> None:
-        self.plan = self.vectors = None
+        self._plan = self.vectors = None
         super().release()
 
     def prune(self, sparsity: float, score: Callable[[str, Tensor], Tensor]) -> None:
@@ -100,8 +100,9 @@ class Budgeted(Masked):
         """
         weights, masks = self.weights, self.masks
         scores = [score(name, weight) for name, weight in weights.items()]
-        scores = [one.masked_fill(masks.dropped(name), -torch.inf) for name, one in zip(weights, scores, strict=True)]
-        chosen = self.laid_out.masks(scores, sparsity, list(masks.counts.values()))
+        for layer, name in enumerate(weights):
+            scores[layer] = scores[layer].masked_fill(masks.dropped(name), -torch.inf)
+        chosen = self.plan.masks(scores, sparsity, list(masks.counts.values()))
         self.set_masks(dict(zip(weights, chosen, strict=True)))
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:

@@ -161,7 +161,7 @@ class Rewiring(Budgeted):
 
     def first_masks(self) -> dict[str, Tensor]:
         """What the run starts from."""
-        return self.laid_out.random_masks(self.drawn_seed)
+        return self.plan.random_masks(self.drawn_seed)
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         super().set_masks(masks)
@@ -233,7 +233,7 @@ class Rewiring(Budgeted):
                 continue
             keep, grow = self.keep_score(name, weight, gradient), self.grow_score(name, weight, gradient)
             try:
-                protect = partial(self.laid_out.structure.score, target=target)
+                protect = partial(self.plan.structure.score, target=target)
                 masks[name] = regrow(self.masks[name], keep, grow, count, kept, protect)
             except ValueError as error:
                 raise ValueError(f"{self.label} cannot rewire '{name}': {error}") from None

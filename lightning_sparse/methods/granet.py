@@ -149,7 +149,7 @@ class GraNet(Rewiring):
 
     def update(self, position: Position) -> None:
         sparsity = self.planned_sparsity(position)
-        if self.laid_out.kept_units(sparsity) < self.masks.kept:
+        if self.plan.kept_units(sparsity) < self.masks.kept:
             self.prune(sparsity, lambda name, weight: magnitude(weight))
         super().update(position)
 

@@ -63,7 +63,7 @@ class RandomSparsity(Budgeted):
     def begin(self) -> None:
         super().begin()
         self.drawn_seed = draw_seed(self.run.trainer, self.seed)
-        self.set_masks(self.laid_out.random_masks(self.drawn_seed))
+        self.set_masks(self.plan.random_masks(self.drawn_seed))
         if self.rescale:
             for name, weight in self.weights.items():
                 kept = self.masks.counts[name] or 1

@@ -252,7 +252,7 @@ class SparseConnectivityLearning(ShadowWeights):
             self.cost = self._first_price * self.rise.progress(position)
         if not self.freezes or not self.window.take(position) or self.budget is None:
             return
-        if self.frozen:
+        if self.window.is_over:
             self._settle(self.budget)
         else:
             self._steer(self.window.progress(position), self.budget.sparsity)

@@ -99,7 +99,7 @@ class SynFlow(PruningAtInit):
             scores = [score.masked_fill(~mask, -torch.inf) for score, mask in zip(scores, masks, strict=True)]
             sparsity = exponential(iteration / self.iterations, 0.0, self.budget.sparsity)
             kept = [int(mask.count_nonzero()) for mask in masks]
-            masks = self.laid_out.masks(scores, sparsity, kept)
+            masks = self.plan.masks(scores, sparsity, kept)
             for weight, mask in zip(weights, masks, strict=True):
                 weight.data.mul_(mask)
         self.set_masks(dict(zip(self.weights, masks, strict=True)))

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_sparse.core import MaskSet, Target, count_macs, describe, effective_macs
+from lightning_sparse.core import Masks, Target, count_macs, describe, effective_macs
 from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
 from lightning_sparse.loop.dry_run import dry_run, size_of
 from lightning_sparse.loop.phase import phase_of
@@ -128,7 +128,7 @@ class SparsityMonitor(Callback):
         self._log(trainer, final | ({f"final/{metric}": row["metrics"][metric]} if metric else {}), row["step"])
         if self.table:
             for method in sparsifiers(trainer):
-                if isinstance(masks := method.mask_set, MaskSet) and len(masks):
+                if isinstance(masks := method.mask_set, Masks) and len(masks):
                     Console().print("", render(method.summary(), title=method.label))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._conclude(trainer, pl_module, row["step"])

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lightning_sparse.core import HEADER, LayerRow, MaskSet
+from lightning_sparse.core import HEADER, LayerRow, Masks
 
 __all__ = ["SparsityTable", "render"]
 
@@ -34,5 +34,5 @@ class SparsityTable(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(masks := getattr(callback, "mask_set", None), MaskSet) and len(masks):
+            if isinstance(masks := getattr(callback, "mask_set", None), Masks) and len(masks):
                 Console().print("", render(callback.summary(), title=callback.label))  # the progress bar may still stand

@@ -238,7 +238,7 @@ def test_units() -> None:
 def test_a_group_that_holds_less_than_planned_gets_nothing_back() -> None:
     net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 4))
     chosen, budget = find_targets(net), Budget(0.5, "uniform", "coupled")
-    budget.structure.coupling = Coupling(  # type: ignore[attr-defined]
+    coupling = Coupling(
         [[(target.name, channel)] for target in chosen for channel in range(4)],
         {target.name: 4 for target in chosen},
         {},
@@ -246,7 +246,7 @@ def test_a_group_that_holds_less_than_planned_gets_nothing_back() -> None:
     )
     scores = [torch.rand(4, 2), torch.rand(4, 4)]
     scores[0][1:] = -torch.inf
-    masks = budget.masks(chosen, scores, kept=[2, 16])
+    masks = budget.plan(chosen, coupling).masks(scores, kept=[2, 16])
     assert int(masks[0].sum()) == 2
     assert masks[0][0].all()
 

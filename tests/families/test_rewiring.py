@@ -224,7 +224,7 @@ def test_when_rigl_updates(options: dict[str, Any], expected: list[int]) -> None
 
 @pytest.mark.parametrize(("cls", "expected"), [(RigL, [5, 9]), (GraNet, [5, 9])])
 def test_updates_by_epoch_read_the_gradient_of_its_first_step(cls: type[Rewiring], expected: list[int]) -> None:
-    method = cls(0.8, every="1 epoch", end=1.0, **({"pruning_end": 0.3} if cls is GraNet else {}))
+    method = cls(0.8, every="1 epoch", end=0.3) if cls is GraNet else cls(0.8, every="1 epoch", end=1.0)
     diary = Diary(method)
     fit(toy(), method, diary, max_epochs=4)
     assert diary.changes() == expected
@@ -362,7 +362,7 @@ def test_granet_starts_by_erk() -> None:
 
 
 def test_granet_ends_at_the_target_whatever_the_grid() -> None:
-    for options in ({"every": "1 epoch", "pruning_end": 1.0}, {"every": "5 steps", "pruning_end": "11 steps"}):
+    for options in ({"every": "1 epoch", "end": 1.0}, {"every": "5 steps", "end": "11 steps"}):
         method = GraNet(0.9, **options)  # type: ignore[arg-type]
         fit(toy(), method)
         assert method.masks.kept == 276

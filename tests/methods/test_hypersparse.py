@@ -294,7 +294,13 @@ def test_rates_are_constant_until_pruning_and_start_again_there(kind: str, art: 
     module.dense = [9.0] * 8
     module.pruned = [0.0] * art + [10.0] * 8
     method = HyperSparse(
-        0.9, pretrain="1 epoch", regularize="6 epochs", finetune="4 epochs", radius=0, strength=1e-4, learning_rate=kind
+        0.9,
+        pretrain="1 epoch",
+        regularize="6 epochs",
+        finetune="4 epochs",
+        radius=0,
+        strength=1e-4,
+        learning_rate_schedule=kind,
     )
     spy, logger = Spy(method), CSVLogger(tmp_path)
     monitor = LearningRateMonitor("step")
@@ -312,7 +318,7 @@ def test_rates_are_constant_until_pruning_and_start_again_there(kind: str, art: 
 
 
 def test_rates_may_be_left_to_the_module() -> None:
-    module, method = Stepwise(), never(learning_rate=None, strength=1e-4)
+    module, method = Stepwise(), never(learning_rate_schedule=None, strength=1e-4)
     spy = Spy(method)
     fit(module, method, spy, max_epochs=4)
     assert spy.rates == pytest.approx([0.1 * 0.5 / (1 + step) for step in range(4 * BATCHES)])

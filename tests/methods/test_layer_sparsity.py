@@ -139,7 +139,7 @@ def test_strengths_of_layers_and_a_warm_up() -> None:
 
     class Look(L.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
-            seen.append(method._ramp)
+            seen.append(method.ramp)
 
     fit(ours, method, Look())
     assert seen == pytest.approx([min(1.0, step / 6) for step in range(1, 3 * BATCHES + 1)])

@@ -50,7 +50,7 @@ def test_frozen_masks_stay_and_weights_train_on(freeze: Any) -> None:
 
 
 def test_the_price_warms_up() -> None:
-    method = SCL(price=0.6, warmup=0.5)
+    method = SCL(price=0.6, warmup=0.5, end=1.0)
     diary = Diary(method)
     used: list[float] = []
 
@@ -163,7 +163,7 @@ class StopAt(L.Callback):
     "make",
     [
         lambda: SCL(price=0.2, warmup=0.5, end=0.75, min_kept=5, proxy="leaky_relu"),
-        lambda: SCL(price=0.02, norm="l2", feature="layer", warmup="5 steps", proxy="softplus", learning_rate=0.1),
+        lambda: SCL(price=0.02, norm="l2", feature="layer", warmup="5 steps", proxy="softplus", learning_rate=0.1, end=1.0),
         lambda: SCL(sparsity=0.7, end="2 epochs", min_kept=3),
     ],
     ids=["price", "layer", "target"],
@@ -184,7 +184,7 @@ def test_resume_is_exact_with_every_option(make: Callable[[], SCL], tmp_path: An
 
 def test_a_layer_without_connections_is_named_once(recwarn: pytest.WarningsRecorder) -> None:
     warnings.simplefilter("always")
-    method = SCL(price=5.0)
+    method = SCL(price=5.0, end=1.0)
     fit(toy(), method, log_every_n_steps=1)
     said = [str(warning.message) for warning in recwarn if "has removed all of" in str(warning.message)]
     assert method.mask_set.kept == 0
@@ -193,7 +193,7 @@ def test_a_layer_without_connections_is_named_once(recwarn: pytest.WarningsRecor
 
 
 def test_a_minimum_of_connections_is_kept_everywhere_at_all_times() -> None:
-    method = SCL(price=5.0, min_kept=7)
+    method = SCL(price=5.0, min_kept=7, end=1.0)
     least: list[int] = []
 
     class Note(L.Callback):
@@ -208,7 +208,7 @@ def test_a_minimum_of_connections_is_kept_everywhere_at_all_times() -> None:
 
 
 def test_the_ends_can_be_exempt() -> None:
-    module, method = toy(), SCL(price=0.3, targets=["!:first", "!:last"])
+    module, method = toy(), SCL(price=0.3, targets=["!:first", "!:last"], end=1.0)
     fit(module, method)
     assert list(method.variables) == ["net.2.weight", "net.6.weight"]
     assert module.net[0].weight.all()

@@ -96,7 +96,7 @@ def by_the_note(
 )
 def test_equals_a_loop_with_variables_in_the_graph(proxy: str, norm: str, feature: str, cost: float, mask_lr: float) -> None:
     module = Recorded()
-    method = SCL(price=cost, proxy=proxy, norm=norm, feature=feature, learning_rate=mask_lr)
+    method = SCL(price=cost, proxy=proxy, norm=norm, feature=feature, learning_rate=mask_lr, end=1.0)
     seen: list[int] = []
 
     class Note(L.Callback):
@@ -123,7 +123,7 @@ def test_equals_a_loop_with_variables_in_the_graph(proxy: str, norm: str, featur
 
 
 def test_training_starts_dense_and_unchanged() -> None:
-    module, plain, method = toy(), toy(), SCL(price=0.05)
+    module, plain, method = toy(), toy(), SCL(price=0.05, end=1.0)
     outputs: list[bool] = []
 
     class First(L.Callback):
@@ -144,13 +144,13 @@ def test_without_a_mask_rate_training_is_dense_and_untouched() -> None:
     torch.manual_seed(0)
     fit(plain, gradient_clip_val=0.5)
     torch.manual_seed(0)
-    fit(module, SCL(price=0.05, learning_rate=0.0), gradient_clip_val=0.5)
+    fit(module, SCL(price=0.05, learning_rate=0.0, end=1.0), gradient_clip_val=0.5)
     assert differences(dict(plain.state_dict()), dict(module.state_dict())) == []
 
 
 def first_push(cost: float, norm: str = "rms") -> dict[str, Tensor]:
     """What moves the variables at the first step: the normalized gradient plus the price."""
-    method = SCL(price=cost, norm=norm)
+    method = SCL(price=cost, norm=norm, end=1.0)
     fit(Recorded(), method, max_epochs=1, limit_train_batches=1)
     return method.velocity
 
@@ -173,7 +173,7 @@ class Silent(Toy):
 
 def test_without_a_task_a_connection_goes_when_its_price_has_eaten_the_initial_value() -> None:
     """0.1 / (0.01 * 0.5) = 20 steps, with plain SGD; a gradient of zero stays zero when it is normalized."""
-    method = SCL(price=0.5, initial=0.1, learning_rate=0.01, momentum=0.0)
+    method = SCL(price=0.5, initial=0.1, learning_rate=0.01, momentum=0.0, end=1.0)
     seen: list[float] = []
 
     class Note(L.Callback):
@@ -187,7 +187,7 @@ def test_without_a_task_a_connection_goes_when_its_price_has_eaten_the_initial_v
 
 
 def trajectory(initial: float, mask_lr: float) -> list[Tensor]:
-    method, masks = SCL(price=0.02, initial=initial, learning_rate=mask_lr), []
+    method, masks = SCL(price=0.02, initial=initial, learning_rate=mask_lr, end=1.0), []
 
     class Note(L.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
@@ -209,7 +209,7 @@ def test_density_falls_as_the_price_rises() -> None:
     kept = []
     for cost in (0.01, 0.1, 0.5):
         torch.manual_seed(0)
-        method = SCL(price=cost)
+        method = SCL(price=cost, end=1.0)
         fit(toy(), method, max_epochs=8)
         kept.append(method.mask_set.kept)
     assert kept[0] > 1.5 * kept[1] > 2.5 * kept[2] > 0
@@ -233,7 +233,7 @@ def test_mask_rates_follow_the_weights(scheduled: str) -> None:
             )
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    method = SCL(price=0.05, learning_rate=0.01, momentum=0.0)
+    method = SCL(price=0.05, learning_rate=0.01, momentum=0.0, end=1.0)
     rates, moved = [], []
 
     class Note(L.Callback):
@@ -259,7 +259,7 @@ def test_a_skipped_step_leaves_everything_as_it_was() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.loss(batch) * (torch.inf if self.trainer.global_step == 5 else 1.0)
 
-    method = SCL(price=0.3, min_kept=1)
+    method = SCL(price=0.3, min_kept=1, end=1.0)
     states: list[Any] = []
 
     class Note(L.Callback):
@@ -293,7 +293,7 @@ class Fused(Toy):
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_of_16_bit_training_are_unscaled(fused: bool) -> None:
     """Without normalization, where the scale would count."""
-    expected, method = (SCL(price=1e-3, norm="none", learning_rate=1.0) for _ in range(2))
+    expected, method = (SCL(price=1e-3, norm="none", learning_rate=1.0, end=1.0) for _ in range(2))
     torch.manual_seed(0)
     fit(Fused(False), expected, max_epochs=1)
     torch.manual_seed(0)
@@ -306,7 +306,7 @@ def test_gradients_of_16_bit_training_are_unscaled(fused: bool) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_infinity_in_the_gradient_of_a_dropped_entry_is_found(fused: bool) -> None:
     """Its optimizer would not see it, but its variable, and by normalizing those of the whole filter."""
-    method, module = SCL(price=0.3, min_kept=1), Fused(fused)
+    method, module = SCL(price=0.3, min_kept=1, end=1.0), Fused(fused)
     weight = module.net[6].weight
     states: list[Any] = []
 
@@ -329,7 +329,7 @@ def test_an_infinity_in_the_gradient_of_a_dropped_entry_is_found(fused: bool) ->
 
 def test_two_methods_that_hide_gradients_from_a_scaler() -> None:
     """A scaler refuses to unscale twice."""
-    method = SCL(price=0.3, targets=["net.6"])
+    method = SCL(price=0.3, targets=["net.6"], end=1.0)
     fit(Fused(True), LpSphere(p=1.5, targets=["net.2"]), method, plugins=[half()])
     assert 0 < method.mask_set.sparsity < 1
 
@@ -341,7 +341,7 @@ def test_weights_that_take_no_part_are_left_alone() -> None:
         def loss(self, batch: Any) -> Tensor:
             return self.net[:7](batch[0]).square().mean()
 
-    method = SCL(price=0.05)
+    method = SCL(price=0.05, end=1.0)
     fit(Partly(), method)
     assert method.variables["net.8.weight"].equal(torch.full((4, 16), 0.1))
     assert not method.variables["net.6.weight"].equal(torch.full((16, 128), 0.1))
@@ -351,7 +351,7 @@ def test_weights_that_take_no_part_are_left_alone() -> None:
 
 
 def test_memory_is_three_copies_of_the_weights() -> None:
-    method = SCL(price=0.2)
+    method = SCL(price=0.2, end=1.0)
     seen: list[int] = []
 
     def tensors(value: Any) -> list[Tensor]:
@@ -370,7 +370,7 @@ def test_memory_is_three_copies_of_the_weights() -> None:
 
 
 def test_the_trained_model_is_plain(tmp_path: Any) -> None:
-    module, method = toy(), SCL(price=0.2)
+    module, method = toy(), SCL(price=0.2, end=1.0)
     fit(module, method, ModelCheckpoint(tmp_path, "last"))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     plain = toy(seed=9)
@@ -385,7 +385,7 @@ def test_the_trained_model_is_plain(tmp_path: Any) -> None:
 
 def test_connections_sparsity_and_macs_counted_by_hand() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 4))  # every kernel entry acts in 36 places
-    method, checked = SCL(price=0.1), []
+    method, checked = SCL(price=0.1, end=1.0), []
 
     class Cut(L.Callback):
         @torch.no_grad()
@@ -411,7 +411,7 @@ def test_connections_sparsity_and_macs_counted_by_hand() -> None:
 
 
 def test_logged_numbers() -> None:
-    method = SCL(price=0.3)
+    method = SCL(price=0.3, end=1.0)
     seen: list[tuple[int, int, dict[str, float]]] = []
 
     class Count(L.Callback):
@@ -458,7 +458,7 @@ def test_connections_are_counted_as_often_as_lightning_logs(
     count = LiveMasks.counts.fget
     assert count is not None
     monkeypatch.setattr(LiveMasks, "counts", property(lambda self: counted.append(1) or count(self)))
-    fit(toy(), SCL(price=0.2), log_every_n_steps=interval)
+    fit(toy(), SCL(price=0.2, end=1.0), log_every_n_steps=interval)
     assert len(counted) == often
 
 
@@ -472,12 +472,12 @@ def test_ranks_compare_masks_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> 
             yield method, masks
 
     monkeypatch.setattr(Loop, "to_compare", note)
-    fit(toy(), SCL(price=0.2))
+    fit(toy(), SCL(price=0.2, end=1.0))
     assert compared == [BATCHES, 2 * BATCHES, 3 * BATCHES]
 
 
 def test_the_table_and_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
-    method = SCL(price=0.2)
+    method = SCL(price=0.2, end=1.0)
     fit(toy(), method, SparsityTable())
     rows = method.summary()
     assert [row.layer for row in rows] == [*method.mask_set, "total"]
@@ -487,7 +487,7 @@ def test_the_table_and_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_moving_average_of_kept_weights_is_an_average() -> None:
     if not hasattr(L.pytorch.callbacks, "EMAWeightAveraging"):
         pytest.skip("this Lightning has no EMAWeightAveraging")
-    method, module = SCL(price=0.2), toy()
+    method, module = SCL(price=0.2, end=1.0), toy()
     held: list[Tensor] = []
 
     class Note(L.Callback):

@@ -53,7 +53,7 @@ def test_the_penalty_equals_the_one_written_into_the_loss(kind: str, accumulate:
 
     reference, module, plain = double(Written), double(Toy), double(Toy)
     fit(reference, accumulate_grad_batches=accumulate)
-    fit(module, WeightPenalty(penalty=kind, strength=0.01), accumulate_grad_batches=accumulate)
+    fit(module, WeightPenalty(penalty=kind, strength=0.01, end=1.0), accumulate_grad_batches=accumulate)
     fit(plain, accumulate_grad_batches=accumulate)
     for name, value in reference.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-9, atol=1e-12, msg=name)
@@ -71,7 +71,7 @@ def test_a_proximal_step_uses_the_learning_rate_of_the_step() -> None:
 
     module = double(Halving)
     before = [w.detach().clone() for w in matrices(module)]
-    fit(module, WeightPenalty(strength=0.3, proximal=True), max_epochs=1)
+    fit(module, WeightPenalty(strength=0.3, proximal=True, end=1.0), max_epochs=1)
     reach = 0.3 * RATE * (1 + 1 / 2 + 1 / 4 + 1 / 8)
     for old, new in zip(before, matrices(module), strict=True):
         torch.testing.assert_close(new.detach(), old.sign() * (old.abs() - reach).clamp(min=0), rtol=1e-9, atol=1e-12)
@@ -83,7 +83,7 @@ def test_group_lasso_removes_whole_channels() -> None:
     norms = module.net[2].weight.detach().flatten(1).norm(dim=1)
     boundary = float(norms.sort().values[3:5].mean())
     strength = boundary / (RATE * 3 * BATCHES * 72**0.5)
-    fit(module, WeightPenalty(penalty="group_lasso", strength=strength, proximal=True, targets=["net.2"]))
+    fit(module, WeightPenalty(penalty="group_lasso", strength=strength, proximal=True, end=1.0, targets=["net.2"]))
     alive = module.net[2].weight.detach().flatten(1).any(1)
     assert alive.tolist() == (norms > boundary).tolist()
     assert int(alive.count_nonzero()) == 4
@@ -116,7 +116,8 @@ class Note(L.Callback):
 
 
 @pytest.mark.parametrize(
-    ("options", "pulling"), [({}, 12), ({"end": "4 steps"}, 3), ({"sparsity": 0.5}, 9), ({"sparsity": 0.5, "end": 1}, 11)]
+    ("options", "pulling"),
+    [({"end": 1.0}, 12), ({}, 9), ({"end": "4 steps"}, 3), ({"sparsity": 0.5}, 9), ({"sparsity": 0.5, "end": 1}, 11)],
 )
 def test_when_the_penalty_ends(options: dict[str, Any], pulling: int) -> None:
     """The step that reaches the end is the last one with the penalty; 0.8 of twelve is reached by the tenth."""
@@ -126,7 +127,7 @@ def test_when_the_penalty_ends(options: dict[str, Any], pulling: int) -> None:
 
 
 def test_without_a_prune_the_length_of_the_run_may_be_unknown() -> None:
-    module, note = toy(), Note(WeightPenalty(strength=1.0, proximal=True), stop=6)
+    module, note = toy(), Note(WeightPenalty(strength=1.0, proximal=True, end=1.0), stop=6)
     fit(module, note.method, note, max_epochs=-1)
     assert note.pulls == [True] * 6
     assert any(not w.all() for w in matrices(module))
