@@ -28,10 +28,11 @@ class Argument(NamedTuple):
 
 
 def choices(hint: Any) -> list[str]:
-    """All strings that a type lists, in order."""
+    """All strings that a type lists, in order; none where it takes any other string too."""
     if get_origin(hint) is Literal:
         return [choice for choice in get_args(hint) if isinstance(choice, str)]
-    return [choice for part in get_args(hint) for choice in choices(part)]
+    parts = get_args(hint)
+    return [] if str in parts else [choice for part in parts for choice in choices(part)]
 
 
 def described(method: type) -> dict[str, str]:

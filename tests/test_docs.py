@@ -40,7 +40,7 @@ class Child(Parent):
         self,
         kind: Literal["a", "b"] | Callable[[float], float] = "a",
         *,
-        start: float | str = 1 / 3,
+        start: float | Literal["now"] | str = 1 / 3,
         every: int,
     ) -> None: ...
 
