@@ -56,9 +56,9 @@ def arguments(method: type) -> Iterator[Argument]:
     hints, texts = get_type_hints(method.__init__), described(method)
     for name, parameter in inspect.signature(method).parameters.items():
         meaning = brief(texts[name])
-        missing = [f"`{choice}`" for choice in choices(hints[name]) if f"`{choice}`" not in meaning]
-        if missing:
-            meaning += f" (choices: {', '.join(missing)})"
+        listed = [f"`{choice}`" for choice in choices(hints[name])]
+        if not all(choice in meaning for choice in listed):
+            meaning += f" (choices: {', '.join(listed)})"
         yield Argument(name, method.__name__, shown(parameter.default), meaning.replace("|", "\\|"))
 
 

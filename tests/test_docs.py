@@ -31,7 +31,7 @@ class Child(Parent):
     """A method.
 
     Args:
-        kind: of penalty.
+        kind: of penalty, `a` if it matters.
         every: how often; a sentence that is so long
             that it has to end before its semicolon, or the row of the table becomes too wide; really.
     """
@@ -53,7 +53,7 @@ def test_the_guide_lists_the_arguments_as_they_are() -> None:
 
 def test_an_argument_is_told_by_its_signature_and_docstring() -> None:
     assert [tuple(argument) for argument in ARGUMENTS["arguments"](Child)] == [
-        ("kind", "Child", '`"a"`', "of penalty (choices: `a`, `b`)"),
+        ("kind", "Child", '`"a"`', "of penalty, `a` if it matters (choices: `a`, `b`)"),
         ("start", "Child", "`0.3333`", "when it starts, e.g. here (a; b)"),
         ("every", "Child", "required", "how often"),
     ]
