@@ -1,6 +1,6 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: check format lint types test
+.PHONY: check format lint types test oldest
 
 check: format lint types test
 
@@ -15,3 +15,11 @@ types:
 
 test:
 	$(PYTHON) -m pytest -n auto
+
+# The contract with the oldest versions that pyproject.toml allows, on the oldest Python found here (or PYTHON=...).
+oldest: PYTHON = $(shell for p in python3.10 python3.11 python3.12 python3; do $$p -c "" 2> /dev/null && echo $$p && break; done)
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	sed -nE 's/^ *"([a-z-]+)(\[[a-z]+\])?>=([0-9.]+)".*/\1==\3/p' pyproject.toml > .venv-oldest/bounds.txt
+	.venv-oldest/bin/pip install -c .venv-oldest/bounds.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pytest -n auto tests/contract

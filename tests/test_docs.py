@@ -1,0 +1,79 @@
+"""The pages are in step with the code, and with each other."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+import lightning_sparse
+from tests.toys import ROOT
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+ARGUMENTS = runpy.run_path(str(ROOT / "docs" / "arguments.py"))
+
+
+class Parent:
+    """A base.
+
+    Args:
+        start: when it starts, e.g. here (a; b). More of it.
+        every: time between updates.
+    """
+
+
+class Child(Parent):
+    """A method.
+
+    Args:
+        kind: of penalty, `a` if it matters.
+        every: how often; a sentence that is so long
+            that it has to end before its semicolon, or the row of the table becomes too wide; really.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["a", "b"] | Callable[[float], float] = "a",
+        *,
+        start: float | Literal["now"] | str = 1 / 3,
+        every: int,
+    ) -> None: ...
+
+
+def test_the_guide_lists_the_arguments_as_they_are() -> None:
+    page = ARGUMENTS["PAGE"].read_text()
+    assert len(ARGUMENTS["PLACE"].findall(page)) == 1
+    assert ARGUMENTS["filled"](page) == page, "run python docs/arguments.py"
+
+
+def test_an_argument_is_told_by_its_signature_and_docstring() -> None:
+    assert [tuple(argument) for argument in ARGUMENTS["arguments"](Child)] == [
+        ("kind", "Child", '`"a"`', "of penalty, `a` if it matters (choices: `a`, `b`)"),
+        ("start", "Child", "`0.3333`", "when it starts, e.g. here (a; b)"),
+        ("every", "Child", "required", "how often"),
+    ]
+
+
+def test_a_shared_argument_has_a_row_per_meaning_and_default() -> None:
+    uses = [("end", "A", "1", "m"), ("sparsity", "A", "0", "s"), ("end", "B", "2", "m"), ("end", "C", "2", "m")]
+    rows = ARGUMENTS["shared"]([ARGUMENTS["Argument"](*use) for use in uses]).splitlines()[2:]
+    assert rows == ["| `sparsity` | 0 | `A` | s |", "| `end` | 2 | `B`, `C` | m |", "|  | 1 | `A` | m |"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}, anchor
+
+
+def test_the_citation_names_this_version() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == lightning_sparse.__version__
