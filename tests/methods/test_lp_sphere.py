@@ -216,7 +216,7 @@ def test_p_by_layer_and_what_is_free() -> None:
 
 
 def test_eta_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning_sparse.methods.lp_sphere as file
+    import lightning_sparse.methods.lp_sphere.lp_sphere as file
 
     rates: list[float] = []
 
