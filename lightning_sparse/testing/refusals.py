@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelPruning
 
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.testing.case import Case, Inapplicable, recorded, require
-from lightning_sparse.testing.state import differences, left_behind
+from lightning_sparse.testing.state import differences, left_behind, masks_of
 from lightning_sparse.testing.toys import BATCHES, Toy, loader, toy, trainer
 
 __all__ = [
@@ -79,10 +79,10 @@ def refuses_unknown_targets(case: Case) -> None:
 
 def refuses_a_second_owner(case: Case) -> None:
     """Two methods cannot own masks of one weight."""
-    owners = [method for method in case.fresh()[1] if method.mask_set is not None]
-    if not owners:
+    trained = recorded(case, "sgd").methods
+    if not any(masks_of(method) for method in trained):
         raise Inapplicable("no masks are owned")
-    for method in owners:
+    for method in [new for new, old in zip(case.fresh()[1], trained, strict=True) if masks_of(old)]:
         _refused(toy(), [method, remade(method, name="second")], "second", "a second owner of the same masks")
 
 
@@ -108,6 +108,6 @@ def refuses_other_arguments_on_resume(case: Case) -> None:
     file = recorded(case, "sgd").files("full")[BATCHES]
     for number in range(len(case.fresh()[1])):
         callbacks, methods = case.fresh()
-        changed = remade(methods[number], targets=[*methods[number].targets, "!net.2"])
+        changed = remade(methods[number], targets=methods[number].targets * 2)  # the same weights
         others = [changed if callback is methods[number] else callback for callback in callbacks]
-        _refused(toy(), others, "targets=", "another choice of weights on resume", ckpt_path=file)
+        _refused(toy(), others, "targets=", "another argument on resume", ckpt_path=file)
