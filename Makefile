@@ -1,8 +1,10 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: check format lint types test
+.PHONY: check format lint static test types
 
-check: format lint types test
+check: static test
+
+static: format lint types
 
 format:
 	$(PYTHON) -m ruff format --check .
