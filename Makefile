@@ -1,8 +1,10 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: check format lint types test oldest
+.PHONY: check static format lint types test oldest
 
-check: format lint types test
+check: static test
+
+static: format lint types
 
 format:
 	$(PYTHON) -m ruff format --check .

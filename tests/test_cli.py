@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from lightning_sparse.cli import main
-from tests.toys import OVERLAYS, ROOT, method_of, overlay
+from lightning_sparse.testing import method_of
+from tests.helpers.overlays import OVERLAYS, ROOT, overlay
 
 CONFIGS = ROOT / "configs"
 SMALL = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]

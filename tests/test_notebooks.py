@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.toys import ROOT
+from tests.helpers.overlays import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

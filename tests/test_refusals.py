@@ -33,8 +33,7 @@ from lightning_sparse import (
 )
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.core import find_targets
-from tests import toys
-from tests.toys import Toy, fit, toy, trainer
+from lightning_sparse.testing import Toy, fit, loader, toy, trainer
 
 AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: MagnitudePruning(1.0), "sparsity=1.0 must be in [0, 1)"),
@@ -471,7 +470,7 @@ def test_at_the_start_of_fit(
     before = copy.deepcopy(module.state_dict())
     runner = trainer(*callbacks(), **options)
     with pytest.raises(ValueError, match=".") as error:
-        runner.fit(module, toys.loader(), toys.loader(1))
+        runner.fit(module, loader(), loader(1))
     assert sentence in str(error.value)
     assert runner.global_step == 0
     for name, value in module.state_dict().items():

@@ -14,7 +14,8 @@ import pytest
 import lightning_sparse
 from lightning_sparse.families import Masked, Pruning, Rewiring, ShadowWeights
 from lightning_sparse.loop import Sparsifier
-from tests.toys import OVERLAYS, ROOT, method_of, overlay
+from lightning_sparse.testing import method_of
+from tests.helpers.overlays import OVERLAYS, ROOT, overlay
 
 PACKAGE = ROOT / "lightning_sparse"
 BELOW = ["functional", "core", "loop", "families", "methods"]
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "observe": {"functional", "core", "loop", "metrics", "observe"},
     "models": {"models"},
     "data": {"data"},
+    "testing": {"core", "data", "functional", "loop", "testing"},
 }
 EXPORTS = [getattr(lightning_sparse, name) for name in lightning_sparse.__all__]
 METHODS = [cls for cls in EXPORTS if inspect.isclass(cls) and issubclass(cls, Sparsifier)]
@@ -104,3 +106,21 @@ def test_nothing_tracked_is_large_or_knows_a_machine() -> None:
         text = path.read_text()
         assert text.count("\n") < 520, path
         assert "/" + "work/" not in text, path
+
+
+# ---- the tests ------------------------------------------------------------------------------------------------------
+
+
+def test_what_tests_share_lives_in_helpers() -> None:
+    """Whoever imports one test module from another runs its tests twice, or breaks when it moves."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        shared = {name for name in imports(path) if name.split(".")[0] == "tests" or name.startswith("test_")}
+        assert all(name.startswith("tests.helpers") for name in shared), (path, shared)
+
+
+def test_pytest_is_imported_by_one_file_of_the_package() -> None:
+    users = {path.relative_to(PACKAGE).as_posix() for path in FILES if "pytest" in imports(path)}
+    assert users == {"testing/suite.py"}
+    code = "import sys, lightning_sparse.testing; print('pytest' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "False"

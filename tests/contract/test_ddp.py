@@ -1,73 +1,55 @@
-"""Two gloo processes, no seed, generators used differently on every rank: weights and masks stay equal bit for bit."""
+"""Two gloo processes: penalties count once, scores are those of all data, local decisions are noticed, one rank watches."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_sparse import SNIP, GraSP
-from tests.functional.test_cka import slow_cka
-from tests.toys import OVERLAYS, ROOT, L2Penalty, Toy, fit, loader, network, toy, trainer
+from lightning_sparse import SNIP, CKARegularization, GraSP, MagnitudePruning, SparsityCheckpoint, SparsityMonitor
+from lightning_sparse.families import Pruning
+from lightning_sparse.testing import Toy, fit, fit_on_ranks, loader, network, run_on_ranks, toy, trainer
+from tests.helpers.methods import FeaturePenalty, L2Penalty
+from tests.helpers.oracles import slow_cka
+
+PENALTIES = {
+    "weights": lambda: L2Penalty(0.5),
+    "features": lambda: FeaturePenalty(0.5),
+    "similarity": lambda: CKARegularization(strength=0.05, every_n_batches=1),
+}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
-    shared |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    shared.pop("PL_GLOBAL_SEED", None)
-    command = [sys.executable, "-m", "tests.contract.ddp_worker", str(folder)]
-    workers = []
-    for rank in (0, 1):
-        with (folder / f"log{rank}").open("w") as log:
-            env = {**shared, "LOCAL_RANK": str(rank)}
-            workers.append(subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log))
-    try:
-        for rank, worker in enumerate(workers):
-            assert worker.wait(timeout=300) == 0, (folder / f"log{rank}").read_text()[-3000:]
-    finally:
-        for worker in workers:
-            worker.kill()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+class LocalScore(Pruning):
+    """A mistake on purpose: every rank scores by its own random numbers."""
+
+    def score(self, name: str, weight: Tensor) -> Tensor:
+        return torch.rand_like(weight)
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
-def test_ranks_agree_at_every_epoch(ranks: list[dict[str, Any]], path: Path) -> None:
-    first, second = (rank[path.stem] for rank in ranks)
-    assert len(first["epochs"]) == 3
-    for epoch, (mine, yours) in enumerate(zip(first["epochs"], second["epochs"], strict=True)):
-        for part in ("weights", "masks"):
-            assert mine[part].keys() == yours[part].keys()
-            assert all(mine[part][name].equal(yours[part][name]) for name in mine[part]), f"epoch {epoch}: {part}"
-    assert first["goal"] in (None, first["kept"])
+def with_local_scores(rank: int) -> None:
+    torch.manual_seed(rank)
+    fit_on_ranks(rank, toy(), LocalScore(0.5))
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
-def test_resumed_ranks_equal_the_uninterrupted_ones(ranks: list[dict[str, Any]], path: Path) -> None:
-    for rank in ranks:
-        weights = rank[path.stem]["epochs"][-1]["weights"]
-        resumed = rank[path.stem]["resumed"]
-        assert [name for name in weights if not weights[name].equal(resumed[name])] == []
+def test_a_decision_from_local_data_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="RuntimeError: LocalScore: the ranks hold different masks of 'net."):
+        run_on_ranks(with_local_scores)
 
 
-def test_a_decision_from_local_data_is_an_error(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
-        assert "LocalScore: the ranks hold different masks of 'net." in rank["local score"]
+def penalized(rank: int, kind: str) -> dict[str, Tensor]:
+    module = toy(net=network(dropout=0))
+    module.load_state_dict(toy().state_dict())
+    fit_on_ranks(rank, module, PENALTIES[kind](), accumulate_grad_batches=2)
+    return dict(module.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["weights", "features", "similarity"])
-def test_penalties_count_once(ranks: list[dict[str, Any]], kind: str) -> None:
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_penalties_count_once(kind: str) -> None:
     """Two ranks with accumulation equal one process whose loss has the penalty written out."""
 
     class Written(Toy):
@@ -81,9 +63,7 @@ def test_penalties_count_once(ranks: list[dict[str, Any]], kind: str) -> None:
             weights = [p for p in self.parameters() if p.ndim > 1]
             return self.loss(batch) + 0.25 * sum(w.square().sum() for w in weights)
 
-    net = network()
-    net[5] = torch.nn.Identity()
-    module = Written(net=net)
+    module = Written(net=network(dropout=0))
     module.load_state_dict(toy().state_dict())
     halves = [loader(rank=rank, world_size=2) for rank in (0, 1)]
     batches = []
@@ -93,32 +73,50 @@ def test_penalties_count_once(ranks: list[dict[str, Any]], kind: str) -> None:
         batches += [(torch.cat([x, u]), torch.cat([y, v])) for (x, y), (u, v) in zip(*halves, strict=True)]
     data = DataLoader(batches, batch_size=None)  # type: ignore[arg-type,var-annotated]
     trainer(max_epochs=1, accumulate_grad_batches=2).fit(module, data, loader(1))
-    for rank in ranks:
+    for found in run_on_ranks(penalized, kind):
         for name, value in module.state_dict().items():
-            torch.testing.assert_close(rank[kind][name], value, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("method", ["SNIP", "GraSP"])
-def test_scores_are_those_of_all_ranks(ranks: list[dict[str, Any]], method: str) -> None:
+def scored(rank: int) -> dict[str, dict[str, Tensor]]:
+    masks = {}
+    for method in (SNIP(0.8), GraSP(0.8)):
+        module = toy(net=network(dropout=0))
+        module.load_state_dict(toy().state_dict())
+        fit_on_ranks(rank, module.double(), method, max_steps=1)
+        masks[method.label] = {name: method.masks[name] for name in method.masks}
+    return masks
+
+
+def test_scores_are_those_of_all_ranks() -> None:
     """The first batches of both ranks together, scored by one process, give the same mask."""
-    module = toy()
-    module.net[5] = torch.nn.Identity()
+    ranks = run_on_ranks(scored)
     batches = [next(iter(loader(rank=rank, world_size=2))) for rank in (0, 1)]
     both = DataLoader([tuple(map(torch.cat, zip(*batches, strict=True)))], batch_size=None)  # type: ignore[arg-type,var-annotated]
-    alone = {"SNIP": SNIP, "GraSP": GraSP}[method](0.8)
-    trainer(alone, max_steps=1).fit(module.double(), both, loader(1))
-    for rank in ranks:
-        assert all(rank[method][name].equal(alone.masks[name]) for name in alone.masks)
+    for alone in (SNIP(0.8), GraSP(0.8)):
+        module = toy(net=network(dropout=0))
+        module.load_state_dict(toy().state_dict())
+        trainer(alone, max_steps=1).fit(module.double(), both, loader(1))
+        for found in ranks:
+            assert all(found[alone.label][name].equal(alone.masks[name]) for name in alone.masks)
 
 
-def test_the_first_rank_watches_for_all(ranks: list[dict[str, Any]]) -> None:
-    first, second = (rank["watched"] for rank in ranks)
+def watched(rank: int, folder: Path) -> dict[str, Any]:
+    monitor = SparsityMonitor(table=False)
+    best = SparsityCheckpoint(dirpath=folder / "best", monitor="val_loss")
+    options = {"logger": CSVLogger(folder, version=0), "log_every_n_steps": 1, "default_root_dir": folder}
+    fit_on_ranks(rank, toy(), MagnitudePruning(0.5, start=0.3, end=0.6), monitor, best, **options)
+    return {"best": best.best_model_path, "sparsity": monitor.history.column("sparsity")}
+
+
+def test_the_first_rank_watches_for_all(tmp_path: Path) -> None:
+    first, second = run_on_ranks(watched, tmp_path)
     assert first["best"] == second["best"]
     weights = [value for value in torch.load(first["best"], weights_only=True)["state_dict"].values() if value.ndim > 1]
     assert sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights) == 0.5
     assert first["sparsity"][-1] == 0.5
     assert second["sparsity"] == []
-    assert len(list(Path(first["best"]).parent.parent.rglob("report.html"))) == 1
+    assert len(list(tmp_path.rglob("report.html"))) == 1
 
 
 def test_the_reference_differs_without_the_penalty() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_sparse.export import carry_optimizer, load_model, remove_dead, save_compact, save_model
 from lightning_sparse.models import ResNet
-from tests.export.nets import NETS, kill, sample, unsettle
+from tests.helpers.nets import NETS, kill, sample, unsettle
 
 tp = pytest.importorskip("torch_pruning")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_sparse.export import compact_size, fold_norms, load_compact, load_model, recalibrate, save_compact, save_model
 from lightning_sparse.export.blueprint import Blueprint
 from lightning_sparse.models import MLP, Classifier, ResNet
+from lightning_sparse.testing import trainer
 
 pytest.importorskip("safetensors")
 
@@ -90,7 +91,6 @@ def test_a_trained_model_in_a_small_file(tmp_path: Path) -> None:
     """A network trained on digits at 90 %: strictly loaded, equal in every output bit, within 0.18 of its dense size."""
     from lightning_sparse import MagnitudePruning
     from lightning_sparse.data import Digits
-    from tests.toys import trainer
 
     module = Classifier(lambda *a: MLP(*a, hidden=(128, 64)), 10, 1, 8)
     runner = trainer(MagnitudePruning(0.9), max_epochs=4)

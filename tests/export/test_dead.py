@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_sparse.export import coupled_outputs, remove_dead
 from lightning_sparse.export.dead import constants_of
-from tests.export.nets import Grouped, Residual, Written, kill
+from tests.helpers.nets import Grouped, Residual, Written, kill
 
 tp = pytest.importorskip("torch_pruning")
 

@@ -31,6 +31,7 @@ from lightning_sparse.export.compare_models import Timing, interleaved
 from lightning_sparse.export.ladder import _Ladder
 from lightning_sparse.export.semi_structured import why_not
 from lightning_sparse.models import MLP, Classifier, ResNet
+from lightning_sparse.testing import trainer
 
 for package in ("torch_pruning", "safetensors", "onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -50,7 +51,6 @@ def trained(make: Digit, structure: str, sparsity: float, epochs: int) -> Classi
     """A network trained on digits with masks."""
     from lightning_sparse import MagnitudePruning
     from lightning_sparse.data import Digits
-    from tests.toys import trainer
 
     torch.manual_seed(0)
     module = make()

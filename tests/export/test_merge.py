@@ -16,7 +16,7 @@ from lightning_sparse import merge_layers
 from lightning_sparse.core import convolution_of, effective_pair, find_chains
 from lightning_sparse.export import fresh_start, pad_in_front
 from lightning_sparse.functional import layer_penalty
-from tests.toys import Toy
+from lightning_sparse.testing import Toy
 
 
 def mlp(*widths: int, seed: int = 0, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:

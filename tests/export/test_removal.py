@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.export import count_parameters, load_model, remove_dead, save_model
-from tests.export.nets import NETS, kill, sample, unsettle
+from tests.helpers.nets import NETS, kill, sample, unsettle
 
 tp = pytest.importorskip("torch_pruning")
 

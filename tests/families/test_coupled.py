@@ -16,7 +16,7 @@ from lightning_sparse import SNIP, CKARegularization, LotteryTicket, MagnitudePr
 from lightning_sparse.core import Budget, Coupling, find_targets
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.models import ResNet
-from tests.toys import Toy, fit, loader, toy, trainer
+from lightning_sparse.testing import Toy, fit, loader, toy, trainer
 
 tp = pytest.importorskip("torch_pruning")
 from lightning_sparse.export import remove_dead  # noqa: E402

@@ -16,9 +16,9 @@ from lightning_sparse import STR, TrainableThreshold
 from lightning_sparse.core import Target
 from lightning_sparse.families.learned_threshold import LearnedThreshold
 from lightning_sparse.loop import Loop, Run
-from tests.functional.test_thresholds import BinaryStep
-from tests.loop.test_loop import PlainSGD, Scaled, SelfUnscaling, SkippedSteps, without_dropout
-from tests.toys import BATCHES, Toy, Watcher, fit, loader, toy
+from lightning_sparse.testing import BATCHES, Toy, Watcher, fit, loader, network, toy
+from tests.helpers.oracles import BinaryStep
+from tests.helpers.steps import PlainSGD, Scaled, SelfUnscaling, SkippedSteps
 
 METHODS: dict[str, Callable[..., LearnedThreshold]] = {
     "steps": lambda **options: TrainableThreshold(strength=0.01, **options),
@@ -30,7 +30,7 @@ class Written(Toy):
     """The thresholds in the graph, as parameters of the model's optimizer."""
 
     def __init__(self, method: str) -> None:
-        super().__init__(net=without_dropout())
+        super().__init__(net=network(dropout=0))
         matrices = [p for p in self.net.parameters() if p.ndim > 1]
         if method == "steps":
             sources = [torch.zeros(len(p), *[1] * (p.ndim - 1)) for p in matrices]
@@ -62,7 +62,7 @@ class Written(Toy):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_equals_the_threshold_in_the_graph(method: str, accumulate: int) -> None:
-    written, module = Written(method), Toy(net=without_dropout()).double()
+    written, module = Written(method), Toy(net=network(dropout=0)).double()
     module.net.load_state_dict(written.net.state_dict())
     written.net.double()
     callback = METHODS[method]()
@@ -177,7 +177,7 @@ def test_an_optimizer_that_unscales_by_itself(method: str, monkeypatch: pytest.M
     """Gradients come scaled, as fused optimizers take them in 16-bit mixed precision; thresholds have no such optimizer."""
     monkeypatch.setattr(Run, "_scaler", property(lambda self: Scaled.Scaler()))
     plain, fused = METHODS[method](), METHODS[method]()
-    reference, module = PlainSGD(net=without_dropout()), SelfUnscaling(net=without_dropout())
+    reference, module = PlainSGD(net=network(dropout=0)), SelfUnscaling(net=network(dropout=0))
     module.load_state_dict(reference.state_dict())
     with monkeypatch.context() as without:
         without.setattr(Run, "_scaler", None)

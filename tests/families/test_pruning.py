@@ -16,8 +16,8 @@ from lightning_sparse.families import Masked
 from lightning_sparse.functional import SCHEDULES, exact_count, random_generator, random_score
 from lightning_sparse.models import ResNet
 from lightning_sparse.observe import SparsityTable
-from tests import toys
-from tests.toys import BATCHES, Toy, fit, loader, toy, trainer
+from lightning_sparse.testing import BATCHES, Toy, fit, loader, toy, trainer
+from tests.helpers.methods import L2Penalty
 
 
 class Diary(L.Callback):
@@ -208,5 +208,5 @@ def test_the_table_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_table_without_masks(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(toy(), toys.L2Penalty(0.1), SparsityTable())
+    fit(toy(), L2Penalty(0.1), SparsityTable())
     assert "density" not in capsys.readouterr().out

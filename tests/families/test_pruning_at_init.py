@@ -16,10 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_sparse import SNIP, GraSP, RandomSparsity, SynFlow
 from lightning_sparse.families import Masked
 from lightning_sparse.functional import exact_count
-from tests.contract.test_contract import Manual
-from tests.loop.test_dry_run import DATA, Talkative, run
-from tests.loop.test_loop import without_dropout
-from tests.toys import Toy, fit, loader, toy, trainer
+from lightning_sparse.testing import Manual, Toy, fit, loader, toy, trainer
+from tests.helpers.data import DATA, Talkative, run
 
 METHODS: dict[str, Callable[..., Masked]] = {"SNIP": SNIP, "GraSP": GraSP, "SynFlow": SynFlow}
 
@@ -41,7 +39,7 @@ def test_nobody_notices(method: str, data: str) -> None:
 
 def network() -> Toy:
     torch.manual_seed(3)
-    return Toy(net=without_dropout()).double()
+    return Toy(net=network(dropout=0)).double()
 
 
 def masks(method: Masked, module: L.LightningModule, **options: Any) -> dict[str, Tensor]:
@@ -172,7 +170,7 @@ def written(net: nn.Module, shape: tuple[int, ...], sparsity: float, iterations:
 @pytest.mark.parametrize(("sparsity", "iterations"), [(0.5, 1), (0.9, 20)])
 def test_synflow_equals_the_algorithm_of_the_paper(sparsity: float, iterations: int) -> None:
     torch.manual_seed(1)
-    module = Toy(net=without_dropout())
+    module = Toy(net=network(dropout=0))
     expected = written(module.net, (1, 8, 8), sparsity, iterations)
     found = masks(SynFlow(sparsity, iterations=iterations), module)
     assert {f"net.{name}" for name in expected} == set(found)

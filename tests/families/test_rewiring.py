@@ -8,46 +8,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sparse import SET, GraNet, RandomSparsity, RigL
-from lightning_sparse.families import Masked, Rewiring
+from lightning_sparse.families import Rewiring
 from lightning_sparse.functional import hashed_score, over_parameterization_rate, random_generator
-from tests import toys
-from tests.functional.test_regrowth import slow_regrow
-from tests.toys import BATCHES, Toy, fit, loader, toy
-
-STEPS = 3 * BATCHES
-METHODS: dict[str, type[Rewiring]] = {"SET": SET, "RigL": RigL, "GraNet": GraNet}
-
-
-class Diary(L.Callback):
-    """Masks after every batch."""
-
-    def __init__(self, method: Masked) -> None:
-        self.method = method
-        self.first: dict[str, Tensor] = {}
-        self.masks: list[dict[str, Tensor]] = []
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.masks.append({name: self.method.masks[name] for name in self.method.masks})
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.first = self.first or {name: self.method.masks[name] for name in self.method.masks}
-
-    def changes(self) -> list[int]:
-        """The batches, from 1, after which masks were others than after the one before."""
-        pairs = zip(self.masks, self.masks[1:], strict=False)
-        return [i + 2 for i, (old, new) in enumerate(pairs) if any(not new[name].equal(old[name]) for name in old)]
-
-
-def without_dropout() -> Toy:
-    net = toys.network()
-    net[5] = nn.Identity()
-    module = Toy("sgd", net).double()
-    module.load_state_dict({name: value.double() for name, value in toy().state_dict().items()})
-    return module
-
+from lightning_sparse.testing import BATCHES, Toy, fit, loader, toy
+from tests.helpers.modules import double
+from tests.helpers.oracles import slow_regrow
+from tests.helpers.rewiring import METHODS, STEPS, Diary
 
 # ---- the whole training, by hand ------------------------------------------------------------------------------------
 
@@ -58,7 +27,7 @@ class ByHand:
     updates: tuple[int, ...] = (3, 6)
 
     def __init__(self, masks: dict[str, Tensor]) -> None:
-        self.module = without_dropout()
+        self.module = double(Toy)
         self.weights = dict(self.module.named_parameters())
         self.masks = {name: mask.clone() for name, mask in masks.items()}
         self.momenta = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
@@ -157,7 +126,7 @@ CASES: dict[str, tuple[type[ByHand], dict[str, Any]]] = {
 def test_a_training_equals_the_loop_written_by_hand(case: str) -> None:
     cls, options = CASES[case]
     method = METHODS[case](0.9, seed=5, **options)
-    module = without_dropout()
+    module = double(Toy)
     diary = Diary(method)
     fit(module, method, diary)
     hand = cls(diary.first)

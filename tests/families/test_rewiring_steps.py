@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_sparse import SET, GraNet, RigL
 from lightning_sparse.families import Rewiring, rewiring
-from tests.contract.test_contract import Manual, differences
-from tests.families.test_rewiring import METHODS, STEPS, Diary, without_dropout
-from tests.toys import Toy, fit, loader, toy, trainer
+from lightning_sparse.testing import Manual, Toy, differences, fit, loader, toy, trainer
+from tests.helpers.modules import double
+from tests.helpers.rewiring import METHODS, STEPS, Diary
 
 
 class Recorder(Rewiring):
@@ -61,8 +61,8 @@ def test_the_gradient_is_dense_and_that_of_the_step() -> None:
 
 
 def test_the_gradient_is_the_mean_over_accumulated_batches() -> None:
-    large = recorded(without_dropout())
-    small = recorded(without_dropout(), batch_size=2, accumulate_grad_batches=4)
+    large = recorded(double(Toy))
+    small = recorded(double(Toy), batch_size=2, accumulate_grad_batches=4)
     for name, gradient in large.items():
         torch.testing.assert_close(small[name], gradient, rtol=1e-9, atol=1e-12)
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from lightning_sparse.core import LiveMasks
 from lightning_sparse.families import ShadowWeights
 from lightning_sparse.loop import Step
-from tests.loop.test_loop import SkippedSteps, without_dropout
-from tests.toys import BATCHES, Toy, Watcher, fit, loader, toy
+from lightning_sparse.testing import BATCHES, Toy, Watcher, fit, loader, network, toy
+from tests.helpers.steps import SkippedSteps
 
 
 def wave(dense: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Written(Toy):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_equals_a_mask_in_the_graph(optimizer: str, accumulate: int) -> None:
-    written, module, method = Written(optimizer, without_dropout()), Toy(optimizer, without_dropout()), Bands()
+    written, module, method = Written(optimizer, network(dropout=0)), Toy(optimizer, network(dropout=0)), Bands()
     module.load_state_dict(written.state_dict())
     returned = torch.zeros(())
     torch.manual_seed(0)

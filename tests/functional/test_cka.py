@@ -16,40 +16,12 @@ from lightning_sparse.functional import (
     off_diagonal_mean,
     similarity_penalty,
 )
-
-
-def slow_hsic(x: Tensor, y: Tensor) -> Tensor:
-    """The unbiased estimator of Song et al., term by term, from raw Gram matrices in float64."""
-    x, y = x.flatten(1).double(), y.flatten(1).double()
-    return slow_hsic_of_grams(x @ x.T, y @ y.T)
-
-
-def slow_hsic_of_grams(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    n = len(k)
-    k, l = k - k.diag().diag(), l - l.diag().diag()  # noqa: E741
-    ones = torch.ones(n, 1, dtype=k.dtype, device=k.device)
-    trace = (k @ l).diagonal().sum()
-    product = (ones.T @ k @ ones) * (ones.T @ l @ ones) / ((n - 1) * (n - 2))
-    return (trace + (product - 2 * ones.T @ k @ l @ ones / (n - 2)).squeeze()) / (n * (n - 3))
-
-
-def slow_cka(x: Tensor, y: Tensor) -> Tensor:
-    return slow_hsic(x, y) / (slow_hsic(x, x).sqrt() * slow_hsic(y, y).sqrt())
+from tests.helpers.oracles import related, sample, slow_cka, slow_hsic, slow_hsic_of_grams
 
 
 def slow_penalty(features: list[Tensor]) -> Tensor:
     """All ordered pairs of a group, the constant self pairs included, each with Gram matrices of its own."""
     return torch.stack([slow_cka(x, y) for x in features for y in features]).sum()
-
-
-def sample(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def related(n: int = 16) -> list[Tensor]:
-    """Three features of one origin, of different sizes and shapes."""
-    x = sample(n, 12)
-    return [x, (x @ sample(12, 20, seed=1) + sample(n, 20, seed=2)).relu(), (x @ sample(12, 18, seed=3)).view(n, 2, 3, 3)]
 
 
 X = torch.arange(1, 13, dtype=torch.float64).sin().view(6, 2)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.functional import DROP_SCHEDULES, drop_count, hashed_score, n_m_mask, random_generator, regrow
+from tests.helpers.oracles import slow_regrow
 
 
 def bits(text: str) -> Tensor:
@@ -33,18 +34,6 @@ def test_literal_tables(row: str) -> None:
     mask, keep, grow, count, expected = TABLE[row]
     found = regrow(bits(mask), torch.tensor(keep).float(), torch.tensor(grow).float(), count)
     assert "".join(str(int(bit)) for bit in found) == expected
-
-
-def slow_regrow(mask: Tensor, keep: Tensor, grow: Tensor, count: int) -> Tensor:
-    """Algorithm 1 of RigL with Python's own sorting."""
-    ones = [i for i, bit in enumerate(mask.flatten().tolist()) if bit]
-    k, g = keep.flatten().tolist(), grow.flatten().tolist()
-    survivors = sorted(ones, key=lambda i: (-k[i], i))[: len(ones) - count]
-    free = [i for i in range(mask.numel()) if i not in set(survivors)]
-    grown = sorted(free, key=lambda i: (-g[i], i))[:count]
-    new = torch.zeros(mask.numel(), dtype=torch.bool)
-    new[survivors + grown] = True
-    return new.view(mask.shape)
 
 
 @pytest.mark.parametrize("levels", [3, 1000])

@@ -21,6 +21,7 @@ from lightning_sparse.functional import (
     steer_price,
     unit_step,
 )
+from tests.helpers.oracles import by_loop
 
 
 def sample(*shape: int, seed: int = 0) -> Tensor:
@@ -97,22 +98,6 @@ def test_a_pruned_connection_returns_if_the_proxy_is_positive(proxy: object, ret
 
 
 # ---- normalization --------------------------------------------------------------------------------------------------
-
-
-def by_loop(gradient: Tensor, norm: str, feature: int | None) -> Tensor:
-    """Feature by feature, entry by entry."""
-    result = torch.zeros_like(gradient)
-    for index in range(1 if feature is None else gradient.shape[feature]):
-        part = gradient if feature is None else gradient.select(feature, index)
-        entries = [float(value) for value in part.flatten()]
-        size = {
-            "rms": math.sqrt(sum(e * e for e in entries) / len(entries)),
-            "l2": math.sqrt(sum(e * e for e in entries)),
-            "max": max(abs(e) for e in entries),
-            "none": 1.0 - 1e-12,
-        }[norm]
-        (result if feature is None else result.select(feature, index)).copy_(part / (size + 1e-12))
-    return result
 
 
 @pytest.mark.parametrize("norm", FEATURE_NORMS)

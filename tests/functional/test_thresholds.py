@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from lightning_sparse.functional import (
     long_tailed_slope,
@@ -14,6 +11,7 @@ from lightning_sparse.functional import (
     soft_threshold_slope,
     step_threshold_gradients,
 )
+from tests.helpers.oracles import BinaryStep
 
 
 def test_the_long_tailed_slope_of_a_small_table() -> None:
@@ -22,21 +20,6 @@ def test_the_long_tailed_slope_of_a_small_table() -> None:
     expected = torch.tensor(list(table.values()), dtype=torch.float64)
     torch.testing.assert_close(long_tailed_slope(x), expected)
     torch.testing.assert_close(long_tailed_slope(-x), expected)
-
-
-class BinaryStep(torch.autograd.Function):
-    """As the paper defines it: a step forward, the long-tailed slope backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        slopes = [2 - 4 * abs(v) if abs(v) <= 0.4 else 0.4 if abs(v) <= 1 else 0.0 for v in x.flatten().tolist()]
-        return grad * torch.tensor(slopes, dtype=x.dtype).view_as(x)
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (1, 7), (1, 1)])

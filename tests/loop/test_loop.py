@@ -18,20 +18,10 @@ from lightning_sparse.core import Position
 from lightning_sparse.families import Masked, Pruning
 from lightning_sparse.functional import random_generator, random_score
 from lightning_sparse.loop import Sparsifier, Step
-from tests import toys
-from tests.toys import BATCHES, FeaturePenalty, L2Penalty, Toy, UnitNorm, fit, loader, toy, trainer
-
-
-def without_dropout() -> nn.Sequential:
-    net = toys.network()
-    net[5] = nn.Identity()
-    return net
-
-
-def double(cls: type[Toy], **options: Any) -> Toy:
-    module = cls(net=without_dropout(), **options).double()
-    module.load_state_dict({name: value.double() for name, value in toy().state_dict().items()})
-    return module
+from lightning_sparse.testing import BATCHES, OPTIMIZERS, Toy, Watcher, fit, loader, network, toy, trainer
+from tests.helpers.methods import FeaturePenalty, L2Penalty, Swap, UnitNorm
+from tests.helpers.modules import AutomaticMixin, double
+from tests.helpers.steps import PlainSGD, Scaled, SelfUnscaling, SkippedSteps, Unscaling
 
 
 class WrittenL2(Toy):
@@ -107,40 +97,8 @@ def test_projection() -> None:
     def look(moment: str, observed: L.LightningModule) -> None:
         norms.extend(float(p.detach().norm()) for p in observed.parameters() if p.ndim > 1)
 
-    fit(module, toys.Watcher(look), UnitNorm())
+    fit(module, Watcher(look), UnitNorm())
     assert norms == pytest.approx([1.0] * len(norms), abs=1e-6)
-
-
-class Swap(Sparsifier):
-    """Takes gradients away before the step and notes what happened."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[str] = []
-
-    def before_step(self, step: Step) -> None:
-        self.events.append("before")
-
-    def after_step(self, step: Step) -> None:
-        self.events.append("after")
-
-    def undo_step(self, step: Step) -> None:
-        self.events.append("undo")
-
-
-class SkippedSteps(L.pytorch.plugins.MixedPrecision):
-    """What a gradient scaler does when it finds an infinity: everything but the step."""
-
-    def __init__(self, skip: set[int]) -> None:
-        super().__init__("bf16-mixed", "cpu")
-        self.skip = skip
-
-    def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if model.trainer.global_step in self.skip:
-            result = closure()
-            self._after_closure(model, optimizer)
-            return result
-        return super().optimizer_step(optimizer, model, closure, **kwargs)
 
 
 def test_a_skipped_step_is_undone() -> None:
@@ -158,68 +116,17 @@ def test_an_update_that_falls_on_a_skipped_step_is_made_at_the_next() -> None:
     def look(moment: str, observed: L.LightningModule) -> None:
         seen.append(method.masks.kept)
 
-    fit(module, toys.Watcher(look), method, plugins=[SkippedSteps({2, 3})])
+    fit(module, Watcher(look), method, plugins=[SkippedSteps({2, 3})])
     total = method.masks.total
     # Due at the third step, which is skipped, as is the fourth; then come validation and the end of the epoch.
     assert seen[:7] == [total] * 6 + [total // 2]
-
-
-class Unscaling(torch.optim.SGD):
-    """Like a fused optimizer in 16-bit mixed precision: gradients come scaled by 8, and it divides by itself."""
-
-    _step_supports_amp_scaling = True
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        result = closure() if closure is not None else None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(8)
-        if self.finds_infinity:
-            self.found_inf = torch.ones(1)
-        else:
-            super().step()
-        return result
-
-    finds_infinity = False
-
-
-class Scaled(L.pytorch.plugins.MixedPrecision):
-    """Multiplies the loss by 8, as a gradient scaler does."""
-
-    class Scaler:
-        def scale(self, value: Tensor) -> Tensor:
-            return 8 * value
-
-    def __init__(self) -> None:
-        super().__init__("bf16-mixed", "cpu")
-
-    def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:  # type: ignore[override]
-        return super().pre_backward(8 * tensor, module)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.scaler, kept = None, self.scaler  # the closure runs inside the step, as without a scaler
-        try:
-            return super().optimizer_step(*args, **kwargs)
-        finally:
-            self.scaler = kept
-
-
-class SelfUnscaling(Toy):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return Unscaling(self.parameters(), lr=0.05)
-
-
-class PlainSGD(Toy):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
 def test_penalties_where_the_optimizer_unscales_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_sparse.loop import Run
 
     monkeypatch.setattr(Run, "_scaler", property(lambda self: Scaled.Scaler()))
-    reference, module = PlainSGD(net=without_dropout()), SelfUnscaling(net=without_dropout())
+    reference, module = PlainSGD(net=network(dropout=0)), SelfUnscaling(net=network(dropout=0))
     module.load_state_dict(reference.state_dict())
     with monkeypatch.context() as plain:
         plain.setattr(Run, "_scaler", None)
@@ -261,7 +168,7 @@ def test_projection_holds_zeros_against_any_optimizer() -> None:
         weights = dict(observed.named_parameters())
         assert not any(weights[name][method.masks.dropped(name)].any() for name in method.masks), moment
 
-    fit(Noisy(), toys.Watcher(look), method)
+    fit(Noisy(), Watcher(look), method)
     assert method.masks.kept == method.masks.total // 2
 
 
@@ -281,11 +188,11 @@ class Carousel(Masked):
                     assert value.shape != weight.shape or not value[regrown].any()
 
 
-@pytest.mark.parametrize("optimizer", toys.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_comes_back_starts_at_zero_without_momentum(optimizer: str) -> None:
     module = toy(optimizer)
     # Momentum of an entry that was pruned is gone already; this one plants some, as a foreign optimizer might keep.
-    plant = toys.Watcher(
+    plant = Watcher(
         lambda moment, observed: [
             value.masked_fill_(value == 0, 0.5)
             for state in runner.optimizers[0].state.values()
@@ -305,7 +212,7 @@ def test_scores_that_change_bring_nothing_back() -> None:
 
     method = Whimsical(0.9, start=0, end=1)
     seen: list[dict[str, Tensor]] = []
-    fit(toy(), method, toys.Watcher(lambda moment, module: seen.append({name: method.masks[name] for name in method.masks})))
+    fit(toy(), method, Watcher(lambda moment, module: seen.append({name: method.masks[name] for name in method.masks})))
     assert seen[-1].keys() == method.weights.keys() or seen
     for before, after in itertools.pairwise(seen):
         assert not any((after[name] & ~before[name]).any() for name in before)
@@ -362,7 +269,7 @@ def test_the_learning_rate_of_a_weight() -> None:
 
 class ManualMixin(SparsityMixin, Toy):
     def __init__(self, ask: bool) -> None:
-        super().__init__(net=without_dropout())
+        super().__init__(net=network(dropout=0))
         self.automatic_optimization, self.ask = False, ask
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -372,12 +279,7 @@ class ManualMixin(SparsityMixin, Toy):
         optimizer.step()
 
 
-class AutomaticMixin(SparsityMixin, Toy):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.loss(batch) + self.sparsity_penalty()
-
-
-@pytest.mark.parametrize("make", [lambda: ManualMixin(ask=True), lambda: AutomaticMixin(net=without_dropout())])
+@pytest.mark.parametrize("make", [lambda: ManualMixin(ask=True), lambda: AutomaticMixin(net=network(dropout=0))])
 def test_the_mixin_adds_the_penalty_once(make: Callable[[], Toy]) -> None:
     reference, module = double(WrittenFeature), make().double()
     module.load_state_dict(double(Toy).state_dict())
@@ -388,7 +290,7 @@ def test_the_mixin_adds_the_penalty_once(make: Callable[[], Toy]) -> None:
 
 
 def test_the_mixin_without_methods_is_zero() -> None:
-    module = AutomaticMixin(net=without_dropout())
+    module = AutomaticMixin(net=network(dropout=0))
     fit(module)
     assert float(module.sparsity_penalty()) == 0
     assert module.sparsity_summary().startswith("layer")
@@ -406,7 +308,7 @@ def test_manual_optimization_without_the_mixin_is_warned_of() -> None:
 
 
 def test_the_summary_counts_masks() -> None:
-    module = AutomaticMixin(net=without_dropout())
+    module = AutomaticMixin(net=network(dropout=0))
     fit(module, MagnitudePruning(0.75, allocation="uniform"))
     table = module.sparsity_summary().splitlines()
     assert table[0].split() == ["layer", "kept", "target", "density"]
@@ -449,7 +351,7 @@ def test_ending_early_is_said() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*training stopped before")
 def test_an_emptied_layer_is_said() -> None:
-    net = without_dropout()
+    net = network(dropout=0)
     with torch.no_grad():
         net[8].weight.mul_(1e-6)
     with pytest.warns(UserWarning, match=r"has removed all of 'net.8.weight'"):

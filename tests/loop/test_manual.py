@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import MagnitudePruning, RandomSparsity
-from tests.loop.test_loop import AutomaticMixin, Swap, without_dropout
-from tests.toys import BATCHES, FeaturePenalty, Toy, fit, loader, toy, trainer
+from lightning_sparse.testing import BATCHES, Toy, fit, loader, network, toy, trainer
+from tests.helpers.methods import FeaturePenalty, Swap
+from tests.helpers.modules import AutomaticMixin
 
 
 class TwoNets(Toy):
@@ -20,7 +21,7 @@ class TwoNets(Toy):
     automatic_optimization = False
 
     def __init__(self) -> None:
-        super().__init__(net=nn.ModuleList([without_dropout(), without_dropout()]))
+        super().__init__(net=nn.ModuleList([network(dropout=0), network(dropout=0)]))
 
     def configure_optimizers(self) -> Any:
         return tuple(torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in self.net)
@@ -156,7 +157,7 @@ def test_a_training_step_without_batch_idx() -> None:
         def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
             return self.loss(batch)
 
-    short, usual = Short(net=without_dropout()), Toy(net=without_dropout())
+    short, usual = Short(net=network(dropout=0)), Toy(net=network(dropout=0))
     usual.load_state_dict(short.state_dict())
     fit(short, FeaturePenalty(0.5))
     fit(usual, FeaturePenalty(0.5))

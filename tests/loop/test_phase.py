@@ -14,7 +14,9 @@ from lightning_sparse import SNIP, HyperSparse, LotteryTicket, MagnitudePruning,
 from lightning_sparse.functional import PENALTIES
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
-from tests.toys import OVERLAYS, L2Penalty, Watcher, fit, method_of, overlay, toy
+from lightning_sparse.testing import Watcher, fit, method_of, toy
+from tests.helpers.methods import L2Penalty
+from tests.helpers.overlays import OVERLAYS, overlay
 
 
 class Phases(L.Callback):

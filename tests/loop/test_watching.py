@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from lightning_sparse.loop import Sparsifier
-from tests.toys import BATCHES, FeaturePenalty, Toy, fit, loader, trainer
+from lightning_sparse.testing import BATCHES, Toy, fit, loader, trainer
+from tests.helpers.methods import FeaturePenalty
 
 
 class Dictionary(Toy):

@@ -18,9 +18,9 @@ from lightning_sparse import CKARegularization, HyperSparse, RandomSparsity, Spa
 from lightning_sparse.data import TensorLoader
 from lightning_sparse.functional import linear_cka_matrix, off_diagonal_mean, similarity_penalty
 from lightning_sparse.models import MLP
-from tests.functional.test_cka import slow_cka
-from tests.loop.test_loop import double, without_dropout
-from tests.toys import BATCHES, Toy, fit, loader, toy, trainer
+from lightning_sparse.testing import BATCHES, Toy, fit, loader, network, toy, trainer
+from tests.helpers.modules import double
+from tests.helpers.oracles import slow_cka
 
 
 class Written(Toy):
@@ -103,7 +103,7 @@ def test_no_feature_outlives_its_step(cls: type[Toy]) -> None:
         def on_validation_batch_end(self, *args: Any) -> None:
             alive.append(len(method._tap._seen))
 
-    module, method = cls(net=without_dropout()), CKARegularization(strength=0.1, every_n_batches=1)
+    module, method = cls(net=network(dropout=0)), CKARegularization(strength=0.1, every_n_batches=1)
     handle = module.net[1].register_forward_hook(lambda m, i, output: seen.append(weakref.ref(output)))
     fit(module, method, Ends(), val_check_interval=2)
     handle.remove()
@@ -125,7 +125,7 @@ def test_a_copy_of_the_model_is_not_seen() -> None:
 
     results = []
     for cls in (Toy, Doubled):
-        module = cls(net=without_dropout())
+        module = cls(net=network(dropout=0))
         module.load_state_dict(toy().state_dict())
         fit(module, HyperSparse(0.5), CKARegularization(strength=0.5, every_n_batches=1))
         results.append(module.state_dict())
@@ -178,7 +178,7 @@ def test_checkpointing_that_hides_the_features_is_refused() -> None:
 
 class Compiled(Toy):
     def __init__(self, run_before: bool) -> None:
-        super().__init__(net=without_dropout())
+        super().__init__(net=network(dropout=0))
         self.net = torch.compile(self.net, backend="eager")
         self.load_state_dict({name.replace("net.", "net._orig_mod."): value for name, value in toy().state_dict().items()})
         if run_before:
@@ -190,7 +190,7 @@ class Compiled(Toy):
 def test_a_compiled_network(run_before: bool) -> None:
     """Run before, its graph knows nothing of the hooks, and is made anew."""
     torch.compiler.reset()
-    plain, module = Toy(net=without_dropout()), Compiled(run_before)
+    plain, module = Toy(net=network(dropout=0)), Compiled(run_before)
     plain.load_state_dict(toy().state_dict())
     for each in (plain, module):
         fit(each, CKARegularization(strength=0.5, every_n_batches=2))

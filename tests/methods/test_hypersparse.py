@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import HyperSparse
 from lightning_sparse.functional import hypersparse_gradient, quantile_rank
-from tests.contract.test_contract import Manual, differences, state_of
-from tests.toys import BATCHES, Toy, fit, loader, toy, trainer
+from lightning_sparse.testing import BATCHES, Manual, Toy, differences, fit, loader, state_of, toy, trainer
 
 
 def batch_net() -> nn.Sequential:

@@ -17,8 +17,7 @@ from lightning_sparse import LayerSparsity, merge_layers
 from lightning_sparse.core import find_chains
 from lightning_sparse.data import Teacher
 from lightning_sparse.models import MLP, Regressor
-from tests import toys
-from tests.toys import BATCHES, Toy, fit, trainer
+from lightning_sparse.testing import BATCHES, Toy, fit, loader, trainer
 
 
 def deep(seed: int = 0, norm: bool = False) -> nn.Sequential:
@@ -94,7 +93,7 @@ def test_proximal_steps_are_a_step_and_then_the_map() -> None:
 def test_batch_normalization_is_penalized_folded() -> None:
     """One step equals autograd through the folded running statistics."""
     module, twin = Toy(net=deep(norm=True)), Toy(net=deep(norm=True))
-    batch = next(iter(toys.loader()))
+    batch = next(iter(loader()))
     seen: dict[str, Tensor] = {}
 
     class Look(L.Callback):
@@ -103,7 +102,7 @@ def test_batch_normalization_is_penalized_folded() -> None:
                 seen.update({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
 
     runner = trainer(LayerSparsity(strength=0.5, scale_decay=0), Look(), max_steps=2)
-    runner.fit(module, DataLoader([batch, batch], batch_size=None), toys.loader(1))  # type: ignore[arg-type]
+    runner.fit(module, DataLoader([batch, batch], batch_size=None), loader(1))  # type: ignore[arg-type]
     loss = twin.loss(batch)
     net: Any = twin.net
     for i in (4, 7):

@@ -17,8 +17,7 @@ from torch.optim import lr_scheduler as schedules
 
 from lightning_sparse import LotteryTicket
 from lightning_sparse.functional import exact_count
-from tests.contract.test_contract import differences, state_of
-from tests.toys import BATCHES, OPTIMIZERS, Toy, fit, loader, toy, trainer
+from lightning_sparse.testing import BATCHES, OPTIMIZERS, Toy, differences, fit, loader, state_of, toy, trainer
 
 # SequentialLR of older torch calls its parts in a way that torch itself warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in")

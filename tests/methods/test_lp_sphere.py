@@ -12,14 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import LpSphere, MagnitudePruning
-from lightning_sparse.data import Digits
 from lightning_sparse.functional import from_dual, hoyer_sparsity, lp_norm
-from lightning_sparse.models import MLP, Classifier
 from lightning_sparse.optim import LpSGD, sphere_groups
-from tests.loop.test_loop import SkippedSteps, without_dropout
-from tests.toys import BATCHES, Toy, Watcher, fit, loader, toy, trainer
-
-SPHERES = ["net.0.weight", "net.2.weight", "net.6.weight"]  # the last layer of the toy is free
+from lightning_sparse.testing import BATCHES, Toy, Watcher, differences, fit, loader, network, toy
+from tests.helpers.spheres import SPHERES, digits
+from tests.helpers.steps import SkippedSteps
 
 
 def distance(method: LpSphere, module: nn.Module, p: float) -> float:
@@ -52,7 +49,7 @@ def test_it_is_the_same_training_as_with_the_optimizer(p: float, momentum: float
             options = {"lr": 0.05, "momentum": momentum, "nesterov": nesterov, "weight_decay": 1e-3}
             return torch.optim.SGD(self.parameters(), **options)  # type: ignore[arg-type]
 
-    one, other = WithOptimizer(net=without_dropout()).double(), WithCallback(net=without_dropout()).double()
+    one, other = WithOptimizer(net=network(dropout=0)).double(), WithCallback(net=network(dropout=0)).double()
     other.load_state_dict(one.state_dict())
     fit(one)
     fit(other, LpSphere(p=p, mixing=0.1, mixing_schedule="constant", momentum=momentum, nesterov=nesterov))
@@ -124,8 +121,6 @@ def test_a_skipped_step_leaves_no_trace() -> None:
             assert not method._dense
             assert all(p.grad is not None for p in observed.parameters()), "a hidden gradient has not come back"
 
-    from tests.contract.test_contract import differences
-
     fit(module, method, Watcher(look), plugins=[SkippedSteps({1, 3})], max_epochs=1)
     assert differences(states[0], states[1]) == []
     assert differences(states[1], states[2]) != []
@@ -160,7 +155,7 @@ def test_where_the_optimizer_itself_looks_for_infinities(monkeypatch: pytest.Mon
             optimizer._step_supports_amp_scaling = self.factor > 1  # type: ignore[attr-defined]
             return optimizer
 
-    plain, scaled = Scaled(net=without_dropout()), Scaled(net=without_dropout())
+    plain, scaled = Scaled(net=network(dropout=0)), Scaled(net=network(dropout=0))
     scaled.load_state_dict(plain.state_dict())
     scaled.factor = 8.0
     fit(plain, LpSphere(p=1.2))
@@ -188,7 +183,7 @@ def test_steps_past_lightning_with_a_closure() -> None:
 
             optimizer.step(closure)
 
-    plain, closed = Toy(net=without_dropout()), Closed(net=without_dropout())
+    plain, closed = Toy(net=network(dropout=0)), Closed(net=network(dropout=0))
     closed.load_state_dict(plain.state_dict())
     fit(plain, LpSphere(p=1.3, mixing=0.1))
     fit(closed, LpSphere(p=1.3, mixing=0.1))
@@ -272,19 +267,6 @@ def test_another_method_on_the_same_weights_is_refused_and_on_others_it_is_not()
 
 
 # ---- in training ----------------------------------------------------------------------------------------------------
-
-
-def digits(epochs: int, *callbacks: L.Callback) -> Classifier:
-    torch.manual_seed(0)
-    data = Digits(batch_size=50)
-    module = Classifier(
-        lambda *shape: MLP(*shape, hidden=(64, 64), batch_norm=True),
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-        in_channels=1,
-        image_size=8,
-    )
-    trainer(*callbacks, max_epochs=epochs, limit_val_batches=0).fit(module, data)
-    return module
 
 
 def test_the_sparsity_of_a_trained_network_falls_strictly_along_p() -> None:

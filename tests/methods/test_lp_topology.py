@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_sparse import LpSphere
 from lightning_sparse.functional import exact_count, from_dual, lp_norm
-from tests.methods.test_lp_sphere import SPHERES, digits
-from tests.toys import Toy, Watcher, fit, loader, toy, trainer
+from lightning_sparse.testing import Toy, Watcher, fit, loader, toy, trainer
+from tests.helpers.spheres import SPHERES, digits
 
 # ---- connections that fade, fall and return -------------------------------------------------------------------------
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.functional import exact_count, steer_price
-from tests.contract.test_contract import differences, state_of
-from tests.toys import BATCHES, fit, toy
+from lightning_sparse.testing import BATCHES, differences, fit, state_of, toy
 
 
 class Diary(L.Callback):

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
 
 from lightning_sparse.methods.lottery_ticket.snapshot import Snapshot
-from tests.contract.test_contract import differences
+from lightning_sparse.testing import differences
 
 # How SequentialLR of torch before 2.7 steps its schedules.
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")

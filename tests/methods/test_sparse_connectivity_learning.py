@@ -20,10 +20,9 @@ from lightning_sparse.core import LiveMasks, count_macs, effective_macs
 from lightning_sparse.functional import unit_step
 from lightning_sparse.loop import Loop
 from lightning_sparse.observe import SparsityTable
-from tests.contract.test_contract import differences
-from tests.functional.test_sparse_connectivity_learning import by_loop
-from tests.loop.test_loop import SkippedSteps, without_dropout
-from tests.toys import BATCHES, Toy, fit, toy
+from lightning_sparse.testing import BATCHES, Toy, differences, fit, network, toy
+from tests.helpers.oracles import by_loop
+from tests.helpers.steps import SkippedSteps
 
 
 def falling(step: int) -> float:
@@ -34,7 +33,7 @@ class Recorded(Toy):
     """In double precision and without dropout; keeps its batches and their losses' inputs."""
 
     def __init__(self) -> None:
-        super().__init__(net=without_dropout())
+        super().__init__(net=network(dropout=0))
         self.double()
         self.load_state_dict({name: value.double() for name, value in toy().state_dict().items()})
         self.batches: list[Any] = []
@@ -282,7 +281,7 @@ class Fused(Toy):
     """An optimizer that unscales by itself, or not."""
 
     def __init__(self, fused: bool) -> None:
-        super().__init__(net=without_dropout())
+        super().__init__(net=network(dropout=0))
         self.fused = fused
         self.load_state_dict(toy().state_dict())
 

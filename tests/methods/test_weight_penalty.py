@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_sparse import MagnitudePruning, WeightPenalty
 from lightning_sparse.functional import exact_count
-from tests.loop.test_loop import double
-from tests.toys import BATCHES, Toy, fit, toy
+from lightning_sparse.testing import BATCHES, Toy, fit, toy
+from tests.helpers.modules import double
 
 RATE = 0.05
 

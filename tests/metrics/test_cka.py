@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_sparse.metrics import CKA
-from tests.functional.test_cka import related, slow_hsic
+from tests.helpers.oracles import related, slow_hsic
 
 
 def test_ratio_of_sums_over_batches() -> None:

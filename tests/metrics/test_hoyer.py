@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_sparse.functional import hoyer_sparsity
 from lightning_sparse.metrics import HoyerSparsity
-from tests.toys import network
+from lightning_sparse.testing import network
 
 
 def test_it_is_the_mean_over_outputs_weighted_by_layers() -> None:

@@ -19,7 +19,7 @@ from lightning_sparse.metrics import (
     OverParameterizationRate,
     Sparsity,
 )
-from tests.toys import network
+from lightning_sparse.testing import network
 
 
 def masks_of(net: nn.Module, density: float = 0.3) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_sparse.core import find_targets
 from lightning_sparse.models import MLP, VGG, Classifier, LeNet5, LeNet300, ResNet, TorchvisionNetwork, WideResNet
-from tests.toys import fit
+from lightning_sparse.testing import fit
 
 
 def weights(net: nn.Module) -> int:

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sparse import MagnitudePruning, RandomSparsity
 from lightning_sparse.observe import SparsityCheckpoint
-from tests.toys import BATCHES, L2Penalty, Toy, fit
+from lightning_sparse.testing import BATCHES, Toy, fit
+from tests.helpers.methods import L2Penalty
 
 
 class Scripted(Toy):

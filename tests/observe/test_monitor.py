@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sparse import SET, MagnitudePruning, RandomSparsity, SparseConnectivityLearning
 from lightning_sparse.observe import SparsityMonitor
-from tests.toys import BATCHES, OVERLAYS, Toy, fit, loader, method_of, network, overlay, toy, trainer
+from lightning_sparse.testing import BATCHES, Toy, fit, loader, method_of, network, toy, trainer
+from tests.helpers.overlays import OVERLAYS, overlay
 
 
 def logged(folder: Path) -> dict[str, dict[int, float]]:

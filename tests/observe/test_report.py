@@ -16,7 +16,8 @@ from lightning_sparse.cli import main
 from lightning_sparse.observe import SparsityMonitor
 from lightning_sparse.observe.report import find_reports, page, picture, read_report, write_report
 from lightning_sparse.observe.svg import Series, chart, heat_map
-from tests.toys import ROOT, fit, toy
+from lightning_sparse.testing import fit, toy
+from tests.helpers.overlays import ROOT
 
 VOID = {"meta"}
 

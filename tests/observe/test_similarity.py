@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_sparse.functional import linear_cka_matrix, off_diagonal_mean
 from lightning_sparse.observe import SimilarityMap
-from tests.toys import fit, loader, toy, trainer
+from lightning_sparse.testing import fit, loader, toy, trainer
 
 
 def test_the_mean_is_logged_and_the_figure_is_kept(tmp_path: Path) -> None:

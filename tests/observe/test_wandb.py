@@ -21,7 +21,8 @@ import lightning_sparse.observe.wandb as board
 from lightning_sparse import SET, MagnitudePruning, RandomSparsity
 from lightning_sparse.cli import main
 from lightning_sparse.observe import PatientWandbLogger, SparsityCheckpoint, SparsityMonitor
-from tests.toys import BATCHES, ROOT, fit, toy
+from lightning_sparse.testing import BATCHES, fit, toy
+from tests.helpers.overlays import ROOT
 
 wandb = pytest.importorskip("wandb")
 STEP = "trainer/global_step"

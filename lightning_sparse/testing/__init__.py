@@ -1,0 +1,66 @@
+"""The contract of every method, for methods of your own: one class of pytest, or one call."""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_sparse.testing.case import Case, Inapplicable, Make, Run, recorded
+from lightning_sparse.testing.contract import CHECKS, Check, check_method, run_check
+from lightning_sparse.testing.ranks import fit_on_ranks, run_on_ranks
+from lightning_sparse.testing.state import (
+    Watcher,
+    differences,
+    left_behind,
+    masks_of,
+    method_of,
+    nonzero,
+    off_target,
+    state_of,
+    zeros_hold,
+)
+from lightning_sparse.testing.toys import BATCH, BATCHES, EPOCHS, OPTIMIZERS, Manual, Toy, fit, loader, network, toy, trainer
+
+if TYPE_CHECKING:
+    from lightning_sparse.testing.suite import MethodContract
+
+__all__ = [
+    "BATCH",
+    "BATCHES",
+    "CHECKS",
+    "EPOCHS",
+    "OPTIMIZERS",
+    "Case",
+    "Check",
+    "Inapplicable",
+    "Make",
+    "Manual",
+    "MethodContract",
+    "Run",
+    "Toy",
+    "Watcher",
+    "check_method",
+    "differences",
+    "fit",
+    "fit_on_ranks",
+    "left_behind",
+    "loader",
+    "masks_of",
+    "method_of",
+    "network",
+    "nonzero",
+    "off_target",
+    "recorded",
+    "run_check",
+    "run_on_ranks",
+    "state_of",
+    "toy",
+    "trainer",
+    "zeros_hold",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import pytest for whoever asks for the class, and for nobody else."""
+    if name == "MethodContract":
+        from lightning_sparse.testing.suite import MethodContract
+
+        return MethodContract
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

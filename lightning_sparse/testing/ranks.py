@@ -1,0 +1,154 @@
+"""Point 5: two processes of a gloo group end in the same bits, whatever each of them draws."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, distributed
+
+from lightning_sparse.loop import Sparsifier
+from lightning_sparse.testing.case import Case, Inapplicable, quiet, require
+from lightning_sparse.testing.state import differences, masks_of, off_target
+from lightning_sparse.testing.toys import BATCHES, EPOCHS, Toy, loader, trainer
+
+__all__ = ["agrees_on_all_ranks", "fit_on_ranks", "run_on_ranks"]
+
+RANKS = 2
+
+
+def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Call `function(rank, *args)` in two new processes that form a gloo group.
+
+    Processes are forked from this one, so that anything can be handed over, classes of test modules and closures too.
+    Where there is an accelerator, torch does not allow that, and they are started anew: then the function and what it is
+    given must be importable by name.
+
+    Args:
+        function: what it returns must load with `weights_only=True`.
+        args: for it.
+        timeout: seconds until the processes are ended.
+
+    Returns:
+        What each rank has returned.
+
+    Raises:
+        AssertionError: with the traceback of the first rank that has failed, or if they do not end in time.
+    """
+    forks = not torch.accelerator.is_available()
+    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=_rank, args=(folder, rank, function, args)) for rank in range(RANKS)]
+        try:
+            with warnings.catch_warnings():
+                # Children of a process with threads may wait for a lock that nobody holds; these compute on one thread.
+                warnings.filterwarnings("ignore", ".*use of fork\\(\\) may lead to deadlocks")
+                for process in processes:
+                    process.start()
+        except (AttributeError, TypeError, ValueError) as error:  # pickle's
+            if forks:
+                raise
+            raise Inapplicable(f"beside an accelerator the callbacks must be importable by name ({error})") from error
+        try:
+            for process in processes:
+                process.join(timeout)
+        finally:
+            for process in processes:
+                process.kill()
+        results = []
+        for rank, process in enumerate(processes):
+            failure, result = Path(folder, f"{rank}.txt"), Path(folder, f"{rank}.pt")
+            require(not failure.exists(), f"Rank {rank} has failed.\n{failure.read_text() if failure.exists() else ''}")
+            require(
+                result.exists(), f"Rank {rank} did not end within {timeout:g} s, or died (exit code {process.exitcode})."
+            )
+            results.append(torch.load(result, weights_only=True))
+        return results
+
+
+def _rank(folder: str, rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """One of the processes; writes what the function has returned, or how it has failed."""
+    environment = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": RANKS, "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=60), rank=rank, world_size=RANKS)
+        with quiet():
+            warnings.simplefilter("ignore")  # of Lightning, on two processes; those of one process are seen elsewhere
+            result = function(rank, *args)
+        torch.save(result, Path(folder, f"{rank}.pt"))
+        distributed.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)  # a group that is left waiting must not keep this process
+
+
+def fit_on_ranks(
+    rank: int, module: pl.LightningModule, *callbacks: Callback, ckpt_path: Any = None, **options: Any
+) -> pl.Trainer:
+    """What `fit` does, on one rank of a group; each has its own share of the data."""
+    strategy = DDPStrategy(process_group_backend="gloo")
+    runner = trainer(*callbacks, strategy=strategy, devices=RANKS, **options)
+    runner.fit(module, loader(rank=rank, world_size=RANKS), loader(1), ckpt_path=ckpt_path)
+    return runner
+
+
+class _Restless(Toy):
+    """Uses the global generators differently on every rank."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        torch.rand(1 + 3 * self.global_rank)
+        return self.loss(batch)
+
+
+class _Recorder(Callback):
+    """Keeps weights and masks at the end of every epoch."""
+
+    def __init__(self, methods: list[Sparsifier]) -> None:
+        self.methods = methods
+        self.seen: list[Any] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        masks = [masks_of(method) for method in self.methods]
+        self.seen.append({"weights": weights, "masks": masks})
+
+
+def _train_and_resume(rank: int, case: Case, folder: str) -> dict[str, Any]:
+    """Without a seed, and with different numbers consumed on every rank."""
+    torch.seed()
+    torch.rand(1 + 5 * rank)
+    callbacks, methods = case.fresh()
+    recorder, module = _Recorder(methods), _Restless()
+    files = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit_on_ranks(rank, module, *callbacks, recorder, files, accumulate_grad_batches=2)
+    missed = [sentence for method in methods for sentence in off_target(method)]
+    resumed = _Restless()
+    torch.rand(1 + rank)
+    path = Path(folder, f"step={BATCHES // 2 + 1}.ckpt")
+    fit_on_ranks(rank, resumed, *case.callbacks(), ckpt_path=path, accumulate_grad_batches=2)
+    return {"epochs": recorder.seen, "resumed": dict(resumed.state_dict()), "missed": missed}
+
+
+def agrees_on_all_ranks(case: Case) -> None:
+    """Unseeded, two ranks hold the same weights and masks at every epoch, meet the target, and resume exactly."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = run_on_ranks(_train_and_resume, case, folder)
+    require(len(first["epochs"]) == EPOCHS, f"{len(first['epochs'])} epochs were seen.")
+    wrong = differences(first["epochs"], second["epochs"])
+    require(not wrong, f"The ranks differ in {wrong[:4]} (epoch/part/name).")
+    require(not first["missed"], f"On two ranks the target is missed: {first['missed']}.")
+    for rank, seen in enumerate((first, second)):
+        wrong = differences(seen["epochs"][-1]["weights"], seen["resumed"])
+        require(not wrong, f"Rank {rank}, stopped and resumed, differs from the uninterrupted run in {wrong[:4]}.")
