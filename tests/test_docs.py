@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import lightning_sparse
-from tests.toys import ROOT
 
+ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 ARGUMENTS = runpy.run_path(str(ROOT / "docs" / "arguments.py"))
 

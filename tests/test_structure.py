@@ -81,7 +81,7 @@ def test_exports_overlays_and_readme_rows_are_the_same_methods() -> None:
 
 @pytest.mark.parametrize("cls", METHODS)
 def test_methods_are_final_and_remember_their_arguments(cls: type[Sparsifier]) -> None:
-    assert getattr(cls, "__final__", False)
+    assert getattr(cls, "__final__", sys.version_info < (3, 11))  # before that, `final` leaves no mark
     names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     assert {"targets", "name"} <= set(names)
     method = next(method for path in OVERLAYS if isinstance(method := method_of(overlay(path)), cls))

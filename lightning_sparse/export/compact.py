@@ -106,12 +106,13 @@ def _encode(tensor: Tensor) -> tuple[str, dict[str, Tensor]]:
     width = tensor.element_size()
     if width not in _WORDS or not tensor.numel():
         return "dense", {"values": tensor.clone()}
-    kept = (tensor.flatten().view(_WORDS[width]) != 0) if tensor.dtype != torch.bool else tensor.flatten()
+    words = tensor.flatten().view(_WORDS[width])  # some types can be stored, but not indexed
+    kept = words != 0
     where = kept.nonzero().flatten()
     gaps = torch.diff(where, prepend=where.new_tensor([-1])) - 1  # zeros between a value and the one before
     largest = int(gaps.max()) if len(gaps) else 0
     gap, kind = next((g, t) for g, t in _GAPS if largest < 2 ** (8 * g))
-    values = tensor.flatten()[kept]
+    values = words[kept].view(tensor.dtype)
     sizes = {
         "dense": tensor.numel() * width,
         "bits": (tensor.numel() + 7) // 8 + len(where) * width,

@@ -75,7 +75,8 @@ def layer_penalty(tensors: Sequence[Tensor], norm: str = "fro") -> Tensor:
         >>> float(layer_penalty([torch.tensor([[-3.0, 5.0]]), torch.tensor([-4.0])]))
         5.0
     """
-    return LAYER_NORMS[norm].value(torch.cat([tensor.flatten().clamp(max=0) for tensor in tensors]))
+    # At zero the gradient of relu is 0; that of clamp is 1 in older versions of torch.
+    return LAYER_NORMS[norm].value(torch.cat([-(-tensor.flatten()).relu() for tensor in tensors]))
 
 
 def layer_penalty_gradient(tensors: Sequence[Tensor], norm: str = "fro") -> list[Tensor]:
