@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
 from lightning_sparse.export.compact import load_compact, read_note, save_compact
+from lightning_sparse.export.kernels import use_kernels
 
 __all__ = ["Blueprint", "Kept", "add_bias", "carry_optimizer", "load_model", "save_model"]
 
@@ -128,8 +129,6 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
         >>> torch.equal(new.weight, net.weight)
         True
     """
-    from lightning_sparse.export.kernels import use_kernels
-
     note = read_note(path)
     if not isinstance(note, dict) or "blueprint" not in note:
         raise ValueError(f"'{path}' holds tensors without the structure of a model; read them with load_compact.")

@@ -20,7 +20,8 @@ from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
 from lightning_sparse.export.compare_models import callee, copy_model, difference, first_line, fit_to, interleaved, runner
 from lightning_sparse.export.export_report import ExportReport, Rung
-from lightning_sparse.export.kernels import KernelChoice, choose_kernels
+from lightning_sparse.export.kernel_choice import KernelChoice
+from lightning_sparse.export.kernels import choose_kernels
 from lightning_sparse.export.merge import merge_layers
 from lightning_sparse.export.merge_report import count_parameters
 from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
