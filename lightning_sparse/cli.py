@@ -33,9 +33,9 @@ import lightning_sparse
 import lightning_sparse.data
 import lightning_sparse.models
 import lightning_sparse.observe
+from lightning_sparse.core import first_line
 from lightning_sparse.export import ExportReport, export_ladder, fresh_start, merge_layers
 from lightning_sparse.export import recalibrate as recalibrate_norms
-from lightning_sparse.export.compare_models import first_line
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.methods import LayerSparsity
 from lightning_sparse.observe import SparsityMonitor, SparsityTable

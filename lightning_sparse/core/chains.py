@@ -11,29 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_sparse.core.linear import BATCH_NORMS, PLAIN_CONVOLUTIONS, is_linear, padding_of
+from lightning_sparse.core.networks import Network, find_networks, shared_parameters
 from lightning_sparse.functional import Convolution, fold_batch_norm, shift_input
 
 __all__ = [
     "Chains",
     "Link",
-    "Network",
     "analyze",
     "convolution_of",
     "effective_pair",
     "find_chains",
-    "find_networks",
     "is_collapsed",
-    "is_linear",
-    "padding_of",
-    "shared_parameters",
 ]
 
 Bounds = tuple[float, float]
 INF = math.inf
 ANY: Bounds = (-INF, INF)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -83,58 +78,6 @@ class Chains:
     obstacles: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Network:
-    """A part of a module that could be traced.
-
-    Args:
-        path: its name in the module; empty for the module itself.
-        module: itself.
-        graph: of its forward pass.
-    """
-
-    path: str
-    module: nn.Module
-    graph: fx.Graph
-
-
-def is_linear(layer: object) -> bool:
-    """Whether it is a linear map with a bias: a linear layer or a convolution."""
-    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-
-
-def find_networks(module: nn.Module) -> tuple[list[Network], dict[str, str]]:
-    """The largest parts of a module that can be traced and hold layers, and why others cannot.
-
-    A LightningModule is never traced itself: its `forward` is not what trains. Its networks are its submodules.
-    """
-    networks: list[Network] = []
-    failures: dict[str, str] = {}
-
-    def visit(path: str, part: nn.Module) -> None:
-        if is_linear(part):
-            failures.setdefault(path, "it stands alone: no module that can be traced holds it and its neighbors")
-        if is_linear(part) or not any(map(is_linear, part.modules())):
-            return
-        if not hasattr(part, "training_step"):
-            try:
-                networks.append(Network(path, part, fx.Tracer().trace(part)))
-                return
-            except Exception as error:
-                reason = (
-                    f"{type(part).__name__} cannot be traced ({str(error).strip().splitlines()[0][:80] or 'no forward'})"
-                )
-                for name, layer in part.named_modules(prefix=path):
-                    if is_linear(layer):
-                        failures.setdefault(name, reason)
-        for name, child in part.named_children():
-            visit(f"{path}.{name}".lstrip("."), child)
-
-    visit("", module)
-    traced = {name for network in networks for name, _ in network.module.named_modules(prefix=network.path)}
-    return networks, {name: reason for name, reason in failures.items() if name not in traced}
-
-
 def find_chains(module: nn.Module, input_range: Sequence[float] | None = None) -> Chains:
     """All layers of a module that may merge into the next one, by name; what is not one says why.
 
@@ -157,17 +100,6 @@ def find_chains(module: nn.Module, input_range: Sequence[float] | None = None) -
         links += found.links
         obstacles |= found.obstacles
     return Chains(links, obstacles)
-
-
-def shared_parameters(module: nn.Module) -> set[int]:
-    """Parameters that several layers hold."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for part in module.modules():
-        for parameter in part._parameters.values():
-            if parameter is not None:
-                (twice if id(parameter) in seen else seen).add(id(parameter))
-    return twice
 
 
 def analyze(
@@ -213,7 +145,7 @@ def _follow(
     layer = modules[str(node.target)]
     before = node.args[0] if node.args else None
     low, high = bounds.get(before, ANY) if isinstance(before, fx.Node) else ANY
-    if isinstance(layer, CONVOLUTIONS) and any(padding_of(layer) or ()):
+    if isinstance(layer, PLAIN_CONVOLUTIONS) and any(padding_of(layer) or ()):
         low, high = min(low, 0.0), max(high, 0.0)  # zeros are padded
     low = min(low, 0.0)
     nodes, norm_node, activated = [node], None, False
@@ -230,7 +162,7 @@ def _follow(
         if is_linear(part):
             break
         kind, described = _kind(current, part), type(part).__name__ if part is not None else _name(current)
-        if isinstance(part, _BatchNorm) and norm_node is None and not activated:
+        if isinstance(part, BATCH_NORMS) and norm_node is None and not activated:
             if part.running_mean is None:
                 return f"'{current.target}' keeps no running statistics, so it cannot be folded"
             norm_node = current
@@ -266,7 +198,7 @@ def _between(first: nn.Module, second: nn.Module, shifted: bool, padded: bool) -
     """Why two layers with nothing between them are not one, if they are not."""
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         return None
-    if not isinstance(first, CONVOLUTIONS) or type(first) is not type(second):
+    if not isinstance(first, PLAIN_CONVOLUTIONS) or type(first) is not type(second):
         return f"a {type(first).__name__} does not merge with a {type(second).__name__}"
     one, two = padding_of(first), padding_of(second)
     if one is None or two is None:
@@ -287,24 +219,13 @@ def _between(first: nn.Module, second: nn.Module, shifted: bool, padded: bool) -
     return "the next layer pads between the two, so a merge is wrong at the border; move padding in front (pad_in_front)"
 
 
-def padding_of(layer: nn.Module) -> tuple[int, ...] | None:
-    """Zeros in front, per dimension; None where there are more of them behind."""
-    assert isinstance(layer, CONVOLUTIONS)
-    if layer.padding == "valid":
-        return (0,) * len(layer.kernel_size)
-    if layer.padding == "same":
-        reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return None if any(r % 2 for r in reach) else tuple(r // 2 for r in reach)
-    return tuple(int(p) for p in layer.padding)
-
-
 def convolution_of(layer: nn.Module) -> Convolution:
     """A convolution layer, or a linear one as a convolution without pixels, in float64."""
     bias = None if layer.bias is None else layer.bias.detach().double()  # type: ignore[operator]
     weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
     if isinstance(layer, nn.Linear):
         return Convolution(weight, bias, (), (), ())
-    assert isinstance(layer, CONVOLUTIONS)
+    assert isinstance(layer, PLAIN_CONVOLUTIONS)
     return Convolution(weight, bias, layer.stride, padding_of(layer) or (), layer.dilation, layer.groups)
 
 

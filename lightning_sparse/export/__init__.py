@@ -1,5 +1,6 @@
 """From trained weights to smaller and faster networks."""
 
+from lightning_sparse.core import coupled_outputs
 from lightning_sparse.export.batch_norm import fold_norms, recalibrate
 from lightning_sparse.export.blueprint import Blueprint, Kept, carry_optimizer, load_model, save_model
 from lightning_sparse.export.compact import compact_size, load_compact, save_compact
@@ -10,7 +11,7 @@ from lightning_sparse.export.ladder import RUNGS, export_ladder
 from lightning_sparse.export.merge import fresh_start, merge_layers, pad_in_front
 from lightning_sparse.export.merge_report import LayerVerdict, MergeReport, count_parameters
 from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
-from lightning_sparse.export.removal import Removal, coupled_outputs, remove_dead
+from lightning_sparse.export.removal import Removal, remove_dead
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_sparse.export.compare_models import callee, fit_to
+from lightning_sparse.core import callee, fit_to
 
 __all__ = ["KernelChoice", "layer_inputs"]
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import count_macs, effective_macs
+from lightning_sparse.core import callee, copy_model, count_macs, effective_macs, first_line, fit_to
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
-from lightning_sparse.export.compare_models import callee, copy_model, difference, first_line, fit_to, interleaved, runner
+from lightning_sparse.export.compare_models import difference, interleaved, runner
 from lightning_sparse.export.export_report import ExportReport, Rung
 from lightning_sparse.export.kernel_choice import KernelChoice
 from lightning_sparse.export.kernels import choose_kernels

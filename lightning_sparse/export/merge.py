@@ -16,6 +16,7 @@ from lightning_sparse.core import (
     Network,
     analyze,
     convolution_of,
+    copy_model,
     count_macs,
     effective_pair,
     find_networks,
@@ -24,7 +25,7 @@ from lightning_sparse.core import (
     padding_of,
     shared_parameters,
 )
-from lightning_sparse.export.compare_models import copy_model, measure, runner
+from lightning_sparse.export.compare_models import measure, runner
 from lightning_sparse.export.merge_report import LayerVerdict, MergeReport, count_depth, count_parameters
 from lightning_sparse.functional import (
     Convolution,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_sparse.export.compare_models import callee, copy_model, first_line, fit_to, need
+from lightning_sparse.core import callee, copy_model, first_line, fit_to, need
 
 __all__ = ["compressed_size", "onnx_runner", "save_onnx"]
 

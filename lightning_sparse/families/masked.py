@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.core import Budget, Coupled, Coupling, MaskSet, Remembered, clear_moments
-from lightning_sparse.export.removal import find_coupling
+from lightning_sparse.core.dependencies import find_coupling
 from lightning_sparse.loop.dry_run import dry_run, example_inputs
 from lightning_sparse.loop.loop import Step
 from lightning_sparse.loop.sparsifier import Sparsifier
