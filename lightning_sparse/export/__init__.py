@@ -7,7 +7,7 @@ from lightning_sparse.export.compact import compact_size, load_compact, save_com
 from lightning_sparse.export.export_report import ExportReport, Rung
 from lightning_sparse.export.kernel_choice import KernelChoice
 from lightning_sparse.export.kernels import SparseLinear, choose_kernels, use_kernels
-from lightning_sparse.export.ladder import RUNGS, export_ladder
+from lightning_sparse.export.ladder import RUNGS, RungName, export_ladder
 from lightning_sparse.export.merge import fresh_start, merge_layers, pad_in_front
 from lightning_sparse.export.merge_report import LayerVerdict, MergeReport, count_parameters
 from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
@@ -24,6 +24,7 @@ __all__ = [
     "MergeReport",
     "Removal",
     "Rung",
+    "RungName",
     "SparseLinear",
     "carry_optimizer",
     "choose_kernels",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
 from lightning_sparse.export.removal import remove_dead
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
-__all__ = ["RUNGS", "export_ladder"]
+__all__ = ["RUNGS", "RungName", "export_ladder"]
+
+RungName = Literal["plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx"]
 
 SLOWER = 1.05
 """Times the dense median; what takes longer is no gain, whatever it is called."""
@@ -180,7 +182,7 @@ def export_ladder(
     inputs: Tensor,
     to: str | Path,
     *,
-    rungs: Sequence[str] | None = None,
+    rungs: Sequence[RungName] | None = None,
     tolerance: float = 1e-5,
     fold: bool = False,
     input_range: Sequence[float] | None = None,
@@ -255,7 +257,7 @@ def export_ladder(
 
 
 def _check(
-    rungs: Sequence[str] | None,
+    rungs: Sequence[RungName] | None,
     to: str | Path,
     inputs: Tensor,
     tolerance: float,
