@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import runpy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 
 from lightning_sparse.cli import main
+from lightning_sparse.export import RUNGS, RungName
 from lightning_sparse.testing import method_of
 from tests.helpers.overlays import OVERLAYS, ROOT, overlay
 
@@ -101,16 +105,42 @@ def test_the_dense_model_beside_the_sparse_one(capsys: pytest.CaptureFixture[str
     assert 0 <= float(dense) <= 1
 
 
+class Chooser(Callback):
+    """What a config can name, with choices, and with an argument that had another name once."""
+
+    refused: ClassVar[dict[str, str]] = {"kind": "it is called penalty now"}
+
+    def __init__(
+        self, penalty: Literal["l1", "l2"] = "l1", schedule: Literal["cubic", "linear"] | Callable[[float], float] = "cubic"
+    ) -> None:
+        self.penalty, self.schedule = penalty, schedule
+
+
+CHOOSER = "--trainer.callbacks+=tests.test_cli.Chooser"
 MISTAKES = [
     (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsitty=0.5"], "did you mean 'sparsity'"),
-    (["--trainer.maximum_epochs=3"], "did you mean 'max_epochs'"),
-    (["--data.init_args.batchsize=3"], "did you mean 'batch_size'"),
-    (["--data.init_args.batch_size=many"], "batch_size: Expected a int. Got value: many"),
+    (["--trainer.maximum_epochs=3"], "'trainer.maximum_epochs' is not an option; did you mean 'trainer.max_epochs'?"),
+    (["--data.init_args.batchsize=3"], "'batchsize' is not an option of Digits; did you mean 'batch_size'?"),
+    (["--data.init_args.batch_size=many"], "batch_size='many' must be a whole number."),
     (["--trainer.callbacks+=MagnitudePrunning"], "did you mean 'MagnitudePruning'"),
     (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=1.5"], "sparsity=1.5 must be in [0, 1)"),
-    (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=abc"], "Expected a float"),
+    (
+        ["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=abc"],
+        "sparsity='abc' must be a number or null.",
+    ),
     (["--config=no/such/file.yaml"], "no/such/file.yaml"),
     (["--model.init_args.network.init_args.hiden=[3]"], "did you mean 'hidden'"),
+    ([CHOOSER, "--trainer.callbacks.penalty=l3"], "penalty='l3' is unknown; choose from ['l1', 'l2']."),
+    (
+        [CHOOSER, "--trainer.callbacks.schedule=quartic"],
+        "schedule='quartic' is unknown; choose from ['cubic', 'linear'], or write the import path of a function.",
+    ),
+    ([CHOOSER, "--trainer.callbacks.kind=l1"], "Chooser does not take kind: it is called penalty now."),
+    ([CHOOSER, "--trainer.callbacks.color=red"], "'color' is not an option of Chooser; see --help"),
+    (
+        ["--trainer.callbacks+=SparsityCheckpoint", "--trainer.callbacks.phase=now"],
+        "phase='now' is unknown; choose from ['dense', 'sparsifying', 'at target'].",
+    ),
 ]
 
 
@@ -171,7 +201,29 @@ def test_a_mistake_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["fit", f"--config={DIGITS}", f"--config={MLP}", f"--config={wrong}"])
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == "lightning-sparse: 'sparseness' is not an option; did you mean 'sparsity'?"
+    assert said == "lightning-sparse: 'sparseness' is not an option of RandomSparsity; did you mean 'sparsity'?"
+
+
+def test_help_lists_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--trainer.callbacks.help=tests.test_cli.Chooser"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--trainer.callbacks.penalty {l1,l2}" in said
+    assert "Literal['cubic', 'linear']" in said
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--precision {float32,bfloat16,float16}" in said
+    assert all(f"'{name}'" in said for name in get_args(RungName))
+    assert get_args(RungName) == tuple(RUNGS)
+
+
+def test_the_command_line_is_a_module_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-sparse", "report", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("lightning_sparse.cli", run_name="__main__")
+    assert stop.value.code == 0
+    assert "Lay runs side by side in one page." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("start", ["warm", "fresh"])
@@ -229,7 +281,7 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([f"--ckpt_path={checkpoint}", "--device=gpu"], "device='gpu' cannot be used here ("),
         ([f"--ckpt_path={alone}"], "has no config.yaml beside it or above; give the files of its run with --config."),
         ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is no file; give one of the run to export."),
-        ([f"--ckpt_path={checkpoint}", "--rungs=[smaller]"], "rung 'smaller' is unknown; choose from ['plain'"),
+        ([f"--ckpt_path={checkpoint}", "--rungs=[smaller]"], "rungs='smaller' is unknown; choose from ['plain'"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[removed]", "--tolerance=0"], "tolerance=0.0 must be above 0"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[merged]"], "no layer acts linearly for all inputs, so none is merged;"),
     ]

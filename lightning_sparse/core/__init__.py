@@ -4,37 +4,53 @@ from lightning_sparse.core.budget import AllocationName, Budget, Plan
 from lightning_sparse.core.chains import (
     Chains,
     Link,
-    Network,
     analyze,
     convolution_of,
     effective_pair,
     find_chains,
-    find_networks,
     is_collapsed,
-    is_linear,
-    padding_of,
-    shared_parameters,
 )
 from lightning_sparse.core.checks import check_choice, check_number, check_sparsity, check_whole
-from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs
+from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
+from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of
+from lightning_sparse.core.libraries import first_line, need
+from lightning_sparse.core.linear import (
+    BATCH_NORMS,
+    CHANNEL_NORMS,
+    CONVOLUTIONS,
+    PLAIN_CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    in_count,
+    is_depthwise,
+    is_layer,
+    is_linear,
+    out_count,
+    padding_of,
+)
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
+from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, fit_to, shared_parameters
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
 from lightning_sparse.core.targets import Candidate, Target, as_patterns, describe, find_targets, matches_name
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
 __all__ = [
+    "BATCH_NORMS",
     "BETWEEN_ACTIVATIONS",
+    "CHANNEL_NORMS",
+    "CONVOLUTIONS",
     "FINAL",
     "FREE",
     "HEADER",
     "LAYER_KINDS",
+    "PLAIN_CONVOLUTIONS",
+    "TRANSPOSED_CONVOLUTIONS",
     "AllocationName",
     "Budget",
     "Candidate",
@@ -43,9 +59,11 @@ __all__ = [
     "Coupled",
     "CoupledVectors",
     "Coupling",
+    "Dependencies",
     "Exponents",
     "FeatureLayer",
     "FeatureTap",
+    "Group",
     "LayerKind",
     "LayerRow",
     "Link",
@@ -58,6 +76,7 @@ __all__ = [
     "Place",
     "Plan",
     "Position",
+    "Positions",
     "Remembered",
     "RunLength",
     "Span",
@@ -69,6 +88,7 @@ __all__ = [
     "Window",
     "analyze",
     "as_patterns",
+    "callee",
     "check_choice",
     "check_exponents",
     "check_number",
@@ -76,24 +96,35 @@ __all__ = [
     "check_whole",
     "clear_moments",
     "convolution_of",
+    "copy_model",
     "count_macs",
+    "coupled_outputs",
     "describe",
     "effective_macs",
     "effective_pair",
     "feature_layers",
     "find_chains",
+    "find_coupling",
     "find_networks",
     "find_spheres",
     "find_targets",
+    "first_line",
+    "fit_to",
     "format_table",
     "group_features",
+    "in_count",
     "is_collapsed",
+    "is_depthwise",
+    "is_layer",
     "is_linear",
     "kind_of",
     "matches_name",
+    "need",
+    "out_count",
     "padding_of",
     "parse_structure",
     "refuse_shorter_run",
     "shared_parameters",
     "summarize",
+    "tensors_in",
 ]

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_sparse.core.bounds import ANY, Bounds, find_bounds, name_of, role_of
+from lightning_sparse.core.linear import BATCH_NORMS, PLAIN_CONVOLUTIONS, is_linear, padding_of
+from lightning_sparse.core.networks import Network, find_networks, shared_parameters
 from lightning_sparse.functional import Convolution, fold_batch_norm, shift_input
 
 __all__ = [
     "Chains",
     "Link",
-    "Network",
     "analyze",
     "convolution_of",
     "effective_pair",
     "find_chains",
-    "find_networks",
     "is_collapsed",
-    "is_linear",
-    "padding_of",
-    "shared_parameters",
 ]
-
-Bounds = tuple[float, float]
-INF = math.inf
-ANY: Bounds = (-INF, INF)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -83,58 +73,6 @@ class Chains:
     obstacles: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Network:
-    """A part of a module that could be traced.
-
-    Args:
-        path: its name in the module; empty for the module itself.
-        module: itself.
-        graph: of its forward pass.
-    """
-
-    path: str
-    module: nn.Module
-    graph: fx.Graph
-
-
-def is_linear(layer: object) -> bool:
-    """Whether it is a linear map with a bias: a linear layer or a convolution."""
-    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-
-
-def find_networks(module: nn.Module) -> tuple[list[Network], dict[str, str]]:
-    """The largest parts of a module that can be traced and hold layers, and why others cannot.
-
-    A LightningModule is never traced itself: its `forward` is not what trains. Its networks are its submodules.
-    """
-    networks: list[Network] = []
-    failures: dict[str, str] = {}
-
-    def visit(path: str, part: nn.Module) -> None:
-        if is_linear(part):
-            failures.setdefault(path, "it stands alone: no module that can be traced holds it and its neighbors")
-        if is_linear(part) or not any(map(is_linear, part.modules())):
-            return
-        if not hasattr(part, "training_step"):
-            try:
-                networks.append(Network(path, part, fx.Tracer().trace(part)))
-                return
-            except Exception as error:
-                reason = (
-                    f"{type(part).__name__} cannot be traced ({str(error).strip().splitlines()[0][:80] or 'no forward'})"
-                )
-                for name, layer in part.named_modules(prefix=path):
-                    if is_linear(layer):
-                        failures.setdefault(name, reason)
-        for name, child in part.named_children():
-            visit(f"{path}.{name}".lstrip("."), child)
-
-    visit("", module)
-    traced = {name for network in networks for name, _ in network.module.named_modules(prefix=network.path)}
-    return networks, {name: reason for name, reason in failures.items() if name not in traced}
-
-
 def find_chains(module: nn.Module, input_range: Sequence[float] | None = None) -> Chains:
     """All layers of a module that may merge into the next one, by name; what is not one says why.
 
@@ -159,17 +97,6 @@ def find_chains(module: nn.Module, input_range: Sequence[float] | None = None) -
     return Chains(links, obstacles)
 
 
-def shared_parameters(module: nn.Module) -> set[int]:
-    """Parameters that several layers hold."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for part in module.modules():
-        for parameter in part._parameters.values():
-            if parameter is not None:
-                (twice if id(parameter) in seen else seen).add(id(parameter))
-    return twice
-
-
 def analyze(
     network: Network, input_range: Sequence[float] | None = None, shared: Collection[int] = (), padded: bool = False
 ) -> Chains:
@@ -182,7 +109,9 @@ def analyze(
         padded: whether pairs of convolutions with zeros padded between them count as links too.
     """
     modules = dict(network.module.named_modules(remove_duplicate=False))
-    bounds = _bounds(network.graph, modules, ANY if input_range is None else (float(input_range[0]), float(input_range[1])))
+    bounds = find_bounds(
+        network.graph, modules, ANY if input_range is None else (float(input_range[0]), float(input_range[1]))
+    )
     calls: dict[int, int] = {}
     for node in network.graph.nodes:
         if node.op == "call_module":
@@ -213,7 +142,7 @@ def _follow(
     layer = modules[str(node.target)]
     before = node.args[0] if node.args else None
     low, high = bounds.get(before, ANY) if isinstance(before, fx.Node) else ANY
-    if isinstance(layer, CONVOLUTIONS) and any(padding_of(layer) or ()):
+    if isinstance(layer, PLAIN_CONVOLUTIONS) and any(padding_of(layer) or ()):
         low, high = min(low, 0.0), max(high, 0.0)  # zeros are padded
     low = min(low, 0.0)
     nodes, norm_node, activated = [node], None, False
@@ -229,8 +158,8 @@ def _follow(
             return "it is an output layer"
         if is_linear(part):
             break
-        kind, described = _kind(current, part), type(part).__name__ if part is not None else _name(current)
-        if isinstance(part, _BatchNorm) and norm_node is None and not activated:
+        kind, described = role_of(current, part), type(part).__name__ if part is not None else name_of(current)
+        if isinstance(part, BATCH_NORMS) and norm_node is None and not activated:
             if part.running_mean is None:
                 return f"'{current.target}' keeps no running statistics, so it cannot be folded"
             norm_node = current
@@ -245,7 +174,7 @@ def _follow(
     obstacle = _between(layer, part, norm_node is not None, padded)
     if obstacle is not None:
         return obstacle
-    if activated and low == -INF:
+    if activated and low == -math.inf:
         first = isinstance(before, fx.Node) and before.op == "placeholder"
         return "its input may be negative" + ("; give input_range if it is not" if first else "")
     target = None if norm_node is None else str(norm_node.target)
@@ -266,7 +195,7 @@ def _between(first: nn.Module, second: nn.Module, shifted: bool, padded: bool) -
     """Why two layers with nothing between them are not one, if they are not."""
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         return None
-    if not isinstance(first, CONVOLUTIONS) or type(first) is not type(second):
+    if not isinstance(first, PLAIN_CONVOLUTIONS) or type(first) is not type(second):
         return f"a {type(first).__name__} does not merge with a {type(second).__name__}"
     one, two = padding_of(first), padding_of(second)
     if one is None or two is None:
@@ -287,24 +216,13 @@ def _between(first: nn.Module, second: nn.Module, shifted: bool, padded: bool) -
     return "the next layer pads between the two, so a merge is wrong at the border; move padding in front (pad_in_front)"
 
 
-def padding_of(layer: nn.Module) -> tuple[int, ...] | None:
-    """Zeros in front, per dimension; None where there are more of them behind."""
-    assert isinstance(layer, CONVOLUTIONS)
-    if layer.padding == "valid":
-        return (0,) * len(layer.kernel_size)
-    if layer.padding == "same":
-        reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return None if any(r % 2 for r in reach) else tuple(r // 2 for r in reach)
-    return tuple(int(p) for p in layer.padding)
-
-
 def convolution_of(layer: nn.Module) -> Convolution:
     """A convolution layer, or a linear one as a convolution without pixels, in float64."""
     bias = None if layer.bias is None else layer.bias.detach().double()  # type: ignore[operator]
     weight: Tensor = layer.weight.detach().double()  # type: ignore[operator]
     if isinstance(layer, nn.Linear):
         return Convolution(weight, bias, (), (), ())
-    assert isinstance(layer, CONVOLUTIONS)
+    assert isinstance(layer, PLAIN_CONVOLUTIONS)
     return Convolution(weight, bias, layer.stride, padding_of(layer) or (), layer.dilation, layer.groups)
 
 
@@ -339,119 +257,3 @@ def is_collapsed(link: Link, smallest: float = 1e-3) -> bool:
     weight = effective_pair(link, shifted=False)[0].detach()
     size = float(torch.linalg.vector_norm(weight.double()))
     return size <= smallest * math.sqrt(weight.shape[0])
-
-
-# ---- what the operations of a graph do to bounds ------------------------------------------------------------------------
-
-Rule = Callable[[Sequence[Bounds], Any], Bounds]
-
-
-def _fixed(low: float, high: float) -> Rule:
-    return lambda given, part: (low, high)
-
-
-def _keep(given: Sequence[Bounds], part: Any) -> Bounds:
-    return given[0]
-
-
-def _with_zero(given: Sequence[Bounds], part: Any) -> Bounds:
-    return min(given[0][0], 0.0), max(given[0][1], 0.0)
-
-
-def _relu(given: Sequence[Bounds], part: Any) -> Bounds:
-    return max(given[0][0], 0.0), max(given[0][1], 0.0)
-
-
-def _elu(given: Sequence[Bounds], part: Any) -> Bounds:
-    alpha = abs(float(getattr(part, "alpha", 1.0)))
-    return max(-alpha, min(given[0][0], 0.0)), max(given[0][1], 0.0)
-
-
-def _absolute(given: Sequence[Bounds], part: Any) -> Bounds:
-    return 0.0, max(abs(bound) for bound in given[0])
-
-
-def _leaky(given: Sequence[Bounds], part: Any) -> Bounds:
-    return given[0] if given[0][0] >= 0 else ANY
-
-
-def _add(given: Sequence[Bounds], part: Any) -> Bounds:
-    return sum(low for low, _ in given), sum(high for _, high in given)
-
-
-def _cat(given: Sequence[Bounds], part: Any) -> Bounds:
-    return min(low for low, _ in given), max(high for _, high in given)
-
-
-ACTIVATIONS: dict[Any, Rule] = {
-    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu),
-    **dict.fromkeys((nn.ELU, nn.CELU), _elu),
-    **dict.fromkeys((nn.LeakyReLU, nn.PReLU), _leaky),
-    **dict.fromkeys((torch.abs, "abs", operator.abs), _absolute),
-}
-"""What equals its argument wherever that is not negative."""
-
-TRANSPARENT: dict[Any, Rule] = dict.fromkeys(
-    (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout, "contiguous"), _keep
-)
-"""What is the identity in evaluation mode."""
-
-OTHERS: dict[Any, Rule] = {
-    **dict.fromkeys((nn.Flatten, nn.Unflatten, torch.flatten, "flatten", "view", "reshape", "permute", "transpose"), _keep),
-    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d), _keep),
-    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.adaptive_avg_pool2d), _keep),
-    **dict.fromkeys(("mean", torch.mean, "squeeze", "unsqueeze", torch.squeeze, "detach", "clone", "amax", "size"), _keep),
-    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d), _with_zero),
-    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.Hardsigmoid, nn.Softmax), _fixed(0.0, 1.0)),
-    **dict.fromkeys((nn.Tanh, torch.tanh, "tanh"), _fixed(-1.0, 1.0)),
-    **dict.fromkeys((nn.ReLU6, F.relu6), _fixed(0.0, 6.0)),
-    **dict.fromkeys((nn.Softplus, torch.square, "square"), _fixed(0.0, INF)),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
-    torch.cat: _cat,
-}
-"""What bounds are known for; everything else may give anything."""
-
-
-def _key(node: fx.Node, part: nn.Module | None) -> Any:
-    if node.op == "call_module":
-        return type(part)
-    return node.target if node.op in ("call_function", "call_method") else None
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def _kind(node: fx.Node, part: nn.Module | None) -> str:
-    key = _key(node, part)
-    if key in ACTIVATIONS:
-        return "activation"
-    if key in TRANSPARENT:
-        return "transparent"
-    return "add" if OTHERS.get(key) is _add else "other"
-
-
-def _operands(node: fx.Node) -> Iterator[Any]:
-    for argument in node.args:
-        yield from argument if isinstance(argument, list | tuple) else (argument,)
-
-
-def _bounds(graph: fx.Graph, modules: Mapping[str, nn.Module], given: Bounds) -> dict[fx.Node, Bounds]:
-    """The least and the largest value of every node, as far as they are known."""
-    known: dict[fx.Node, Bounds] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            known[node] = given
-            continue
-        part = modules.get(str(node.target)) if node.op == "call_module" else None
-        key = _key(node, part)
-        rule = next((table[key] for table in (ACTIVATIONS, TRANSPARENT, OTHERS) if key in table), None)
-        if rule is None:
-            continue
-        inputs = [known.get(value, ANY) for value in _operands(node) if isinstance(value, fx.Node)]
-        if rule is _add and len(inputs) < 2:
-            continue  # a number is added
-        if inputs:
-            # F.dropout while training scales what it keeps; that is the same for bounds of zero and infinity.
-            known[node] = rule(inputs, part)
-    return known

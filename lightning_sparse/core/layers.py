@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_sparse.core.linear import PLAIN_CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
 __all__ = ["LAYER_KINDS", "LayerKind", "kind_of"]
 
@@ -15,12 +16,12 @@ class LayerKind:
     """A kind of layer, and how its weight is laid out.
 
     Args:
-        type: of the layer; subclasses are of the same kind.
+        types: of the layer, one or several; subclasses are of the same kind.
         output_dim: the dimension that counts outputs.
         input_dim: the dimension that counts inputs.
     """
 
-    type: type[nn.Module]
+    types: type[nn.Module] | tuple[type[nn.Module], ...]
     output_dim: int = 0
     input_dim: int = 1
 
@@ -28,8 +29,8 @@ class LayerKind:
 LAYER_KINDS = [
     LayerKind(nn.Linear),
     LayerKind(nn.Bilinear),
-    LayerKind(_ConvTransposeNd, output_dim=1, input_dim=0),
-    LayerKind(_ConvNd),
+    LayerKind(TRANSPOSED_CONVOLUTIONS, output_dim=1, input_dim=0),
+    LayerKind(PLAIN_CONVOLUTIONS),
     LayerKind(nn.MultiheadAttention),
 ]
 """The first row that fits counts."""
@@ -42,4 +43,4 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
         >>> kind_of(nn.ConvTranspose2d(3, 5, 2)).output_dim, kind_of(nn.LayerNorm(4))
         (1, None)
     """
-    return next((kind for kind in LAYER_KINDS if isinstance(layer, kind.type)), None)
+    return next((kind for kind in LAYER_KINDS if isinstance(layer, kind.types)), None)

@@ -36,6 +36,12 @@ class Target:
     input_dim: int = 1
     groups: int = 1
 
+    @classmethod
+    def of(cls, name: str, weight: nn.Parameter, layer: nn.Module) -> Target:
+        """The weight of a layer, laid out as its kind is."""
+        kind = kind_of(layer) or LayerKind(nn.Module)
+        return cls(name, weight, kind.output_dim, kind.input_dim, int(getattr(layer, "groups", 1)))
+
     @property
     def shares_rows(self) -> bool:
         """Whether one row serves several outputs, as in a grouped transposed convolution."""
@@ -84,13 +90,7 @@ def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Ta
             "or an attention projection, or name a layer type with 'type:<class>'."
         )
     _check_usable(chosen)
-    return [_target(parameter) for parameter in chosen]
-
-
-def _target(parameter: _Parameter) -> Target:
-    kind = kind_of(parameter.layer) or LayerKind(nn.Module)
-    groups = int(getattr(parameter.layer, "groups", 1))
-    return Target(parameter.name, parameter.weight, kind.output_dim, kind.input_dim, groups)
+    return [Target.of(parameter.name, parameter.weight, parameter.layer) for parameter in chosen]
 
 
 def describe(module: nn.Module, patterns: Sequence[str] = ("*",)) -> Candidates:

@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_sparse.core import find_networks, is_linear, shared_parameters
-from lightning_sparse.export.blueprint import Blueprint, add_bias, out_count
-from lightning_sparse.export.compare_models import callee, copy_model, fit_to
+from lightning_sparse.core import (
+    BATCH_NORMS,
+    callee,
+    copy_model,
+    find_networks,
+    fit_to,
+    is_linear,
+    out_count,
+    shared_parameters,
+)
+from lightning_sparse.export.blueprint import Blueprint, add_bias
 from lightning_sparse.functional import fold_batch_norm
 
 __all__ = ["fold_norms", "recalibrate"]
@@ -34,7 +41,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     Raises:
         ValueError: if there are no batches.
     """
-    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+    norms = [part for part in model.modules() if isinstance(part, BATCH_NORMS) and part.running_mean is not None]
     modes = [(part, part.training) for part in model.modules()]
     momenta = [norm.momentum for norm in norms]
     called = callee(model)[1]
@@ -87,7 +94,7 @@ def fold_norms(model: nn.Module) -> tuple[nn.Module, Blueprint]:
         for node in calls:
             norm, source = modules[str(node.target)], node.args[0] if node.args else None
             ours = isinstance(source, fx.Node) and source in calls and len(source.users) == 1
-            if not isinstance(norm, _BatchNorm) or norm.running_mean is None or not ours:
+            if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None or not ours:
                 continue
             name = str(source.target)  # type: ignore[union-attr]
             layer: Any = modules[name]

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
+from lightning_sparse.core import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, out_count
 from lightning_sparse.export.compact import load_compact, read_note, save_compact
+from lightning_sparse.export.kernels import use_kernels
 
 __all__ = ["Blueprint", "Kept", "add_bias", "carry_optimizer", "load_model", "save_model"]
 
@@ -128,8 +129,6 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
         >>> torch.equal(new.weight, net.weight)
         True
     """
-    from lightning_sparse.export.kernels import use_kernels
-
     note = read_note(path)
     if not isinstance(note, dict) or "blueprint" not in note:
         raise ValueError(f"'{path}' holds tensors without the structure of a model; read them with load_compact.")
@@ -152,23 +151,10 @@ def add_bias(layer: Any) -> None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(out_count(layer)))
 
 
-def out_count(layer: Any) -> int:
-    """Outputs of a linear layer, convolution or normalization."""
-    for name in ("out_features", "out_channels", "num_features", "num_parameters"):
-        if hasattr(layer, name):
-            return int(getattr(layer, name))
-    raise TypeError(type(layer).__name__)
-
-
-def in_count(layer: Any) -> int:
-    """Inputs of a linear layer or convolution."""
-    return int(layer.in_features if hasattr(layer, "in_features") else layer.in_channels)
-
-
 def cut(layer: Any, kept: Kept) -> None:
     """Take outputs and inputs out of a layer, in place: its parameters, buffers and sizes."""
     pieces = {name: cut_tensor(layer, name, tensor, kept) for name, tensor in own_tensors(layer).items()}
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, CONVOLUTIONS):
         groups = _group_members(layer, kept)
         layer.groups = len(groups)
     for name, piece in pieces.items():
@@ -193,9 +179,9 @@ def own_tensors(layer: nn.Module) -> dict[str, Tensor]:
 def cut_tensor(layer: nn.Module, name: str, tensor: Tensor, kept: Kept) -> Tensor:
     """What is left of a tensor in the shape of one of the layer's: a parameter, a gradient, a moment."""
     if name == "weight" and tensor.ndim >= 2:
-        if not isinstance(layer, _ConvNd) or layer.groups == 1:
+        if not isinstance(layer, CONVOLUTIONS) or layer.groups == 1:
             first, second = (
-                (kept.inputs, kept.outputs) if isinstance(layer, _ConvTransposeNd) else (kept.outputs, kept.inputs)
+                (kept.inputs, kept.outputs) if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else (kept.outputs, kept.inputs)
             )
             return _take(_take(tensor, 0, first), 1, second)
         rows = [_take(_take(tensor, 0, ahead), 1, within) for ahead, within in _group_members(layer, kept)]
@@ -218,7 +204,7 @@ def _group_members(layer: Any, kept: Kept) -> list[tuple[list[int], list[int]]]:
     members = []
     for out, ins in within:
         if out and ins:
-            transposed = isinstance(layer, _ConvTransposeNd)
+            transposed = isinstance(layer, TRANSPOSED_CONVOLUTIONS)
             members.append((ins, [o % per_out for o in out]) if transposed else (out, [i % per_in for i in ins]))
     if len({(len(ahead), len(within)) for ahead, within in members}) > 1:
         raise ValueError(f"groups of {layer} would differ in size.")

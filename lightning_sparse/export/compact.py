@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse.export.compare_models import need, shared_names
+from lightning_sparse.core import need
+from lightning_sparse.export.compare_models import shared_names
 from lightning_sparse.functional import pack, unpack
 
 __all__ = ["compact_size", "load_compact", "read_note", "save_compact"]

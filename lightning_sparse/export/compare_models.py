@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
 import random
-import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,83 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from lightning_sparse.core import find_networks
+from lightning_sparse.core import callee, fit_to, tensors_in
 
 __all__ = [
     "Timing",
-    "callee",
-    "copy_model",
     "difference",
-    "first_line",
     "interleaved",
     "measure",
-    "need",
     "runner",
     "shared_names",
 ]
-
-
-def need(module: str, package: str) -> Any:
-    """An optional dependency, or the sentence that says how to get it.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"this needs {package}; install it with: pip install 'lightning_sparse[export]'") from None
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy that leaves the Trainer of a LightningModule behind.
-
-    Raises:
-        ValueError: if it cannot be made.
-    """
-    trainer = vars(model).get("_trainer")
-    try:
-        return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
-    except Exception as error:
-        said = f"{type(model).__name__} cannot be copied ({first_line(error)})"
-        raise ValueError(f"{said}; make masks of torch.nn.utils.prune permanent with prune.remove.") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, short enough to stand in a sentence."""
-    plain = re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip()  # some speak in colors
-    return (plain or type(error).__name__).splitlines()[0][:120]
-
-
-def callee(model: nn.Module) -> tuple[str, nn.Module]:
-    """What is called with inputs: a model, or the only network of a LightningModule without a forward pass of its own.
-
-    Returns:
-        Its name in the model, empty for the model itself, and the module.
-
-    Raises:
-        ValueError: if there are several networks.
-    """
-    if str(type(model).forward.__module__).partition(".")[0] not in ("lightning", "pytorch_lightning"):
-        return "", model
-    networks = find_networks(model)[0]
-    if len(networks) != 1:
-        names = [network.path for network in networks]
-        raise ValueError(
-            f"{type(model).__name__} has no forward and holds the networks {names}: inputs cannot be given to it; write a "
-            "forward (only merge_layers can do without inputs)."
-        )
-    return networks[0].path, networks[0].module
-
-
-def fit_to(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Inputs on the device of a model, and of its type if they are no integers."""
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        return inputs
-    return inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else None)
 
 
 def runner(model: nn.Module, inputs: Tensor) -> Callable[[], Any]:
@@ -114,8 +45,8 @@ def difference(expected: Any, found: Any) -> tuple[float, float]:
         >>> difference(torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.0]))
         (0.5, 4.0)
     """
-    leaves = zip(tree_leaves(expected), tree_leaves(found), strict=True)
-    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in leaves if isinstance(a, Tensor)]
+    both = zip(tensors_in(expected), tensors_in(found), strict=True)
+    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in both]
     if any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in pairs]
         raise ValueError(f"outputs cannot be compared: expected and found shapes are {shapes}.")

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from lightning_sparse.export.compare_models import Timing
-from lightning_sparse.export.kernels import KernelChoice
+from lightning_sparse.export.kernel_choice import KernelChoice
 
 __all__ = ["ExportReport", "Rung"]
 

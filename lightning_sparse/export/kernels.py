@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.export.compare_models import callee, fit_to, interleaved
+from lightning_sparse.export.compare_models import interleaved
+from lightning_sparse.export.kernel_choice import KernelChoice, layer_inputs
+from lightning_sparse.export.semi_structured import SEMI_STRUCTURED, to_semi_structured_
 
-__all__ = ["KernelChoice", "SparseLinear", "choose_kernels", "use_kernels"]
+__all__ = ["SparseLinear", "choose_kernels", "use_kernels"]
 
 BLOCKS = (4, 16, 32)
 
@@ -83,8 +84,6 @@ def to_layout(weight: Tensor, kernel: str) -> Tensor:
 
 def use_kernels(model: nn.Module, kernels: Mapping[str, str]) -> nn.Module:
     """Exchange linear layers for ones with other kernels, in place."""
-    from lightning_sparse.export.semi_structured import SEMI_STRUCTURED, to_semi_structured_
-
     for name, kernel in kernels.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
@@ -96,29 +95,6 @@ def use_kernels(model: nn.Module, kernels: Mapping[str, str]) -> nn.Module:
         else:
             model.set_submodule(name, SparseLinear(layer, kernel))
     return model
-
-
-@dataclass(frozen=True)
-class KernelChoice:
-    """What was measured for one linear layer.
-
-    Args:
-        layer: its name.
-        sparsity: of its weight.
-        milliseconds: of a call, by kernel; `dense` among them.
-        chosen: the fastest.
-        note: why it is dense, where that was not measured.
-    """
-
-    layer: str
-    sparsity: float
-    milliseconds: dict[str, float]
-    chosen: str
-    note: str = ""
-
-    def __str__(self) -> str:
-        times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in self.milliseconds.items())
-        return f"{self.layer}, {self.sparsity:.1%} zeros: {self.chosen} ({self.note or times})"
 
 
 @torch.no_grad()
@@ -136,7 +112,7 @@ def choose_kernels(
         margin: a kernel is kept only if it saves this share of the dense time; noise is not a gain.
         blocks: sizes of square blocks to try.
     """
-    given = _layer_inputs(model, inputs)
+    given = layer_inputs(model, inputs)
     choices = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
@@ -175,20 +151,3 @@ def _choose(
     if times[fastest] > (1 - margin) * times["dense"]:
         fastest = "dense"
     return KernelChoice(name, sparsity, {k: round(t, 4) for k, t in times.items()}, fastest)
-
-
-def _layer_inputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """The first input of every linear layer in a forward pass."""
-    seen: dict[str, Tensor] = {}
-
-    def look(name: str, layer: nn.Module, args: Any, named: Any) -> None:
-        seen.setdefault(name, (args[0] if args else named["input"]).detach())
-
-    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
-    handles = [layer.register_forward_pre_hook(partial(look, name), with_kwargs=True) for name, layer in layers]
-    try:
-        callee(model)[1](fit_to(model, inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen

@@ -10,24 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import count_macs, effective_macs
+from lightning_sparse.core import callee, copy_model, count_macs, effective_macs, first_line, fit_to
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
-from lightning_sparse.export.compare_models import callee, copy_model, difference, first_line, fit_to, interleaved, runner
+from lightning_sparse.export.compare_models import difference, interleaved, runner
 from lightning_sparse.export.export_report import ExportReport, Rung
-from lightning_sparse.export.kernels import KernelChoice, choose_kernels
+from lightning_sparse.export.kernel_choice import KernelChoice
+from lightning_sparse.export.kernels import choose_kernels
 from lightning_sparse.export.merge import merge_layers
 from lightning_sparse.export.merge_report import count_parameters
 from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
 from lightning_sparse.export.removal import remove_dead
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
-__all__ = ["RUNGS", "export_ladder"]
+__all__ = ["RUNGS", "RungName", "export_ladder"]
+
+RungName = Literal["plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx"]
 
 SLOWER = 1.05
 """Times the dense median; what takes longer is no gain, whatever it is called."""
@@ -179,7 +182,7 @@ def export_ladder(
     inputs: Tensor,
     to: str | Path,
     *,
-    rungs: Sequence[str] | None = None,
+    rungs: Sequence[RungName] | None = None,
     tolerance: float = 1e-5,
     fold: bool = False,
     input_range: Sequence[float] | None = None,
@@ -254,7 +257,7 @@ def export_ladder(
 
 
 def _check(
-    rungs: Sequence[str] | None,
+    rungs: Sequence[RungName] | None,
     to: str | Path,
     inputs: Tensor,
     tolerance: float,

@@ -2,7 +2,7 @@
 
 A channel may go if every layer that reads it either multiplies it by zeros, or is given the same number for every input
 because all that feeds it is zero. What is coupled with a channel through additions, concatenations, depthwise layers and
-normalization is found on Torch-Pruning's dependency graph (Fang et al. 2023, https://arxiv.org/abs/2301.12900).
+normalization is found on a dependency graph, in `core/dependencies.py`.
 
 A dead filter still emits a constant c, from its bias or its normalization. It is folded into the bias of the next layer
 where that is exact:
@@ -25,14 +25,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_sparse.core import Coupling, Place
-from lightning_sparse.export.blueprint import Blueprint, Kept, cut, in_count, out_count
-from lightning_sparse.export.compare_models import copy_model, difference, first_line, need, runner
-from lightning_sparse.export.dead import Channels, Group, Round, bias_is_exact, fed_outputs, is_depthwise, is_layer
+from lightning_sparse.core import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    Positions,
+    copy_model,
+    first_line,
+    in_count,
+    is_depthwise,
+    is_layer,
+    out_count,
+)
+from lightning_sparse.export.blueprint import Blueprint, Kept, cut
+from lightning_sparse.export.compare_models import difference, runner
+from lightning_sparse.export.dead import DeadGroup, Round, bias_is_exact, fed_outputs
 
-__all__ = ["Removal", "coupled_outputs", "find_coupling", "remove_dead"]
+__all__ = ["Removal", "remove_dead"]
 
 
 @dataclass
@@ -77,14 +86,13 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
         >>> smaller[0], removal.removed
         (Linear(in_features=3, out_features=2, bias=True), {'0': 2})
     """
-    pruning = need("torch_pruning", "torch-pruning")
     now, removal = copy_model(model).eval(), Removal()
     order = torch.randperm(inputs.numel(), generator=torch.Generator().manual_seed(0)).to(inputs.device)
     probes = [inputs, inputs.flatten()[order].view_as(inputs)] if inputs.is_floating_point() else [inputs]
     expected = [runner(now, x)() for x in probes]
     while True:
         removal.refused.clear()
-        groups = list(Round(pruning, now, probes, removal.refused).groups())
+        groups = list(Round(now, probes, removal.refused).groups())
         groups, smaller, kept = _without_most(now, groups, probes, expected, tolerance, removal.refused)
         if not groups:
             break
@@ -105,76 +113,15 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
     return now, removal
 
 
-def coupled_outputs(model: nn.Module, inputs: Tensor) -> list[list[str]]:
-    """Layers whose outputs can only be removed together, since additions or depthwise layers couple them.
-
-    A mask that removes the same outputs of all of them makes a network that `remove_dead` can cut in both directions; masks
-    chosen layer by layer rarely agree along a residual stream.
-
-    Args:
-        model: a network.
-        inputs: a batch for it.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
-        >>> coupled_outputs(net, torch.randn(2, 1, 8, 8))
-        [['0', '2']]
-    """
-    step = Round(need("torch_pruning", "torch-pruning"), copy_model(model).eval(), [inputs], {})
-    found: list[list[str]] = []
-    for layer, outputs, foreign in step.outputs():
-        if not foreign and not any(layer in names for names in found):
-            found.append(sorted(name for name in outputs if is_layer(model.get_submodule(name))))
-    return sorted(found)
-
-
-def find_coupling(model: nn.Module, inputs: Tensor, weights: Mapping[str, int]) -> Coupling:
-    """Which channels of the given weights can only leave together, and what goes with them: biases and norms.
-
-    Args:
-        model: a network.
-        inputs: a batch for it.
-        weights: weight -> how many output channels it has.
-
-    Raises:
-        ValueError: if Torch-Pruning is missing or cannot trace the model, or if no channel can leave.
-    """
-    step = Round(need("torch_pruning", "torch-pruning"), copy_model(model).eval(), [inputs], {})
-    parameters = {name: len(parameter) for name, parameter in model.named_parameters() if parameter.ndim == 1}
-    staying = dict.fromkeys(weights, "it is not found behind the outputs")
-    groups: list[list[Place]] = []
-    vectors: dict[str, int] = {}
-    for layer, outputs, foreign in step.outputs():
-        weight = f"{layer}.weight"
-        staying.pop(weight, None)
-        if foreign or weight not in weights:
-            staying[weight] = foreign or "it is not among the targets"
-            continue
-        channels: dict[int, list[Place]] = {}
-        for name, positions in outputs.items():
-            module = model.get_submodule(name)
-            mine = [] if isinstance(module, nn.PReLU) else [f"{name}.weight", f"{name}.bias"]
-            vectors.update({one: parameters[one] for one in mine if one in parameters})
-            places = [one for one in mine if one in parameters or (is_layer(module) and one == mine[0])]
-            for channel, indices in positions.items():
-                channels.setdefault(channel, []).extend((one, index) for one in places for index in indices)
-        groups += channels.values()
-    coupling = Coupling(groups, weights, vectors, staying)
-    if not coupling.count:
-        reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(staying.items())[:2])
-        raise ValueError(f"structure='coupled' finds no channel that can leave {type(model).__name__} ({reasons}).")
-    return coupling
-
-
 # ---- taking it out ------------------------------------------------------------------------------------------------------
 
 
-Cut = tuple[list[Group], nn.Module, dict[str, Kept]]
+Cut = tuple[list[DeadGroup], nn.Module, dict[str, Kept]]
 
 
 def _without_most(
     model: nn.Module,
-    groups: list[Group],
+    groups: list[DeadGroup],
     inputs: list[Tensor],
     expected: list[Any],
     tolerance: float,
@@ -184,7 +131,7 @@ def _without_most(
     smaller, kept, reason = _tried(model, groups, inputs, expected, tolerance)
     if not reason:
         return groups, smaller, kept
-    taken: list[Group] = []
+    taken: list[DeadGroup] = []
     for group in groups:
         reason = _tried(model, [*taken, group], inputs, expected, tolerance)[2]
         if reason:
@@ -195,7 +142,7 @@ def _without_most(
 
 
 def _tried(
-    model: nn.Module, groups: list[Group], inputs: list[Tensor], expected: list[Any], tolerance: float
+    model: nn.Module, groups: list[DeadGroup], inputs: list[Tensor], expected: list[Any], tolerance: float
 ) -> tuple[nn.Module, dict[str, Kept], str]:
     """A copy without groups, what is left of each layer, and how its outputs differ, if they do."""
     try:
@@ -238,7 +185,7 @@ def _signs_turned(model: nn.Module, whole: nn.Module, kept: Mapping[str, Kept]) 
 
 
 @torch.no_grad()
-def _without(model: nn.Module, groups: list[Group]) -> tuple[nn.Module, dict[str, Kept]]:
+def _without(model: nn.Module, groups: list[DeadGroup]) -> tuple[nn.Module, dict[str, Kept]]:
     """A copy without the channels of groups, whose constants are folded forward, and what is left of each layer."""
     model = copy_model(model)
     outputs: dict[str, set[int]] = {}
@@ -260,15 +207,15 @@ def _without(model: nn.Module, groups: list[Group]) -> tuple[nn.Module, dict[str
     return model, kept
 
 
-def _fold(layer: Any, constants: dict[int, float], channels: Channels, group: Group) -> None:
+def _fold(layer: Any, constants: dict[int, float], channels: Positions, group: DeadGroup) -> None:
     """Keep what a layer gets from channels that are about to go: in its bias, or in the weights of a carrier."""
     gone = sorted({index for channel in group.removed for index in channels.get(channel, []) if constants.get(index)})
     if not gone:
         return
-    along = 0 if isinstance(layer, _ConvTransposeNd) else 1
+    along = 0 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 1
     weight = layer.weight.detach().double()
     values = torch.tensor([constants[index] for index in gone], dtype=torch.double, device=weight.device)
-    grouped = isinstance(layer, _ConvNd) and layer.groups > 1
+    grouped = isinstance(layer, CONVOLUTIONS) and layer.groups > 1
     if grouped and bias_is_exact(layer):
         size, rows = layer.in_channels // layer.groups, layer.out_channels // layer.groups
         for index, value in zip(gone, values, strict=True):

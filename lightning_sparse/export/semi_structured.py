@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.export.compare_models import interleaved
-from lightning_sparse.export.kernels import KernelChoice, _layer_inputs
+from lightning_sparse.export.kernel_choice import KernelChoice, layer_inputs
 
 __all__ = ["SEMI_STRUCTURED", "choose_semi_structured", "to_semi_structured_"]
 
@@ -55,7 +55,7 @@ def choose_semi_structured(
         rounds: of calls, taking turns.
         margin: the share of the dense time that must be saved.
     """
-    given = _layer_inputs(model, inputs)
+    given = layer_inputs(model, inputs)
     choices = []
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear):

@@ -20,7 +20,7 @@ from lightning_sparse.core import (
     RunLength,
     StructureName,
 )
-from lightning_sparse.export.removal import find_coupling
+from lightning_sparse.core.dependencies import find_coupling
 from lightning_sparse.families.masked import Masked
 from lightning_sparse.loop import Step
 from lightning_sparse.loop.dry_run import dry_run, example_inputs

@@ -18,7 +18,6 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_sparse.core import Masks, Target, count_macs, describe, effective_macs
 from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
@@ -291,10 +290,7 @@ def _weights_of(module: nn.Module) -> list[Target]:
     """What methods would choose by default, frozen or not."""
     names = [candidate.name for candidate in describe(module, ["*"]) if candidate.chosen]
     layers = [module.get_submodule(name.rpartition(".")[0]) for name in names]
-    return [
-        Target(name, module.get_parameter(name), isinstance(layer, _ConvTransposeNd))
-        for name, layer in zip(names, layers, strict=True)
-    ]
+    return [Target.of(name, module.get_parameter(name), layer) for name, layer in zip(names, layers, strict=True)]
 
 
 def _step(trainer: pl.Trainer) -> int:

@@ -1,0 +1,110 @@
+"""LightningCLI with `refit` and `export`, models that fit their data, and the dense model beside the sparse one.
+
+This is the only file of the command line that touches a private name of Lightning, and it is one: `_parse_ckpt_path`, where
+LightningCLI reads a checkpoint before any public method is called that could say what is wrong with the file.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.console import Console
+
+from lightning_sparse._version import __version__
+from lightning_sparse.cli.checkpoints import readable
+from lightning_sparse.cli.parser import SparseParser
+from lightning_sparse.cli.trainer import SparseTrainer, side_by_side
+from lightning_sparse.loop import Sparsifier
+from lightning_sparse.observe import SparsityMonitor, SparsityTable
+from lightning_sparse.observe.wandb import stay_offline
+
+__all__ = ["SparseCLI"]
+
+
+class SparseCLI(LightningCLI):
+    """LightningCLI whose model learns the shape of its data, and which can train the dense model beside the sparse one."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            trainer_class=SparseTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of Lightning, `refit` and `export`."""
+        return {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}, "export": {"model", "datamodule"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = SparseParser(dump_header=[f"lightning_sparse=={__version__}"], **kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="A configuration file; later ones go on top.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for shape in ("num_classes", "in_channels", "image_size"):
+            parser.link_arguments(f"data.{shape}", f"model.init_args.{shape}", apply_on="instantiate")
+        parser.add_argument(
+            "--beside_dense",
+            type=bool,
+            default=False,
+            help="After fit, train the same model with the same seed but without the sparse methods, and test both.",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """A file that is no checkpoint gets a sentence."""
+        with readable(str(self.config[self.config.subcommand].get("ckpt_path"))):
+            super()._parse_ckpt_path()
+
+    def before_fit(self) -> None:
+        """Refuse before training what would fail after it."""
+        config = self.config[self.subcommand]
+        if config.beside_dense and config.seed_everything is False:
+            raise ValueError("beside_dense needs a seed, so that both models start alike; set seed_everything.")
+        if config.beside_dense and not is_overridden("test_step", self.model):
+            raise ValueError(f"beside_dense tests both models, but {type(self.model).__name__} has no test_step; write one.")
+
+    def before_instantiate_classes(self) -> None:
+        """A run that cannot be sent stays here, and the rest of it goes on."""
+        logger = str(self.config[self.subcommand].get("trainer.logger", ""))
+        if "WandbLogger" in logger and (hint := stay_offline()) is not None:
+            rank_zero_only(print)(f"lightning-sparse: {hint}", file=sys.stderr)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Two methods of one class need names, or checkpoints could not tell them apart."""
+        made = self.config_init[self.subcommand].trainer.callbacks or []
+        keys = [callback.state_key for callback in made if isinstance(callback, Sparsifier)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice:
+            raise ValueError(f"{twice} is configured twice; keep one, or give each its own targets and a name.")
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Test the sparse model beside the dense one, if asked to."""
+        config = self.config[self.subcommand]
+        if not config.beside_dense:
+            return
+        sparse = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
+        pl.seed_everything(config.seed_everything, workers=True)
+        self.save_config_callback = None  # what the sparse run has written stands
+        self.instantiate_classes()  # model, data and callbacks once more, new, with the same arguments
+        ours = (Sparsifier, SparsityMonitor, SparsityTable, Checkpoint, SaveConfigCallback)
+        callbacks = [c for c in self.config_init[self.subcommand].trainer.callbacks or [] if not isinstance(c, ours)]
+        quiet = {"logger": DummyLogger(), "enable_checkpointing": False, "enable_model_summary": False}
+        trainer = self.instantiate_trainer(callbacks=callbacks, **quiet)
+        trainer.fit(self.model, datamodule=self.datamodule)
+        dense = trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
+        if trainer.is_global_zero:
+            Console().print(side_by_side("Same recipe, same seed", sparse=sparse, dense=dense))

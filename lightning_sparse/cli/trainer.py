@@ -1,0 +1,169 @@
+"""What `lightning-sparse refit` and `export` do: a Trainer with both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_sparse.cli.checkpoints import load_weights
+from lightning_sparse.core import first_line
+from lightning_sparse.export import ExportReport, RungName, export_ladder, fresh_start, merge_layers
+from lightning_sparse.export import recalibrate as recalibrate_norms
+from lightning_sparse.methods import LayerSparsity
+
+__all__ = ["SparseTrainer", "side_by_side"]
+
+
+class SparseTrainer(pl.Trainer):
+    """A Trainer that can also merge a network and train it on, or export it."""
+
+    def refit(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str = "",
+        start: Literal["warm", "fresh"] = "warm",
+        tolerance: float = 1e-3,
+        allow_growth: bool = False,
+    ) -> pl.LightningModule:
+        """Merge the linear layers of a trained model and fit what is left once more, without the layer penalty.
+
+        Args:
+            model: whose layers are merged.
+            datamodule: to fit it to.
+            ckpt_path: the checkpoint of a fit with LayerSparsity.
+            start: from the merged weights (`warm`), or from new ones in the same structure (`fresh`).
+            tolerance: the largest ratio of negative part to whole of a layer that is merged.
+            allow_growth: merge also where the product has more parameters than its factors.
+        """
+        load_weights(model, ckpt_path, "a checkpoint of a fit with LayerSparsity")
+        methods = [c for c in self.callbacks if isinstance(c, LayerSparsity)]  # type: ignore[attr-defined]
+        ranges = next((method.input_range for method in methods), None)
+        merged, report = merge_layers(model, tolerance=tolerance, input_range=ranges, allow_growth=allow_growth)
+        assert isinstance(merged, pl.LightningModule)
+        rank_zero_only(print)(f"{report}\n")
+        tests = is_overridden("test_step", merged)
+        before = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
+        if start == "fresh":
+            fresh_start(merged)
+        for method in methods:  # what they pin the scale by is ordinary regularization, and stays
+            method.strength, method.layer_strength = 0.0, None
+        self.fit(merged.train(), datamodule=datamodule)
+        after = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
+        if tests and self.is_global_zero:
+            Console().print(side_by_side("Refit", merged=before, refit=after))
+        return merged
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str = "",
+        to: str = "",
+        rungs: list[RungName] | None = None,
+        batch_size: int = 64,
+        tolerance: float = 1e-5,
+        fold: bool = False,
+        recalibrate: int = 0,
+        input_range: list[float] | None = None,
+        rounds: int = 30,
+        device: str = "cpu",
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Make a sparse checkpoint smaller and faster: every artifact verified, and measured beside the dense model.
+
+        Args:
+            model: that was trained.
+            datamodule: whose test set verifies, and whose training set calibrates.
+            ckpt_path: the checkpoint; without --config, the configuration of its run is looked for beside it.
+            to: the folder to write.
+            rungs: of the ladder; null takes all that suit.
+            batch_size: in use, beside 1.
+            tolerance: the largest change of an output, as a share of the largest.
+            fold: batch normalization into the layers in front of it.
+            recalibrate: batch normalization on so many training batches before anything else; 0 for none.
+            input_range: the least and largest input, by which the first layer may merge.
+            rounds: of calls that latency is the median of.
+            device: to export for, such as cuda for 2:4.
+            precision: of the weights.
+            overwrite: files in the folder.
+        """
+        if not to:
+            raise ValueError("to='' names no folder; write --to FOLDER.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        if recalibrate < 0:
+            raise ValueError(
+                f"recalibrate={recalibrate} must be a number of batches, or 0 to leave the statistics as they are."
+            )
+        load_weights(model, ckpt_path, "one of the run to export")
+        model = model.eval()
+        if recalibrate:
+            batches = inputs_of(datamodule, "train")
+            measured = recalibrate_norms(model, (x for x, _ in zip(batches, range(recalibrate), strict=False)))
+            rank_zero_only(print)(f"batch normalization measured anew: {measured} layers on up to {recalibrate} batches")
+        images: list[Tensor] = []
+        for x in inputs_of(datamodule, "test"):
+            images.append(x)
+            if sum(map(len, images)) >= batch_size:
+                break
+        try:
+            model.to(device, getattr(torch, precision))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"device='{device}' cannot be used here ({first_line(error)}); write --device=cpu.") from None
+
+        def test(made: nn.Module) -> Mapping[str, float]:
+            assert isinstance(made, pl.LightningModule)
+            return self.test(made, datamodule=datamodule, verbose=False)[0]
+
+        tests = is_overridden("test_step", model) and precision == "float32"
+        report = export_ladder(
+            model,
+            torch.cat(images)[:batch_size],
+            to,
+            rungs=rungs,
+            tolerance=tolerance,
+            fold=fold,
+            input_range=input_range,
+            rounds=rounds,
+            evaluate=test if tests else None,
+            overwrite=overwrite,
+        )
+        rank_zero_only(Console().print)(report.table())
+        return report
+
+
+def inputs_of(datamodule: pl.LightningDataModule | None, stage: Literal["train", "test"]) -> Iterator[Tensor]:
+    """The inputs of batches, without their labels.
+
+    Raises:
+        ValueError: if there is no data, or a batch does not begin with a tensor.
+    """
+    if datamodule is None:
+        raise ValueError("an export verifies on real inputs; configure --data.")
+    datamodule.prepare_data()
+    datamodule.setup("fit" if stage == "train" else "test")
+    for batch in datamodule.train_dataloader() if stage == "train" else datamodule.test_dataloader():
+        x = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"a {stage} batch begins with a {type(x).__name__}, not a tensor; call export_ladder from Python."
+            )
+        yield x
+
+
+def side_by_side(title: str, **results: Mapping[str, float]) -> Table:
+    """Metrics of several tests, a column each."""
+    table = Table("test", *results, title=title, title_justify="left")
+    for metric in sorted(next(iter(results.values()))):
+        table.add_row(metric.removeprefix("test/"), *(f"{result[metric]:.4f}" for result in results.values()))
+    return table

@@ -1,0 +1,118 @@
+"""The networks in a module: those that `torch.fx` can trace, a copy to work on, and which of them takes the inputs."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from lightning_sparse.core.libraries import first_line
+from lightning_sparse.core.linear import is_linear
+
+__all__ = ["Network", "callee", "copy_model", "find_networks", "fit_to", "shared_parameters"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A part of a module that could be traced.
+
+    Args:
+        path: its name in the module; empty for the module itself.
+        module: itself.
+        graph: of its forward pass.
+    """
+
+    path: str
+    module: nn.Module
+    graph: fx.Graph
+
+
+def find_networks(module: nn.Module) -> tuple[list[Network], dict[str, str]]:
+    """The largest parts of a module that can be traced and hold layers, and why others cannot.
+
+    A LightningModule is never traced itself: its `forward` is not what trains. Its networks are its submodules.
+    """
+    networks: list[Network] = []
+    failures: dict[str, str] = {}
+
+    def visit(path: str, part: nn.Module) -> None:
+        if is_linear(part):
+            failures.setdefault(path, "it stands alone: no module that can be traced holds it and its neighbors")
+        if is_linear(part) or not any(map(is_linear, part.modules())):
+            return
+        if not hasattr(part, "training_step"):
+            try:
+                networks.append(Network(path, part, fx.Tracer().trace(part)))
+                return
+            except Exception as error:
+                reason = (
+                    f"{type(part).__name__} cannot be traced ({str(error).strip().splitlines()[0][:80] or 'no forward'})"
+                )
+                for name, layer in part.named_modules(prefix=path):
+                    if is_linear(layer):
+                        failures.setdefault(name, reason)
+        for name, child in part.named_children():
+            visit(f"{path}.{name}".lstrip("."), child)
+
+    visit("", module)
+    traced = {name for network in networks for name, _ in network.module.named_modules(prefix=network.path)}
+    return networks, {name: reason for name, reason in failures.items() if name not in traced}
+
+
+def shared_parameters(module: nn.Module) -> set[int]:
+    """Parameters that several layers hold."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for part in module.modules():
+        for _, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            (twice if id(parameter) in seen else seen).add(id(parameter))
+    return twice
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy that leaves the Trainer of a LightningModule behind.
+
+    Raises:
+        ValueError: if it cannot be made.
+    """
+    trainer: Any = None
+    if isinstance(getattr(type(model), "trainer", None), property):
+        with suppress(RuntimeError):  # no Trainer has it
+            trainer = model.trainer
+    try:
+        return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
+    except Exception as error:
+        said = f"{type(model).__name__} cannot be copied ({first_line(error)})"
+        raise ValueError(f"{said}; make masks of torch.nn.utils.prune permanent with prune.remove.") from None
+
+
+def callee(model: nn.Module) -> tuple[str, nn.Module]:
+    """What is called with inputs: a model, or the only network of a LightningModule without a forward pass of its own.
+
+    Returns:
+        Its name in the model, empty for the model itself, and the module.
+
+    Raises:
+        ValueError: if there are several networks.
+    """
+    if str(type(model).forward.__module__).partition(".")[0] not in ("lightning", "pytorch_lightning"):
+        return "", model
+    networks = find_networks(model)[0]
+    if len(networks) != 1:
+        names = [network.path for network in networks]
+        raise ValueError(
+            f"{type(model).__name__} has no forward and holds the networks {names}: inputs cannot be given to it; write a "
+            "forward (only merge_layers can do without inputs)."
+        )
+    return networks[0].path, networks[0].module
+
+
+def fit_to(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Inputs on the device of a model, and of its type if they are no integers."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return inputs
+    return inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else None)

@@ -1,0 +1,53 @@
+"""What choosing a kernel gives, and the inputs that it is measured on; shared by kernels of CPUs and of GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_sparse.core import callee, fit_to
+
+__all__ = ["KernelChoice", "layer_inputs"]
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What was measured for one linear layer.
+
+    Args:
+        layer: its name.
+        sparsity: of its weight.
+        milliseconds: of a call, by kernel; `dense` among them.
+        chosen: the fastest.
+        note: why it is dense, where that was not measured.
+    """
+
+    layer: str
+    sparsity: float
+    milliseconds: dict[str, float]
+    chosen: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in self.milliseconds.items())
+        return f"{self.layer}, {self.sparsity:.1%} zeros: {self.chosen} ({self.note or times})"
+
+
+def layer_inputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """The first input of every linear layer in a forward pass."""
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str, layer: nn.Module, args: Any, named: Any) -> None:
+        seen.setdefault(name, (args[0] if args else named["input"]).detach())
+
+    layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    handles = [layer.register_forward_pre_hook(partial(look, name), with_kwargs=True) for name, layer in layers]
+    try:
+        callee(model)[1](fit_to(model, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
