@@ -1,29 +1,25 @@
-"""What the penalty on similar layers costs: a step of ResNet-20 without it, with it, and with the pairwise formula.
+"""What the penalty on similar layers costs in a step of ResNet-20: `python -m benchmarks cost-cka-regularization`.
 
-    python -m benchmarks.cka_regularization                     batch 128, all variants take turns
-    python -m benchmarks.cka_regularization --quick             a small network, to see that it runs
-
-Variants take turns, step by step, on one model; each step is compared with the plain step of its round. The pairwise
-formula is the one the tests compare with: two Gram matrices in float64 for every ordered pair, as in the published code.
-The term alone is its forward and backward pass from features that are leaves.
+Steps without it, with it, and with the pairwise formula take turns on one model. The pairwise formula is the one the tests
+compare with: two Gram matrices in float64 for every ordered pair, as in the published code. The term alone is its forward
+and backward pass from features that are leaves.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from time import perf_counter
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.record import ratios, save, show
+from benchmarks.record import Options, Parts
+from benchmarks.turns import in_turns, ratios
 from lightning_sparse.core import FeatureTap, feature_layers, group_features
 from lightning_sparse.functional import linear_cka_matrix, similarity_penalty
 from lightning_sparse.models import ResNet
-from tests.functional.test_cka import slow_penalty
 
 Groups = list[list[Tensor]]
 
@@ -33,17 +29,9 @@ def ours(groups: Groups, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pairwise(groups: Groups) -> Tensor:
+    from tests.functional.test_cka import slow_penalty
+
     return torch.stack([slow_penalty(group) for group in groups]).sum()
-
-
-def seconds(function: Callable[[], Any], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = perf_counter()
-    function()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return perf_counter() - start
 
 
 class Net:
@@ -58,12 +46,11 @@ class Net:
 
     def groups(self, samples: int | None) -> Groups:
         seen = self.tap.take()
-        members = group_features(
-            [layer for layer, _ in seen], [f.shape for _, f in seen], "all" if len(seen) < 4 else "stage"
-        )
-        return [[seen[i][1] if samples is None else seen[i][1][:samples] for i in group] for group in members.values()]
+        pairs = "all" if len(seen) < 4 else "stage"
+        members = group_features([layer for layer, _ in seen], [feature.shape for _, feature in seen], pairs)
+        return [[seen[i][1][:samples] for i in group] for group in members.values()]
 
-    def step(self, term: Callable[[Groups], Tensor] | None, samples: int | None) -> None:
+    def step(self, term: Callable[[Groups], Tensor] | None = None, samples: int | None = None) -> None:
         self.tap.open = term is not None
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.net(self.x), self.y)
@@ -78,71 +65,30 @@ class Net:
         return [[feature.detach().requires_grad_() for feature in group] for group in self.groups(samples)]
 
 
-def turns(
-    title: str,
-    steps: dict[str, tuple[Callable[[Groups], Tensor] | None, int | None]],
-    net: Net,
-    device: str,
-    rounds: int,
-    numbers: dict[str, Any],
-) -> None:
-    """Steps of each kind, forwards and backwards through the list; the ratio to the first."""
-    seen = []
-    for number in range(rounds + 2):
-        order = list(steps.items())
-        times = {
-            name: seconds(lambda way=way: net.step(*way), device) for name, way in (order if number % 2 else order[::-1])
-        }
-        if number > 1:
-            seen.append({name: times[name] for name in steps})
-    numbers[title] = ratios(seen, next(iter(steps)))
-    show(title, numbers[title])
+def alone(net: Net, samples: int | None, rounds: int, device: str) -> dict[str, Any]:
+    """The term without the network, and a plain step."""
+    groups = net.leaves(samples)
+    flat = [feature for group in groups for feature in group]
+    terms = {"ours": ours, "ours in float64": partial(ours, dtype=torch.float64), "pairwise in float64": pairwise}
+    ways = {name: lambda term=term: torch.autograd.grad(term(groups), flat) for name, term in terms.items()}
+    seen = in_turns({**ways, "plain step": net.step}, rounds, device)
+    return {**ratios(seen, "ours"), "ours, share of a step": ratios(seen, "plain step")["ours"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--save", action="store_true", help="write the numbers to benchmarks/results")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=40)
-    arguments = parser.parse_args()
-    device, rounds = arguments.device, 3 if arguments.quick else arguments.rounds
-    net = Net(arguments.quick, arguments.batch, device)
-    numbers: dict[str, Any] = {}
+def parts(options: Options) -> Parts:
+    device, rounds = options.device, options.times(40)
+    net = cache(lambda: Net(options.quick, 128, device))
+    size = f"{'a small ResNet' if options.quick else 'ResNet-20'}, batch 128, {device}"
 
-    size = f"{'a small ResNet' if arguments.quick else 'ResNet-20'}, batch {arguments.batch}, {device}"
-    steps: dict[str, tuple[Callable[[Groups], Tensor] | None, int | None]] = {
-        "plain step": (None, None),
-        "8 samples": (ours, 8),
-        "all samples": (ours, None),
-    }
-    turns(f"step of {size}, ratio to the plain step", steps, net, device, rounds, numbers)
-    # By itself, because it is slow and leaves caches and memory to the others in another state.
-    steps = {"all samples": (ours, None), "all samples, pairwise in float64": (pairwise, None)}
-    turns(f"step of {size}, ratio to all samples", steps, net, device, max(3, rounds // 5), numbers)
+    def turns(ways: dict[str, tuple[Any, ...]], rounds: int) -> dict[str, Any]:
+        steps = {name: partial(net().step, *way) for name, way in ways.items()}
+        return ratios(in_turns(steps, rounds, device), next(iter(ways)))
 
-    for samples in (8, None):
-        groups = net.leaves(samples)
-        flat = [feature for group in groups for feature in group]
-        ways: dict[str, Callable[[], Any]] = {
-            "ours": lambda groups=groups, flat=flat: torch.autograd.grad(ours(groups), flat),
-            "ours in float64": lambda groups=groups, flat=flat: torch.autograd.grad(ours(groups, torch.float64), flat),
-            "pairwise in float64": lambda groups=groups, flat=flat: torch.autograd.grad(pairwise(groups), flat),
-        }
-        seen = []
-        for number in range(rounds + 2):
-            times = {name: seconds(way, device) for name, way in ways.items()}
-            if number > 1:
-                seen.append({**times, "plain step": seconds(lambda: net.step(None, None), device)})
-        title = f"the term alone, {samples or 'all'} samples"
-        numbers[title] = ratios(seen, "ours")
-        numbers[f"{title}, share of a step"] = ratios(seen, "plain step")["ours"]
-        show(f"{title}, ratio to ours", numbers[title])
-        print(f"  share of a plain step: {numbers[f'{title}, share of a step']['ratio']:.4f}")
-    if arguments.save:
-        save(f"cka_{device}", numbers)
-
-
-if __name__ == "__main__":
-    main()
+    ways: dict[str, tuple[Any, ...]] = {"plain step": (), "8 samples": (ours, 8), "all samples": (ours,)}
+    yield (f"step of {size}, ratio to the plain step",), partial(turns, ways, rounds)
+    if device == "cpu":  # by itself, because it is slow and leaves caches and memory to the others in another state
+        ways = {"all samples": (ours,), "all samples, pairwise in float64": (pairwise,)}
+        yield (f"step of {size}, ratio to all samples",), partial(turns, ways, max(3, rounds // 5))
+        for samples in (8, None):
+            title = f"the term alone, {samples or 'all'} samples"
+            yield (title,), lambda samples=samples: alone(net(), samples, rounds, device)

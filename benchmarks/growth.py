@@ -1,41 +1,25 @@
 """Where connections grow: by gradient (RigL), by chance (SET), and by gradient behind a batch norm that cannot amplify.
 
-    python -m benchmarks.growth --data DIR           two epochs, three seeds; goes on where it was interrupted
-    python -m benchmarks.growth --data DIR --table   print the table of what is there
-    python -m benchmarks.growth --quick              on scikit-learn's digits, to see that it runs
+    python -m benchmarks desk-growth --data DIR
 
-A half-width ResNet-20 on CIFAR-10 at 98 %, the recipe of `--suite desk-resnet20`, shortened. At every update, over the
-layers with 16 outputs or more: how much of what grows goes into outputs that have no connection left, how many outputs those
-are, and how much of what a layer grows goes into one output. A batch norm divides by the deviation of its input, and by the
-root of `eps` where that is zero, which makes the gradients of an output without connections up to 316 times larger than at a
+A half-width ResNet-20 on CIFAR-10 at 98 %, the recipe of `desk-resnet20` in two epochs. At every update, over the layers
+with 16 outputs or more: how much of what grows goes into outputs that have no connection left, how many outputs those are,
+and how much of what a layer grows goes into one output. A batch norm divides by the deviation of its input, and by the root
+of `eps` where that is zero, which makes the gradients of an output without connections up to 316 times larger than at a
 deviation of one. With eps = 0.1 it is three times.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import METHODS, SETTINGS, have_data, load, refuse_other_results, train
-from benchmarks.record import RESULTS, machine
-from lightning_sparse import SET, RigL
-from lightning_sparse.data import Digits
+from benchmarks.accuracy import METHODS, Setting
 from lightning_sparse.families import Rewiring
-
-WAYS: dict[str, Callable[[], list[L.Callback]]] = {
-    "RigL": lambda: [RigL(0.98)],
-    "RigL, eps=0.1": lambda: [RigL(0.98), Epsilon(0.1)],
-    "SET": lambda: [SET(0.98)],
-}
 
 
 class Epsilon(L.Callback):
@@ -57,23 +41,33 @@ class Growth(L.Callback):
         self.method = method
         self.masks: dict[str, Tensor] = {}
         self.updates: list[dict[str, float]] = []
-        self.outputs = self.without = 0
 
     def on_train_batch_end(self, *args: Any) -> None:
-        wide = [name for name, weight in self.method.weights.items() if len(weight) >= 16]
-        masks = {name: self.method.masks[name] for name in wide}
-        pairs = [(self.masks[name], masks[name]) for name in wide] if self.masks else []
+        masks = {name: self.method.masks[name] for name, weight in self.method.weights.items() if len(weight) >= 16}
+        pairs = [(self.masks[name], masks[name]) for name in masks] if self.masks else []
         if any((new & ~old).any() for old, new in pairs):
             self.updates.append(where(pairs))
         self.masks = masks
-        self.outputs = sum(len(mask) for mask in masks.values())
-        self.without = sum(int((~mask.flatten(1).any(1)).sum()) for mask in masks.values())
+
+    def shares(self) -> dict[str, float]:
+        """Over all updates, by how much they grew; and outputs without connections in the end."""
+        total = sum(update["grown"] for update in self.updates)
+        empty = [~mask.flatten(1).any(1) for mask in self.masks.values()]
+        return {
+            **{
+                key: round(sum(update["grown"] * update[key] for update in self.updates) / total, 4)
+                for key in self.updates[0]
+                if key != "grown"
+            },
+            "in the end": round(sum(int(none.sum()) for none in empty) / sum(len(none) for none in empty), 4),
+        }
 
 
 def where(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Of the masks of each layer before and after an update: which outputs its new connections go into.
 
     Example:
+        >>> import torch
         >>> old, new = torch.tensor([[True, False], [False, False]]), torch.tensor([[True, True], [False, True]])
         >>> where([(old, new)])
         {'grown': 2, 'into outputs without connections': 0.5, 'outputs without connections': 0.5, 'into one output': 0.5}
@@ -89,62 +83,14 @@ def where(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
     }
 
 
-def measure(way: str, seed: int, root: str, quick: bool) -> dict[str, Any]:
-    """One training."""
-    callbacks = WAYS[way]()
-    method = next(callback for callback in callbacks if isinstance(callback, Rewiring))
-    growth = Growth(method)
-    setting = SETTINGS["resnet20-half-cifar10"]
-    METHODS[f"{way}, watched"] = lambda sparsity: [*callbacks, growth]
-    if quick:
-        setting = replace(setting, data=Digits)  # type: ignore[type-var]
-    numbers = train(setting, f"{way}, watched", 0.98, seed, root, epochs=2)
-    total = sum(update["grown"] for update in growth.updates)
-    shares = {
-        key: round(sum(update["grown"] * update[key] for update in growth.updates) / total, 4)
-        for key in growth.updates[0]
-        if key != "grown"
-    }
-    return {**shares, "in the end": round(growth.without / growth.outputs, 4), "test": numbers["test"]}
+@dataclass(frozen=True)
+class Watched(Setting):
+    """A setting in which growth is looked at; `, eps=0.1` after the name of a method says so to every batch norm."""
 
+    def callbacks(self, method: str, sparsity: float) -> list[L.Callback]:
+        name, comma, _ = method.partition(", eps=0.1")
+        callbacks = METHODS[name](sparsity) + ([Epsilon(0.1)] if comma else [])
+        return [*callbacks, Growth(callbacks[0])]
 
-def table(runs: list[dict[str, Any]]) -> str:
-    keys = ["into outputs without connections", "outputs without connections", "into one output", "in the end", "test"]
-    lines = []
-    for way in WAYS:
-        found = [run for run in runs if run["way"] == way]
-        if found:
-            cells = [f"{key} {statistics.mean(100 * run[key] for run in found):.1f} %" for key in keys]
-            lines.append(f"{way:15s} {', '.join(cells)} ({len(found)})")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data", help="folder of the data, in torchvision's layout")
-    parser.add_argument("--download", action="store_true", help="fetch the data if they are not in that folder")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")
-    warnings.filterwarnings("ignore", ".*does not have many workers|.*tensorboard")
-    path = RESULTS / "growth.json"
-    found = {"runs": []} if options.quick else load(path)
-    refuse_other_results(found, {})
-    runs: list[dict[str, Any]] = found["runs"]
-    if not (options.table or options.quick):
-        have_data(SETTINGS["resnet20-half-cifar10"], options.data, options.download)
-    for seed in () if options.table else (0,) if options.quick else (0, 1, 2):
-        for way in WAYS:
-            if any((run["way"], run["seed"]) == (way, seed) for run in runs):
-                continue
-            runs.append({"way": way, "seed": seed, **measure(way, seed, options.data, options.quick)})
-            if not options.quick:
-                command = {"command": "python -m benchmarks.growth --data DIR", "machine": machine()}
-                path.write_text(json.dumps({**command, "runs": runs}, indent=1) + "\n")
-    print(table(runs))
-
-
-if __name__ == "__main__":
-    main()
+    def read(self, module: nn.Module, callbacks: Sequence[L.Callback]) -> dict[str, Any]:
+        return callbacks[-1].shares()

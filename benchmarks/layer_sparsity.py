@@ -1,47 +1,38 @@
 """Layer sparsity: deep networks that become shallow, and what they lose or win.
 
-    python -m benchmarks.layer_sparsity simulation               the simulation of the note, E1: five seeds, every fit
-    python -m benchmarks.layer_sparsity fashion --data DIR       ten-layer perceptrons on Fashion-MNIST
-    python -m benchmarks.layer_sparsity conv --data DIR          a plain convolutional net without batch normalization
-    python -m benchmarks.layer_sparsity simulation --quick       small, to see that it runs
-    python -m benchmarks.layer_sparsity simulation --table       print the table of what is there
+    python -m benchmarks desk-layers-simulation              the simulation of the note, E1: five seeds, every fit
+    python -m benchmarks desk-layers-fashion --data DIR      ten-layer perceptrons on Fashion-MNIST
+    python -m benchmarks desk-layers-conv --data DIR         a plain convolutional net without batch normalization
 
 Every fit is one line of the result: plain, weight decay, with layer penalty (before and after merging), and the refits of
 the merged network, warm and fresh. Errors are test errors after the last step; strengths are listed, none is chosen by
-looking at the test set. Latency is measured in one run, both networks taking turns. A suite goes on where it stopped.
+looking at the test set. Latency is measured in one run, both networks taking turns.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import os
-import statistics
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.record import RESULTS, machine
+from benchmarks.accuracy import have_data
+from benchmarks.record import Options, Parts, Runs, Trainings
+from benchmarks.trainers import quiet
 from lightning_sparse import LayerSparsity, merge_layers
-from lightning_sparse.data import FashionMNIST, Teacher
+from lightning_sparse.data import Digits, FashionMNIST, Teacher
 from lightning_sparse.export import MergeReport, fresh_start, pad_in_front
 from lightning_sparse.models import MLP, Classifier, Regressor
 
 DECAY = 1e-3
 """Times the sum of squared weights: of all fits but the plain ones."""
-
-
-def adam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.Adam(parameters, lr=rate)
 
 
 def plain_convolutions(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
@@ -57,100 +48,103 @@ def plain_convolutions(num_classes: int, in_channels: int, image_size: int) -> n
     for layer in net:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
-            nn.init.zeros_(layer.bias) if layer.bias is not None else None
+            nn.init.zeros_(layer.bias)
     return pad_in_front(net)
 
 
 @dataclass(frozen=True)
-class Setting:
+class Fits:
     """What is fitted, and how long.
 
     Args:
         data: made from the seed and the folder of the data.
-        model: made for the data.
+        module: the class of the module.
+        network: called with (outputs, channels, size).
+        rate: of Adam.
         epochs: of every fit.
         strengths: r, a fit each.
-        input_range: of the data, where the first layer may merge too.
         allow_growth: of merges; kernels of convolutions grow.
     """
 
-    data: Callable[[int, str], L.LightningDataModule]
-    model: Callable[[Any], L.LightningModule]
+    data: Callable[[int, str], Any]
+    module: type[L.LightningModule]
+    network: Callable[..., nn.Module]
+    rate: float
     epochs: int
     strengths: Sequence[float]
-    input_range: tuple[float, float] | None = None
     allow_growth: bool = False
 
+    def fit(self, module: L.LightningModule, data: Any, decay: float | None, strength: float, quick: bool) -> float:
+        """Seconds of a fit."""
+        method = [] if decay is None else [LayerSparsity(strength=strength, scale_decay=decay)]
+        short: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 3} if quick else {"max_epochs": self.epochs}
+        trainer = quiet(method, limit_val_batches=0, **short)
+        start = perf_counter()
+        trainer.fit(module, data)
+        return round(perf_counter() - start, 1)
 
-def teacher(share: float = 1 / 3, depth: int = 8, width: int = 20) -> Setting:
-    return Setting(
+    def runs(self, seed: int, root: str, quick: bool) -> Runs:
+        """All fits of one seed."""
+        found: Runs = []
+        data: Any = Digits(seed=seed) if quick and self.module is Classifier else self.data(seed, root)
+        data.setup("fit")
+        rows: list[tuple[str, float | None]] = [("plain", None), ("weight decay", 0.0)]
+        rows += [("layer penalty", strength) for strength in self.strengths[: 1 if quick else None]]
+        for name, strength in rows:
+            L.seed_everything(seed, verbose=False)
+            shape = data.num_classes, data.in_channels, data.image_size
+            module = self.module(self.network, *shape, partial(torch.optim.Adam, lr=self.rate))
+            seconds = self.fit(module, data, None if strength is None else DECAY, strength or 0.0, quick)
+            row: dict[str, Any] = {"fit": name, "strength": strength, "seconds": seconds}
+            if name != "layer penalty":
+                found.append(row | {"error": test_error(module, data), "depth": None})
+                continue
+            x = next(iter(data.test_dataloader()))[0][:128]
+            merged, report = merge_layers(module.cpu(), x, allow_growth=self.allow_growth)
+            before, after = test_error(module, data), test_error(merged, data)
+            found.append(row | {"error": before, "merged error": after, **plain_values(report)})
+            for start in ("warm", "fresh"):
+                L.seed_everything(seed + 1000, verbose=False)
+                refit = copy.deepcopy(merged) if start == "warm" else fresh_start(copy.deepcopy(merged))
+                row["seconds"] = self.fit(refit.train(), data, DECAY, 0.0, quick)
+                row |= {"fit": f"refit, {start}", "error": test_error(refit, data), "depth": report.depth}
+                found.append(dict(row))
+        return found
+
+
+def teacher(share: float = 1 / 3, depth: int = 8, width: int = 20) -> Fits:
+    return Fits(
         lambda seed, root: Teacher(signed=share, depth=depth, width=width, passes=150, seed=seed),
-        lambda data: Regressor(
-            lambda *shape: MLP(*shape, hidden=[width] * (depth - 1), kaiming=True),
-            data.num_classes,
-            data.in_channels,
-            data.image_size,
-            adam(3e-3),
-        ),
+        Regressor,
+        lambda *shape: MLP(*shape, hidden=[width] * (depth - 1), kaiming=True),
+        3e-3,
         10,
         (0.1, 0.3, 1.0),
     )
 
 
-def classifier(network: Callable[..., nn.Module], rate: float) -> Callable[[Any], L.LightningModule]:
-    return lambda data: Classifier(network, data.num_classes, data.in_channels, data.image_size, adam(rate))
+def clothes(seed: int, root: str) -> FashionMNIST:
+    return FashionMNIST(root=root, seed=seed)
 
 
-SUITES: dict[str, dict[str, Setting]] = {
-    "simulation": {
-        "1/3 of inner layers signed": teacher(),
-        "none signed": teacher(0.0),
-        "all signed": teacher(1.0),
-        "twelve layers": teacher(depth=12),
-        "width 40": teacher(width=40),
-    },
-    "fashion": {
-        "ten layers of 100": Setting(
-            lambda seed, root: FashionMNIST(root=root, seed=seed),
-            classifier(lambda *shape: MLP(*shape, hidden=[100] * 9, kaiming=True), 1e-3),
-            12,
-            (0.1, 0.3),
-        ),
-    },
-    "conv": {
-        "eight convolutions": Setting(
-            lambda seed, root: FashionMNIST(root=root, seed=seed),
-            classifier(plain_convolutions, 1e-3),
-            3,
-            (0.03, 0.1, 0.3, 1.0),
-            allow_growth=True,
-        ),
-    },
+SIMULATION = {
+    "1/3 of inner layers signed": teacher(),
+    "none signed": teacher(0.0),
+    "all signed": teacher(1.0),
+    "twelve layers": teacher(depth=12),
+    "width 40": teacher(width=40),
+}
+FASHION = {
+    "ten layers of 100": Fits(
+        clothes, Classifier, lambda *shape: MLP(*shape, hidden=[100] * 9, kaiming=True), 1e-3, 12, (0.1, 0.3)
+    )
+}
+CONV = {
+    "eight convolutions": Fits(clothes, Classifier, plain_convolutions, 1e-3, 3, (0.03, 0.1, 0.3, 1.0), allow_growth=True)
 }
 
 
-def fit(
-    module: L.LightningModule, data: L.LightningDataModule, epochs: int, method: LayerSparsity | None, quick: bool
-) -> float:
-    """Seconds of a fit."""
-    trainer = L.Trainer(
-        max_epochs=1 if quick else epochs,
-        limit_train_batches=3 if quick else 1.0,
-        limit_val_batches=0,
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[] if method is None else [method],
-    )
-    start = perf_counter()
-    trainer.fit(module, data)
-    return perf_counter() - start
-
-
-def test_error(module: L.LightningModule, data: L.LightningDataModule) -> float:
+def test_error(module: L.LightningModule, data: Any) -> float:
     """Mean squared error, or the share of wrong labels."""
     total, count = 0.0, 0
     module.eval()
@@ -162,102 +156,38 @@ def test_error(module: L.LightningModule, data: L.LightningDataModule) -> float:
     return total / count
 
 
-def numbers(report: MergeReport) -> dict[str, Any]:
-    """What a report says, as plain values."""
-    ratios = {v.layer: v.ratio for v in report.layers if v.ratio is not None}
+def plain_values(report: MergeReport) -> dict[str, Any]:
+    """What a report says."""
+    names = ("depth", "parameters", "macs", "milliseconds", "change", "collapsed")
     levels = {level: sum(v.level == level and v.merged for v in report.layers) for level in ("certified", "near")}
-    return {
-        "depth": report.depth,
-        "parameters": report.parameters,
-        "macs": report.macs,
-        "milliseconds": report.milliseconds,
-        "change": report.change,
-        "merged": levels,
-        "collapsed": report.collapsed,
-        "ratios": ratios,
-    }
+    ratios = {v.layer: v.ratio for v in report.layers if v.ratio is not None}
+    return {name: getattr(report, name) for name in names} | {"merged": levels, "ratios": ratios}
 
 
-def runs(setting: Setting, seed: int, root: str, quick: bool) -> Iterator[dict[str, Any]]:
-    """All fits of one seed."""
-    data = setting.data(seed, root)
-    data.prepare_data()
-    data.setup("fit")
-    rows: list[tuple[str, float | None]] = [("plain", None), ("weight decay", 0.0)]
-    rows += [("layer penalty", strength) for strength in setting.strengths]
-    for name, strength in rows[: 3 if quick else None]:
-        L.seed_everything(seed, verbose=False)
-        module = setting.model(data)
-        decay = LayerSparsity(0.0, scale_decay=DECAY)
-        method = None if strength is None else LayerSparsity(strength, scale_decay=DECAY, input_range=setting.input_range)
-        seconds = fit(module, data, setting.epochs, method, quick)
-        row: dict[str, Any] = {"fit": name, "strength": strength, "seed": seed, "seconds": round(seconds, 1)}
-        if name != "layer penalty":
-            yield row | {"error": test_error(module, data), "depth": None}
-            continue
-        x = next(iter(data.test_dataloader()))[0][:128]
-        merged, report = merge_layers(module.cpu(), x, input_range=setting.input_range, allow_growth=setting.allow_growth)
-        assert isinstance(merged, L.LightningModule)
-        before, after = test_error(module, data), test_error(merged, data)
-        yield row | {"error": before, "merged error": after, **numbers(report)}
-        for start in ("warm", "fresh"):
-            L.seed_everything(seed + 1000, verbose=False)
-            refit = copy.deepcopy(merged) if start == "warm" else fresh_start(copy.deepcopy(merged))
-            assert isinstance(refit, L.LightningModule)
-            seconds = fit(refit.train(), data, setting.epochs, copy.deepcopy(decay), quick)
-            error = test_error(refit, data)
-            yield {**row, "fit": f"refit, {start}", "seconds": round(seconds, 1), "error": error, "depth": report.depth}
+@dataclass(frozen=True)
+class Layers(Trainings):
+    """A part is all fits of one setting and seed.
 
+    Args:
+        name: of the suite and of its file.
+        settings: by name.
+        seeds: of each.
+    """
 
-def run(name: str, seeds: int, root: str, quick: bool, out: Path) -> None:
-    """Do what is missing, and write after every seed of a setting."""
-    path = out / f"layers_{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    command = f"python -m benchmarks.layer_sparsity {name} --data DIR"
-    result |= {"command": command, "machine": machine(), "weight decay": DECAY}
-    for setting, how in SUITES[name].items():
-        for seed in range(1 if quick else seeds):
-            if any((r["setting"], r["seed"]) == (setting, seed) for r in result["runs"]):
-                continue
-            for row in runs(how, seed, root, quick):
-                result["runs"].append({"setting": setting, **row})
-                print(f"{setting:28s} seed {seed}  {row['fit']:14s} {row['strength']}  error {row['error']:.4f}", flush=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+    settings: Mapping[str, Fits]
+    seeds: int
+    by: ClassVar[Sequence[str]] = ("setting", "fit", "strength")
+    values: ClassVar[Sequence[str]] = ("error", "merged error", "depth")
 
+    def parts(self, options: Options) -> Parts:
+        for setting, fits in self.settings.items():
+            for seed in range(1 if options.quick else self.seeds):
+                yield {"setting": setting, "seed": seed}, partial(fits.runs, seed, options.data, options.quick)
 
-def table(name: str, out: Path) -> str:
-    """Mean and standard deviation over seeds, as a Markdown table."""
-    path = out / f"layers_{name}.json"
-    found = json.loads(path.read_text())["runs"] if path.exists() else []
-    lines = ["| setting | fit | r | test error | depth | seeds |", "| --- | --- | --- | --- | --- | --- |"]
-    for key in dict.fromkeys((r["setting"], r["fit"], r["strength"]) for r in found):
-        rows = [r for r in found if (r["setting"], r["fit"], r["strength"]) == key]
-        errors = [r["error"] for r in rows]
-        depths = " ".join(str(r["depth"][1]) for r in rows if r["depth"])
-        spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
-        strength = "" if key[2] is None else key[2]
-        lines.append(
-            f"| {key[0]} | {key[1]} | {strength} | {statistics.mean(errors):.4f} ± {spread:.4f} | {depths} | {len(rows)} |"
-        )
-    return "\n".join(lines)
+    def recipe(self, options: Options) -> dict[str, Any]:
+        return {"weight decay": DECAY}
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--data", default="data", help="folder of the data, in torchvision's layout")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print what is there")
-    options = parser.parse_args()
-    if not options.table:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-        warnings.filterwarnings("ignore", ".*does not have many workers|.*tensorboard")
-        run(options.suite, options.seeds, options.data, options.quick, options.out)
-    print(table(options.suite, options.out))
-
-
-if __name__ == "__main__":
-    main()
+    def prepare(self, options: Options) -> None:
+        super().prepare(options)
+        if self.settings is not SIMULATION:
+            have_data(FashionMNIST, options)

@@ -1,9 +1,6 @@
-"""What SparsityMonitor adds to a training that logs every step.
+"""What SparsityMonitor adds to a training that logs every step: `python -m benchmarks cost-monitor`.
 
-    python -m benchmarks.monitor                      ResNet-20, batch 128, 32x32 images
-    python -m benchmarks.monitor --quick              a perceptron, to see that it runs
-
-One training of one model, pruned by magnitude, with a CSVLogger and `log_every_n_steps=1`; the monitor is switched on and
+One training of ResNet-20, pruned by magnitude, with a CSVLogger and `log_every_n_steps=1`; the monitor is switched on and
 off from step to step. Two numbers: the step with it over the step without it, by pairs of neighbors; and the time inside
 its hooks, loggers included, as a part of the step without it, which the noise of other steps cannot blur. What it reads at
 the end of an epoch (layers, zeros, churn, dead outputs, costs) and once at the start (multiply-accumulates) is given by
@@ -12,125 +9,89 @@ itself, and as a part of an epoch of 391 steps, as CIFAR-10 has at this batch si
 
 from __future__ import annotations
 
-import argparse
-import logging
-import statistics
 import tempfile
-import warnings
-from time import perf_counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from benchmarks.record import ratios, save, show
+from benchmarks.record import Options, Parts
+from benchmarks.trainers import Net
+from benchmarks.turns import WARM_UP, Turns, Way, share, timed
 from lightning_sparse import MagnitudePruning, SparsityMonitor
-from lightning_sparse.models import ResNet
 
-WARM_UP = 6
 EPOCH = 391
 
 
-class Net(L.LightningModule):
-    """The network, SGD with momentum."""
-
-    def __init__(self, quick: bool) -> None:
-        super().__init__()
-        small = nn.Sequential(nn.Flatten(), nn.Linear(3072, 256), nn.ReLU(), nn.Linear(256, 10))
-        self.net = small if quick else ResNet(10, 3, 32, depth=20)
+class Logging(Net):
+    """With a forward pass, and a loss that is logged."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch[0]), batch[1])
+        loss = super().training_step(batch, batch_idx)
         self.log("loss", loss)
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
+class Monitored(Way):
+    """The monitor is on, and the time in its hooks is noted."""
 
-class Clock(L.Callback):
-    """First of the callbacks: switches the monitor on and off, and times the steps."""
+    def __init__(self, monitor: SparsityMonitor, *methods: Any) -> None:
+        super().__init__(*methods)
+        self.on = True
+        self.hooks: dict[str, list[float]] = {}
+        for name in ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"):
+            setattr(monitor, name, self.watched(getattr(monitor, name), self.hooks.setdefault(name, [])))
 
-    def __init__(self, monitor: SparsityMonitor) -> None:
-        self.on, self.started = True, 0.0
-        self.steps: dict[bool, list[float]] = {True: [], False: []}
-        self.hooks: dict[str, list[float]] = {"step": [], "epoch": [], "start": []}
-        for name, kind in (("on_train_batch_end", "step"), ("on_train_epoch_end", "epoch"), ("_begin", "start")):
-            setattr(monitor, name, self.watched(getattr(monitor, name), kind))
-
-    def watched(self, function: Any, kind: str) -> Any:
+    def watched(self, function: Callable[..., None], seconds: list[float]) -> Callable[..., None]:
         def run(*args: Any) -> None:
-            if kind != "step" or self.on:
-                start = perf_counter()
-                function(*args)
-                self.hooks[kind].append(perf_counter() - start)
+            if self.on or function.__name__ == "on_train_epoch_end":
+                seconds.append(timed(lambda: function(*args)))
 
         return run
 
+    def enter(self) -> None:
+        self.on = True
+
+    def leave(self) -> None:
+        self.on = False
+
+
+class StartToStart(Turns):
+    """A step ends where the next one starts, so that what loggers do after the last callback counts."""
+
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        now = perf_counter()  # from start to start, so that nothing is missed
-        if batch_idx > WARM_UP:
-            self.steps[self.on].append(now - self.started)
-        pair, place = divmod(batch_idx, 2)
-        self.on = bool(place) != bool(pair % 2)
-        self.started = perf_counter()
+        if batch_idx:
+            super().end()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def end(self) -> None:
+        pass
 
 
-def measure(quick: bool, rounds: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    monitor = SparsityMonitor(table=False, report=False)
-    clock = Clock(monitor)
-    steps = 2 * rounds + WARM_UP + 2
-    data = [(torch.rand(128, 3, 32, 32), torch.randint(0, 10, (128,)))] * steps
+def step(model: str, rounds: int) -> dict[str, Any]:
+    """Steps with and without the monitor, and what is inside its hooks."""
+    monitor, pruning = SparsityMonitor(table=False, report=False), MagnitudePruning(0.9, start=0.0)
+    monitored = Monitored(monitor, pruning)
+    turns = StartToStart([pruning], lambda module: {"without": Way(pruning), "with": monitored})
     with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            logger=CSVLogger(folder),
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[clock, MagnitudePruning(0.9, start=0.0), monitor],
-        )
-        trainer.fit(Net(quick), torch.utils.data.DataLoader(data, batch_size=None))
-    pairs = [{"without": a, "with": b} for a, b in zip(clock.steps[False], clock.steps[True], strict=False)]
-    table = ratios(pairs, "without")
-    step = table["without"]["seconds"]
-    inside = sorted(clock.hooks["step"])
-    table["inside its hooks"] = {
-        "ratio": statistics.median(inside) / step,
-        "low": inside[len(inside) // 4] / step,
-        "high": inside[-1 - len(inside) // 4] / step,
-        "seconds": statistics.median(inside),
-    }
-    for kind in ("epoch", "start"):
-        [seconds] = clock.hooks[kind]
-        share = seconds / (EPOCH * step)
-        table[f"once per {kind}, of {EPOCH} steps"] = {"ratio": share, "low": share, "high": share, "seconds": seconds}
+        logging = {"logger": CSVLogger(folder), "log_every_n_steps": 1, "callbacks": [monitor]}
+        turns.fit(Logging(model), 128, 2 * (rounds + WARM_UP) + 1, **logging)
+    table = turns.table("without")
+    without = table["without"]["seconds"]
+    first, *starts = monitored.hooks["on_train_batch_start"]
+    ends = monitored.hooks["on_train_batch_end"][1:]
+    table["inside its hooks"] = share([start + end for start, end in zip(starts, ends, strict=True)], without)
+    table[f"once per epoch, of {EPOCH} steps"] = share(monitored.hooks["on_train_epoch_end"], EPOCH * without)
+    table[f"once per start, of {EPOCH} steps"] = share([first], EPOCH * without)
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--save", action="store_true", help="write the numbers to benchmarks/results")
-    parser.add_argument("--rounds", type=int, default=60)
-    arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    table = measure(arguments.quick, 20 if arguments.quick else arguments.rounds)
-    title = f"step, {'perceptron' if arguments.quick else 'ResNet-20'}, batch 128, logged every step"
-    show(f"{title}, ratio to the step without SparsityMonitor", table)
-    if arguments.save:
-        save("monitor_cpu", {title: table})
-
-
-if __name__ == "__main__":
-    main()
+def parts(options: Options) -> Parts:
+    model, name = ("quick", "perceptron") if options.quick else ("resnet20", "ResNet-20")
+    yield (f"step, {name}, batch 128, logged every step",), partial(step, model, options.times(40, quick=20))

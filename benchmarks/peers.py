@@ -1,7 +1,7 @@
 """What becomes of the zeros: the same training, masked by this package and in the ways people use now.
 
-    python -m benchmarks.peers                 the table of the README
-    python -m benchmarks.peers "fasterai"      one of them
+    python -m benchmarks peers                        the table of the README
+    python -m benchmarks peers --only fasterai        one of them
 
 A perceptron on scikit-learn's digits, Adam with weight decay, pruned once to 90 % by magnitude in the middle of training.
 `prune` and `parametrize` are what a careful user writes with them in an hour: a callback of a few lines. Of fasterai
@@ -18,11 +18,9 @@ ours, since its own callback is for fastai. Asked of each:
 
 from __future__ import annotations
 
-import logging
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,51 +28,40 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
-from benchmarks.competitors import Masking
-from benchmarks.record import save
+from benchmarks.competitors import SPARSITY, Competitor, Parametrize, Prune, layers
+from benchmarks.record import Options, Parts
+from benchmarks.trainers import quiet
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import Digits
 from lightning_sparse.models import Classifier, LeNet300
 
-EPOCHS, AT, STOP, SPARSITY = 8, 4, 6, 0.9
+EPOCHS, AT, STOP = 8, 4, 6
 
 
-def layers(module: nn.Module) -> list[nn.Module]:
-    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+class ByHand(L.Callback):
+    """Written by hand: prunes at the start of an epoch."""
 
-
-class OnceInTheMiddle(L.Callback):
-    """Base of those that are written by hand: prunes at the start of an epoch."""
+    def __init__(self, way: type[Competitor]) -> None:
+        self.way = way
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == AT:
             self.prune(pl_module)
 
     def prune(self, module: L.LightningModule) -> None:
-        raise NotImplementedError
-
-
-class ByPrune(OnceInTheMiddle):
-    """`torch.nn.utils.prune`."""
-
-    def prune(self, module: L.LightningModule) -> None:
-        prune.global_unstructured([(layer, "weight") for layer in layers(module)], prune.L1Unstructured, amount=SPARSITY)
-
-
-class ByParametrize(OnceInTheMiddle):
-    """`torch.nn.utils.parametrize`."""
-
-    def prune(self, module: L.LightningModule) -> None:
-        scores = torch.cat([layer.weight.detach().abs().flatten() for layer in layers(module)])
+        weights = {layer: layer.weight.detach().abs() for layer in layers(module)}
+        scores = torch.cat([weight.flatten() for weight in weights.values()])
         threshold = scores.kthvalue(round(SPARSITY * len(scores))).values
-        for layer in layers(module):
-            parametrize.register_parametrization(layer, "weight", Masking((layer.weight.detach().abs() > threshold).float()))
+        self.way(module, {layer: weight > threshold for layer, weight in weights.items()}).enter()
 
 
-class ByFasterai(OnceInTheMiddle):
+class ByFasterai(ByHand):
     """fasterai's `Sparsifier`."""
+
+    def __init__(self) -> None:
+        pass
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         from fasterai.core.criteria import large_final
@@ -101,8 +88,8 @@ def lightnings(module: Classifier) -> L.Callback:
 WAYS: dict[str, Callable[[Classifier], L.Callback]] = {
     "lightning_sparse": lambda module: MagnitudePruning(SPARSITY, start="4 epochs", end="4 epochs"),
     "ModelPruning": lightnings,
-    "torch.nn.utils.prune": lambda module: ByPrune(),
-    "parametrize": lambda module: ByParametrize(),
+    "torch.nn.utils.prune": lambda module: ByHand(Prune),
+    "parametrize": lambda module: ByHand(Parametrize),
     "fasterai": lambda module: ByFasterai(),
 }
 
@@ -122,7 +109,7 @@ class Look(L.Callback):
 
     def _look(self, where: str, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.current_epoch > AT and not trainer.sanity_checking:
-            self.seen[where] = min(self.seen[where], zeros([layer.weight for layer in layers(module)]))
+            self.seen[where] = min(self.seen[where], zeros(module))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self._look("batch end", trainer, pl_module)
@@ -131,43 +118,39 @@ class Look(L.Callback):
         self._look("validation", trainer, pl_module)
 
 
-def zeros(weights: list[Tensor]) -> float:
-    return round(sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights), 4)
+def zeros(module: nn.Module) -> float:
+    return share([layer.weight.detach() == 0 for layer in layers(module)])
+
+
+def share(masks: Sequence[Tensor]) -> float:
+    """Of the entries of all masks those that are set."""
+    return round(sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks)), 4)
 
 
 def fit(
     way: str, folder: Path, resume: Path | None = None, beside: Sequence[L.Callback] = ()
 ) -> tuple[Classifier, L.Trainer, Look]:
     """One training, of a fresh network."""
+    torch.set_num_threads(1)  # for the same bits
     L.seed_everything(0, verbose=False)
     data = Digits(batch_size=64, seed=0)
-    module = Classifier(LeNet300, 10, 1, data.image_size, lambda p: torch.optim.Adam(p, lr=2e-3, weight_decay=1e-4))
+    module = Classifier(LeNet300, 10, 1, data.image_size, partial(torch.optim.Adam, lr=2e-3, weight_decay=1e-4))
     look, saving = Look(), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=EPOCHS,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[look, WAYS[way](module), *beside, saving],
-    )
+    callbacks = [look, WAYS[way](module), *beside, saving]
+    trainer = quiet(callbacks, "cpu", max_epochs=EPOCHS, enable_checkpointing=True)
     trainer.fit(module, data, ckpt_path=resume, weights_only=False)
     return module, trainer, look
 
 
 def moments(module: Classifier, trainer: L.Trainer) -> float:
     """Share of the zeros of which Adam remembers something."""
-    known, of = 0, 0
+    known = []
     for layer in layers(module):
-        weight = layer.weight.detach()
-        raw = getattr(layer, "weight_orig", None)
+        raw = getattr(layer, "weight_orig", layer.weight)
         if parametrize.is_parametrized(layer):
             raw = layer.parametrizations.weight.original
-        state = trainer.optimizers[0].state[layer.weight if raw is None else raw]
-        known += int((state["exp_avg"][weight == 0] != 0).sum())
-        of += int((weight == 0).sum())
-    return round(known / max(of, 1), 4)
+        known.append((trainer.optimizers[0].state[raw]["exp_avg"] != 0)[layer.weight == 0])
+    return share(known)
 
 
 def attempt(function: Callable[[], Any]) -> Any:
@@ -179,45 +162,30 @@ def attempt(function: Callable[[], Any]) -> Any:
 
 def ask(way: str) -> dict[str, Any]:
     """All questions."""
-    with tempfile.TemporaryDirectory() as folder:
-        module, trainer, look = fit(way, Path(folder))
-        saved = torch.load(Path(folder) / f"epoch={EPOCHS - 1}.ckpt", weights_only=False)["state_dict"]
-        of_weights = [value for name, value in saved.items() if name.endswith("weight") and value.ndim == 2]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        module, trainer, look = fit(way, folder)
+        saved = torch.load(folder / f"epoch={EPOCHS - 1}.ckpt", weights_only=False)["state_dict"]
+        of_weights = [value == 0 for name, value in saved.items() if name.endswith("weight") and value.ndim == 2]
         plain = Classifier(LeNet300, 10, 1, 8)
         whole = {name: value.clone() for name, value in module.state_dict().items()}
 
         def resumed() -> dict[str, Any]:
-            fit(way, Path(folder) / "first", beside=[Interrupt()])
-            again, _, _ = fit(way, Path(folder) / "second", Path(folder) / "first" / f"epoch={STOP - 1}.ckpt")
+            fit(way, folder / "first", beside=[Interrupt()])
+            again, _, _ = fit(way, folder / "second", folder / "first" / f"epoch={STOP - 1}.ckpt")
             state = again.state_dict()
             same = state.keys() == whole.keys() and all(state[name].equal(whole[name]) for name in whole)
-            return {"sparsity": zeros([layer.weight.detach() for layer in layers(again)]), "same bits": same}
-
-        def averaged() -> float:
-            module, _, _ = fit(way, Path(folder) / "averaged", beside=[EMAWeightAveraging(decay=0.9)])
-            return zeros([layer.weight.detach() for layer in layers(module)])
+            return {"sparsity": zeros(again), "same bits": same}
 
         return {
-            "seen": {**look.seen, "checkpoint": zeros(of_weights) if of_weights else 0.0},
+            "seen": {**look.seen, "checkpoint": share(of_weights)},
             "loads": attempt(lambda: bool(plain.load_state_dict(saved))),
             "resumed": attempt(resumed),
             "moments": moments(module, trainer),
-            "averaged": attempt(averaged),
+            "averaged": attempt(lambda: zeros(fit(way, folder / "averaged", beside=[EMAWeightAveraging(decay=0.9)])[0])),
         }
 
 
-def main() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    numbers = {}
-    for way in sys.argv[1:] or WAYS:
-        numbers[way] = attempt(lambda way=way: ask(way))
-        answers = numbers[way] if isinstance(numbers[way], dict) else {"": numbers[way]}
-        print(way, *(f"  {key}: {answer}" for key, answer in answers.items()), sep="\n")
-    if not sys.argv[1:]:
-        save("peers", numbers)
-
-
-if __name__ == "__main__":
-    main()
+def parts(options: Options) -> Parts:
+    for way in WAYS:
+        yield (way,), lambda way=way: attempt(lambda: ask(way))

@@ -1,18 +1,23 @@
-"""A result is a file that says how it was made."""
+"""Suites: parts that are measured or trained once each. A result is a file that says how it was made."""
 
 from __future__ import annotations
 
-import gc
+import fcntl
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from time import monotonic, sleep
+from typing import Any, ClassVar
 
 import lightning
 import torch
@@ -20,6 +25,206 @@ import torch
 import lightning_sparse
 
 RESULTS = Path(__file__).parent / "results"
+
+Runs = list[dict[str, Any]]
+Row = list[str]
+Parts = Iterator[tuple[Any, Callable[[], Any]]]
+"""Keys, and what makes them."""
+
+
+class LeftOut(Exception):
+    """A part cannot be done here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How suites are run; `python -m benchmarks --help` says what each means."""
+
+    data: str = "data"
+    download: bool = False
+    out: Path = RESULTS
+    device: str = "cpu"
+    quick: bool = False
+    rounds: int | None = None
+    epochs: int | None = None
+    only: Sequence[str] = ()
+    part: tuple[int, int] = (1, 1)
+
+    def times(self, usual: int, quick: int = 3) -> int:
+        """How often something is measured."""
+        return self.rounds or (quick if self.quick else usual)
+
+
+@dataclass(frozen=True)
+class Suite(ABC):
+    """What there is to do, and the file that it goes into.
+
+    Args:
+        name: of the suite and of its file.
+    """
+
+    name: str
+
+    @abstractmethod
+    def parts(self, options: Options) -> Parts:
+        """All parts, in order."""
+
+    @abstractmethod
+    def has(self, content: Mapping[str, Any], key: Any) -> bool:
+        """Whether a file holds a part."""
+
+    @abstractmethod
+    def put(self, content: dict[str, Any], key: Any, value: Any) -> None:
+        """Add what a part gave."""
+
+    def recipe(self, options: Options) -> dict[str, Any]:
+        """How the parts are made, where a file has to say so."""
+        return {}
+
+    def content(self, out: Path) -> dict[str, Any]:
+        """What earlier calls have left."""
+        path = out / f"{self.name}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def missing(self, options: Options) -> list[int]:
+        """The places of the parts that are yet to be done."""
+        content = self.content(options.out)
+        return [place for place, (key, _) in enumerate(self.parts(options)) if not self.has(content, key)]
+
+    def prepare(self, options: Options) -> None:
+        """Refuse to go on with what was made on another machine, or by another version or recipe."""
+        found, recipe = self.content(options.out), self.recipe(options)
+        theirs = {what: found.get("machine", {}).get(what) for what in self.same} | found.get("recipe", {})
+        mine = machine() | recipe
+        for what, value in theirs.items() if found else ():
+            if what in mine and value != mine[what]:
+                raise SystemExit(
+                    f"{self.name}.json is of {what} {value!r}, this is {mine[what]!r}; begin anew with another --out."
+                )
+
+    def run(self, options: Options, until: float = math.inf) -> None:
+        """Do what is missing, or this process's share of it, and write after each part; begin none after a moment."""
+        self.prepare(options)
+        number, count = options.part
+        for place, (key, make) in enumerate(self.parts(options)):
+            words = [f"{n} {v}" for n, v in key.items()] if isinstance(key, dict) else [str(step) for step in key]
+            chosen = not options.only or any(fnmatch(word, pattern) for word in words for pattern in options.only)
+            if place % count != number - 1 or not chosen or self.has(self.content(options.out), key):
+                continue
+            if monotonic() > until:
+                return
+            try:
+                value = make()
+            except LeftOut as reason:
+                print(f"{', '.join(words)} is left out: {reason}", flush=True)
+                continue
+            self.write(options, key, value)
+            show(", ".join(words) or self.name, value)
+
+    def write(self, options: Options, key: Any, value: Any) -> None:
+        """Add what a part gave to the file, which other processes may do too."""
+        given = {" --data DIR": options.data != Options.data, f" --rounds {options.rounds}": options.rounds}
+        command = f"python -m benchmarks {self.name}" + "".join(text for text, holds in given.items() if holds)
+        made = {"command": command, "machine": machine(), "recipe": self.recipe(options)}
+        options.out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(options.out, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content = self.content(options.out) | {name: value for name, value in made.items() if value}
+            self.put(content, key, value)
+            whole = options.out / f"{self.name}.part"
+            whole.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(whole, options.out / f"{self.name}.json")
+        finally:
+            os.close(lock)
+
+    def table(self, out: Path) -> str:
+        """What is there, as text."""
+        return json.dumps(self.content(out).get("numbers", {}), indent=1)
+
+
+@dataclass(frozen=True)
+class Measurements(Suite):
+    """What is measured; a key is the path to a number.
+
+    Args:
+        name: of the suite and of its file.
+        make: its parts.
+        same: what of the machine a file has to agree in to be continued; times and sizes belong to one.
+    """
+
+    make: Callable[[Options], Parts]
+    same: Sequence[str] = ("lightning_sparse", "torch", "cpu", "threads", "gpu")
+
+    def parts(self, options: Options) -> Parts:
+        return self.make(options)
+
+    def has(self, content: Mapping[str, Any], key: Any) -> bool:
+        found = content.get("numbers", {})
+        for step in key:
+            if (step not in found) if isinstance(found, dict) else (step >= len(found)):
+                return False
+            found = found[step]
+        return bool(key or found)
+
+    def put(self, content: dict[str, Any], key: Any, value: Any) -> None:
+        if not key:
+            content["numbers"] = value
+            return
+        found = content.setdefault("numbers", {})
+        for step, following in pairwise(key):
+            found = found.setdefault(step, [] if isinstance(following, int) else {})
+        found.append(value) if isinstance(found, list) else found.update({key[-1]: value})
+
+
+@dataclass(frozen=True)
+class Trainings(Suite):
+    """Results of trainings, one row or more each; a key is what tells them from others."""
+
+    same: ClassVar[Sequence[str]] = ("lightning_sparse",)
+    by: ClassVar[Sequence[str]] = ()
+    """What a table tells runs apart by: all but seeds."""
+    values: ClassVar[Sequence[str]] = ()
+    """What it shows of them."""
+
+    def has(self, content: Mapping[str, Any], key: Any) -> bool:
+        return bool(pick(content.get("runs", []), **key))
+
+    def put(self, content: dict[str, Any], key: Any, value: Any) -> None:
+        rows = value if isinstance(value, list) else [value]
+        content["runs"] = [*content.get("runs", []), *({**key, **row, "torch": torch.__version__} for row in rows)]
+
+    def table(self, out: Path) -> str:
+        """Mean and standard deviation over seeds."""
+        groups: dict[tuple[Any, ...], Runs] = {}
+        for run in self.content(out).get("runs", []):
+            groups.setdefault(tuple(run.get(name) for name in self.by), []).append(run)
+        rows = [[*self.by, *self.values, "seeds"]]
+        for key, runs in groups.items():
+            found = [[run[name] for run in runs if run.get(name) is not None] for name in self.values]
+            cells = [" ".join(map(str, v)) if v and isinstance(v[0], list) else spread(v, 4, 1) for v in found]
+            rows.append([*("" if part is None else str(part) for part in key), *cells, str(len(runs))])
+        return markdown(rows)
+
+
+def at_once(work: Sequence[tuple[Suite, int]], count: int, options: Options, until: float = math.inf) -> int:
+    """Parts of suites in processes of their own, so many at once; what still runs at a moment is killed. How many failed."""
+    waiting, running, failed = list(work), list[Any](), 0
+    command = [sys.executable, "-m", "benchmarks", "--data", options.data, "--out", str(options.out)]
+    command += [f"--epochs={options.epochs}"] if options.epochs else []
+    try:
+        while (waiting or running) and monotonic() < until:
+            failed += sum(process.poll() not in (None, 0) for process in running)
+            running = [process for process in running if process.poll() is None]
+            for suite, place in waiting[: count - len(running)]:
+                part = f"--part={place + 1}/{len(list(suite.parts(options)))}"
+                running.append(subprocess.Popen([*command, suite.name, part], stdout=subprocess.DEVNULL))
+                waiting.pop(0)
+            sleep(0.2)
+    finally:
+        for process in running:
+            process.kill()
+    return failed
 
 
 def machine() -> dict[str, Any]:
@@ -38,118 +243,34 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, numbers: Any) -> None:
-    """Write a result and print it."""
-    command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"command": command, "machine": machine(), "numbers": numbers}, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+def show(title: str, value: Any, indent: int = 0) -> None:
+    """Print numbers as they are nested; ratios with their middle half."""
+    if isinstance(value, dict) and "low" not in value:
+        print(f"{'':{indent}}{title}", flush=True)
+        for key, inner in value.items():
+            show(key, inner, indent + 2)
+        return
+    if isinstance(value, float):
+        value = f"{value:.5g}"
+    elif isinstance(value, dict):
+        rest = ", ".join(f"{key} {number:.4g}" for key, number in value.items() if key not in ("ratio", "low", "high"))
+        value = f"{value['ratio']:7.3f} ({value['low']:.3f} to {value['high']:.3f})  {rest}"
+    print(f"{'':{indent}}{title:{40 - indent}s} {value}", flush=True)
 
 
-def resumed(name: str) -> dict[str, Any]:
-    """The numbers of a result that is to be gone on with, if it is of the same versions and the same machine."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text())
-    for what in ("lightning_sparse", "torch", "cpu", "threads", "gpu"):
-        if (theirs := found["machine"][what]) != (mine := machine()[what]):
-            raise SystemExit(f"{path.name} is of {what} {theirs}, this is {mine}; remove it to begin anew.")
-    return found["numbers"]  # type: ignore[no-any-return]
+def pick(runs: Runs, **what: Any) -> Runs:
+    """The runs that have these values."""
+    return [run for run in runs if all(name in run and run[name] == value for name, value in what.items())]
 
 
-def ratios(rounds: list[dict[str, float]], base: str) -> dict[str, dict[str, float]]:
-    """Each variant against the base of the same round: median, and the middle half of the rounds as spread."""
-    return {
-        name: {**middle([r[name] / r[base] for r in rounds]), "seconds": statistics.median(r[name] for r in rounds)}
-        for name in rounds[0]
-    }
+def spread(values: Sequence[float], digits: int = 2, factor: float = 100) -> str:
+    """Mean and standard deviation."""
+    scaled = [factor * value for value in values]
+    deviation = f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
+    return f"{statistics.mean(scaled):.{digits}f}{deviation}" if scaled else ""
 
 
-def middle(ratios: Sequence[float]) -> dict[str, float]:
-    """The median, and the middle half as spread."""
-    values = sorted(ratios)
-    quarter = len(values) // 4
-    return {"ratio": statistics.median(values), "low": values[quarter], "high": values[-1 - quarter]}
-
-
-def timed(function: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of one call."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = perf_counter()
-    function()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return perf_counter() - start
-
-
-def growth(function: Callable[[], Any], device: str = "cpu") -> float:
-    """MiB by which what this process holds in memory grows at most while the function runs (of the host: on Linux)."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-    def resident(field: str) -> int:
-        return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
-
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident("VmRSS")
-    function()
-    return (resident("VmHWM") - before) / 1024
-
-
-def alone(module: str, *arguments: str) -> float:
-    """The last number that a process of its own prints.
-
-    It has one thread, and gives back to the system what it frees in blocks of a megabyte or more, so that its peak is of
-    what it needs at once, not of what the allocator has kept.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout.split()[-1])
-
-
-def peaks(benchmark: str, places: Mapping[tuple[str, int], Sequence[str]], repeats: int, keep: bool) -> None:
-    """Peak memory of all ways in turns, several times, each time in a process of its own; `dense` is the first of them.
-
-    Args:
-        benchmark: that prints it for one way, with `--peak`.
-        places: the ways, by model and size of the batch.
-        repeats: how often.
-        keep: whether to write after each, and to go on where an earlier call was interrupted.
-    """
-    numbers: dict[str, Any] = resumed(f"{benchmark}_memory") if keep else {}
-    for turn in range(repeats):
-        for (model, batch), names in places.items():
-            rows = numbers.setdefault(f"{model}, batch {batch}", {})
-            print(f"\n{model}, batch {batch}: peak memory, times a plain training's ({turn + 1} of {repeats})")
-            for name in names:
-                sizes = rows.get(name, [])
-                if len(sizes) <= turn:
-                    try:
-                        sizes = [
-                            *sizes,
-                            alone(f"benchmarks.{benchmark}", "--peak", name, "--models", model, "--batches", str(batch)),
-                        ]
-                    except subprocess.CalledProcessError:
-                        continue  # it has said why
-                    rows[name] = sizes
-                    if keep:
-                        save(f"{benchmark}_memory", numbers)
-                print(f"  {name:34s} {sizes[turn] / rows['dense'][turn]:7.3f}  {sizes[turn]:9.0f} MiB", flush=True)
-
-
-def show(title: str, table: dict[str, dict[str, float]]) -> None:
-    """Print ratios as an aligned table."""
-    print(f"\n{title}")
-    for name, row in table.items():
-        print(f"  {name:34s} {row['ratio']:7.3f}  ({row['low']:.3f} to {row['high']:.3f})  {row['seconds'] * 1e3:9.1f} ms")
+def markdown(rows: Sequence[Row]) -> str:
+    """A table, its first row the head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

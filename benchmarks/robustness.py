@@ -1,7 +1,7 @@
 """What SIGKILL leaves of a training: killed at random moments, resumed, and compared with one that was not.
 
-    python -m benchmarks.robustness                       every method below, and Lightning's ModelPruning beside them
-    python -m benchmarks.robustness gradual --kills 10    one method
+    python -m benchmarks robustness                              every method below, and Lightning's ModelPruning beside them
+    python -m benchmarks robustness --only gradual --rounds 10   one method, killed ten times
 
 Each training is a process that checkpoints every few steps and, when it is started, goes on from the newest checkpoint that
 can be read. The end is the same if every weight, every buffer and every moment of the optimizer has the same bits. All
@@ -10,7 +10,6 @@ methods prune to 90 %; ModelPruning removes the same share in three steps. Data:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 
 from benchmarks.accuracy import METHODS
-from benchmarks.record import save
+from benchmarks.record import Options, Parts
+from benchmarks.trainers import quiet
 from lightning_sparse import LpSphere
 from lightning_sparse.core import find_targets
 from lightning_sparse.data import Digits
@@ -49,10 +50,10 @@ def lightnings() -> list[L.Callback]:
 
 RUNS: dict[str, Callable[[], list[L.Callback]]] = {
     **{
-        name: (lambda name=name: METHODS[name](SPARSITY))
+        name: partial(METHODS[name], SPARSITY)
         for name in ("gradual", "lottery ticket", "RigL", "GraNet", "HyperSparse", "SCL")
     },
-    "LpSS": lambda: [LpSphere(1.1, sparsity=SPARSITY, mode="feedback")],
+    "LpSphere": lambda: [LpSphere(p=1.1, sparsity=SPARSITY, mode="feedback")],
     "ModelPruning": lightnings,
 }
 
@@ -87,19 +88,10 @@ def train(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     data = Digits(batch_size=64, seed=0)
-    module = Classifier(
-        LeNet300, 10, 1, data.image_size, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=5e-4)
-    )
+    sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    module = Classifier(LeNet300, 10, 1, data.image_size, sgd)
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=EVERY, save_top_k=-1)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=EPOCHS,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*RUNS[name](), Beat(folder), saving],
-    )
+    trainer = quiet([*RUNS[name](), Beat(folder), saving], "cpu", max_epochs=EPOCHS, enable_checkpointing=True)
     trainer.fit(module, data, ckpt_path=newest(folder), weights_only=False)
     weights = [target.weight for target in find_targets(module)]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
@@ -125,26 +117,23 @@ def _bits(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterato
 
 def run(name: str, folder: Path, deaths: list[int]) -> dict[str, Any]:
     """Train to the end, and die at these steps, each counted over the whole training."""
-    folder.mkdir(parents=True)
+    folder.mkdir()
     died = []
-    deaths = list(deaths)
     while not (folder / "end.json").exists():
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.robustness", name, "--train", str(folder)],
+            [sys.executable, "-m", "benchmarks.robustness", name, str(folder)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
         while child.poll() is None:
-            if deaths and (step := _step(folder)) >= deaths[0]:
+            if len(died) < len(deaths) and (step := _step(folder)) >= deaths[len(died)]:
                 child.send_signal(signal.SIGKILL)
-                deaths.pop(0)
                 died.append(step)
                 child.wait()
                 (folder / "step").unlink()
             time.sleep(0.002)
         if child.returncode not in (0, -signal.SIGKILL):
-            assert child.stderr is not None
             return {"error": child.stderr.read().strip().splitlines()[-1], "killed at": died}
     return {**json.loads((folder / "end.json").read_text()), "killed at": died}
 
@@ -156,35 +145,20 @@ def _step(folder: Path) -> int:
         return 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", help=f"of {list(RUNS)}; all by default")
-    parser.add_argument("--kills", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", action="store_true", help="write the numbers to benchmarks/results")
-    parser.add_argument("--train", type=Path, help="the process that is killed: a folder to train in")
-    arguments = parser.parse_args()
-    unknown = [name for name in arguments.methods if name not in RUNS]
-    if unknown:
-        parser.error(f"no method {unknown[0]!r}; choose from {list(RUNS)}")
-    if arguments.train:
-        train(arguments.methods[0], arguments.train)
-        return
-    numbers = {}
-    dice = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in arguments.methods or RUNS:
-            whole = run(name, Path(temporary) / f"{name} whole", [])
-            steps = sorted(dice.sample(range(2, whole["steps"] - 2), arguments.kills))
-            killed = run(name, Path(temporary) / f"{name} killed", steps)
-            same = killed.get("bits") == whole["bits"]
-            numbers[name] = {"same end": same, "whole": whole, "killed": killed}
-            after = killed.get("error") or f"{killed['zeros']:.2%} zeros, accuracy {killed['accuracy']:.4f}"
-            print(f"{name:16s} killed at {killed['killed at']}: {'the same bits' if same else 'ANOTHER END'}")
-            print(f"{'':16s} {whole['zeros']:.2%} zeros, accuracy {whole['accuracy']:.4f}; killed: {after}", flush=True)
-    if arguments.save:
-        save("robustness", numbers)
+def compare(name: str, kills: int, dice: random.Random) -> dict[str, Any]:
+    """The training that was left alone, and the one that was killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = run(name, Path(folder) / "whole", [])
+        deaths = sorted(dice.sample(range(2, whole["steps"] - 2), kills))
+        killed = run(name, Path(folder) / "killed", deaths)
+    return {"same end": killed.get("bits") == whole["bits"], "whole": whole, "killed": killed}
+
+
+def parts(options: Options) -> Parts:
+    dice = random.Random(0)
+    for name in RUNS:
+        yield (name,), partial(compare, name, options.times(4, quick=1), dice)
 
 
 if __name__ == "__main__":
-    main()
+    train(sys.argv[1], Path(sys.argv[2]))

@@ -1,7 +1,8 @@
-"""The tables of docs/evidence.md, made from the results.
+"""The tables of docs/evidence.md, made from the results, and the figure of a comparison.
 
-    python -m benchmarks.tables              write them into the page
-    python -m benchmarks.tables cka          print one
+    python -m benchmarks.tables                            write the tables into the page
+    python -m benchmarks.tables cka                        print one
+    python -m benchmarks.tables --draw docs/accuracy.png   draw `desk-lenet300`
 
 A table stands between `<!-- its name -->` and `<!-- end -->`; what is between is replaced. A test keeps page and results in
 step. The best of a column is bold.
@@ -10,24 +11,22 @@ step. The best of a column is bold.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import SUITES, collect
-from benchmarks.record import RESULTS
+from benchmarks.accuracy import Comparison
+from benchmarks.record import RESULTS, Row, markdown, pick, spread
+from benchmarks.suites import SUITES
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
-
-Row = list[str]
 
 LABELS = {
     "dense": "dense (0 %)",
     "random": "`RandomSparsity`",
-    "random + CKA-SR": "with `CKARegularization(1e-4)`",
+    "random + CKA-SR": "with `CKARegularization(strength=1e-4)`",
     "SNIP": "`SNIP`",
     "GraSP": "`GraSP`",
     "SynFlow": "`SynFlow`",
@@ -58,56 +57,52 @@ LABELS = {
 MODELS = {"mlp": "perceptron", "resnet18": "ResNet-18", "vit": "ViT-tiny"}
 
 
-def load(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def runs(name: str) -> list[dict[str, Any]]:
+    return SUITES[name].content(RESULTS)["runs"]
 
 
-def spread(values: Sequence[float], digits: int = 2, factor: float = 100) -> str:
-    """Mean and standard deviation."""
-    scaled = [factor * value for value in values]
-    deviation = f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
-    return f"{statistics.mean(scaled):.{digits}f}{deviation}"
+def numbers(name: str) -> dict[str, Any]:
+    return SUITES[name].content(RESULTS)["numbers"]
+
+
+def tests(found: Sequence[Mapping[str, Any]], **what: Any) -> str:
+    return spread([run["test"] for run in pick(found, **what)])
+
+
+def best(cells: Iterable[str], lowest: bool = False) -> float:
+    return (min if lowest else max)(float(cell.split()[0]) for cell in cells if cell)
 
 
 def embolden(rows: Sequence[Row], columns: Iterable[int], lowest: bool = False) -> None:
     """Mark the best mean of each column."""
     for column in columns:
-        found = [(float(row[column].split()[0]), row) for row in rows if row[column]]
-        best = (min if lowest else max)(value for value, _ in found)
-        for value, row in found:
-            if value == best:
-                mean, _, rest = row[column].partition(" ")
+        wanted = best((row[column] for row in rows), lowest)
+        for row in rows:
+            mean, _, rest = row[column].partition(" ")
+            if mean and float(mean) == wanted:
                 row[column] = f"**{mean}** {rest}".rstrip()
 
 
-def percent(sparsity: float) -> str:
-    return f"{100 * sparsity:g} %"
+def percent(sparsities: Sequence[float]) -> Row:
+    return [f"{100 * sparsity:g} %" for sparsity in sparsities]
 
 
 # ---- accuracy ----------------------------------------------------------------------------------------------------------
 
 
-def accuracy(name: str, work: bool = True) -> list[Row]:
-    """A suite of `benchmarks.accuracy`; the best at 98 % first."""
-    suite, found = SUITES[name], collect(name, RESULTS)["runs"]
-
-    def cell(method: str, sparsity: float) -> str:
-        return spread([r["test"] for r in found if (r["method"], r["sparsity"]) == (method, sparsity)])
-
-    def cost(method: str) -> Row:
-        runs = [r for r in found if (r["method"], r["sparsity"]) == (method, 0.98)]
-        return [f"{statistics.mean(r['training'] for r in runs):.3f}"] if work else []
-
-    columns = list(range(1, len(suite.sparsities) + 1))
-    rows = [
-        [LABELS[method], *(cell(method, sparsity) for sparsity in suite.sparsities), *cost(method)]
-        for method in suite.methods
-        if method != "dense"
-    ]
-    rows.sort(key=lambda row: -float(row[1 + list(suite.sparsities).index(0.98)].split()[0]))
+def accuracy(name: str, work: bool = True, beside: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
+    """A comparison, with runs of another one of the same setting; the best at 98 % first."""
+    suite, found = SUITES[name], [*runs(name), *beside]
+    rows = []
+    for method in dict.fromkeys(run["method"] for run in found if run["method"] != "dense"):
+        cost = statistics.mean(run["training"] for run in pick(found, method=method, sparsity=0.98)) if work else 0.0
+        row = [LABELS[method], *(tests(found, method=method, sparsity=s) for s in suite.sparsities)]
+        rows.append(row + [f"{cost:.3f}"] * work)
+    rows.sort(key=lambda row: -best([row[1 + suite.sparsities.index(0.98)]]))
+    columns = range(1, len(suite.sparsities) + 1)
     embolden(rows, columns)
-    dense = [LABELS["dense"], cell("dense", 0.0), *[""] * (len(columns) - 1), *(["1"] if work else [])]
-    return [["", *map(percent, suite.sparsities), *(["training at 98 %"] if work else [])], dense, *rows]
+    dense = [LABELS["dense"], tests(found, method="dense"), *[""] * (len(columns) - 1), *["1"] * work]
+    return [["", *percent(suite.sparsities), *["training at 98 %"] * work], dense, *rows]
 
 
 def growth() -> list[Row]:
@@ -119,73 +114,65 @@ def growth() -> list[Row]:
         "in the end": "outputs without connections in the end",
         "test": "test accuracy",
     }
-    runs = load("growth")["runs"]
-    ways = list(dict.fromkeys(run["way"] for run in runs))
-    rows = [[f"`{way}`", *(spread([run[key] for run in runs if run["way"] == way], 1) for key in keys)] for way in ways]
+    rows = []
+    for way in SUITES["desk-growth"].methods:
+        found = pick(runs("desk-growth"), method=way)
+        rows.append([f"`{way}`", *(spread([run[key] for run in found], 1) for key in keys)])
     return [["%", *keys.values()], *rows]
 
 
 def cka() -> list[Row]:
     """Accuracy and similarity, and the difference seed by seed."""
-    suite, found = SUITES["cka"], collect("cka", RESULTS)["runs"]
-    by_key = {(r["method"], r["sparsity"], r["seed"]): r for r in found}
-    rows = []
-    for method in suite.methods:
-        runs = [[by_key[method, s, seed] for seed in suite.seeds] for s in suite.sparsities]
-        cells = [f"{spread([r['test'] for r in c])}; {statistics.mean(r['similarity'][-1] for r in c):.3f}" for c in runs]
-        rows.append([LABELS[method], *cells])
-    plain, treated = suite.methods
-    gains = [
-        spread([by_key[treated, s, seed]["test"] - by_key[plain, s, seed]["test"] for seed in suite.seeds])
-        for s in suite.sparsities
-    ]
-    return [["", *map(percent, suite.sparsities)], *rows, ["difference, seed by seed", *gains]]
+    suite, found = SUITES["desk-cka"], runs("desk-cka")
+    rows = [[LABELS[method]] for method in suite.methods] + [["difference, seed by seed"]]
+    for sparsity in suite.sparsities:
+        pair = [pick(found, method=method, sparsity=sparsity) for method in suite.methods]
+        for row, some in zip(rows, pair, strict=False):
+            similarity = statistics.mean(run["similarity"][-1] for run in some)
+            row.append(f"{spread([run['test'] for run in some])}; {similarity:.3f}")
+        plain, treated = ([pick(some, seed=seed)[0]["test"] for seed in suite.seeds] for some in pair)
+        rows[-1].append(spread([b - a for a, b in zip(plain, treated, strict=True)]))
+    return [["", *percent(suite.sparsities)], *rows]
 
 
 def scl() -> list[Row]:
     """What prices lead to, beside gradual pruning to the same sparsities."""
-    found = load("scl_evidence")["numbers"]
+    found = runs("desk-prices")
     rows = []
-    for price in sorted({r["price"] for r in found if r["study"] == "gradual"}):
-        ours, theirs = ([r for r in found if (r["study"], r.get("price")) == (s, price)] for s in ("price", "gradual"))
-        cells = [spread([r["test"] for r in runs]) for runs in (ours, theirs)]
-        best = max(range(2), key=lambda i, cells=cells: float(cells[i].split()[0]))
-        mean, _, rest = cells[best].partition(" ")
-        cells[best] = f"**{mean}** {rest}"
-        rows.append([f"{price:g}", spread([r["sparsity"] for r in ours]), *cells])
+    for price in sorted({run["price"] for run in pick(found, study="gradual")}):
+        reached = spread([run["sparsity"] for run in pick(found, study="price", price=price)])
+        cells = [[tests(found, study=study, price=price)] for study in ("price", "gradual")]
+        embolden(cells, [0])
+        rows.append([f"{price:g}", reached, *(cell for [cell] in cells)])
     return [["price", "sparsity it led to, %", "`SparseConnectivityLearning`", "gradual magnitude"], *rows]
 
 
 def lpss() -> list[Row]:
     """The sphere beside static masks."""
-    found, sparsities = load("lpss_half")["runs"], (0.5, 0.8, 0.9)
-
-    def cell(method: str, sparsity: float) -> str:
-        return spread([r["test"] for r in found if (r["method"], r["sparsity"]) == (method, sparsity)])
-
-    rows = [[LABELS[method], *(cell(method, s) for s in sparsities)] for method in ("static", "LpSphere")]
+    found, sparsities = runs("desk-lp-sphere"), SUITES["desk-lp-sphere"].sparsities
+    rows = [[LABELS[m], *(tests(found, method=m, sparsity=s) for s in sparsities)] for m in ("static", "LpSphere")]
     embolden(rows, (1, 2, 3))
-    return [["", *map(percent, sparsities)], ["dense SGD (0 %)", cell("dense", 0.0), "", ""], *rows]
+    return [["", *percent(sparsities)], ["dense SGD (0 %)", tests(found, method="dense"), "", ""], *rows]
 
 
 def simulation() -> list[Row]:
     """Error and depth after layers have merged."""
-    found = [r for r in load("layers_simulation")["runs"] if r["setting"] == "1/3 of inner layers signed"]
+    found = pick(runs("desk-layers-simulation"), setting="1/3 of inner layers signed")
     rows = []
     for fit, strength, label in (
         ("plain", None, "plain"),
         ("weight decay", 0.0, "weight decay alone"),
-        ("layer penalty", 0.3, "`LayerSparsity(0.3)`, merged"),
+        ("layer penalty", 0.3, "`LayerSparsity(strength=0.3)`, merged"),
         ("refit, warm", 0.3, "the same, trained on from there (warm)"),
         ("refit, fresh", 0.3, "the same, trained anew (fresh)"),
-        ("layer penalty", 1.0, "`LayerSparsity(1.0)`, merged"),
+        ("layer penalty", 1.0, "`LayerSparsity(strength=1.0)`, merged"),
         ("refit, warm", 1.0, "the same, warm"),
         ("refit, fresh", 1.0, "the same, fresh"),
     ):
-        runs = [r for r in found if (r["fit"], r["strength"]) == (fit, strength)]
-        depths = sorted({r["depth"][1] for r in runs}) if fit == "layer penalty" else []
+        some = pick(found, fit=fit, strength=strength)
+        depths = sorted(run["depth"][1] for run in some) if fit == "layer penalty" else []
         left = " to ".join(map(str, dict.fromkeys((depths[0], depths[-1])))) if depths else ""
-        rows.append([label, spread([r.get("merged error", r["error"]) for r in runs], 3, 1), left])
+        rows.append([label, spread([run.get("merged error", run["error"]) for run in some], 3, 1), left])
     embolden(rows, (1,), lowest=True)
     return [["", "error", "layers left of 8"], *rows]
 
@@ -193,122 +180,101 @@ def simulation() -> list[Row]:
 # ---- cost --------------------------------------------------------------------------------------------------------------
 
 
+def ratio(found: dict[str, float], digits: int = 2) -> str:
+    """A median with its middle half."""
+    return f"{found['ratio']:.{min(3, digits + 1)}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+
+def places(titles: Iterable[str]) -> Row:
+    """Model and batch, of titles that name them."""
+    found = [re.search(r"(\w+), batch (\d+)", title) for title in titles]
+    return [f"{MODELS[match[1]]}, {match[2]}" for match in found]
+
+
 def overhead() -> list[Row]:
     """Steps beside the peers."""
-    numbers = load("overhead_cpu")["numbers"]
-    places = [(model, batch) for model in MODELS for batch in (32, 128)]
-    columns = [numbers[f"step, {model}, batch {batch}, 32-true, cpu"] for model, batch in places]
-    rows = [["dense, ms", *(f"{1e3 * column['dense']['seconds']:.0f}" for column in columns)]]
+    columns = numbers("cost-overhead")
+    rows = [["dense, ms", *(f"{1e3 * column['dense']['seconds']:.0f}" for column in columns.values())]]
     for way, label in LABELS.items():
-        if way in columns[0] and way != "dense":
-            found = [column[way] for column in columns]
-            rows.append([label, *(f"{r['ratio']:.3f}" if way.startswith("inside") else _ratio(r) for r in found)])
-    return [["", *(f"{MODELS[model]}, {batch}" for model, batch in places)], *rows]
-
-
-def peaks() -> list[Row]:
-    """Peak memory beside the peers."""
-    numbers = load("overhead_memory")["numbers"]
-    return _memory(numbers, {way: label for way, label in LABELS.items() if way in next(iter(numbers.values()))})
+        if way != "dense" and all(way in column for column in columns.values()):
+            found = [column[way] for column in columns.values()]
+            rows.append([label, *(f"{r['ratio']:.3f}" if way.startswith("inside") else ratio(r) for r in found)])
+    return [["", *places(columns)], *rows]
 
 
 def updates() -> list[Row]:
     """Mask updates by the number of weights."""
-    numbers = {title: rows for title, rows in load("updates_cpu")["numbers"].items() if title.startswith("mask update")}
-    sizes = [int(title.split()[2].replace(",", "")) for title in numbers]
-    columns = list(numbers.values())
-    rows = [["`MagnitudePruning`, ms", *(f"{1e3 * c['MagnitudePruning']['seconds']:.0f}" for c in columns)]]
+    columns = {title.split()[2]: c for title, c in numbers("cost-updates").items() if title.startswith("mask update")}
+    rows = [["`MagnitudePruning`, ms", *(f"{1e3 * c['MagnitudePruning']['seconds']:.0f}" for c in columns.values())]]
     for way, label in {
         "prune.global_unstructured": "`prune.global_unstructured`, times that",
         "ModelPruning": "`ModelPruning`, times that",
         "cat, kthvalue, compare": "concatenate, `torch.kthvalue`, compare; times that",
     }.items():
-        rows.append([label, *(_ratio(c[way], 1) if way in c else "" for c in columns)])
-    return [["a global mask update over", *(f"{size / 1e6:g} M" for size in sizes)], *rows]
-
-
-def _ratio(found: dict[str, float], digits: int = 2) -> str:
-    """A median with its middle half."""
-    return f"{found['ratio']:.{min(3, digits + 1)}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+        rows.append([label, *(ratio(c[way], 1) if way in c else "" for c in columns.values())])
+    return [["a global mask update over", *(f"{int(size.replace(',', '')) / 1e6:g} M" for size in columns)], *rows]
 
 
 def methods() -> list[Row]:
     """Steps of every method beside dense ones, between changes of masks."""
-    numbers = load("methods_cpu")["numbers"]
-    rows = [["dense, ms", *(f"{statistics.median(r['dense, ms'] for r in c.values()):.0f}" for c in numbers.values())]]
-    rows += [
-        [f"`{method}`", *(_ratio(column[method]["between"]) if method in column else "" for column in numbers.values())]
-        for method in next(iter(numbers.values()))
-    ]
-    return [["", *map(_place, numbers)], *rows]
+    columns = numbers("cost-methods")
+    rows = [["dense, ms", *(f"{statistics.median(r['dense, ms'] for r in c.values()):.0f}" for c in columns.values())]]
+    for method in columns["mlp, batch 32"]:
+        rows.append([f"`{method}`", *(ratio(c[method]["between"]) if method in c else "" for c in columns.values())])
+    return [["", *places(columns)], *rows]
 
 
 def inside() -> list[Row]:
     """What of a step is spent inside every method, between changes of masks and where they change; and what it keeps."""
-    numbers = load("methods_cpu")["numbers"]
-
-    def cell(found: dict[str, Any]) -> str:
-        shares = [
-            f"{100 * found[title]['inside']:.1f}" for title in ("between", "change") if "inside" in found.get(title, {})
-        ]
-        return "; ".join(shares)
-
+    columns = numbers("cost-methods")
     rows = []
-    for method in next(iter(numbers.values())):
-        cells = [cell(column[method]) if method in column else "" for column in numbers.values()]
-        kept = max(column[method]["bytes per weight"] for column in numbers.values() if method in column)
-        rows.append([f"`{method}`", *cells, f"{kept:.0f}"])
-    return [["inside, % of the rest of the step", *map(_place, numbers), "bytes per weight"], *rows]
+    for method in columns["mlp, batch 32"]:
+        found = [column.get(method, {}) for column in columns.values()]
+        shares = [[row.get(title, {}).get("inside") for title in ("between", "change")] for row in found]
+        cells = ["; ".join(f"{100 * share:.1f}" for share in pair if share is not None) for pair in shares]
+        rows.append([f"`{method}`", *cells, f"{max(row.get('bytes per weight', 0) for row in found):.0f}"])
+    return [["inside, % of the rest of the step", *places(columns), "bytes per weight"], *rows]
 
 
-def memory() -> list[Row]:
-    """Peak memory of every method."""
-    numbers = load("methods_memory")["numbers"]
-    return _memory(numbers, {method: f"`{method}`" for method in next(iter(numbers.values()))})
+def memory(name: str) -> list[Row]:
+    """Peak memory of every method, or beside the peers."""
+    columns = numbers(name)
+    ways = [way for way in columns["mlp, batch 32"] if way != "dense"]
+    if name == "memory-overhead":
+        ways = [way for way in LABELS if way in ways]
+    return peaks(columns, {way: LABELS[way] if name == "memory-overhead" else f"`{way}`" for way in ways})
 
 
-def _memory(numbers: dict[str, Any], labels: dict[str, str]) -> list[Row]:
-    """Peaks as ratios to the plain training of the same turn: the median, and the range where turns differ."""
+def peaks(columns: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str]) -> list[Row]:
+    """Ratios to the plain training of the same turn: the median, and the range where turns differ."""
 
-    def cell(column: dict[str, list[float]], way: str) -> str:
+    def cell(column: Mapping[str, Sequence[float]], way: str) -> str:
         ratios = [mine / plain for mine, plain in zip(column.get(way, []), column["dense"], strict=False)]
-        if not ratios:
-            return ""
-        low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
-        return f"{statistics.median(ratios):.3f}" + (f" ({low} to {high})" if low != high else "")
+        low, high = (f"{end(ratios, default=0):.2f}" for end in (min, max))
+        return f"{statistics.median(ratios):.3f}" + (f" ({low} to {high})" if low != high else "") if ratios else ""
 
-    rows = [["plain, MiB", *(f"{statistics.median(column['dense']):.0f}" for column in numbers.values())]]
-    rows += [[label, *(cell(column, way) for column in numbers.values())] for way, label in labels.items() if way != "dense"]
-    return [["peak memory, times a plain training's", *map(_place, numbers)], *rows]
-
-
-def _place(title: str) -> str:
-    model, _, batch = title.partition(", batch ")
-    return f"{MODELS[model]}, {batch}"
+    rows = [["plain, MiB", *(f"{statistics.median(column['dense']):.0f}" for column in columns.values())]]
+    rows += [[label, *(cell(column, way) for column in columns.values())] for way, label in labels.items()]
+    return [["peak memory, times a plain training's", *places(columns)], *rows]
 
 
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "lenet300": lambda: accuracy("desk-lenet300"),
-    "hypersparse": lambda: accuracy("hypersparse", work=False),
+    "hypersparse": lambda: accuracy("desk-hypersparse", work=False),
     "lenet5": lambda: accuracy("desk-lenet5"),
-    "resnet20": lambda: accuracy("desk-resnet20"),
+    "resnet20": lambda: accuracy("desk-resnet20", beside=pick(runs("desk-cka"), method="random")),
     "growth": growth,
     "cka": cka,
     "scl": scl,
     "lpss": lpss,
     "simulation": simulation,
     "overhead": overhead,
-    "peaks": peaks,
+    "peaks": lambda: memory("memory-overhead"),
     "updates": updates,
     "methods": methods,
     "inside": inside,
-    "memory": memory,
+    "memory": lambda: memory("memory-methods"),
 }
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def filled(page: str) -> str:
@@ -320,11 +286,60 @@ def filled(page: str) -> str:
     return re.sub(r"<!-- (?!end)(\w+) -->.*?<!-- end -->", fresh, page, flags=re.DOTALL)
 
 
+# ---- the figure --------------------------------------------------------------------------------------------------------
+
+
+def draw(suite: Comparison, found: Sequence[Mapping[str, Any]], file: Path, columns: int = 5) -> None:
+    """One axis per method, all others behind it in gray; errors against densities, in percent."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for method in suite.methods:
+        for sparsity in sorted({run["sparsity"] for run in pick(found, method=method)}):
+            errors = [100 - 100 * run["test"] for run in pick(found, method=method, sparsity=sparsity)]
+            deviation = statistics.stdev(errors) if len(errors) > 1 else 0.0
+            curves.setdefault(method, []).append((100 * (1 - sparsity), statistics.mean(errors), deviation))
+    means = [mean for curve in curves.values() for _, mean, _ in curve]
+    dense = curves.pop("dense", None)
+    lines = -(-len(curves) // columns)
+    size = (2.1 * columns, 1.9 * lines)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    ticks = sorted({density for curve in curves.values() for density, _, _ in curve}, reverse=True)
+    marks = [a for a in (99, 98, 95, 92, 90, 88, 85, 80, 70, 60, 40, 20, 10) if 100 - a <= max(means) + 10]
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    for axis, (method, curve) in zip(axes.flat, curves.items(), strict=False):
+        for other in curves.values():
+            axis.plot(*list(zip(*other, strict=True))[:2], color="0.85", linewidth=1)
+        if dense:
+            axis.axhline(dense[0][1], color="0.5", linewidth=0.8, linestyle=":")
+        axis.errorbar(*zip(*curve, strict=True), color="tab:blue", linewidth=1.6, marker="o", markersize=3, capsize=2)
+        axis.set_title(method, fontsize=8)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(ticks, [f"{100 - tick:g}" for tick in ticks], fontsize=6.5)
+        axis.set_yticks([100 - mark for mark in marks], [f"{mark}" for mark in marks], fontsize=6.5)
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].invert_xaxis()
+    axes.flat[0].set_ylim(1.05 * max(means), 0.95 * min(means))
+    figure.supxlabel("sparsity, %", fontsize=8)
+    figure.supylabel("test accuracy, %, on the scale of the error", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", choices=TABLES)
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="the figure instead")
     options = parser.parse_args()
-    if options.table:
+    if options.draw:
+        draw(SUITES["desk-lenet300"], runs("desk-lenet300"), options.draw)
+    elif options.table:
         print(markdown(TABLES[options.table]()))
     else:
         PAGE.write_text(filled(PAGE.read_text()))

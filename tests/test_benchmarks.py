@@ -2,34 +2,31 @@
 
 import json
 import re
-import subprocess
+from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 
 import lightning as L
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, lpss, methods, overhead, record, tables
-from benchmarks.accuracy import (
-    GROUPS,
-    METHODS,
-    OPEN_ENDED,
-    SETTINGS,
-    SUITES,
-    Suite,
-    collect,
-    merge,
-    prepare,
-    run,
-    runs,
-    table,
-)
-from benchmarks.competitors import PEERS, Net, layers
+from benchmarks import accuracy, gpu, lp_sphere, tables
+from benchmarks.__main__ import main
+from benchmarks.accuracy import METHODS, OPEN_ENDED, Comparison, Setting
+from benchmarks.competitors import PEERS, layers
 from benchmarks.growth import where
-from benchmarks.methods import Step, Turns, compared, train
-from benchmarks.record import growth, peaks, resumed
-from lightning_sparse import SET, LpSphere
+from benchmarks.methods import EveryOther, compared
+from benchmarks.record import RESULTS, LeftOut, Measurements, Options, at_once
+from benchmarks.suites import DESK, PAPER, SUITES
+from benchmarks.trainers import Net
+from benchmarks.turns import Step, Turns, Way, growth, held, in_turns, ratios
+from lightning_sparse import SET, LpSphere, MagnitudePruning
+from lightning_sparse.data import Digits, FashionMNIST
 from lightning_sparse.functional import magnitude
+from lightning_sparse.models import LeNet300
+
+DIGITS = Setting(Digits, LeNet300, 12, 64, 0.05)
+TOY = Comparison("toy", DIGITS, ("dense", "gradual"), (0.5, 0.9), (0, 1), published={"gradual": (70.5, 60.5)})
 
 
 class Made(list):
@@ -37,97 +34,106 @@ class Made(list):
 
 
 @pytest.fixture
-def suite(monkeypatch):
-    """A suite whose runs are instant, and the list of those that were made."""
+def made(monkeypatch):
+    """Runs of a toy are instant; the list of those that were made, of which the third is interrupted."""
     made = Made()
     made.checkpoints = []
 
-    def train(setting, method, sparsity, seed, *options):
+    def train(setting, seed, method, sparsity, checkpoint, **how):
         made.append((seed, method, sparsity))
-        made.checkpoints.append(options[-1].name)
+        made.checkpoints.append(checkpoint.name)
         if len(made) == 3:
             raise KeyboardInterrupt
         return {"test": 0.5 + seed / 10, "seconds": 0.0, "inference": 1 - sparsity, "training": 1.0}
 
-    published = {"gradual": (70.5, 60.5)}
-    monkeypatch.setitem(SUITES, "toy", Suite("digits", ("dense", "gradual"), (0.5, 0.9), (0, 1), published=published))
     monkeypatch.setattr(accuracy, "train", train)
     return made
 
 
-def test_an_interrupted_suite_goes_on_where_it_stopped(suite, tmp_path):
+def keys(suite, options):
+    return [tuple(key.values()) for key, _ in suite.parts(options)]
+
+
+def test_an_interrupted_suite_goes_on_where_it_stopped(made, tmp_path):
+    options = Options(out=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        run("toy", "", (1, 1), None, tmp_path)
-    assert len(collect("toy", tmp_path)["runs"]) == 2
-    run("toy", "", (1, 1), None, tmp_path)
-    assert suite[:2] + suite[3:] == runs(SUITES["toy"]), "the one that was interrupted is begun anew, no other is"
-    run("toy", "", (1, 1), None, tmp_path)
-    assert len(suite) == 7
+        TOY.run(options)
+    assert len(TOY.content(tmp_path)["runs"]) == 2
+    assert TOY.missing(options) == [2, 3, 4, 5]
+    TOY.run(options)
+    assert made[:2] + made[3:] == keys(TOY, options), "the one that was interrupted is begun anew, no other is"
+    TOY.run(options)
+    assert len(made) == 7
 
 
-def test_parts_share_the_work_and_become_one_file(suite, tmp_path):
-    suite += [None] * 3  # no interruption
+def test_processes_share_the_work_and_one_file(made, tmp_path):
+    made += [None] * 3  # no interruption
     for part in (2, 1):
-        run("toy", "", (part, 2), None, tmp_path)
-    again = (tmp_path / "accuracy_toy.2.json").read_text()
-    merge("toy", tmp_path)
-    (tmp_path / "accuracy_toy.2.json").write_text(again)
-    merge("toy", tmp_path)
+        TOY.run(Options(out=tmp_path, part=(part, 2)))
+    assert made[3:] == keys(TOY, Options())[1::2] + keys(TOY, Options())[::2]
     (file,) = tmp_path.iterdir()
-    found = json.loads(file.read_text())["runs"]
-    kept = [(r["seed"], r["method"], r["sparsity"]) for r in found]
-    assert {r["torch"] for r in found} == {torch.__version__}
-    assert kept == runs(SUITES["toy"])
-    assert sorted(suite[3:]) == sorted(kept)
-    lines = table("toy", tmp_path).splitlines()
-    assert lines[2:] == [
+    found = json.loads(file.read_text())
+    assert {run["torch"] for run in found["runs"]} == {torch.__version__}
+    assert found["command"] == "python -m benchmarks toy"
+    assert TOY.table(tmp_path).splitlines()[2:] == [
         "| dense | 55.00 ± 7.07 (2); 1.000, 1.000 |  |",
         "| gradual | 55.00 ± 7.07 (2); 0.500, 1.000 | 55.00 ± 7.07 (2); 0.100, 1.000 |",
         "| gradual, published | 70.50 | 60.50 |",
     ]
 
 
-def test_results_of_another_version_or_recipe_are_refused(suite, tmp_path):
-    suite += [None] * 3
-    run("toy", "", (1, 1), None, tmp_path)
-    with pytest.raises(SystemExit, match="epochs=12, the recipe now says 7; begin anew with another --out"):
-        prepare("toy", "", 7, tmp_path, download=False)
-    path = tmp_path / "accuracy_toy.json"
+def test_only_the_parts_that_are_asked_for_are_done(made, tmp_path):
+    made += [None] * 3
+    TOY.run(Options(out=tmp_path, only=["method grad*"]))
+    assert made[3:] == [(seed, "gradual", sparsity) for seed in (0, 1) for sparsity in (0.5, 0.9)]
+
+
+def test_results_of_another_version_or_recipe_are_refused(made, tmp_path):
+    made += [None] * 3
+    TOY.run(Options(out=tmp_path))
+    with pytest.raises(SystemExit, match=r"toy\.json is of epochs 12, this is 7; begin anew with another --out"):
+        TOY.prepare(Options(out=tmp_path, epochs=7))
+    path = tmp_path / "toy.json"
     result = json.loads(path.read_text())
     result["machine"]["lightning_sparse"] = "0.0.1"
     path.write_text(json.dumps(result))
-    with pytest.raises(SystemExit, match=r"of lightning_sparse 0\.0\.1, this is .*; begin anew with another --out"):
-        prepare("toy", "", None, tmp_path, download=False)
+    with pytest.raises(SystemExit, match=r"of lightning_sparse '0\.0\.1', this is .*; begin anew with another --out"):
+        TOY.run(Options(out=tmp_path))
 
 
-def test_runs_of_another_suite_with_the_same_recipe_count_too(suite, monkeypatch, tmp_path):
-    suite += [None] * 3
-    run("toy", "", (1, 1), None, tmp_path)
-    del suite[3:]
-    monkeypatch.setitem(SUITES, "more", Suite("digits", ("gradual", "random"), (0.9,), (0,), shares=("toy",)))
-    run("more", "", (1, 1), None, tmp_path)
-    assert suite[3:] == [(0, "random", 0.9)]
-    assert [r["method"] for r in collect("more", tmp_path)["runs"]] == ["random", "gradual"]
-    assert [r["method"] for r in collect("more", tmp_path, shared=False)["runs"]] == ["random"]
+def test_no_run_goes_on_from_the_checkpoint_of_another_recipe(made, tmp_path):
+    made += [None] * 3
+    TOY.run(Options(out=tmp_path))
+    TOY.run(Options(out=tmp_path / "shorter", epochs=2))
+    assert len(set(made.checkpoints)) == len(made.checkpoints) == 12
 
 
-def test_no_run_goes_on_from_the_checkpoint_of_another_recipe(suite, tmp_path):
-    suite += [None] * 3
-    run("toy", "", (1, 1), None, tmp_path)
-    run("toy", "", (1, 1), 2, tmp_path / "shorter")
-    assert len(set(suite.checkpoints)) == len(suite.checkpoints) == 12
-
-
-def test_missing_data_are_a_sentence(tmp_path):
+@pytest.mark.parametrize("suite", [s for s in (*DESK, *PAPER) if s.name != "desk-layers-simulation"], ids=lambda s: s.name)
+def test_missing_data_are_a_sentence(suite, tmp_path):
     missing = str(tmp_path / "nowhere")
-    for suite in (*GROUPS["desk"], *GROUPS["paper"]):
-        with pytest.raises(SystemExit, match=f"is not in root='{missing}'; give its folder with --data, or add --download"):
-            prepare(suite, missing, None, tmp_path, download=False)
+    with pytest.raises(SystemExit, match=f"is not in root='{missing}'; give its folder with --data, or add --download"):
+        suite.run(Options(data=missing, out=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "suite", [*DESK, *[s for s in SUITES.values() if isinstance(s, Measurements)]], ids=lambda s: s.name
+)
+def test_every_number_that_is_published_is_a_part_of_its_suite(suite):
+    content, options = suite.content(RESULTS), Options(out=RESULTS)
+    assert content["command"].removesuffix(" --data DIR") == f"python -m benchmarks {suite.name}"
+    assert suite.missing(options) == []
+    if isinstance(suite, Measurements):
+        found = {key[:1] for key, _ in suite.parts(options)}
+        assert found == {()} or found == {(name,) for name in content["numbers"]}
+    else:
+        rows = {
+            json.dumps({name: run.get(name) for name in key}) for key, _ in suite.parts(options) for run in content["runs"]
+        }
+        assert {json.dumps(key) for key, _ in suite.parts(options)} <= rows
 
 
 def test_a_method_that_ends_the_training_itself():
-    setting = SETTINGS["digits"]
-    numbers = accuracy.train(setting, "HyperSparse, as published", 0.9, 0, "", epochs=1)
+    numbers = accuracy.train(DIGITS, "HyperSparse, as published", 0.9, 0, "", epochs=1)
     regularized = len(numbers["history"])
     assert regularized <= 17, "60, at most 200 and 160 epochs, a twelfth of each"
     assert numbers["epochs"] == 5 + regularized + 14
@@ -145,7 +151,7 @@ def test_a_training_that_was_killed_goes_on_from_its_checkpoint(method, epochs, 
             if begun == [*range(9)]:
                 raise RuntimeError("killed")
 
-    how = (SETTINGS["digits"], method, 0.9, 0, "", epochs)
+    how = (DIGITS, method, 0.9, 0, "", epochs)
     whole = accuracy.train(*how)
     table = OPEN_ENDED if method in OPEN_ENDED else METHODS
     monkeypatch.setitem(table, method, lambda *options, make=table[method]: [*make(*options), Killer()])
@@ -169,9 +175,9 @@ def test_a_training_on_spheres_that_was_killed_goes_on_from_its_checkpoint(monke
                 raise RuntimeError("killed")
             super().on_train_epoch_start(trainer, *_)
 
-    how = (lpss.RECIPES["quick"], "LpSphere", 0.8, 0, "", 2)
+    how = (replace(lp_sphere.PUBLISHED, data=Digits), "LpSphere", 0.8, 0, "", 2)
     whole = accuracy.train(*how)
-    monkeypatch.setattr(lpss, "LpSphere", Killed)
+    monkeypatch.setattr(lp_sphere, "LpSphere", Killed)
     with pytest.raises(RuntimeError, match="killed"):
         accuracy.train(*how, checkpoint=tmp_path / "half.ckpt")
     resumed = accuracy.train(*how, checkpoint=tmp_path / "half.ckpt")
@@ -180,18 +186,14 @@ def test_a_training_on_spheres_that_was_killed_goes_on_from_its_checkpoint(monke
     assert not list(tmp_path.iterdir())
 
 
-def test_on_a_gpu_what_is_missing_runs_short_ones_of_first_seeds_first(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "GROUPS", {"paper": ("long", "toy", "elsewhere")})
-    for name, suite in {
-        "long": Suite("lenet300-fashion", ("dense",), (), (0, 1)),
-        "toy": Suite("digits", ("dense", "gradual"), (0.5,), (0, 1)),
-        "elsewhere": Suite("resnet20-cifar10", ("dense",), (), (0,)),
-    }.items():
-        monkeypatch.setitem(SUITES, name, suite)
-    monkeypatch.setattr(accuracy.FashionMNIST, "load", lambda self, train: None)
-    done = {"runs": [{"seed": 0, "method": "dense", "sparsity": 0.0}]}
-    (tmp_path / "accuracy_toy.1.json").write_text(json.dumps(done))
-    assert list(gpu.trainings(tmp_path, str(tmp_path))) == [("toy", 1), ("long", 0), ("toy", 2), ("toy", 3), ("long", 1)]
+def test_on_a_gpu_what_is_missing_runs_short_ones_of_first_seeds_first(monkeypatch, tmp_path, capsys):
+    toy = replace(TOY, sparsities=(0.5,))
+    long = Comparison("long", Setting(FashionMNIST, LeNet300, 30), ("dense",), (), (0, 1))
+    monkeypatch.setattr(FashionMNIST, "load", lambda self, train: None)
+    toy.write(Options(out=tmp_path), {"seed": 0, "method": "dense", "sparsity": 0.0}, {})
+    work = gpu.trainings(Options(data=str(tmp_path), out=tmp_path), [long, toy, SUITES["paper-cka-cifar10"]])
+    assert [(suite.name, place) for suite, place in work] == [("toy", 1), ("long", 0), ("toy", 2), ("toy", 3), ("long", 1)]
+    assert "paper-cka-cifar10 is left out. CIFAR10 is not in root=" in capsys.readouterr().out
 
 
 def test_the_page_shows_the_results():
@@ -219,11 +221,11 @@ def test_a_step_is_compared_with_its_dense_neighbors():
     own = iter([(8.0, False), (8.0, True), (3.0, False), (8.0, False), (6.0, True), (4.0, None), (7.0, False)])
     steps = []
     for seconds, changed in own:
-        steps += [Step(seconds, 0.5, bool(changed), counts=changed is not None), Step(next(dense), 0.0, None, True)]
+        steps += [Step("own", seconds, 0.5, bool(changed), counts=changed is not None), Step("dense", next(dense))]
     steps.pop()
-    ratios = {changed: [ratio for _, ratio in compared(steps, changed)] for changed in (False, True)}
+    found = {changed: [ratio for _, ratio in compared(steps, changed)] for changed in (False, True)}
     message = "not the first two, nor one that does not count, nor one without a next, nor beside dense steps after a change"
-    assert ratios == {False: [3.0, 4.0], True: [2.0]}, message
+    assert found == {False: [3.0, 4.0], True: [2.0]}, message
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -256,26 +258,65 @@ def test_a_way_leaves_the_model_as_it_found_it(name):
 
 
 def test_every_other_step_is_dense():
-    turns = Turns(SET(0.5, start=0.0, end=1.0, every="2 steps"), "cpu")
+    method = SET(0.5, start=0.0, end=1.0, every="2 steps")
+    turns = EveryOther(method, "cpu")
     kept = []
 
     class Look(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            turns.end()
             kept.append(int(pl_module.net[1].weight.count_nonzero()))
 
-    with turns.watching():
-        train("quick", 4, 16, [turns, turns.method, Look()], "cpu")
+    turns.fit(Net("quick"), 4, 4, 4, callbacks=[Look()])
     assert max(kept[::2]) < min(kept[1::2]), "dense steps wake what is pruned"
-    assert [step.changed for step in turns.steps] == [False, None, True, None] * 4
-    assert all((step.inside > 0) == (step.changed is not None) for step in turns.steps)
+    assert [step.changed for step in turns.steps] == [False, False, True, False] * 4
+    assert [step.way for step in turns.steps[1:]] == ["dense", "own"] * 7 + ["dense"]
+    inside = {step.way: step.inside for step in turns.steps[-2:]}
+    assert 0 < 5 * inside["dense"] < inside["own"]
     assert all(step.inside < step.seconds for step in turns.steps)
+    assert turns.bytes == 1
+
+
+def test_ways_take_turns_every_other_round_in_the_other_order():
+    log = []
+
+    class Logged(Way):
+        def __init__(self, name, *methods):
+            super().__init__(*methods)
+            self.name = name
+
+        def enter(self):
+            log.append(f"{self.name} enters")
+
+        def before_step(self):
+            log.append(f"{self.name} steps")
+
+        def leave(self):
+            log.append(f"{self.name} leaves")
+
+    turns = Turns([], lambda module: {name: Logged(name) for name in "ab"})
+    turns.fit(Net("quick"), 4, 10)
+    order = [line[0] for line in log if line.endswith("steps")]
+    assert order == list("aabbaabba"), "b would have been first, in a step in which all begin"
+    assert log[:4] == ["a enters", "a steps", "a steps", "a leaves"]
+    assert log[-1] == "a leaves", "the model is left as it was"
+    table = turns.table("a")
+    assert list(table) == ["a", "b"]
+    assert table["a"]["ratio"] == 1
+
+
+def test_functions_take_turns_and_some_take_their_own_time(monkeypatch):
+    log = []
+    seen = in_turns({"a": lambda: log.append("a"), "b": lambda: log.append("b") or 3.0}, 2, warm_up=1)
+    assert log == list("baabba")
+    assert [times["b"] for times in seen] == [3.0, 3.0]
+    rounds = [{"a": 2.0, "b": 3.0}, {"a": 1.0, "b": 4.0}, {"a": 1.0, "b": 2.0}]
+    assert ratios(rounds, "a")["b"] == {"ratio": 2.0, "low": 1.5, "high": 4.0, "seconds": 3.0}
 
 
 def test_time_in_a_station_that_another_visits_counts_once(monkeypatch):
-    clock = iter([1.0, 2.0, 5.0, 8.0])  # the outer one begins, the inner one begins, the outer one ends
-    monkeypatch.setattr(methods, "perf_counter", lambda: next(clock))
-    turns = Turns(SET(0.5), "cpu")
+    clock = iter([1.0, 2.0, 5.0])  # the outer one begins, the inner one begins, the outer one ends
+    monkeypatch.setattr("benchmarks.turns.perf_counter", lambda: next(clock))
+    turns = EveryOther(SET(0.5), "cpu")
     inner = turns.timing(lambda: None)
     turns.timing(inner)()
     assert turns.inside == 4.0
@@ -298,55 +339,87 @@ def test_memory_that_is_given_back_counts_too():
     assert growth(lambda: None) < 4
 
 
+def test_what_is_held_counts_once_and_without_the_model():
+    method, net = MagnitudePruning(0.5), torch.nn.Linear(10, 10)
+    method.extra = {"weight": net.weight, "rows": [torch.ones(6), torch.ones(4)]}
+    method.extra["view"] = method.extra["rows"][0][:2]
+    assert held(method, net) == 40
+    assert held(method) == 40 + 400
+
+
 def test_peaks_are_of_all_ways_in_turns_and_go_on_where_they_stopped(monkeypatch, tmp_path, capsys):
     measured = []
 
-    def alone(module, flag, name, *place):
-        measured.append((module, name, *place))
+    def alone(name):
+        measured.append(name)
         if name == "absent":
-            raise subprocess.CalledProcessError(1, name)
+            raise LeftOut("it is not installed")
         if len(measured) == 4:
             raise KeyboardInterrupt
         return float(len(measured))
 
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(record, "alone", alone)
-    places = {("mlp", 32): ["dense", "absent", "masks"]}
+    names = ("dense", "absent", "masks")
+    suite = Measurements(
+        "toy", lambda options: ((("mlp", n, turn), lambda n=n: alone(n)) for turn in range(2) for n in names)
+    )
+    options = Options(out=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        peaks("toy", places, 2, keep=True)
-    peaks("toy", places, 2, keep=True)
-    assert [name for _, name, *_ in measured] == ["dense", "absent", "masks", "dense", "absent", "dense", "absent", "masks"]
-    assert measured[0] == ("benchmarks.toy", "dense", "--models", "mlp", "--batches", "32")
-    assert resumed("toy_memory") == {"mlp, batch 32": {"dense": [1.0, 6.0], "masks": [3.0, 8.0]}}
-    assert "masks" in capsys.readouterr().out
-    path = tmp_path / "toy_memory.json"
+        suite.run(options)
+    suite.run(options)
+    assert measured == ["dense", "absent", "masks", "dense", "absent", "dense", "absent", "masks"]
+    assert suite.content(tmp_path)["numbers"] == {"mlp": {"dense": [1.0, 6.0], "masks": [3.0, 8.0]}}
+    assert "mlp, absent, 0 is left out: it is not installed" in capsys.readouterr().out
+    path = tmp_path / "toy.json"
     text = path.read_text()
     for key, value in {"torch": "1.0", "cpu": "an abacus"}.items():
         result = json.loads(text)
         result["machine"][key] = value
         path.write_text(json.dumps(result))
-        with pytest.raises(SystemExit, match=f"toy_memory.json is of {key} {value}, this is .*; remove it to begin anew"):
-            peaks("toy", places, 2, keep=True)
+        with pytest.raises(SystemExit, match=f"toy.json is of {key} '{value}', this is .*; begin anew with another --out"):
+            suite.run(options)
 
 
-def test_overhead_goes_on_where_it_stopped(monkeypatch, tmp_path):
-    asked = []
-
-    def steps(*how):
-        asked.append(how)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return {"dense": {"ratio": 1.0, "low": 1.0, "high": 1.0, "seconds": 0.1}}
-
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(overhead, "steps", steps)
-    monkeypatch.setattr("sys.argv", ["overhead", "--models", "mlp", "--save"])
-    with pytest.raises(KeyboardInterrupt):
-        overhead.main()
-    overhead.main()
-    assert [how[:2] for how in asked] == [("mlp", 32), ("mlp", 128), ("mlp", 128)]
+def test_a_suite_of_one_part_is_done_once(tmp_path):
+    done = []
+    suite = Measurements("toy", lambda options: iter([((), lambda: done.append(1) or {"speed": 2.0})]))
+    for _ in range(2):
+        suite.run(Options(out=tmp_path))
+    assert done == [1]
+    assert suite.content(tmp_path)["numbers"] == {"speed": 2.0}
 
 
 def test_peak_memory_is_shown_as_a_ratio_of_its_turn():
-    rows = tables._memory({"mlp, batch 32": {"dense": [10.0, 20.0], "a": [11.0, 24.0], "b": [15.0]}}, {"a": "A", "b": "B"})
+    rows = tables.peaks({"mlp, batch 32": {"dense": [10.0, 20.0], "a": [11.0, 24.0], "b": [15.0]}}, {"a": "A", "b": "B"})
     assert rows[1:] == [["plain, MiB", "15"], ["A", "1.150 (1.10 to 1.20)"], ["B", "1.500"]]
+
+
+def test_the_command_line_names_what_is_missing_and_what_it_does_not_know(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["desk-lenet500"])
+    assert "no suite 'desk-lenet500'; choose from desk-lenet300, " in capsys.readouterr().err
+    main(["--out", str(tmp_path)])
+    assert re.search(r"desk-cka +0 of +18 parts are there", capsys.readouterr().out)
+
+
+def test_processes_of_their_own_do_one_part_each(monkeypatch, tmp_path):
+    begun = []
+
+    class Process:
+        def __init__(self, command, **_):
+            begun.append(self)
+            self.command, self.killed = command, False
+
+        def poll(self):
+            return {0: 0, 1: 1}.get(begun.index(self))  # the first ends well, the second fails, others never end
+
+        def kill(self):
+            self.killed = True
+
+    monkeypatch.setattr("benchmarks.record.subprocess.Popen", Process)
+    suite, options = SUITES["desk-cka"], Options(data=str(tmp_path / "nowhere"), out=tmp_path)
+    failed = at_once([(suite, place) for place in range(9)], 2, options, until=monotonic() + 1)
+    assert failed == 1
+    assert [process.command[-1] for process in begun] == [f"--part={part}/18" for part in (1, 2, 3, 4)]
+    assert [process.killed for process in begun] == [False, False, True, True]
+    with pytest.raises(SystemExit, match=f"CIFAR10 is not in root='{options.data}'"):
+        main(begun[0].command[3:])

@@ -19,6 +19,7 @@ __all__ = [
     "combined_loader",
     "compiler_context",
     "forget_iterator",
+    "logged_step",
     "trainer_of",
     "unscales_itself",
 ]
@@ -46,6 +47,11 @@ def forget_iterator(loader: Any) -> None:
     """Let a copied loader open workers of its own: persistent workers serve one iterator, which a copy would share."""
     if getattr(loader, "_iterator", None) is not None:
         loader._iterator = None
+
+
+def logged_step(trainer: pl.Trainer) -> int:
+    """The step that Lightning logs its own numbers of this batch at; with several optimizers, `global_step` is another."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def trainer_of(module: Any) -> pl.Trainer | None:

@@ -23,6 +23,7 @@ from lightning_sparse.core import Masks, Target, count_macs, describe, effective
 from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
 from lightning_sparse.loop.dry_run import dry_run, size_of
 from lightning_sparse.loop.phase import phase_of
+from lightning_sparse.loop.privates import logged_step
 from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
 from lightning_sparse.observe.history import History, choose_metric
 from lightning_sparse.observe.report import FILE, corner, describe_machine, picture, write_report
@@ -107,8 +108,8 @@ class SparsityMonitor(Callback):
         if trainer.global_step == self._seen:
             return  # gradients are gathered
         self._seen = trainer.global_step
-        if trainer.loggers and (_step(trainer) + 1) % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
-            self._log(trainer, _sparsities(sparsifiers(trainer)), _step(trainer))
+        if trainer.loggers and (logged_step(trainer) + 1) % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
+            self._log(trainer, _sparsities(sparsifiers(trainer)), logged_step(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._begun and self._targets:
@@ -165,7 +166,7 @@ class SparsityMonitor(Callback):
         }
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
-            "step": _step(trainer) - 1,  # that of the epoch's last batch, which Lightning logs epochs at
+            "step": logged_step(trainer) - 1,  # that of the epoch's last batch, which Lightning logs epochs at
             "phase": phase_of(methods),
             "sparsity": 1 - sum(kept.values()) / total,
             "zeros": 1 - sum(nonzero.values()) / total,
@@ -291,12 +292,6 @@ def _weights_of(module: nn.Module) -> list[Target]:
     names = [candidate.name for candidate in describe(module, ["*"]) if candidate.chosen]
     layers = [module.get_submodule(name.rpartition(".")[0]) for name in names]
     return [Target.of(name, module.get_parameter(name), layer) for name, layer in zip(names, layers, strict=True)]
-
-
-def _step(trainer: pl.Trainer) -> int:
-    """The step that Lightning logs its own numbers of this batch at; with several optimizers, `global_step` is another."""
-    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
-    return step
 
 
 def _sparsities(methods: list[Sparsifier]) -> dict[str, float]:

@@ -1,0 +1,44 @@
+"""How benchmarks reach into the loop of a running fit: the only file that knows how it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning_sparse.core import FINAL, MaskSet
+from lightning_sparse.families import Masked, Rewiring
+from lightning_sparse.loop import Loop, Sparsifier
+
+STATIONS = ("before_step", "_after_step", "batch_start", "batch_end", "_direct_step")
+
+
+def hand_over(method: Sparsifier, methods: Sequence[Sparsifier]) -> None:
+    """Let these act from the next station on, in the fit of a method that has begun; none of them if there are none."""
+    assert method.loop is not None
+    method.loop.methods = list(methods)
+
+
+def stand_in(method: Rewiring, owner: Masked) -> None:
+    """Begin a method in the fit of another, with the weights and masks of that, and with no update ever due."""
+    assert owner.loop is not None
+    method.enter(owner.run)
+    method.loop, method.chosen, method.masks = owner.loop, owner.chosen, owner.masks
+    method.begun_with, method.steps = owner.begun_with, 1
+    method.window.start, method.window.end, method.window.done = 0.0, 1.0, FINAL
+    for owned in owner.loop._owned.values():
+        owned[id(method)] = owned[id(owner)]
+
+
+@contextmanager
+def watched(station: Callable[[Any], Any], change: Callable[[Any], Any]) -> Iterator[None]:
+    """While this lasts, what loops do at their stations and what exchanges masks are wrapped by these."""
+    functions = [(Loop, name, station) for name in STATIONS] + [(MaskSet, "replace", change)]
+    originals = [getattr(owner, name) for owner, name, _ in functions]
+    for (owner, name, wrap), original in zip(functions, originals, strict=True):
+        setattr(owner, name, wrap(original))
+    try:
+        yield
+    finally:
+        for (owner, name, _), original in zip(functions, originals, strict=True):
+            setattr(owner, name, original)

@@ -1,0 +1,163 @@
+"""The one table of suites, in order of value; `python -m benchmarks` says of each what is missing."""
+
+from __future__ import annotations
+
+from torch import channels_last, nn
+
+from benchmarks import (
+    cka_regularization,
+    export,
+    hypersparse,
+    lp_sphere,
+    methods,
+    monitor,
+    overhead,
+    peers,
+    rewiring,
+    robustness,
+    updates,
+)
+from benchmarks import sparse_connectivity_learning as scl
+from benchmarks.accuracy import Comparison, Setting
+from benchmarks.growth import Watched
+from benchmarks.layer_sparsity import CONV, FASHION, SIMULATION, Layers
+from benchmarks.record import Measurements, Suite
+from lightning_sparse.data import CIFAR10, CIFAR100, FashionMNIST
+from lightning_sparse.models import VGG, LeNet5, LeNet300, ResNet
+
+
+def resnet20_half(*shape: int) -> nn.Module:
+    return ResNet(*shape, width=0.5)
+
+
+def resnet32x2(*shape: int) -> nn.Module:
+    """The ResNet-32 of the pruning literature, of double width."""
+    return ResNet(*shape, depth=32, width=2)
+
+
+FAST = {"precision": "bf16-mixed", "memory_format": channels_last}
+"""What is faster on a CPU."""
+CIFAR = Setting(CIFAR10, resnet20_half, 6, **FAST)
+FEW = (0.9, 0.98, 0.995)
+MANY = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+
+CKA = ("random + CKA-SR", "random + CKA-SR, all samples", "random + AugCKA-SR")
+WITH_TARGET = (
+    *("dense", "random", "SNIP", "GraSP", "SynFlow", "L1, then one-shot", "lottery ticket"),
+    *("one-shot + fine-tuning", "gradual", "SET", "RigL", "GraNet", "L1-ART", "HyperSparse", "SCL"),
+)
+
+DESK = (
+    Comparison("desk-lenet300", Setting(FashionMNIST, LeNet300, 15, 128, 0.05), WITH_TARGET, MANY),
+    Comparison("desk-lenet5", Setting(FashionMNIST, LeNet5, 5, 128, 0.05, **FAST), WITH_TARGET, MANY),
+    Comparison(
+        "desk-resnet20",
+        CIFAR,
+        ("dense", "gradual", "RigL", "HyperSparse", "SET", "GraNet", "SCL"),  # random masks are in desk-cka
+        (0.9, 0.98),
+    ),
+    Comparison("desk-cka", CIFAR, ("random", "random + CKA-SR"), (0.9, 0.95, 0.98), similarity=True),
+    Comparison(
+        "desk-hypersparse",
+        Setting(FashionMNIST, LeNet300, 30, 128, 0.05),
+        ("dense", "one-shot + fine-tuning", "gradual", "L1-ART", "HyperSparse"),
+        FEW,
+    ),
+    scl.Prices("desk-prices"),
+    Comparison("desk-lp-sphere", lp_sphere.HALF, ("dense", "static", "LpSphere"), (0.5, 0.8, 0.9)),
+    Comparison("desk-growth", Watched(CIFAR10, resnet20_half, 2, **FAST), ("RigL", "RigL, eps=0.1", "SET"), (0.98,)),
+    Layers("desk-layers-simulation", SIMULATION, 5),
+    Layers("desk-layers-fashion", FASHION, 3),
+    Layers("desk-layers-conv", CONV, 1),
+)
+
+ART = {"epochs": 220, "batch_size": 64, "weight_decay": 1e-4, "milestones": (140, 180), "val_fraction": 1e-5}
+"""The published recipe of HyperSparse: 60 epochs, regularization until the pruned copy is as good, 160 epochs of fine-tuning
+(other methods: 60 + 160). All training images are used (the loader wants one for validation)."""
+LONG = {"epochs": 160, "milestones": (80, 120)}
+PHASED = "HyperSparse, as published"
+PAPER = (
+    # The README of the repository of LpSS.
+    Comparison(
+        "paper-lp-sphere-fashion",
+        lp_sphere.PUBLISHED,
+        ("dense", "static", "LpSphere"),
+        (0.5, 0.8, 0.9),
+        published={"LpSphere": (94.43, 93.91, 93.29)},
+    ),
+    # The appendix of CKA-SR, tables 2 (the entries of these strengths) and 5, which does not say how many samples it takes.
+    # The recipe of random static masks and CKA-SR; the published one reads the test set at the best validation epoch.
+    Comparison(
+        "paper-cka-cifar10",
+        Setting(CIFAR10, ResNet, nesterov=True, **LONG),
+        ("random", *CKA),
+        (0.95,),
+        seeds=(0, 1, 2, 3, 4),
+        similarity=True,
+        published={"random": (84.16,), "random + CKA-SR": (84.97,), "random + CKA-SR, all samples": (85.03,)},
+    ),
+    Comparison(
+        "paper-cka-cifar100",
+        Setting(CIFAR100, ResNet, nesterov=True, **LONG),
+        ("random", *CKA),
+        (0.7, 0.85, 0.9, 0.95, 0.98, 0.998),
+        similarity=True,
+        published={
+            "random": (65.42, 60.37, 56.96, 47.27, 33.74, 2.95),
+            "random + CKA-SR, all samples": (65.60, 60.86, 57.25, 48.26, 34.44, 3.32),
+            "random + AugCKA-SR": (65.85, 60.89, 57.02, 48.39, 34.60, 3.04),
+        },
+    ),
+    # Networks, lengths and sparsities of the papers; their numbers were not at hand. First the recipe of GraSP, as others
+    # report it, then that of GraNet's script, whose code chooses the epoch by the test set.
+    Comparison(
+        "paper-initial-cifar10",
+        Setting(CIFAR10, resnet32x2, weight_decay=1e-4, **LONG),
+        ("dense", "random", "SNIP", "GraSP", "SynFlow"),
+        (0.9, 0.95, 0.98),
+    ),
+    Comparison(
+        "paper-dynamic-cifar10",
+        Setting(CIFAR10, VGG, **LONG),
+        ("dense", "random", "gradual", "SET", "RigL", "GraNet"),
+        (0.9, 0.95, 0.98),
+    ),
+    # The rows of the HyperSparse repository's README: the best of all test epochs of phase 3, here the last one is taken.
+    *(
+        Comparison(
+            f"paper-hypersparse-{name}",
+            Setting(data, network, **ART),
+            ("dense", "gradual", PHASED),
+            FEW,
+            published={"dense": rows[:1], PHASED: rows[1:]},
+        )
+        for name, data, network, rows in (
+            ("resnet32x2-cifar10", CIFAR10, resnet32x2, (94.70, 94.22, 92.69, 89.35)),
+            ("vgg19-cifar10", CIFAR10, VGG, (93.84, 93.93, 93.75, 92.91)),
+            ("resnet32x2-cifar100", CIFAR100, resnet32x2, (74.60, 74.08, 70.08, 59.58)),
+            ("vgg19-cifar100", CIFAR100, VGG, (72.88, 73.23, 71.83, 69.02)),
+        )
+    ),
+)
+
+COST = (
+    Measurements("cost-overhead", overhead.parts),
+    Measurements("cost-methods", methods.parts),
+    Measurements("cost-updates", updates.parts),
+    Measurements("cost-rewiring", rewiring.parts),
+    Measurements("cost-hypersparse", hypersparse.parts),
+    Measurements("cost-sparse-connectivity-learning", scl.costs),
+    Measurements("cost-lp-sphere", lp_sphere.parts),
+    Measurements("cost-cka-regularization", cka_regularization.parts),
+    Measurements("cost-monitor", monitor.parts),
+    Measurements("memory-overhead", overhead.memory_parts),
+    Measurements("memory-methods", methods.peaks),
+    Measurements("export-resnet", export.whole(export.resnet)),
+    Measurements("export-mlp", export.whole(export.mlp)),
+    Measurements("export-carriers", export.whole(export.carriers)),
+    Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
+    Measurements("robustness", robustness.parts, same=("lightning_sparse", "torch")),
+)
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *PAPER, *COST)}
+GROUPS = {name: tuple(suite.name for suite in suites) for name, suites in (("desk", DESK), ("paper", PAPER), ("cost", COST))}

@@ -1,0 +1,106 @@
+"""One factory for what benchmarks train: quiet Trainers that can be killed, networks by name, random images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torchvision
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_sparse.models import ResNet
+
+
+def quiet(callbacks: Sequence[L.Callback] = (), device: str = "auto", **options: Any) -> L.Trainer:
+    """A Trainer of one device that neither says nor writes anything, unless options ask for it."""
+    how: dict[str, Any] = {"accelerator": "gpu" if device == "cuda" else device, "devices": 1, "logger": False}
+    how |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(callbacks=list(callbacks), **how | options)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """A checkpoint takes the place of the last one when it is complete."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, f"{path}.part", storage_options)
+        os.replace(f"{path}.part", path)
+
+
+def resumable(checkpoint: Path | None, epochs: int) -> tuple[list[L.Callback], dict[str, Any], Path | None]:
+    """Callbacks and options of a Trainer that leaves its state some twenty times on the way, and where it is to begin."""
+    if checkpoint is None:
+        return [], {}, None
+    saving = ModelCheckpoint(
+        checkpoint.parent,
+        checkpoint.stem,
+        every_n_epochs=max(1, epochs // 20),
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    options = {"enable_checkpointing": True, "plugins": [WholeFiles()]}
+    return [saving], options, checkpoint if checkpoint.exists() else None
+
+
+def perceptron(*sizes: int) -> nn.Module:
+    layers = [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers[:-1])
+
+
+def vit() -> nn.Module:
+    net = torchvision.models.VisionTransformer(32, 4, 6, 3, 192, 768, num_classes=10)
+    nn.init.normal_(net.heads.head.weight, std=0.02)  # zeros as it is made, at which no score says anything
+    return net
+
+
+def resnet18() -> nn.Module:
+    net = torchvision.models.resnet18(num_classes=10)
+    net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    net.maxpool = nn.Identity()
+    return net
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "quick": lambda: perceptron(3072, 512, 10),
+    "mlp": lambda: perceptron(3072, 512, 512, 512, 10),
+    "convolutions": lambda: nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
+    ),
+    "resnet8": lambda: ResNet(depth=8),
+    "resnet18": resnet18,
+    "resnet20": lambda: ResNet(depth=20),
+    "resnet50": torchvision.models.resnet50,
+    "vit": vit,
+}
+"""For images of 32 pixels and ten classes, but for ResNet-50."""
+
+
+class Net(L.LightningModule):
+    """One of them, made from one seed; SGD with momentum, and a term in the loss if somebody sets it."""
+
+    def __init__(self, name: str, **sgd: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = NETWORKS[name]()
+        self.sgd = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4} | sgd
+        self.term: Callable[[], Tensor] | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        return loss if self.term is None else loss + self.term()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), **self.sgd)
+
+
+def random_images(batch: int, steps: int, side: int = 32, classes: int = 10) -> DataLoader[Any]:
+    """The same batch in every step."""
+    return DataLoader([(torch.rand(batch, 3, side, side), torch.randint(0, classes, (batch,)))] * steps, batch_size=None)

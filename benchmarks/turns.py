@@ -1,0 +1,298 @@
+"""Taking turns: functions, or ways of training one model, in one run; and memory, in a process of its own.
+
+Two runs of one thing differ by more than what is measured here, through where their memory happens to lie and what else the
+machine does. So ways take turns, step by step, every other round in the other order; each step is compared with one of its
+own round, and the median over rounds is the number, with the middle half as spread.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from benchmarks import loop
+from benchmarks.record import LeftOut
+from benchmarks.trainers import quiet, random_images
+from lightning_sparse.loop import Sparsifier
+
+WARM_UP = 3
+"""Rounds that do not count."""
+
+Numbers = dict[str, float]
+
+# ---- times -------------------------------------------------------------------------------------------------------------
+
+
+def now(device: str = "cpu") -> float:
+    """The time, when the device has done all it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+def timed(function: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call."""
+    start = now(device)
+    function()
+    return now(device) - start
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = WARM_UP
+) -> list[Numbers]:
+    """Seconds of all functions in every round; one that returns a float has taken the time itself."""
+    seen = []
+    for number in range(warm_up + rounds):
+        times = {}
+        for name in list(ways) if number % 2 else list(ways)[::-1]:
+            start = now(device)
+            own = ways[name]()
+            times[name] = own if isinstance(own, float) else now(device) - start
+        seen.append({name: times[name] for name in ways})
+    return seen[warm_up:]
+
+
+def middle(values: Sequence[float]) -> Numbers:
+    """The median, and the middle half as spread."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return {"ratio": statistics.median(ordered), "low": ordered[quarter], "high": ordered[-1 - quarter]}
+
+
+def ratios(rounds: Sequence[Numbers], base: str) -> dict[str, Numbers]:
+    """Each way against the base of the same round."""
+    return {
+        name: {**middle([r[name] / r[base] for r in rounds]), "seconds": statistics.median(r[name] for r in rounds)}
+        for name in rounds[0]
+    }
+
+
+def share(seconds: Sequence[float], of: float) -> Numbers:
+    """Times as a part of another."""
+    return {**middle([value / of for value in seconds]), "seconds": statistics.median(seconds)}
+
+
+# ---- ways of training --------------------------------------------------------------------------------------------------
+
+
+class Way:
+    """One way of training a model; methods of this package act only while it has its turn."""
+
+    def __init__(self, *methods: Sparsifier) -> None:
+        self.methods = methods
+
+    def enter(self) -> None:
+        """Its turn begins."""
+
+    def leave(self) -> None:
+        """Its turn is over."""
+
+    def before_step(self) -> None:
+        """The optimizer is about to move."""
+
+    def after_step(self) -> None:
+        """The batch is over."""
+
+
+class Step(NamedTuple):
+    """Whose turn it was, its seconds, those inside the stations of methods, whether masks changed, and whether it counts."""
+
+    way: str
+    seconds: float
+    inside: float = 0.0
+    changed: bool = False
+    counts: bool = True
+
+
+class Turns(L.Callback):
+    """First of the callbacks: hands the model over to another way before each step, and times all steps.
+
+    All methods begin in the first step, and all take part at the start of every epoch.
+
+    Args:
+        methods: of this package, that any of the ways needs.
+        make: the ways, asked for with the module after the first step.
+        swing: whether every other round goes in the other order.
+        device: that is waited for.
+    """
+
+    def __init__(
+        self, methods: Sequence[Sparsifier], make: Callable[[Any], dict[str, Way]], swing: bool = True, device: str = "cpu"
+    ) -> None:
+        self.methods, self.make, self.swing, self.device = methods, make, swing, device
+        self.ways: dict[str, Way] = {}
+        self.way, self.current = "", Way(*methods)
+        self.steps: list[Step] = []
+        self.started, self.inside, self.depth, self.changed = 0.0, 0.0, 0, False
+
+    def fit(self, module: L.LightningModule, batch: int, steps: int, epochs: int = 1, **options: Any) -> None:
+        """Train on random images; so many steps in an epoch."""
+        callbacks = [self, *self.methods, *options.pop("callbacks", ()), _Last(self)]
+        with loop.watched(self.timing, self.noting):
+            quiet(callbacks, self.device, max_epochs=epochs, **options).fit(module, random_images(batch, steps))
+
+    def table(self, base: str) -> dict[str, Any]:
+        """Steps of all ways as ratios to one of them."""
+        count = len(self.ways)
+        whole = range(WARM_UP * count, len(self.steps) - count + 1, count)
+        rounds = [{step.way: step.seconds for step in self.steps[start : start + count]} for start in whole]
+        return ratios([{name: times[name] for name in self.ways} for times in rounds], base)
+
+    def inside_of(self, way: str, of: float) -> Numbers:
+        """Seconds inside stations as a part of others."""
+        return share([step.inside for step in self.steps[WARM_UP * len(self.ways) :] if step.way == way], of)
+
+    def hand_over(self, way: Way) -> None:
+        self.current.leave()
+        if self.methods:
+            loop.hand_over(self.methods[0], way.methods)
+        way.enter()
+        self.current = way
+
+    def counts(self) -> bool:
+        """Whether the step that ends now is one of those that are asked for."""
+        return True
+
+    def timing(self, function: Any) -> Any:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.depth += 1
+            start = perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.depth -= 1
+                if not self.depth:  # one station may visit another
+                    self.inside += perf_counter() - start
+
+        return run
+
+    def noting(self, function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            self.changed = True
+            return function(*args)
+
+        return run
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        self.hand_over(Way(*self.methods))
+
+    on_train_end = on_train_epoch_start
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if len(self.steps) == 1:
+            self.ways = self.make(pl_module)
+        if self.steps:
+            turn, place = divmod(len(self.steps), len(self.ways))
+            self.way = list(self.ways)[:: -1 if self.swing and turn % 2 == 0 else 1][place]
+            if self.current is not self.ways[self.way]:
+                self.hand_over(self.ways[self.way])
+        self.inside, self.changed, self.started = 0.0, False, now(self.device)
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.current.before_step()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.current.after_step()
+
+    def end(self) -> None:
+        """The step is over."""
+        seconds = now(self.device) - self.started
+        self.steps.append(Step(self.way, seconds, self.inside, self.changed, self.counts()))
+
+
+class _Last(L.Callback):
+    """Last of the callbacks: ends the step."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.turns.end()
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+def growth(function: Callable[[], Any], device: str = "cpu") -> float:
+    """MiB by which what this process holds in memory grows at most while the function runs (of the host: on Linux)."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def resident(field: str) -> int:
+        return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    function()
+    return (resident("VmHWM") - before) / 1024
+
+
+def alone(module: str, *arguments: str) -> float:
+    """The last number that a process of its own prints.
+
+    It has one thread, and gives back to the system what it frees in blocks of a megabyte or more, so that its peak is of
+    what it needs at once, not of what the allocator has kept.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        raise LeftOut("its process failed, see above")
+    return float(done.stdout.split()[-1])
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Bytes of tensors alive at once beyond those before, by the profiler's own account."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def held(keeper: Any, module: torch.nn.Module | None = None) -> int:
+    """Bytes of all tensors that an object of the package keeps, each storage once, those of a model left out."""
+    parameters = [] if module is None else list(module.parameters())
+    own = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+    seen: set[int] = {tensor.untyped_storage().data_ptr() for tensor in own}
+    total = 0
+    values = [vars(keeper)]
+    while values:
+        value = values.pop()
+        storage = value.untyped_storage() if isinstance(value, Tensor) else None
+        key = id(value) if storage is None else storage.data_ptr()
+        if key in seen:
+            continue
+        seen.add(key)
+        if storage is not None:
+            total += storage.nbytes()
+        elif isinstance(value, Mapping):
+            values.extend(value.values())
+        elif isinstance(value, list | tuple):
+            values.extend(value)
+        elif type(value).__module__.startswith("lightning_sparse.core"):
+            values.append(vars(value))
+    return total
