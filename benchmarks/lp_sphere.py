@@ -152,7 +152,7 @@ class Recipe(Setting):
         if method == "static":
             return [RandomSparsity(sparsity, allocation="uniform")]
         first, others = EXPONENTS[sparsity]
-        return [LpSphere([first] * 4 + [others] * 13, sparsity=sparsity, mixing=self.mixing, of_all_parameters=True)]
+        return [LpSphere(p=[first] * 4 + [others] * 13, sparsity=sparsity, mixing=self.mixing, of_all_parameters=True)]
 
     def read(self, module: nn.Module, callbacks: Sequence[Any]) -> dict[str, Any]:
         weights = [p for p in module.parameters() if p.ndim > 1]

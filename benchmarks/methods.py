@@ -72,7 +72,7 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
     "STR": STR,
     "SparseConnectivityLearning": lambda: SparseConnectivityLearning(price=0.05, end=1.0),
     "LpSphere": lambda: LpSphere(p=1.3),
-    "LpSphere(p=sparsity)": lambda: LpSphere(p=1.07, sparsity=0.9, **OFTEN),
+    "LpSphere(sparsity)": lambda: LpSphere(p=1.07, sparsity=0.9, **OFTEN),
     "LayerSparsity": LayerSparsity,
     "CKARegularization": lambda: CKARegularization(every_n_batches=2),
 }

@@ -96,11 +96,11 @@ class Given(accuracy.Setting):
         return list(self.made)
 
 
-@dataclass(frozen=True)
 def at_a_price(price: float, **options: Any) -> list[L.Callback]:
     return [SparseConnectivityLearning(price=price, end=1.0, **options)]
 
 
+@dataclass(frozen=True)
 class Prices(Trainings):
     """Some runs need what others have found: the sparsity that a price led to, the rate that was best."""
 
@@ -136,11 +136,7 @@ class Prices(Trainings):
             return [SparseConnectivityLearning(price=UNIT[norm], sparsity=target, norm=norm, learning_rate=rate)]
 
         def fixed(price: float) -> list[L.Callback]:
-            return [
-                SparseConnectivityLearning(
-                    price=price, end=1.0, norm="none", learning_rate=best("rate", norm="none")["rate"]
-                )
-            ]
+            return at_a_price(price, norm="none", learning_rate=best("rate", norm="none")["rate"])
 
         for seed in SEEDS:
             yield {"study": "dense", "seed": seed}, partial(run, list, seed)

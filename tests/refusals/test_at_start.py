@@ -1,4 +1,4 @@
-"""Every bad input: one clear sentence that names what was given and what to do, at the start of fit, before anything is touched."""
+"""Every bad input at the start of fit: one clear sentence that names what was given and what to do; nothing is touched."""
 
 from __future__ import annotations
 
