@@ -1,5 +1,6 @@
 """Sparse training for PyTorch Lightning: add a callback; your model, optimizer and checkpoints stay yours."""
 
+from lightning_sparse._version import __version__ as __version__
 from lightning_sparse.export import merge_layers
 from lightning_sparse.loop import SparsityMixin
 from lightning_sparse.methods import (
@@ -22,8 +23,6 @@ from lightning_sparse.methods import (
     WeightPenalty,
 )
 from lightning_sparse.observe import SparsityCheckpoint, SparsityMonitor
-
-__version__ = "0.1.0"
 
 __all__ = [
     "SET",

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
-import lightning_sparse
+from lightning_sparse._version import __version__
 from lightning_sparse.cli.checkpoints import readable
 from lightning_sparse.cli.parser import SparseParser
 from lightning_sparse.cli.trainer import SparseTrainer, side_by_side
@@ -49,7 +49,7 @@ class SparseCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}, "export": {"model", "datamodule"}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = SparseParser(dump_header=[f"lightning_sparse=={lightning_sparse.__version__}"], **kwargs)
+        parser = SparseParser(dump_header=[f"lightning_sparse=={__version__}"], **kwargs)
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="A configuration file; later ones go on top.")
         return parser
 

@@ -10,7 +10,7 @@ from lightning_sparse.core.chains import (
     find_chains,
     is_collapsed,
 )
-from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs
+from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import Coupling, Place
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
@@ -111,4 +111,5 @@ __all__ = [
     "parse_structure",
     "shared_parameters",
     "summarize",
+    "tensors_in",
 ]

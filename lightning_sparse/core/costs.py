@@ -1,4 +1,8 @@
-"""What a forward pass costs, by the weights that its products are made with."""
+"""What a forward pass costs, by the weights that its products are made with.
+
+The only file of `core` that imports private modules of torch: a mode that sees every operation, and the walk through nested
+outputs, have no public names in the versions supported.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,12 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_sparse.functional import layer_density
 
-__all__ = ["BETWEEN_ACTIVATIONS", "count_macs", "effective_macs"]
+__all__ = ["BETWEEN_ACTIVATIONS", "count_macs", "effective_macs", "tensors_in"]
 
 BETWEEN_ACTIVATIONS = "(between activations)"
 """The name under which products without a weight are counted, such as attention scores."""
 
-COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
+COPIES = ("aten::_to_copy", "aten::clone")
 
 
 def count_macs(module: nn.Module, run: Callable[[], Any], samples: int = 1) -> dict[str, int]:
@@ -61,6 +65,16 @@ def effective_macs(macs: Mapping[str, int], weights: Mapping[str, Tensor]) -> di
     return {name: round(count * density.get(name, 1.0)) for name, count in macs.items()}
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples, dictionaries and whatever else torch knows how to open.
+
+    Example:
+        >>> tensors_in({"logits": torch.ones(2), "cache": [None, (torch.zeros(1),)]})
+        [tensor([1., 1.]), tensor([0.])]
+    """
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 class _Counter(TorchDispatchMode):
     """Counts products, and finds the weight among their operands by its storage."""
 
@@ -73,11 +87,11 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
-        if packet in COPIES and (name := self.names.get(_address(args[0]))):
+        if func.name() in COPIES and (name := self.names.get(_address(args[0]))):
             self.names[_address(result)] = name
             self.copies.append(result)
         elif packet in flop_registry:
-            operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim >= 2]
+            operands = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim >= 2]
             found = [name for operand in operands if (name := self.names.get(_address(operand)))]
             name = found[0] if found else BETWEEN_ACTIVATIONS
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+
+from lightning_sparse.core.linear import CHANNEL_NORMS, CONVOLUTIONS, is_layer
 
 __all__ = ["FeatureLayer", "FeatureTap", "feature_layers", "group_features"]
 
@@ -47,7 +47,7 @@ class FeatureLayer:
     @property
     def convolves(self) -> bool:
         """Whether there is a convolution in it, so that what follows the channels is space."""
-        return any(isinstance(m, _ConvNd) for m in self.module.modules())
+        return any(isinstance(m, CONVOLUTIONS) for m in self.module.modules())
 
 
 def feature_layers(
@@ -291,15 +291,21 @@ def _lines_up_blocks(module: nn.Module) -> bool:
 
 
 def _weight_layers(module: nn.Module) -> int:
-    return sum(isinstance(m, nn.Linear | _ConvNd) for m in module.modules())
+    return sum(is_layer(m) for m in module.modules())
 
 
 def _units(named: Mapping[str, nn.Module]) -> list[str]:
     """Where each convolution, or each hidden linear layer, ends: behind its normalization and its activation."""
     attended = {id(part) for m in named.values() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
-    places = Counter(id(m) for parent in named.values() for m in parent._modules.values())  # children() hides repetitions
-    layers = [name for name, m in named.items() if isinstance(m, nn.Linear | _ConvNd) and id(m) not in attended]
-    convolutions = [name for name in layers if isinstance(named[name], _ConvNd)]
+    # Not of children(), which hides repetitions.
+    places = Counter(
+        id(child)
+        for parent in named.values()
+        for name, child in parent.named_modules(remove_duplicate=False)
+        if name and "." not in name
+    )
+    layers = [name for name, m in named.items() if is_layer(m) and id(m) not in attended]
+    convolutions = [name for name in layers if isinstance(named[name], CONVOLUTIONS)]
     return [_end_of_unit(name, named, places) for name in (convolutions if len(convolutions) > 1 else layers[:-1])]
 
 
@@ -313,7 +319,7 @@ def _end_of_unit(name: str, named: Mapping[str, nn.Module], places: Mapping[int,
     for sibling in siblings[siblings.index(name) + 1 :]:
         module = named[sibling]
         fits = getattr(module, "num_features", getattr(module, "num_channels", None)) == channels
-        normalizes = isinstance(module, _NormBase | nn.GroupNorm) and fits
+        normalizes = isinstance(module, (*CHANNEL_NORMS, nn.GroupNorm)) and fits
         activates = in_order and isinstance(module, ACTIVATIONS) and places[id(module)] < 2
         if not (normalizes or activates):
             break

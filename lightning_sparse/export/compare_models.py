@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from lightning_sparse.core import callee, fit_to
+from lightning_sparse.core import callee, fit_to, tensors_in
 
 __all__ = [
     "Timing",
@@ -46,8 +45,8 @@ def difference(expected: Any, found: Any) -> tuple[float, float]:
         >>> difference(torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.0]))
         (0.5, 4.0)
     """
-    leaves = zip(tree_leaves(expected), tree_leaves(found), strict=True)
-    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in leaves if isinstance(a, Tensor)]
+    both = zip(tensors_in(expected), tensors_in(found), strict=True)
+    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in both]
     if any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in pairs]
         raise ValueError(f"outputs cannot be compared: expected and found shapes are {shapes}.")

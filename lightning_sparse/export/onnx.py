@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_sparse.core import callee, copy_model, first_line, fit_to, need
 
@@ -67,7 +66,7 @@ def onnx_runner(path: str | Path) -> Callable[[Tensor], Any]:
 
     def run(x: Tensor) -> Any:
         outputs = [torch.from_numpy(leaf) for leaf in session.run(None, {name: x.detach().cpu().numpy()})]
-        return outputs[0] if len(outputs) == 1 else tree_leaves(outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
 
     return run
 

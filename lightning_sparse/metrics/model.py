@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lightning_sparse.core import effective_macs, find_targets
 from lightning_sparse.functional import dead_outputs, layer_density, nonzero_counts
 from lightning_sparse.metrics.drawing import bars
-from lightning_sparse.metrics.sparsity import Masks, _MaskMetric
+from lightning_sparse.metrics.sparsity import MaskMetric, Masks
 
 __all__ = ["DeadUnits", "EffectiveMACs", "EffectiveParameters", "LayerDensity"]
 
 
-class _ByLayer(_MaskMetric):
+class _ByLayer(MaskMetric):
     """A number for every layer, at the latest reading.
 
     Args:

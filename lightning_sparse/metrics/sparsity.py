@@ -19,13 +19,13 @@ from lightning_sparse.functional import (
 )
 from lightning_sparse.metrics.drawing import curve
 
-__all__ = ["MaskChurn", "MaskOverlap", "OverParameterizationRate", "Sparsity"]
+__all__ = ["MaskChurn", "MaskMetric", "MaskOverlap", "OverParameterizationRate", "Sparsity"]
 
 Masks = Mapping[str, Tensor] | MaskSet
 """Masks by name, True = kept; a method's `masks` will do."""
 
 
-class _MaskMetric(Metric):
+class MaskMetric(Metric):
     """A metric of masks that all ranks share, so nothing is gathered from them."""
 
     full_state_update = True
@@ -48,7 +48,7 @@ class _MaskMetric(Metric):
         return curve(self.compute() if val is None else val, self.label, ax)
 
 
-class Sparsity(_MaskMetric):
+class Sparsity(MaskMetric):
     """The fraction removed, read twice: by the masks, and by the exact zeros among the weights they belong to.
 
     The two agree unless weights are zero by themselves, as some are at the start, or something has brought them back.
@@ -86,7 +86,7 @@ class Sparsity(_MaskMetric):
         return figure, ax
 
 
-class MaskOverlap(_MaskMetric):
+class MaskOverlap(MaskMetric):
     r"""The fraction of connections that are still there since the reading before: $|A \cap B| / |A|$.
 
     Holds one byte per weight.
@@ -143,7 +143,7 @@ class MaskChurn(MaskOverlap):
     between = staticmethod(mask_churn)
 
 
-class OverParameterizationRate(_MaskMetric):
+class OverParameterizationRate(MaskMetric):
     """In-time over-parameterization: the fraction of weights that were active at any reading.
 
     Holds one byte per weight. Sees what it is shown: the methods of dynamic sparse training take part in every update

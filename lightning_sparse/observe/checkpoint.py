@@ -1,4 +1,8 @@
-"""The best checkpoint among those that are as sparse as they are to be."""
+"""The best checkpoint among those that are as sparse as they are to be.
+
+The only file of `observe` that touches private names of Lightning: it overrides `_save_topk_checkpoint` and
+`_save_last_checkpoint`, because there is no hook between "a checkpoint is due" and "is it among the best".
+"""
 
 from __future__ import annotations
 
@@ -75,8 +79,6 @@ class SparsityCheckpoint(ModelCheckpoint):
             return True
         judged = self._validated if trainer.enable_validation else phase
         return phase == judged == self.phase
-
-    # Lightning offers no hook between "a checkpoint is due" and "is it among the best".
 
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self.eligible(trainer):

@@ -18,9 +18,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_sparse.core import MaskSet, Target, count_macs, describe, effective_macs
+from lightning_sparse.core import TRANSPOSED_CONVOLUTIONS, MaskSet, Target, count_macs, describe, effective_macs
 from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
 from lightning_sparse.loop.dry_run import dry_run, size_of
 from lightning_sparse.loop.phase import phase_of
@@ -292,7 +291,7 @@ def _weights_of(module: nn.Module) -> list[Target]:
     names = [candidate.name for candidate in describe(module, ["*"]) if candidate.chosen]
     layers = [module.get_submodule(name.rpartition(".")[0]) for name in names]
     return [
-        Target(name, module.get_parameter(name), isinstance(layer, _ConvTransposeNd))
+        Target(name, module.get_parameter(name), isinstance(layer, TRANSPOSED_CONVOLUTIONS))
         for name, layer in zip(names, layers, strict=True)
     ]
 

@@ -20,7 +20,7 @@ import lightning
 import torch
 from torch import Tensor
 
-import lightning_sparse
+from lightning_sparse._version import __version__
 from lightning_sparse.functional import pack, unpack
 from lightning_sparse.observe import svg
 from lightning_sparse.observe.history import choose_metric
@@ -44,7 +44,7 @@ def describe_machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "lightning": str(lightning.__version__),
-        "lightning_sparse": lightning_sparse.__version__,
+        "lightning_sparse": __version__,
     }
 
 

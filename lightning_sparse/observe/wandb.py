@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -132,12 +133,19 @@ class PatientWandbLogger(WandbLogger):
     `WandbLogger`. Whoever sets `WANDB_MODE` has decided already.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        given = inspect.signature(WandbLogger).bind(*args, **options).arguments
+        self.decided = bool(given.get("offline") or given.get("experiment"))
+        """Whether it is known where the run goes."""
+
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The run; opened, online or offline, when it is first asked for."""
-        if self._experiment is None and not self._offline and (hint := stay_offline()) is not None:
+        if not self.decided and (hint := stay_offline()) is not None:
             rank_zero_warn(hint)
+        self.decided = True
         return super().experiment
 
 
