@@ -242,11 +242,11 @@ def test_refit_from_a_checkpoint(start: str, tmp_path: Path, capsys: pytest.Capt
     assert len(saved["state_dict"]) == 4, "two layers"
     with pytest.raises(SystemExit):
         main(["refit", *again, "--ckpt_path=nowhere.ckpt"])
-    assert "ckpt_path='nowhere.ckpt' is no file; give a checkpoint" in capsys.readouterr().err
+    assert "ckpt_path='nowhere.ckpt' is not a file; give a checkpoint" in capsys.readouterr().err
     other = [*again, "--model.init_args.network.init_args.hidden=[5]", f"--ckpt_path={checkpoint}"]
     with pytest.raises(SystemExit):
         main(["refit", *other])
-    assert "holds another model than the one configured" in capsys.readouterr().err
+    assert "does not fit the model that is configured" in capsys.readouterr().err
 
 
 def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +259,7 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     # The configuration is that of the run, found above its checkpoint.
     main(["export", *quick, f"--ckpt_path={checkpoint}", f"--to={tmp_path / 'out'}", "--batch_size=40", "--recalibrate=1"])
     said = capsys.readouterr().out
-    assert "batch normalization measured anew: 0 layers on up to 1 batches" in said
+    assert "batch normalization measured again: 0 layers on up to 1 batches" in said
     assert "No rung is faster than dense at batch 40" in " ".join(said.split())
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["rungs"]["compact"]["metrics"]) == {"test/accuracy", "test/loss"}
@@ -273,14 +273,14 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     broken.write_text("no checkpoint")
     torch.save({"weights": 1}, other)
     mistakes = [
-        (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is no file; give one of the run to export."),
+        (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; give one of the run to export."),
         ([f"--ckpt_path={broken}"], "cannot be read as a checkpoint ("),
         ([f"--ckpt_path={other}"], "cannot be read as a checkpoint (KeyError: 'state_dict'); give one that a run saved."),
         ([f"--ckpt_path={checkpoint}", "--batch_size=0"], "batch_size=0 must be at least 1."),
         ([f"--ckpt_path={checkpoint}", "--recalibrate=-1"], "recalibrate=-1 must be a number of batches, or 0"),
         ([f"--ckpt_path={checkpoint}", "--device=gpu"], "device='gpu' cannot be used here ("),
-        ([f"--ckpt_path={alone}"], "has no config.yaml beside it or above; give the files of its run with --config."),
-        ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is no file; give one of the run to export."),
+        ([f"--ckpt_path={alone}"], "has no config.yaml next to it or above; give the files of its run with --config."),
+        ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; give one of the run to export."),
         ([f"--ckpt_path={checkpoint}", "--rungs=[smaller]"], "rungs='smaller' is unknown; choose from ['plain'"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[removed]", "--tolerance=0"], "tolerance=0.0 must be above 0"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[merged]"], "no layer acts linearly for all inputs, so none is merged;"),

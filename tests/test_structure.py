@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "metrics": {"functional", "core", "metrics"},
     "export": {"functional", "core", "export"},
     "optim": {"functional", "core", "optim"},
-    "observe": {"functional", "core", "loop", "metrics", "observe"},
+    "observe": {"_version", "functional", "core", "loop", "metrics", "observe"},
     "models": {"models"},
     "data": {"data"},
     "testing": {"core", "data", "functional", "loop", "testing"},

@@ -23,14 +23,14 @@ def load_weights(model: pl.LightningModule, ckpt_path: str, which: str) -> None:
         ValueError: if it is no checkpoint, or holds another model.
     """
     if not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"ckpt_path='{ckpt_path}' is no file; give {which}.")
+        raise FileNotFoundError(f"ckpt_path='{ckpt_path}' is not a file; give {which}.")
     with readable(ckpt_path):
         weights = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise ValueError(f"ckpt_path='{ckpt_path}' holds another model than the one configured: {reason}.") from None
+        raise ValueError(f"ckpt_path='{ckpt_path}' does not fit the model that is configured: {reason}.") from None
 
 
 @contextmanager
@@ -62,10 +62,10 @@ def with_saved_config(args: list[str], folder: str) -> list[str]:
     position = given.index("--ckpt_path")
     checkpoint = args[position].partition("=")[2] or "".join(args[position + 1 : position + 2])
     if not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"ckpt_path='{checkpoint}' is no file; give one of the run to export.")
+        raise FileNotFoundError(f"ckpt_path='{checkpoint}' is not a file; give one of the run to export.")
     found = next((f for f in (p / "config.yaml" for p in Path(checkpoint).resolve().parents[:4]) if f.is_file()), None)
     if found is None:
-        raise ValueError(f"'{checkpoint}' has no config.yaml beside it or above; give the files of its run with --config.")
+        raise ValueError(f"'{checkpoint}' has no config.yaml next to it or above; give the files of its run with --config.")
     saved = yaml.safe_load(found.read_text())
     kept = Path(folder) / "config.yaml"
     kept.write_text(yaml.safe_dump({key: saved[key] for key in ("seed_everything", "model", "data") if key in saved}))

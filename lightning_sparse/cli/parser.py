@@ -76,7 +76,7 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
     if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
         near = difflib.get_close_matches(unknown[1], _known_classes(), n=1, cutoff=0.5)
         remedy = f"did you mean '{near[0]}'?" if near else "write its import path, such as package.module.Class."
-        return f"'{unknown[1]}'{where} is no known class; {remedy}"
+        return f"'{unknown[1]}'{where} is not a known class; {remedy}"
     if key and (kinds := _kinds(message)):
         return f"{key[1]}{_value(message)} must be {kinds}."
     noise = r"Parser key |Does not validate|Subtypes|Errors|Given value( type|: \[Namespace)|Not a valid|Expected a path but"

@@ -50,7 +50,9 @@ class SparseCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = SparseParser(dump_header=[f"lightning_sparse=={__version__}"], **kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="A configuration file; later ones go on top.")
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="A configuration file; later ones override earlier ones."
+        )
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -72,7 +74,7 @@ class SparseCLI(LightningCLI):
         """Refuse before training what would fail after it."""
         config = self.config[self.subcommand]
         if config.beside_dense and config.seed_everything is False:
-            raise ValueError("beside_dense needs a seed, so that both models start alike; set seed_everything.")
+            raise ValueError("beside_dense needs a seed, so that both models start the same; set seed_everything.")
         if config.beside_dense and not is_overridden("test_step", self.model):
             raise ValueError(f"beside_dense tests both models, but {type(self.model).__name__} has no test_step; write one.")
 

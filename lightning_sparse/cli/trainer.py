@@ -34,7 +34,7 @@ class SparseTrainer(pl.Trainer):
         tolerance: float = 1e-3,
         allow_growth: bool = False,
     ) -> pl.LightningModule:
-        """Merge the linear layers of a trained model and fit what is left once more, without the layer penalty.
+        """Merge the linear layers of a trained model and train what is left again, without the layer penalty.
 
         Args:
             model: whose layers are merged.
@@ -79,23 +79,23 @@ class SparseTrainer(pl.Trainer):
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         overwrite: bool = False,
     ) -> ExportReport:
-        """Make a sparse checkpoint smaller and faster: every artifact verified, and measured beside the dense model.
+        """Make a sparse checkpoint smaller and faster: every artifact is verified, and measured against the dense model.
 
         Args:
             model: that was trained.
             datamodule: whose test set verifies, and whose training set calibrates.
-            ckpt_path: the checkpoint; without --config, the configuration of its run is looked for beside it.
+            ckpt_path: the checkpoint; without --config, the configuration of its run is looked for next to it and above.
             to: the folder to write.
-            rungs: of the ladder; null takes all that suit.
-            batch_size: in use, beside 1.
+            rungs: which to make; null makes all that suit the model.
+            batch_size: that the model will see in use; latency is measured at it and at 1.
             tolerance: the largest change of an output, as a share of the largest.
-            fold: batch normalization into the layers in front of it.
-            recalibrate: batch normalization on so many training batches before anything else; 0 for none.
+            fold: batch normalization into the layers before it.
+            recalibrate: batch normalization on this many training batches before anything else; 0 for none.
             input_range: the least and largest input, by which the first layer may merge.
-            rounds: of calls that latency is the median of.
+            rounds: how many calls the median latency is taken from.
             device: to export for, such as cuda for 2:4.
             precision: of the weights.
-            overwrite: files in the folder.
+            overwrite: files that are already in the folder.
         """
         if not to:
             raise ValueError("to='' names no folder; write --to FOLDER.")
@@ -110,7 +110,7 @@ class SparseTrainer(pl.Trainer):
         if recalibrate:
             batches = inputs_of(datamodule, "train")
             measured = recalibrate_norms(model, (x for x, _ in zip(batches, range(recalibrate), strict=False)))
-            rank_zero_only(print)(f"batch normalization measured anew: {measured} layers on up to {recalibrate} batches")
+            rank_zero_only(print)(f"batch normalization measured again: {measured} layers on up to {recalibrate} batches")
         images: list[Tensor] = []
         for x in inputs_of(datamodule, "test"):
             images.append(x)
@@ -149,7 +149,7 @@ def inputs_of(datamodule: pl.LightningDataModule | None, stage: Literal["train",
         ValueError: if there is no data, or a batch does not begin with a tensor.
     """
     if datamodule is None:
-        raise ValueError("an export verifies on real inputs; configure --data.")
+        raise ValueError("an export is verified on real inputs; configure --data.")
     datamodule.prepare_data()
     datamodule.setup("fit" if stage == "train" else "test")
     for batch in datamodule.train_dataloader() if stage == "train" else datamodule.test_dataloader():

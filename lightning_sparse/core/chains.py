@@ -168,7 +168,7 @@ def _follow(
         elif kind != "transparent":
             if kind == "add":
                 return "what it computes is added to something else: a skip connection"
-            return f"{described} between it and the next layer is not linear, or not one that can be merged over"
+            return f"{described} between it and the next layer is not linear, or cannot be merged across"
         nodes.append(current)
     assert part is not None
     obstacle = _between(layer, part, norm_node is not None, padded)
@@ -199,7 +199,7 @@ def _between(first: nn.Module, second: nn.Module, shifted: bool, padded: bool) -
         return f"a {type(first).__name__} does not merge with a {type(second).__name__}"
     one, two = padding_of(first), padding_of(second)
     if one is None or two is None:
-        return "padding='same' that is not the same on both sides cannot be merged"
+        return "padding='same' with more on one side cannot be merged"
     pads = [conv for conv, padding in ((first, one), (second, two)) if any(padding)]
     modes = {str(conv.padding_mode) for conv in pads}
     if modes - {"zeros", "circular"}:
@@ -213,7 +213,7 @@ def _between(first: nn.Module, second: nn.Module, shifted: bool, padded: bool) -
     bare = all(k == 1 for k in first.kernel_size) and not any(one) and first.bias is None and not shifted
     if modes == {"zeros"} and (bare or padded):
         return None
-    return "the next layer pads between the two, so a merge is wrong at the border; move padding in front (pad_in_front)"
+    return "the next layer pads between the two, and a merge would be wrong at the border; use pad_in_front first"
 
 
 def convolution_of(layer: nn.Module) -> Convolution:

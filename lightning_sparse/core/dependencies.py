@@ -82,7 +82,7 @@ class Dependencies:
                 two = fit_to(self.network, inputs[:2])
                 self.graph.build_dependency(self.network, two, forward_fn=lambda net, x: net(x), verbose=False)
                 if not any(map(is_layer, self.graph.module2node)):
-                    raise ValueError("no layer is found behind its output")
+                    raise ValueError("its output depends on no layer")
             except Exception as error:
                 said = f"{type(model).__name__} cannot be traced by Torch-Pruning ({first_line(error)})"
                 raise ValueError(f"{said}; train it with structure='channel', or export it without removal.") from None
@@ -134,7 +134,7 @@ class Dependencies:
         for node, produces, channels in members:
             layer = node.module
             if not node.outputs and (produces or layer not in self.names):
-                return group, "the model puts it out"
+                return group, "it is an output of the model"
             if layer in self.names and any(id(p) in self.shared for p in layer.parameters()):
                 return group, f"'{self.path(layer)}' shares its weight with another layer"
             if layer not in self.names:
@@ -147,10 +147,10 @@ class Dependencies:
             if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
                 continue
             if not is_layer(layer) and not isinstance(layer, (*CHANNEL_NORMS, nn.PReLU)):
-                return group, f"{type(layer).__name__} '{self.path(layer)}' takes them all together"
+                return group, f"{type(layer).__name__} '{self.path(layer)}' mixes its channels"
             whole = out_count(layer) if produces else in_count(layer)
             if any(index >= whole for indices in channels.values() for index in indices):
-                return group, f"its channels are not those of '{self.path(layer)}' one by one"
+                return group, f"its channels do not match those of '{self.path(layer)}' one to one"
             if produces:
                 group.outputs[self.path(layer)] = channels
             if not produces or is_depthwise(layer):
@@ -220,7 +220,7 @@ def find_coupling(model: nn.Module, inputs: Tensor, weights: Mapping[str, int]) 
         ValueError: if Torch-Pruning is missing or cannot trace the model, or if no channel can leave.
     """
     parameters = {name: len(parameter) for name, parameter in model.named_parameters() if parameter.ndim == 1}
-    staying = dict.fromkeys(weights, "it is not found behind the outputs")
+    staying = dict.fromkeys(weights, "the outputs do not depend on it")
     groups: list[list[Place]] = []
     vectors: dict[str, int] = {}
     for layer, outputs, foreign in Dependencies(model, inputs).outputs():
@@ -241,5 +241,5 @@ def find_coupling(model: nn.Module, inputs: Tensor, weights: Mapping[str, int]) 
     coupling = Coupling(groups, weights, vectors, staying)
     if not coupling.count:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(staying.items())[:2])
-        raise ValueError(f"structure='coupled' finds no channel that can leave {type(model).__name__} ({reasons}).")
+        raise ValueError(f"structure='coupled' finds no channel of {type(model).__name__} that can be removed ({reasons}).")
     return coupling

@@ -93,8 +93,8 @@ def feature_layers(
         names = _chosen(automatic, ["re:", *patterns], "layers") if automatic else []
     if len(names) < 2:
         raise ValueError(
-            f"{len(names)} layers of {type(model).__name__} are to be compared{f' ({names[0]!r})' if names else ''}, and it "
-            "takes two; name them with layers=['layer1.*', ...]."
+            f"{type(model).__name__} has {f'1 layer ({names[0]!r})' if names else 'no layer'} to compare, but it takes two; "
+            "name them with layers=['layer1.*', ...]."
         )
     return [FeatureLayer(name, named[name]) for name in names]
 
@@ -131,7 +131,8 @@ def group_features(layers: Sequence[FeatureLayer], shapes: Sequence[torch.Size],
     seen = ", ".join(f"{layer.name} {tuple(shape)}" for layer, shape in zip(layers, shapes, strict=True)) or "none"
     raise ValueError(
         f"No group has two layers whose outputs were seen in training mode and with gradients (seen: {seen}). Set "
-        "pairs='all' or name groups; let no layer be run under torch.no_grad or checkpointed with use_reentrant=True."
+        "pairs='all' or name groups; do not run layers under torch.no_grad, and do not checkpoint them with "
+        "use_reentrant=True."
     )
 
 
@@ -230,7 +231,7 @@ def _chosen(named: Mapping[str, nn.Module], patterns: Sequence[str], argument: s
         if not any(_matches(pattern.removeprefix("!"), name, module) for name, module in named.items()):
             kinds = [f"type:{kind}" for kind in sorted({type(module).__name__ for module in named.values()})]
             near = difflib.get_close_matches(pattern.removeprefix("!"), [*named, *kinds], n=1, cutoff=0.3)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are, for instance, {list(named)[:3]}."
+            hint = f"did you mean '{near[0]}'?" if near else f"there are, for example, {list(named)[:3]}."
             raise ValueError(f"{argument}: '{pattern}' matches no layer; {hint}")
     included = [pattern for pattern in patterns if not pattern.startswith("!")]
     excluded = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
@@ -256,7 +257,7 @@ def _refuse_small_groups(found: list[FeatureLayer], groups: Mapping[str, Sequenc
     for group in groups:
         if sizes[group] < 2:
             raise ValueError(
-                f"groups['{group}']={groups[group]!r} has {sizes[group]} layer, and it takes two; widen its patterns."
+                f"groups['{group}']={groups[group]!r} has {sizes[group]} layer, but it takes two; widen its patterns."
             )
 
 

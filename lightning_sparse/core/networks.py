@@ -104,14 +104,14 @@ def callee(model: nn.Module) -> tuple[str, nn.Module]:
     if len(networks) != 1:
         names = [network.path for network in networks]
         raise ValueError(
-            f"{type(model).__name__} has no forward and holds the networks {names}: inputs cannot be given to it; write a "
-            "forward (only merge_layers can do without inputs)."
+            f"{type(model).__name__} has no forward and holds the networks {names}, so it is unclear which one takes the "
+            "inputs; write a forward (only merge_layers works without inputs)."
         )
     return networks[0].path, networks[0].module
 
 
 def fit_to(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Inputs on the device of a model, and of its type if they are no integers."""
+    """Inputs on the device of a model, and of its type unless they are integers."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         return inputs

@@ -1,4 +1,4 @@
-"""Normalization after training: statistics measured anew, and layers that take it in."""
+"""Batch normalization after training: measure its statistics again, or fold it into layers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["fold_norms", "recalibrate"]
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Measure the running statistics of batch normalization anew, in place, as they are with the weights as they are now.
+    """Measure the running statistics of batch normalization again, in place, with the weights as they are now.
 
-    Pruning changes what layers put out, and the running averages lag behind. Each batch counts the same. Everything but
+    Pruning changes the outputs of layers, and the running averages lag behind. Each batch counts the same. Everything but
     batch normalization stays in evaluation mode.
 
     Args:
@@ -68,7 +68,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
 @torch.no_grad()
 def fold_norms(model: nn.Module) -> tuple[nn.Module, Blueprint]:
-    """A copy in evaluation mode whose layers have taken in the batch normalization right behind them.
+    """A copy in evaluation mode in which the batch normalization right after a layer is folded into it.
 
     The normalization becomes an `nn.Identity`, and its layer gets a bias if it had none. Zeros stay zeros. Only what is
     called once, and in a module that torch.fx can trace, is folded.

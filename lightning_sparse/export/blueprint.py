@@ -23,8 +23,8 @@ class Kept:
     """Which outputs and inputs of a layer are left, as positions in the layer it was; None for all.
 
     Args:
-        outputs: rows, filters or channels, rising.
-        inputs: columns or channels that are read, rising.
+        outputs: rows, filters or channels, ascending.
+        inputs: columns or channels that are read, ascending.
     """
 
     outputs: list[int] | None = None
@@ -41,7 +41,7 @@ class Blueprint:
 
     Args:
         kept: layer -> what is left of it.
-        folded: normalizations that are no more.
+        folded: normalizations that are gone.
         biased: layers that got a bias from one.
         kernels: layer -> the kernel that multiplies its weight, such as `csr`.
     """
@@ -62,7 +62,8 @@ class Blueprint:
         unknown = [name for name in (*self.folded, *self.biased, *self.kept, *self.kernels) if name not in modules]
         if unknown:
             raise ValueError(
-                f"the export holds a layer '{unknown[0]}' that {type(model).__name__} has not; build it as it was trained."
+                f"the export holds a layer '{unknown[0]}' that {type(model).__name__} does not have; build the model as it "
+                "was trained."
             )
         for name in self.biased:
             add_bias(modules[name])
@@ -137,7 +138,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
         blueprint.apply(model).load_state_dict(load_compact(path))
     except (IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"'{path}' holds another model than {type(model).__name__} as it was built: {reason}.") from None
+        raise ValueError(f"'{path}' does not fit {type(model).__name__} as it was built: {reason}.") from None
     return use_kernels(model, blueprint.kernels)
 
 
@@ -258,7 +259,7 @@ def carry_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module, b
                 if value.shape != old.shape:
                     raise ValueError(
                         f"'{key}' of {type(optimizer).__name__} has the shape {tuple(value.shape)} for the parameter "
-                        f"'{path}.{name}' of shape {tuple(old.shape)} and cannot be cut; begin with a new optimizer."
+                        f"'{path}.{name}' of shape {tuple(old.shape)} and cannot be cut; start with a new optimizer."
                     )
                 memories[new][key] = cut_tensor(layer, name, value, kept)
     for group in optimizer.param_groups:

@@ -62,7 +62,7 @@ def save_compact(tensors: Mapping[str, Tensor], path: str | Path, note: Any = No
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
             raise ValueError(
-                f"'{name}' is no dense tensor ({type(tensor).__name__}), so it cannot be stored in a compact file."
+                f"'{name}' is not a dense tensor ({type(tensor).__name__}), so it cannot be stored in a compact file."
             )
     again = shared_names(tensors)
     for name, tensor in tensors.items():
@@ -149,7 +149,7 @@ def _decode(form: str, shape: list[int], pieces: dict[str, Tensor]) -> Tensor:
 def _open(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     safe_open = need("safetensors", "safetensors").safe_open
     if not Path(path).is_file():
-        raise FileNotFoundError(f"'{path}' is no file; give one that an export wrote.")
+        raise FileNotFoundError(f"'{path}' is not a file; give one that an export wrote.")
     try:
         with safe_open(str(path), "pt") as file:
             header = file.metadata() or {}

@@ -1,4 +1,4 @@
-"""Running models beside each other: what they return, and how long they take."""
+"""Compare models: what they return, and how long they take."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def difference(expected: Any, found: Any) -> tuple[float, float]:
 
 
 def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of tensors that are another one under a second name, with the first name."""
+    """Second names of tensors that have two, with the first name of each."""
     first: dict[Any, str] = {}
     again = {}
     for name, tensor in tensors.items():
@@ -97,7 +97,7 @@ def interleaved(
     names = list(functions)
     dice = random.Random(0)
     for number in range(rounds + 2):
-        dice.shuffle(names)  # each comes after each other one, whose traces in caches and threads differ
+        dice.shuffle(names)  # what ran before leaves caches and threads in another state, so no order is kept
         for name in names:
             function = functions[name]
             if device is not None and device.type == "cuda":

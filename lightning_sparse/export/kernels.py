@@ -126,7 +126,7 @@ def _choose(
     weight = layer.weight
     sparsity = float((weight == 0).double().mean())
     if type(layer) is not nn.Linear:
-        return KernelChoice(name, sparsity, {}, "dense", f"a {type(layer).__name__} is no plain linear layer")
+        return KernelChoice(name, sparsity, {}, "dense", f"a {type(layer).__name__} is not a plain linear layer")
     if x is None:
         return KernelChoice(name, sparsity, {}, "dense", "not called in a forward pass")
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):

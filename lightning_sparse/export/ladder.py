@@ -95,7 +95,7 @@ class _Ladder:
         except Exception as error:
             text = f"the merged {type(model).__name__} cannot be exported by torch.export ({first_line(error)})."
             raise ValueError(text) from None
-        note = f"{report.depth[0]} layers became {report.depth[1]}; runs without the model's code, by torch.export.load"
+        note = f"{report.depth[0]} layers became {report.depth[1]}; torch.export.load reads it, without the model's code"
         return _Made(path.name, program, note, report.parameters[1], sum(self.macs(model).values()), model)
 
     def removed(self) -> _Made:
@@ -128,7 +128,7 @@ class _Ladder:
     def onnx(self) -> _Made:
         """For onnxruntime and everything else that reads ONNX."""
         if (kind := next(self.base.parameters()).dtype) not in (torch.float32, torch.float64):
-            raise ValueError(f"it would be checked in onnxruntime on the CPU, which is not made for {kind}; use float32.")
+            raise ValueError(f"onnxruntime would check it on the CPU, which does not support {kind}; use float32.")
         path = self.folder / "model.onnx"
         save_onnx(self.base, self.inputs, path)
         note = f"{compressed_size(path):,} bytes compressed; measured in onnxruntime on the CPU"
@@ -162,7 +162,7 @@ class _Ladder:
 
     def _no_faster(self) -> str:
         folded = f"{len(self.blueprint.folded)} normalizations are folded; " if self.blueprint.folded else ""
-        return f"{folded}{self.zeros:.1%} zeros, which a dense kernel multiplies like any number: no faster for them"
+        return f"{folded}{self.zeros:.1%} zeros, which a dense kernel multiplies like any other number: no faster"
 
 
 RUNGS: dict[str, Callable[[_Ladder], _Made]] = {
@@ -279,7 +279,7 @@ def _check(
     if rounds < 0:
         raise ValueError(f"rounds={rounds} must be 0, for no measurement, or more.")
     if Path(to).is_file() or (Path(to).is_dir() and any(Path(to).iterdir()) and not overwrite):
-        raise ValueError(f"to='{to}' is there already; name a new folder, or set overwrite.")
+        raise ValueError(f"to='{to}' already exists; name a new folder, or set overwrite.")
     return [name for name in RUNGS if rungs is None or name in rungs]
 
 

@@ -35,7 +35,7 @@ class Judge:
         """How linear a layer is, apart from the size of the product."""
         positive = self.positive.get(link.name)
         if not link.activated:
-            return LayerVerdict(link.name, "certified", False, 0.0, positive, "no activation behind it")
+            return LayerVerdict(link.name, "certified", False, 0.0, positive, "no activation after it")
         wide = {name: p.detach().double() for name, p in link.parameters().items()}
         pair = effective_pair(link, wide, shifted=False)
         ratio = float(negative_ratio(effective_pair(link, wide))) if link.low > -math.inf else None

@@ -18,7 +18,8 @@ class LayerVerdict:
     Args:
         layer: its name before.
         level: `certified` (linear for all inputs, the merge is exact), `near` (negative part within the tolerance, the merge
-            changes outputs a little), `active`, or `collapsed` (weights almost zero: a signal is cut, no success).
+            changes outputs a little), `active`, or `collapsed` (weights close to zero: the signal is cut off, which is no
+            success).
         merged: whether it is gone.
         ratio: of the negative part to the whole; None where inputs have no lower bound.
         positive: share of positive pre-activations on the inputs given; None without inputs.
@@ -82,7 +83,7 @@ class MergeReport:
             lines.append(f"outputs       differ by at most {self.change[0]:.2g}; the largest is {self.change[1]:.3g}")
         if self.collapsed:
             lines.append(
-                f"collapsed     {', '.join(self.collapsed)}: weights almost zero cut the signal; train with less strength"
+                f"collapsed     {', '.join(self.collapsed)}: weights near zero cut off the signal; use a smaller strength"
             )
         return "\n".join(lines)
 

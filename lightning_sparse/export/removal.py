@@ -107,8 +107,8 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
     if not removal.removed:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(removal.refused.items())[:2])
         raise ValueError(
-            f"nothing in {type(model).__name__} can be removed: {reasons or 'no neuron, filter or channel of it is dead'}. "
-            'Train with structure="coupled", or at a higher sparsity.'
+            f"nothing in {type(model).__name__} can be removed: {reasons or 'no neuron, filter or channel in it is dead'}"
+            '. Train with structure="coupled", or at a higher sparsity.'
         )
     return now, removal
 

@@ -19,13 +19,13 @@ def why_not(layer: nn.Module, needs_gpu: bool = True) -> str:
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
     if type(layer) is not nn.Linear:
-        return f"a {type(layer).__name__} is no plain linear layer"
+        return f"a {type(layer).__name__} is not a plain linear layer"
     if columns % 4 or bool(((weight.detach() != 0).view(rows, -1, 4).sum(-1) > 2).any()):
         return "more than two of four neighboring weights are not zero; train with structure='2:4'"
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"{str(weight.dtype).removeprefix('torch.')} has no sparse kernel; convert the model to bfloat16 or float16"
     if rows % 32 or columns % 64:
-        return f"its size {rows} x {columns} is no multiple of 32 x 64"
+        return f"its size {rows} x {columns} is not a multiple of 32 x 64"
     if needs_gpu and (not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 0)):
         return "it needs a CUDA device of compute capability 8.0 or later (Ampere)"
     return ""

@@ -48,7 +48,7 @@ class CKA(Metric):
     def __init__(self, names: Sequence[str], unbiased: bool = True, **options: Any) -> None:
         super().__init__(**options)
         if len(names) < 2:
-            raise ValueError(f"names={list(names)} has {len(names)} layers, and a similarity takes two.")
+            raise ValueError(f"names={list(names)} must name two layers or more: a similarity is between two.")
         self.names, self.unbiased = list(names), unbiased
         self.add_state("hsic", torch.zeros(len(self.names), len(self.names)), dist_reduce_fx="sum")
 

@@ -333,5 +333,5 @@ def _dense_macs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> 
         else:
             if counted:
                 return counted
-    rank_zero_warn(f"SparsityMonitor: MACs are left out, for no forward pass could be counted ({'; '.join(reasons)}).")
+    rank_zero_warn(f"SparsityMonitor: MACs are left out, because no forward pass could be counted ({'; '.join(reasons)}).")
     return {}

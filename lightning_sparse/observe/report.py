@@ -146,7 +146,7 @@ def _curves(run: Run) -> list[str]:
         values, share = _metric(run, metric), _is_share(metric)
         over_time = svg.chart([Series(metric, epochs, values, "s2")], "epoch", metric, y_percent=share)
         now = run["rows"][-1]["sparsity"]
-        end = f"in the end: {_value(metric, values[-1])} at {now:.2%}"
+        end = f"at the end: {_value(metric, values[-1])} at {now:.2%}"
         against = [
             Series("over the run", _column(run, "sparsity"), values, "s2 thin"),
             Series(end, [now], values[-1:], "s2", marks=True),
@@ -167,7 +167,7 @@ def _layers(run: Run) -> str:
     heads = [f"epoch {epoch}" for epoch in _epochs(run)]
     over_time = svg.heat_map([layer["name"] for layer in layers], [_sparsities(run, row) for row in run["rows"]], heads)
     return _section("What is left of each layer", svg.bars(left)) + _section(
-        "Sparsity of each layer over time, the stronger the sparser", over_time
+        "Sparsity of each layer over time; a stronger color is sparser", over_time
     )
 
 
@@ -206,7 +206,7 @@ def _several(runs: Sequence[Run]) -> str:
             *(f'<p class="note">{escape(note)}</p>' for note in notes),
             f'<div class="grid2">{"".join(figures)}</div>',
             _section("The runs", _table(runs, metric)),
-            _section("Final sparsity of each layer, a column for each run as above", drawing) if same else "",
+            _section("Final sparsity of each layer; one column per run, in the order above", drawing) if same else "",
         ]
     )
 

@@ -144,7 +144,7 @@ def bars(rows: Sequence[tuple[str, float, float | None, str]]) -> str:
 
 
 def heat_map(names: Sequence[str], columns: Sequence[Sequence[float]], heads: Sequence[str]) -> str:
-    """A row for each name, a column for each reading; values in [0, 1], the darker the more.
+    """A row for each name, a column for each reading; values in [0, 1], darker is more.
 
     Args:
         names: of the rows.

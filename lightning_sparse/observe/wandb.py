@@ -64,7 +64,7 @@ class Dashboard:
         left = 1 - torch.tensor(columns, dtype=torch.float32).T
         high, wide = (max(1, 300 // side) for side in left.shape)
         shades = left.mul(255).round().clamp(0, 255).byte().repeat_interleave(high, 0).repeat_interleave(wide, 1)
-        caption = "a row for each layer, the first on top; a column for each epoch; the darker the sparser"
+        caption = "a row for each layer, the first on top; a column for each epoch; darker is sparser"
         logged["charts/layers_over_time"] = wandb.Image(shades.numpy(), caption=caption)
         self.logger.log_metrics(logged, step)
 
@@ -112,7 +112,7 @@ class Dashboard:
         if run["target"] is not None and zeros < run["target"] - 1e-6:
             rank_zero_warn(
                 f"SparsityMonitor: '{path.name}', the best checkpoint, has sparsity {zeros:.4f}, not {run['target']:.4f}, "
-                "and is no artifact; add SparsityCheckpoint, which chooses among those at target."
+                "and is not uploaded as an artifact; add SparsityCheckpoint, which chooses among those at target."
             )
             return
         row = next((row for row in run["rows"] if row["epoch"] == saved["epoch"]), run["rows"][-1])
@@ -178,7 +178,7 @@ def stay_offline(timeout: float = 3.0) -> str | None:
         except OSError:
             missing = f"{address.hostname} cannot be reached"
     os.environ["WANDB_MODE"] = settings.mode = "offline"  # processes started from here; this one has read it already
-    return f"Weights & Biases stays offline, for {missing}; `wandb sync DIR` sends the run later."
+    return f"Weights & Biases stays offline, because {missing}; `wandb sync DIR` sends the run later."
 
 
 def _has_key(wandb: Any) -> bool:

@@ -31,7 +31,7 @@ def test_a_new_model_becomes_the_smaller_one_from_its_file(
     for (name, a), (other, b) in zip(smaller.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match=r"has not; build it as it was trained|holds another model"):
+    with pytest.raises(ValueError, match=r"does not have; build the model as it was trained|does not fit"):
         load_model(nn.Sequential(nn.Linear(2, 2)), f"{tmp_path}/net.safetensors")
 
 
@@ -42,7 +42,7 @@ def test_a_file_of_another_model_says_so(tmp_path: object) -> None:
     smaller, removal = remove_dead(net, torch.randn(3, 4))
     save_model(smaller, f"{tmp_path}/net", removal.blueprint)
     for other in (smaller, nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))):
-        with pytest.raises(ValueError, match="holds another model than Sequential as it was built"):
+        with pytest.raises(ValueError, match="does not fit Sequential as it was built"):
             load_model(other, f"{tmp_path}/net")
     for note in (None, ["a note"]):
         save_compact(net.state_dict(), f"{tmp_path}/tensors", note)

@@ -112,9 +112,9 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_stored_or_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="'w' is no dense tensor"):
+    with pytest.raises(ValueError, match="'w' is not a dense tensor"):
         save_compact({"w": torch.eye(3).to_sparse()}, tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match="is no file; give one that an export wrote"):
+    with pytest.raises(FileNotFoundError, match="is not a file; give one that an export wrote"):
         load_compact(tmp_path / "nowhere")
     (tmp_path / "text").write_text("no tensors here")
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
@@ -125,7 +125,7 @@ def test_what_cannot_be_stored_or_read_says_so(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match="not one of a lightning_sparse export; load it with safetensors"):
         load_compact(tmp_path / "other")
     save_model(nn.Linear(3, 2), tmp_path / "linear")
-    with pytest.raises(ValueError, match="holds another model than Linear as it was built"):
+    with pytest.raises(ValueError, match="does not fit Linear as it was built"):
         load_model(nn.Linear(3, 3), tmp_path / "linear")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(
@@ -137,7 +137,7 @@ def test_what_cannot_be_stored_or_read_says_so(tmp_path: Path, monkeypatch: pyte
 # ---- normalization ------------------------------------------------------------------------------------------------------
 
 
-def test_statistics_measured_anew_are_those_of_the_batches() -> None:
+def test_statistics_measured_again_are_those_of_the_batches() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2), nn.BatchNorm1d(2)).double()
     net[0].weight.data[1] = 0

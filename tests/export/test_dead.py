@@ -24,7 +24,7 @@ def test_what_is_not_dead_stays_with_the_reason() -> None:
     kill(normed[3], [2])
     smaller, removal = remove_dead(normed, x)
     assert removal.removed == {"3": 1}
-    assert removal.refused["0"] == "LayerNorm '1' takes them all together"
+    assert removal.refused["0"] == "LayerNorm '1' mixes its channels"
     torch.testing.assert_close(smaller(x), normed(x))
     softmax = nn.Sequential(nn.Linear(8, 6), nn.Softmax(1), nn.Linear(6, 2))
     kill(softmax[0], [1])
@@ -37,7 +37,7 @@ def test_what_is_not_dead_stays_with_the_reason() -> None:
         remove_dead(tied, x)
     outputs = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
     kill(outputs[2], [1])
-    with pytest.raises(ValueError, match="the model puts it out"):
+    with pytest.raises(ValueError, match="it is an output of the model"):
         remove_dead(outputs, x)
 
 
@@ -66,7 +66,7 @@ def test_channels_that_are_not_those_of_a_layer_one_by_one_stay() -> None:
     torch.manual_seed(0)
     net = Written(gated, one=nn.Conv2d(3, 6, 1), gate=nn.Conv2d(3, 1, 1), two=nn.Conv2d(6, 2, 1))
     kill(net.one, [0, 1])
-    with pytest.raises(ValueError, match="'one': its channels are not those of 'gate' one by one"):
+    with pytest.raises(ValueError, match="'one': its channels do not match those of 'gate' one to one"):
         remove_dead(net, torch.randn(3, 3, 4, 4))
 
     def padded(net: Any, x: Tensor) -> Tensor:  # the shortcut without weights of the first residual networks
@@ -82,7 +82,7 @@ def test_channels_that_are_not_those_of_a_layer_one_by_one_stay() -> None:
     x = torch.randn(3, 3, 8, 8)
     smaller, removal = remove_dead(net, x)
     assert (removal.removed, removal.carriers) == ({"one": 2}, {"one": 1})
-    assert removal.refused == {"two": "its channels are not those of 'stem' one by one"}
+    assert removal.refused == {"two": "its channels do not match those of 'stem' one to one"}
     torch.testing.assert_close(smaller(x), net(x))
 
 

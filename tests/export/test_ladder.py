@@ -217,7 +217,7 @@ def test_why_a_layer_is_not_two_of_four() -> None:
     dense.weight.data.view(32, -1, 4)[:, :, 0] = 0
     assert "train with structure='2:4'" in why_not(dense), "three of four"
     assert "float32 has no sparse kernel" in why_not(two_of_four(32, 64))
-    assert "its size 16 x 64 is no multiple of 32 x 64" in why_not(two_of_four(16, 64).to(torch.bfloat16))
+    assert "its size 16 x 64 is not a multiple of 32 x 64" in why_not(two_of_four(16, 64).to(torch.bfloat16))
     assert why_not(two_of_four(32, 64).to(torch.bfloat16), needs_gpu=False) == ""
     if not torch.cuda.is_available():
         assert "it needs a CUDA device of compute capability 8.0" in why_not(two_of_four(32, 64).to(torch.bfloat16))
@@ -318,7 +318,7 @@ def test_what_is_not_possible_is_one_sentence(options: dict[str, Any], sentence:
 
 def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(ValueError, match="is there already; name a new folder, or set overwrite"):
+    with pytest.raises(ValueError, match="already exists; name a new folder, or set overwrite"):
         export_ladder(small(), torch.randn(3, 4), tmp_path)
     export_ladder(small(), torch.randn(3, 4), tmp_path, rungs=["plain"], rounds=0, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "plain.pt", "report.json"}

@@ -159,7 +159,7 @@ def test_collapsed_layers_are_no_success() -> None:
     _, report = merge_layers(net)
     assert report.merged == ["2"]
     assert report.collapsed == ["4"]
-    assert "cut the signal" in str(report)
+    assert "cut off the signal" in str(report)
 
 
 def test_products_that_would_grow_are_kept_apart_unless_asked_for() -> None:

@@ -135,7 +135,7 @@ def test_a_group_that_changes_outputs_stays(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_nothing_to_remove_and_nothing_to_trace() -> None:
     x = torch.randn(2, 4)
-    with pytest.raises(ValueError, match="no neuron, filter or channel of it is dead. Train with structure="):
+    with pytest.raises(ValueError, match="no neuron, filter or channel in it is dead. Train with structure="):
         remove_dead(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), x)
 
     class Detached(nn.Module):

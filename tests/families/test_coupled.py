@@ -112,7 +112,7 @@ def test_a_layer_that_is_no_target_keeps_its_whole_stream(caplog: pytest.LogCapt
         fit(module, method)
     assert alive(module, STREAM[1]).all()
     assert not alive(module, "net.stages.0.0.conv1").all()
-    assert "MagnitudePruning: channels stay in 'net.fc.weight' (the model puts it out)." in caplog.text
+    assert "MagnitudePruning: channels stay in 'net.fc.weight' (it is an output of the model)." in caplog.text
 
 
 def test_a_sparsity_of_its_own_is_one_of_the_whole_stream() -> None:
@@ -255,7 +255,9 @@ def test_a_group_that_holds_less_than_planned_gets_nothing_back() -> None:
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
 def test_what_cannot_be_coupled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     method = MagnitudePruning(0.5, structure="coupled")
-    with pytest.raises(ValueError, match="structure='coupled' finds no channel that can leave Toy .*the model puts it out"):
+    with pytest.raises(
+        ValueError, match="structure='coupled' finds no channel of Toy that can be removed .*it is an output of the model"
+    ):
         fit(toy(net=nn.Sequential(nn.Flatten(), nn.Linear(64, 4))), method)
     with pytest.raises(ValueError, match="keeps 1 units, fewer than there are groups of coupled layers"):
         fit(resnet(), MagnitudePruning(0.995, structure="coupled"))

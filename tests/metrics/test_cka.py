@@ -35,7 +35,7 @@ def test_plot() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"names=\['a'\] has 1 layers, and a similarity takes two"):
+    with pytest.raises(ValueError, match=r"names=\['a'\] must name two layers or more"):
         CKA(["a"])
     with pytest.raises(ValueError, match=r"CKA of 2 layers was given 3 features"):
         CKA(["a", "b"]).update(related())

@@ -245,7 +245,7 @@ class Unmeasurable(Toy):
 
 def test_a_pass_that_cannot_be_counted_is_one_line() -> None:
     monitor = SparsityMonitor(table=False)
-    with pytest.warns(UserWarning, match="MACs are left out, for no forward pass could be counted") as warned:
+    with pytest.warns(UserWarning, match="MACs are left out, because no forward pass could be counted") as warned:
         fit(Unmeasurable(), MagnitudePruning(0.5), monitor)
     assert str(warned[0].message).count("\n") == 0
     assert "macs" not in monitor.history.rows[-1]

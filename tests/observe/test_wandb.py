@@ -136,7 +136,8 @@ def test_a_dense_checkpoint_is_no_sparse_artifact(tmp_path: Path) -> None:
     first = ModelCheckpoint(tmp_path / "first", monitor="epoch", mode="min")
     logger = WandbLogger(save_dir=tmp_path)
     with pytest.warns(
-        UserWarning, match=r"the best checkpoint, has sparsity 0.0000, not 0.7500, and is no artifact; add Spars"
+        UserWarning,
+        match=r"the best checkpoint, has sparsity 0.0000, not 0.7500, and is not uploaded as an artifact; add Spars",
     ):
         fit(
             toy(), MagnitudePruning(0.75, start=0.5), SparsityMonitor(table=False), first, logger=logger, log_every_n_steps=1
@@ -199,7 +200,7 @@ def test_without_a_key_runs_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board, "_has_key", lambda wandb: False)
     said = board.stay_offline()
     missing = "there is no API key (`wandb login` stores one)"
-    assert said == f"Weights & Biases stays offline, for {missing}; `wandb sync DIR` sends the run later."
+    assert said == f"Weights & Biases stays offline, because {missing}; `wandb sync DIR` sends the run later."
     assert os.environ["WANDB_MODE"] == "offline"
     assert board.stay_offline() is None, "chosen now"
 
@@ -226,7 +227,7 @@ def test_the_command_line_stays_offline_by_itself(
     quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     quiet += [f"--trainer.logger.save_dir={tmp_path}"]  # the service of wandb has another working folder
     main(["fit", *configs, *quiet, "--trainer.max_epochs=2", "--trainer.limit_train_batches=10", "--seed_everything=0"])
-    assert "Weights & Biases stays offline, for there is no API key" in capsys.readouterr().err
+    assert "Weights & Biases stays offline, because there is no API key" in capsys.readouterr().err
     [run] = records(tmp_path)
     assert "final/val/accuracy" in {key for row in history(run) for key in row}
     [page] = tmp_path.rglob("report.html")
@@ -236,7 +237,7 @@ def test_the_command_line_stays_offline_by_itself(
 def test_in_a_script_a_patient_logger_stays_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(board, "_has_key", lambda wandb: False)
-    with pytest.warns(UserWarning, match="stays offline, for there is no API key"):
+    with pytest.warns(UserWarning, match="stays offline, because there is no API key"):
         train(tmp_path, logger=PatientWandbLogger(project="patience", save_dir=tmp_path))
     [run] = records(tmp_path)
     assert "sparsity/actual" in {key for row in history(run) for key in row}
@@ -268,7 +269,7 @@ print(logger.experiment.settings.mode)
         check=False,
     )
     assert done.stdout.split()[-1:] == ["offline"], done.stderr
-    assert "stays offline, for there is no API key" in done.stderr
+    assert "stays offline, because there is no API key" in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
