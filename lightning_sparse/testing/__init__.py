@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_sparse.testing.case import Case, Inapplicable, Make, Run, recorded
+from lightning_sparse.testing.case import Case, Inapplicable, Make, Recording, recorded
 from lightning_sparse.testing.contract import CHECKS, Check, check_method, run_check
 from lightning_sparse.testing.ranks import fit_on_ranks, run_on_ranks
 from lightning_sparse.testing.state import (
@@ -33,7 +33,7 @@ __all__ = [
     "Make",
     "Manual",
     "MethodContract",
-    "Run",
+    "Recording",
     "Toy",
     "Watcher",
     "check_method",

@@ -24,7 +24,7 @@ from lightning_sparse.loop import Sparsifier
 from lightning_sparse.testing.state import Watcher, masks_of, nonzero, state_of
 from lightning_sparse.testing.toys import fit, toy
 
-__all__ = ["Case", "Inapplicable", "Make", "Run", "quiet", "recorded", "require"]
+__all__ = ["Case", "Inapplicable", "Make", "Recording", "quiet", "recorded", "require"]
 
 Make: TypeAlias = Callable[[], Callback | Sequence[Callback]]
 
@@ -71,7 +71,7 @@ class Case:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Recording:
     """A whole training with checkpoints of every step, watched at every moment.
 
     Args:
@@ -107,7 +107,7 @@ OPTIONS: dict[str, Any] = {"val_check_interval": 2}
 
 
 @functools.lru_cache(maxsize=3)  # those of one case, with all optimizers
-def recorded(case: Case, optimizer: str) -> Run:
+def recorded(case: Case, optimizer: str) -> Recording:
     """Train a toy with the callbacks of a case; the points that read the same run share it."""
     torch.manual_seed(1)
     callbacks, methods = case.fresh()
@@ -131,11 +131,15 @@ def recorded(case: Case, optimizer: str) -> Run:
     folder = Path(tempfile.mkdtemp())
     full = ModelCheckpoint(folder / "full", "{step}", every_n_train_steps=1, save_top_k=-1)
     bare = ModelCheckpoint(folder / "bare", "{step}", every_n_train_steps=3, save_top_k=-1, save_weights_only=True)
-    runner = fit(module, Watcher(look), *callbacks, full, bare, **OPTIONS)
+    try:
+        runner = fit(module, Watcher(look), *callbacks, full, bare, **OPTIONS)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
     state = copy.deepcopy(state_of(module, runner, *methods))
-    run = Run(names, module, runner, methods, state, wrong, moments, kept, folder)
-    weakref.finalize(run, shutil.rmtree, folder)
-    return run
+    recording = Recording(names, module, runner, methods, state, wrong, moments, kept, folder)
+    weakref.finalize(recording, shutil.rmtree, folder)
+    return recording
 
 
 def _moving(method: Sparsifier, trainer: pl.Trainer) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -256,7 +257,7 @@ MISTAKES: list[tuple[type[Honest], str, str]] = [
 @pytest.mark.filterwarnings("ignore:.*has removed all of")
 def test_it_is_noticed(mistake: type[Honest], check: str, sentence: str) -> None:
     with pytest.raises(AssertionError, match=re.escape(sentence)) as error:
-        run_check(check, Case(lambda: mistake(0.9)))
+        run_check(check, Case(partial(mistake, 0.9)))
     assert str(error.value).startswith(f"{check}: ")
 
 
