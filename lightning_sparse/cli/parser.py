@@ -72,7 +72,8 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
         return _unknown_option(next(filter(None, unknown.groups())), options, cls)
     if key and (choices := _choices(message, key[1], cls)):
         others = f", or write {kinds}" if (kinds := _kinds(message)) else ""
-        return f"{key[1]}{_value(message)} is unknown; choose from {choices}{others}."
+        unknown_value = f"{value} is unknown;" if (value := _value(message)) else ":"
+        return f"{key[1]}{unknown_value} choose from {choices}{others}."
     if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
         near = difflib.get_close_matches(unknown[1], _known_classes(), n=1, cutoff=0.5)
         remedy = f"did you mean '{near[0]}'?" if near else "write its import path, such as package.module.Class."
@@ -101,11 +102,15 @@ def _choices(message: str, key: str, cls: type | None) -> list[Any]:
     if cls is not None:
         with suppress(Exception):  # a class from elsewhere may have hints that cannot be read
             hints = get_type_hints(cls.__init__)  # type: ignore[misc]
-    found = re.findall(r"Literal(\[[^\]]*\])", f"{message} {hints.get(key)}")
-    return list(dict.fromkeys(choice for choices in found for choice in ast.literal_eval(choices)))
+    found: dict[Any, None] = {}
+    for choices in re.findall(r"Literal(\[[^\]]*\])", f"{message} {hints.get(key)}"):
+        with suppress(ValueError, SyntaxError):  # members of an enumeration
+            found.update(dict.fromkeys(ast.literal_eval(choices)))
+    return list(found)
 
 
 def _value(message: str) -> str:
+    """What was given, if the parser says so."""
     given = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
     if given is None:
         return ""
@@ -118,7 +123,7 @@ def _kinds(message: str) -> str:
     """What may be given beside the choices; empty if any of it is not known here."""
     expected = [line for line in re.findall(r"Expected an? (.*)", message) if "Literal" not in line]
     found = [next((said for kind, said in _KINDS.items() if kind in line), "") for line in expected]
-    return " or ".join(dict.fromkeys(found)) if all(found) else ""
+    return " or ".join(said for said in _KINDS.values() if said in found) if all(found) else ""
 
 
 def _known_classes() -> list[str]:
