@@ -278,7 +278,7 @@ PLANS = ["milestones", "warm-up", "epoch"]
 @pytest.mark.parametrize("options", REWINDS, ids=str)
 @pytest.mark.parametrize("schedule", PLANS)
 def test_resume_from_every_step(options: dict[str, Any], schedule: str, tmp_path: Path) -> None:
-    """Of the steps from 1 to 11, each way of rewinding sees each with one of the schedules, and each schedule with one way."""
+    """Each way of rewinding sees each of the steps with one of the schedules, and each schedule with one of the ways."""
 
     def state(module: Toy, runner: L.Trainer, method: LotteryTicket) -> Any:
         return state_of(module, runner, method), runner.lr_scheduler_configs[0].scheduler.state_dict()
