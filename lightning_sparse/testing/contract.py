@@ -18,7 +18,7 @@ Check: TypeAlias = Callable[[Case], None]
 def _each(name: str, check: Callable[..., None], **choices: list[object]) -> dict[str, Check]:
     """The same check with each of several choices, which end its name."""
     ((argument, values),) = choices.items()
-    return {f"{name}-{getattr(value, '__name__', value)}": partial(check, **{argument: value}) for value in values}
+    return {f"{name}-{value}": partial(check, **{argument: value}) for value in values}
 
 
 CHECKS: Mapping[str, Check] = {
@@ -32,17 +32,17 @@ CHECKS: Mapping[str, Check] = {
     "6-layout-of-memory": neighbors.reads_any_layout_of_memory,
     "6-bf16": neighbors.trains_in_bf16,
     **_each("6-gpu-infinity-fused", neighbors.survives_an_infinity, fused=[False, True]),
+    "7-copies": neighbors.is_copied_and_pickled,
+    "7-compiled": neighbors.serves_compiled_modules,
     **_each("7-moving-average-first", neighbors.lives_beside_a_moving_average, first=[True, False]),
     "7-stochastic-averaging": neighbors.lives_beside_stochastic_weight_averaging,
     "7-accumulation-schedule": neighbors.follows_an_accumulation_schedule,
     "7-clipping": neighbors.clips_without_dropped_gradients,
     "7-manual-optimization": neighbors.serves_manual_optimization,
     "7-tied-weights": neighbors.serves_tied_weights_of_a_model_built_late,
-    "7-compiled": neighbors.serves_compiled_modules,
     "7-two-fits": neighbors.is_trained_twice,
     "7-same-trainer": neighbors.goes_on_with_the_same_trainer,
-    **_each("7-interrupted", neighbors.is_interrupted_without_a_trace, error=[KeyboardInterrupt, RuntimeError]),
-    "7-copies": neighbors.is_copied_and_pickled,
+    "7-interrupted": neighbors.is_interrupted_without_a_trace,
     "8-stored-arguments": refusals.stores_its_arguments,
     "8-impossible-target": refusals.refuses_an_impossible_target,
     "8-unknown-targets": refusals.refuses_unknown_targets,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.loop import Sparsifier
-from lightning_sparse.testing.case import Case, Inapplicable, require
+from lightning_sparse.testing.case import Case, Inapplicable, recorded, require
 from lightning_sparse.testing.state import Watcher, differences, left_behind, masks_of, nonzero, off_target
-from lightning_sparse.testing.toys import BATCHES, EPOCHS, Manual, Toy, fit, loader, network, toy, trainer
+from lightning_sparse.testing.toys import BATCH, BATCHES, EPOCHS, Manual, Toy, fit, loader, network, toy, trainer
 
 __all__ = [
     "adds_up_micro_batches",
@@ -63,33 +65,44 @@ def _watch(methods: Sequence[Sparsifier]) -> Watcher:
 # ---- 6 accumulation, precision, layout -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _End:
+    """What a training in float64, which draws no random numbers, has come to."""
+
+    weights: dict[str, Tensor]
+    masks: list[dict[str, Tensor]]
+
+
+def _train(case: Case, change: Callable[[Toy], Any] = lambda module: module, **options: Any) -> _End:
+    torch.manual_seed(0)
+    callbacks, methods = case.fresh()
+    module = toy(net=network(dropout=0)).double()
+    fit(change(module), *callbacks, **options)
+    return _End(module.state_dict(), [masks_of(method) for method in methods])
+
+
+_plain = functools.lru_cache(maxsize=1)(_train)
+
+
 def adds_up_micro_batches(case: Case) -> None:
     """Four micro-batches equal one large batch."""
-    results = []
-    for batch_size, accumulate in ((8, 1), (2, 4)):
-        torch.manual_seed(0)
-        module = toy(net=network(dropout=0)).double()
-        fit(module, *case.callbacks(), batch_size=batch_size, accumulate_grad_batches=accumulate)
-        results.append(module.state_dict())
-    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+    end = _train(case, batch_size=BATCH // 4, accumulate_grad_batches=4)
+    torch.testing.assert_close(end.weights, _plain(case).weights, rtol=1e-9, atol=1e-12)
 
 
 def reads_any_layout_of_memory(case: Case) -> None:
     """A module in `channels_last` ends in the same weights and masks as one in the usual layout."""
-    ends = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(0)
-        callbacks, methods = case.fresh()
-        module = toy().double()
-        module.net.to(memory_format=layout)
-        fit(module, *callbacks)
-        ends.append((module.state_dict(), [masks_of(method) for method in methods]))
-    (plain, masks), (last, others) = ends
-    is_last = last["net.2.weight"].is_contiguous(memory_format=torch.channels_last)
+
+    def last(module: Toy) -> Toy:
+        module.net.to(memory_format=torch.channels_last)
+        return module
+
+    end, plain = _train(case, last), _plain(case)
+    is_last = end.weights["net.2.weight"].is_contiguous(memory_format=torch.channels_last)
     require(is_last, "'net.2.weight' has left the channels_last layout.")
-    wrong = differences(masks, others)
+    wrong = differences(plain.masks, end.masks)
     require(not wrong, f"With channels_last, other entries are dropped: {wrong[:4]}.")
-    torch.testing.assert_close(last, plain, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(end.weights, plain.weights, rtol=1e-9, atol=1e-9)
 
 
 def trains_in_bf16(case: Case) -> None:
@@ -228,24 +241,16 @@ def serves_tied_weights_of_a_model_built_late(case: Case) -> None:
 
 def serves_compiled_modules(case: Case) -> None:
     """A module under `torch.compile` ends in the same bits as the plain one."""
-    results: list[dict[str, Tensor]] = []
-    graphs: list[Any] = []
+    graphs = []
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
     torch.compiler.reset()  # else torch gives up compiling after some modules of one class
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        callbacks, methods = case.fresh()
-        module = toy()
-        trained: Any = torch.compile(module, backend=backend) if compiled else module
-        fit(trained, *callbacks, limit_val_batches=0)
-        _sound(methods, module)
-        results.append(dict(module.state_dict()))
+    end = _train(case, lambda module: torch.compile(module, backend=backend), limit_val_batches=0)
     require(bool(graphs), "Nothing was compiled.")
-    wrong = differences(results[0], results[1])
+    wrong = differences(_plain(case).weights, end.weights)
     require(not wrong, f"Compiled, the module ends otherwise than the plain one: {wrong[:4]}.")
 
 
@@ -282,8 +287,8 @@ def goes_on_with_the_same_trainer(case: Case) -> None:
             require(not wrong, f"{method.label} has changed masks of {wrong} when the same Trainer went on.")
 
 
-def is_interrupted_without_a_trace(case: Case, error: type[BaseException]) -> None:
-    """After an exception or Ctrl-C nothing is left behind, and the same instance trains another module."""
+def is_interrupted_without_a_trace(case: Case) -> None:
+    """After Ctrl-C or an exception nothing is left behind, and the same instance trains another module."""
 
     class Broken(Toy):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -292,14 +297,15 @@ def is_interrupted_without_a_trace(case: Case, error: type[BaseException]) -> No
             return self.loss(batch)
 
     callbacks, methods = case.fresh()
-    module = Broken()
-    runner = trainer(*callbacks)
-    with suppress(error, SystemExit):  # Lightning exits after Ctrl-C
-        runner.fit(module, loader(), loader(1))
-    require(runner.interrupted, f"The fit has gone on after {error.__name__}.")
-    for method in methods:
-        wrong = left_behind(method, module, runner)
-        require(not wrong, f"Interrupted, {method.label} has left {wrong} behind.")
+    for error in (KeyboardInterrupt, RuntimeError):
+        module = Broken()
+        runner = trainer(*callbacks)
+        with suppress(error, SystemExit):  # Lightning exits after Ctrl-C
+            runner.fit(module, loader(), loader(1))
+        require(runner.interrupted, f"The fit has gone on after {error.__name__}.")
+        for method in methods:
+            wrong = left_behind(method, module, runner)
+            require(not wrong, f"After {error.__name__}, {method.label} has left {wrong} behind.")
     repaired = toy()
     fit(repaired, *callbacks)
     _sound(methods, repaired)
@@ -307,9 +313,7 @@ def is_interrupted_without_a_trace(case: Case, error: type[BaseException]) -> No
 
 def is_copied_and_pickled(case: Case) -> None:
     """A copy and a pickle of a method that has trained know what it knows."""
-    callbacks, methods = case.fresh()
-    fit(toy(), *callbacks)
-    for method in methods:
+    for method in recorded(case, "sgd").methods:
         for twin in (copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
             wrong = differences(method.state_dict(), twin.state_dict())
             require(not wrong, f"A copy of {method.label} differs in {wrong[:4]}.")

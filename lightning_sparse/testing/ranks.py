@@ -131,7 +131,7 @@ def _train_and_resume(rank: int, case: Case, folder: str) -> dict[str, Any]:
     torch.rand(1 + 5 * rank)
     callbacks, methods = case.fresh()
     recorder, module = _Recorder(methods), _Restless()
-    files = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    files = ModelCheckpoint(folder, "{step}", every_n_train_steps=BATCHES // 2 + 1, save_top_k=-1)
     fit_on_ranks(rank, module, *callbacks, recorder, files, accumulate_grad_batches=2)
     missed = [sentence for method in methods for sentence in off_target(method)]
     resumed = _Restless()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from lightning_sparse.families import Rewiring
+from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.testing import CHECKS, Case, Check, Make, MethodContract, masks_of, recorded
 from tests.helpers.overlays import OVERLAYS, overlay
 
@@ -20,12 +21,22 @@ def shows_what_it_counts(case: Case) -> None:
             assert bool((weights[name][mask] != 0).all()) or isinstance(method, Rewiring), name
 
 
+def ends_in_the_phase_it_promises(case: Case) -> None:
+    """At target, where a number was promised; else in none."""
+    run = recorded(case, "sgd")
+    promised = [
+        (config.get("sparsity") or config.get("structure") == "2:4") and config.get("mode") != "official"
+        for config in (method.config() for method in run.methods)
+    ]
+    assert phase_of(run.methods) == ("at target" if any(promised) else None)
+
+
 class TestOverlays(MethodContract):
     def cases(self) -> Mapping[str, Make]:
         return {path.stem: partial(overlay, path) for path in OVERLAYS}
 
     def checks(self) -> Mapping[str, Check]:
-        return {"1-kept-is-shown": shows_what_it_counts, **CHECKS}
+        return {"1-kept-is-shown": shows_what_it_counts, "1-phase": ends_in_the_phase_it_promises, **CHECKS}
 
     def exempt(self) -> Mapping[str, str]:
         why = "similarity is not additive: there is a term per micro-batch"

@@ -242,7 +242,7 @@ MISTAKES: list[tuple[type[Honest], str, str]] = [
     (KnowsTheCompiler, "7-compiled", "Compiled, the module ends otherwise than the plain one"),
     (LeavesAHook, "7-two-fits", "LeavesAHook has left [\"forward_hooks of ''\"] behind"),
     (RemembersTheLastFit, "7-two-fits", "RemembersTheLastFit has missed its target"),
-    (CleansUpAtTheEndAlone, "7-interrupted-RuntimeError", "Interrupted, CleansUpAtTheEndAlone has left"),
+    (CleansUpAtTheEndAlone, "7-interrupted", "After KeyboardInterrupt, CleansUpAtTheEndAlone has left"),
     (SavesWhoItIs, "7-copies", "A copy of SavesWhoItIs differs in ['/id:"),
     (RenamesItsArgument, "8-stored-arguments", "RenamesItsArgument must store its arguments under their own names"),
     (ChecksNothing, "8-impossible-target", "sparsity=0.999999 of a tiny network is not refused"),

@@ -65,7 +65,8 @@ def test_resume(setting: str, method: str, tmp_path: Path) -> None:
     files = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     runner = fit(module, *first, files, **options)
     expected = state_of(module, runner, method_of(first))
-    for step in sorted({1, BATCHES // 2 + 1, BATCHES, runner.global_step - 2}):
+    stops = sorted({1, BATCHES // 2 + 1, BATCHES, runner.global_step - 2})
+    for step in stops[(list(SETTINGS).index(setting) + list(METHODS).index(method)) % 2 :: 2]:
         torch.manual_seed(step)
         again = [make(), *extra()]
         module = toy("adamw", seed=step)

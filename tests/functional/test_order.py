@@ -8,18 +8,18 @@ from lightning_sparse.functional import order as order_module
 
 def cases() -> dict[str, list[torch.Tensor]]:
     g = torch.Generator().manual_seed(0)
-    normal = [torch.randn(3, 50, generator=g), torch.randn(77, generator=g)]
+    normal = [torch.randn(3, 16, generator=g), torch.randn(29, generator=g)]
     return {
         "normal": normal,
         "magnitudes": [t.abs() for t in normal],
-        "ties": [torch.randint(-3, 4, (200,), generator=g).float()],
+        "ties": [torch.randint(-3, 4, (80,), generator=g).float()],
         "zeros of both signs": [torch.tensor([0.0, -0.0, 1.0, -1.0, 0.0, -0.0])],
         "infinities": [torch.tensor([torch.inf, -torch.inf, 1.0, -torch.inf, torch.inf])],
         "subnormal": [torch.tensor([1e-45, -1e-45, 1e-40, 0.0, -1e-40, 1e-38])],
         "bfloat16": [t.bfloat16() for t in normal],
         "float16": [t.half() for t in normal],
         "float64": [t.double() * 1e-200 for t in normal],
-        "float64, the last bits alone": [1 + torch.randint(-9, 9, (90,), generator=g).double() * 2**-52],
+        "float64, the last bits alone": [1 + torch.randint(-9, 9, (60,), generator=g).double() * 2**-52],
         "float64, all kinds": [torch.tensor([0, -0.0, 5e-324, -5e-324, -torch.inf, -1.5, torch.inf], dtype=torch.float64)],
     }
 
@@ -43,9 +43,9 @@ def test_ranks_of_magnitudes(name: str) -> None:
 @pytest.mark.parametrize("name", ["normal", "float64"])
 def test_chunks_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = cases()[name]
-    whole = [float(kth_smallest(values, k)) for k in range(0, 227, 10)]
+    whole = [float(kth_smallest(values, k)) for k in range(0, 77, 4)]
     monkeypatch.setattr(order_module, "_CHUNK", 52)
-    assert [float(kth_smallest(values, k)) for k in range(0, 227, 10)] == whole
+    assert [float(kth_smallest(values, k)) for k in range(0, 77, 4)] == whole
 
 
 def test_more_than_2_to_the_24_entries() -> None:

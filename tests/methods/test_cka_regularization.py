@@ -103,10 +103,12 @@ def test_no_feature_outlives_its_step(cls: type[Toy]) -> None:
         def on_validation_batch_end(self, *args: Any) -> None:
             alive.append(len(method._tap._seen))
 
+    gc.freeze()  # what is there already is not looked through every time
     module, method = cls(net=network(dropout=0)), CKARegularization(strength=0.1, every_n_batches=1)
     handle = module.net[1].register_forward_hook(lambda m, i, output: seen.append(weakref.ref(output)))
     fit(module, method, Ends(), val_check_interval=2)
     handle.remove()
+    gc.unfreeze()
     assert len(seen) > 3 * BATCHES
     assert not any(alive)
     assert method._tap is None
