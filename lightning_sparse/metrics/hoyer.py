@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_sparse.core import TRANSPOSED_CONVOLUTIONS, describe
+from lightning_sparse.core import Target, describe
 from lightning_sparse.functional import hoyer_sparsity
 from lightning_sparse.metrics.drawing import curve
 
@@ -63,7 +63,7 @@ class HoyerSparsity(Metric):
                 continue
             weight = module.get_parameter(candidate.name)
             layer = module.get_submodule(candidate.name.rpartition(".")[0])
-            dim = 1 if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else 0
+            dim = Target.of(candidate.name, weight, layer).output_dim
             if weight.numel() > weight.shape[dim]:
                 self.weighted += hoyer_sparsity(weight, dim).mean().to(self.weighted) * weight.numel()
                 self.entries += weight.numel()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_sparse.core import effective_macs, find_targets
 from lightning_sparse.functional import dead_outputs, layer_density, nonzero_counts
 from lightning_sparse.metrics.drawing import bars
-from lightning_sparse.metrics.sparsity import MaskMetric, Masks
+from lightning_sparse.metrics.sparsity import MaskMetric, NamedMasks
 
 __all__ = ["DeadUnits", "EffectiveMACs", "EffectiveParameters", "LayerDensity"]
 
@@ -39,7 +39,7 @@ class _ByLayer(MaskMetric):
     def read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
         """The number of each layer, from its mask or weight."""
 
-    def update(self, tensors: Masks) -> None:
+    def update(self, tensors: NamedMasks) -> None:
         """Read masks for what is kept, or weights for what is not zero, as they are now."""
         found = self.read({name: tensors[name] for name in self.names if name in tensors})
         self.values = torch.tensor([found[name] for name in self.names], dtype=torch.float64, device=self.device)
@@ -79,7 +79,7 @@ class LayerDensity(_ByLayer):
 
     label = "density"
 
-    def __init__(self, masks: Masks, **options: Any) -> None:
+    def __init__(self, masks: NamedMasks, **options: Any) -> None:
         super().__init__(dict.fromkeys(masks, 1.0), **options)
 
     def read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:

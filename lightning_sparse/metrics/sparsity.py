@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sparse.core import MaskSet
+from lightning_sparse.core import Masks
 from lightning_sparse.functional import (
     mask_churn,
     mask_overlap,
@@ -21,8 +21,8 @@ from lightning_sparse.metrics.drawing import curve
 
 __all__ = ["MaskChurn", "MaskMetric", "MaskOverlap", "OverParameterizationRate", "Sparsity"]
 
-Masks = Mapping[str, Tensor] | MaskSet
-"""Masks by name, True = kept; a method's `masks` will do."""
+NamedMasks = Mapping[str, Tensor] | Masks
+"""NamedMasks by name, True = kept; a method's `masks` will do."""
 
 
 class MaskMetric(Metric):
@@ -69,7 +69,7 @@ class Sparsity(MaskMetric):
         super().__init__(**options)
         self.add_state("readings", torch.zeros(2, dtype=torch.float64))
 
-    def update(self, masks: Masks, weights: Mapping[str, Tensor]) -> None:
+    def update(self, masks: NamedMasks, weights: Mapping[str, Tensor]) -> None:
         """Read masks and weights as they are now; weights without a mask do not count."""
         both = mask_sparsity(masks[name] for name in masks), zero_fraction(weights[name] for name in masks)
         self.readings = torch.tensor(both, dtype=torch.float64, device=self.device)
@@ -107,13 +107,13 @@ class MaskOverlap(MaskMetric):
     last: Tensor
     value: Tensor
 
-    def __init__(self, masks: Masks, **options: Any) -> None:
+    def __init__(self, masks: NamedMasks, **options: Any) -> None:
         super().__init__(**options)
         self.names = list(masks)
         self.add_state("last", _flat(masks, self.names))
         self.add_state("value", torch.tensor(self.between([self.last], [self.last])))
 
-    def update(self, masks: Masks) -> None:
+    def update(self, masks: NamedMasks) -> None:
         """Compare with the reading before."""
         now = _flat(masks, self.names).to(self.device)
         self.value = torch.tensor(self.between([self.last], [now]), device=self.device)
@@ -165,12 +165,12 @@ class OverParameterizationRate(MaskMetric):
     label = "ever active"
     ever: Tensor
 
-    def __init__(self, masks: Masks, **options: Any) -> None:
+    def __init__(self, masks: NamedMasks, **options: Any) -> None:
         super().__init__(**options)
         self.names = list(masks)
         self.add_state("ever", _flat(masks, self.names))
 
-    def update(self, masks: Masks) -> None:
+    def update(self, masks: NamedMasks) -> None:
         """Add the masks as they are now."""
         self.ever = self.ever | _flat(masks, self.names).to(self.device)
 
@@ -178,5 +178,5 @@ class OverParameterizationRate(MaskMetric):
         return torch.tensor(over_parameterization_rate([self.ever]), device=self.device)
 
 
-def _flat(masks: Masks, names: list[str]) -> Tensor:
+def _flat(masks: NamedMasks, names: list[str]) -> Tensor:
     return torch.cat([masks[name].flatten() for name in names])
