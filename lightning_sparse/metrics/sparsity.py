@@ -22,7 +22,7 @@ from lightning_sparse.metrics.drawing import curve
 __all__ = ["MaskChurn", "MaskMetric", "MaskOverlap", "OverParameterizationRate", "Sparsity"]
 
 NamedMasks = Mapping[str, Tensor] | Masks
-"""NamedMasks by name, True = kept; a method's `masks` will do."""
+"""Masks by name, True = kept; a method's `masks` will do."""
 
 
 class MaskMetric(Metric):
