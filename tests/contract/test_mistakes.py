@@ -244,7 +244,11 @@ MISTAKES: list[tuple[type[Honest], str, str]] = [
     (RemembersTheLastFit, "7-two-fits", "RemembersTheLastFit has missed its target"),
     (CleansUpAtTheEndAlone, "7-interrupted", "After KeyboardInterrupt, CleansUpAtTheEndAlone has left"),
     (SavesWhoItIs, "7-copies", "A copy of SavesWhoItIs differs in ['/id:"),
-    (RenamesItsArgument, "8-stored-arguments", "RenamesItsArgument must store its arguments under their own names"),
+    (
+        RenamesItsArgument,
+        "8-stored-arguments",
+        "RenamesItsArgument must store its arguments as given, under their own names",
+    ),
     (ChecksNothing, "8-impossible-target", "sparsity=0.999999 of a tiny network is not refused"),
     (TakesAllInstead, "8-unknown-targets", "a pattern that matches nothing is not refused"),
     (HidesItsMasks, "8-second-owner", "a second owner of the same masks is not refused"),
