@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import sys
 import tempfile
 import traceback
 import warnings
@@ -44,7 +46,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.
         What each rank has returned.
 
     Raises:
-        AssertionError: with the traceback of the first rank that has failed, or if they do not end in time.
+        AssertionError: with the tracebacks of ranks that have failed, or if they do not end in time.
     """
     forks = not torch.accelerator.is_available()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
@@ -56,7 +58,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.
                 warnings.filterwarnings("ignore", ".*use of fork\\(\\) may lead to deadlocks")
                 for process in processes:
                     process.start()
-        except (AttributeError, TypeError, ValueError) as error:  # pickle's
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
             if forks:
                 raise
             raise Inapplicable(f"beside an accelerator the callbacks must be importable by name ({error})") from error
@@ -66,21 +68,20 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.
         finally:
             for process in processes:
                 process.kill()
-        results = []
-        for rank, process in enumerate(processes):
-            failure, result = Path(folder, f"{rank}.txt"), Path(folder, f"{rank}.pt")
-            require(not failure.exists(), f"Rank {rank} has failed.\n{failure.read_text() if failure.exists() else ''}")
-            require(
-                result.exists(), f"Rank {rank} did not end within {timeout:g} s, or died (exit code {process.exitcode})."
-            )
-            results.append(torch.load(result, weights_only=True))
-        return results
+                process.join()
+        failures = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
+        require(not failures, "\n".join(["A rank has failed.", *failures]))
+        wanting = [rank for rank in range(RANKS) if not Path(folder, f"{rank}.pt").exists()]
+        codes = [process.exitcode for process in processes]
+        require(not wanting, f"Ranks {wanting} did not end within {timeout:g} s, or died (exit codes {codes}).")
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
 
 
 def _rank(folder: str, rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """One of the processes; writes what the function has returned, or how it has failed."""
-    environment = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": RANKS, "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(RANKS)}
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else a name server may be asked for this machine's address
     torch.set_num_threads(1)
     try:
         distributed.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=60), rank=rank, world_size=RANKS)

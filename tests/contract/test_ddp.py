@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ def with_local_scores(rank: int) -> None:
 def test_a_decision_from_local_data_is_an_error() -> None:
     with pytest.raises(AssertionError, match="RuntimeError: LocalScore: the ranks hold different masks of 'net."):
         run_on_ranks(with_local_scores)
+
+
+def test_a_rank_that_fails_is_heard() -> None:
+    def fails(rank: int) -> None:
+        if rank == 1:
+            raise KeyError("lost")
+        torch.distributed.barrier()
+
+    with pytest.raises(AssertionError, match="KeyError: 'lost'"):
+        run_on_ranks(fails)
+
+
+def test_ranks_that_do_not_end_are_ended() -> None:
+    with pytest.raises(AssertionError, match=r"Ranks \[0, 1\] did not end within 0.5 s, or died \(exit codes \[-9, -9\]\)"):
+        run_on_ranks(lambda rank: time.sleep(60), timeout=0.5)
 
 
 def penalized(rank: int, kind: str) -> dict[str, Tensor]:
