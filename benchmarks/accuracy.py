@@ -26,15 +26,15 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_sparse
-from benchmarks.record import Options, Parts, Row, Runs, Trainings, markdown, pick, spread
+from benchmarks.record import Options, Parts, Trainings
 from benchmarks.trainers import quiet, resumable
 from lightning_sparse import (
     SET,
@@ -87,7 +87,7 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
 OPEN_ENDED: dict[str, Callable[[float, Callable[[int], str]], list[L.Callback]]] = {
     "HyperSparse, as published": lambda s, epochs: [
         HyperSparse(s, strength=5e-6, growth=1.05, pretrain=epochs(60), regularize=epochs(200), finetune=epochs(160))
-    ],
+    ]
 }
 """Methods that end the training themselves; the lengths of their phases go through a function that may shorten them."""
 
@@ -132,6 +132,16 @@ class Setting:
     def read(self, module: nn.Module, callbacks: Sequence[L.Callback]) -> dict[str, Any]:
         """What else is asked of a network that has been trained."""
         return {}
+
+
+class Large(Digits):
+    """The digits of scikit-learn at twice the size, to see that a suite runs."""
+
+    image_size = 16
+
+    def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        images, labels = super().load(train)
+        return images.repeat_interleave(2, -1).repeat_interleave(2, -2), labels
 
 
 class Work(L.Callback):
@@ -235,6 +245,8 @@ class Comparison(Trainings):
         published: by method, in percent, for the first sparsities.
     """
 
+    by: ClassVar[Sequence[str]] = ("method", "sparsity")
+    values: ClassVar[Sequence[str]] = ("test", "inference", "training")
     setting: Setting
     methods: Sequence[str]
     sparsities: Sequence[float]
@@ -247,9 +259,9 @@ class Comparison(Trainings):
 
     def parts(self, options: Options) -> Parts:
         """Whole seeds first."""
-        setting = replace(self.setting, data=Digits) if options.quick else self.setting
+        setting = replace(self.setting, data=Large) if options.quick else self.setting
         how = {"root": options.data, "similarity": self.similarity}
-        how["epochs"] = epochs = options.epochs or (1 if options.quick else setting.epochs)
+        how["epochs"] = epochs = options.epochs or (3 if options.quick else setting.epochs)
         pairs = [(method, sparsity) for method in self.methods for sparsity in self.sparsities_of(method)]
         for place, (seed, (method, sparsity)) in enumerate(product(self.seeds[: 1 if options.quick else None], pairs)):
             key = {"seed": seed, "method": method, "sparsity": sparsity}
@@ -263,16 +275,9 @@ class Comparison(Trainings):
         super().prepare(options)
         have_data(self.setting.data, options)
 
-    def table(self, out: Path) -> str:
-        """Mean and standard deviation over seeds, and the two costs."""
-        runs: Runs = self.content(out).get("runs", [])
-        rows: list[Row] = [["test accuracy, %; inference, training", *(f"{100 * s:g} %" for s in self.sparsities)]]
-        for method in self.methods:
-            found = [pick(runs, method=method, sparsity=sparsity) for sparsity in self.sparsities_of(method)]
-            rows.append([method, *map(_cell, found)])
-            if method in self.published:
-                rows.append([f"{method}, published", *(f"{value:.2f}" for value in self.published[method])])
-        return markdown([row + [""] * (len(rows[0]) - len(row)) for row in rows])
+    def reference(self, method: str, sparsity: float) -> str:
+        known = dict(zip(self.sparsities_of(method), self.published.get(method, ()), strict=False))
+        return f"{known[sparsity] / 100:.4f}" if sparsity in known else ""
 
 
 def have_data(data: type[ImageData], options: Options) -> None:
@@ -285,11 +290,3 @@ def have_data(data: type[ImageData], options: Options) -> None:
         made.load(train=False)
     except FileNotFoundError as error:
         raise SystemExit(f"{str(error).partition(' (')[0]}; give its folder with --data, or add --download.") from None
-
-
-def _cell(runs: Runs) -> str:
-    if not runs:
-        return ""
-    costs = [statistics.mean(run[key] for run in runs) for key in ("inference", "training") if key in runs[0]]
-    text = f"{spread([run['test'] for run in runs])} ({len(runs)})"
-    return "; ".join([text, ", ".join(f"{cost:.3f}" for cost in costs)] if costs else [text])

@@ -1,7 +1,11 @@
-"""Ways of masking and penalizing that people use now; they can take turns with ours on one model."""
+"""Ways of masking and penalizing that people use now; they can take turns with ours on one model.
+
+Each is made of the module that all ways train, and of what each layer is to keep.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,50 +17,27 @@ from benchmarks.turns import Way
 
 SPARSITY = 0.9
 
+Masks = Mapping[nn.Module, Tensor]
+
 
 def layers(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
-class Competitor(Way):
-    """A way of masking or penalizing a model that all ways train.
-
-    Args:
-        module: that holds it.
-        masks: what each layer is to keep.
-    """
-
-    def __init__(self, module: Any, masks: dict[nn.Module, Tensor]) -> None:
-        super().__init__()
-        self.module, self.masks = module, masks
-
-
-class Prune(Competitor):
-    """A product with the mask before every forward pass."""
-
-    def enter(self) -> None:
-        for layer, mask in self.masks.items():
-            prune.custom_from_mask(layer, "weight", mask)
-
-    def leave(self) -> None:
-        for layer in self.masks:
-            prune.remove(layer, "weight")
-
-
-class LightningPruning(Competitor):
+def model_pruning(module: Any, masks: Masks) -> Way:
     """Lightning's own callback: a product with the mask before every forward pass."""
+    chosen = [(layer, "weight") for layer in masks]
+    callback = ModelPruning("l1_unstructured", chosen, amount=SPARSITY, use_global_unstructured=True)
+    callback.setup(None, module, "fit")
+    return Way(enter=lambda: callback.apply_pruning(SPARSITY), leave=lambda: callback.make_pruning_permanent(module))
 
-    def __init__(self, module: Any, masks: dict[nn.Module, Tensor]) -> None:
-        super().__init__(module, masks)
-        chosen = [(layer, "weight") for layer in masks]
-        self.callback = ModelPruning("l1_unstructured", chosen, amount=SPARSITY, use_global_unstructured=True)
-        self.callback.setup(None, module, "fit")
 
-    def enter(self) -> None:
-        self.callback.apply_pruning(SPARSITY)
-
-    def leave(self) -> None:
-        self.callback.make_pruning_permanent(self.module)
+def torch_prune(module: Any, masks: Masks) -> Way:
+    """A product with the mask before every forward pass."""
+    return Way(
+        enter=lambda: [prune.custom_from_mask(layer, "weight", mask) for layer, mask in masks.items()],
+        leave=lambda: [prune.remove(layer, "weight") for layer in masks],
+    )
 
 
 class Masking(nn.Module):
@@ -64,87 +45,62 @@ class Masking(nn.Module):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask.float())
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
 
 
-class Parametrize(Competitor):
+def parametrized(module: Any, masks: Masks) -> Way:
     """The same as a parametrization."""
-
-    def enter(self) -> None:
-        for layer, mask in self.masks.items():
-            parametrize.register_parametrization(layer, "weight", Masking(mask.float()))
-
-    def leave(self) -> None:
-        for layer in self.masks:
-            parametrize.remove_parametrizations(layer, "weight")
+    return Way(
+        enter=lambda: [parametrize.register_parametrization(x, "weight", Masking(mask)) for x, mask in masks.items()],
+        leave=lambda: [parametrize.remove_parametrizations(layer, "weight") for layer in masks],
+    )
 
 
-class FasteraiMasks(Competitor):
+def fasterai_masks(module: Any, masks: Masks) -> Way:
     """A product with the mask after every step."""
+    from fasterai.core.criteria import large_final
+    from fasterai.sparse.sparsifier import Sparsifier
 
-    def __init__(self, module: Any, masks: dict[nn.Module, Tensor]) -> None:
-        super().__init__(module, masks)
-        from fasterai.core.criteria import large_final
-        from fasterai.sparse.sparsifier import Sparsifier as Theirs
-
-        self.theirs = Theirs(module.net, "weight", "global", large_final, layer_type=(nn.Conv2d, nn.Linear))
-        for layer, mask in masks.items():
-            layer.register_buffer("_mask", mask.float())
-
-    def after_step(self) -> None:
-        self.theirs._apply_masks()
+    theirs = Sparsifier(module.net, "weight", "global", large_final, layer_type=(nn.Conv2d, nn.Linear))
+    for layer, mask in masks.items():
+        layer.register_buffer("_mask", mask.float())
+    return Way(after_step=theirs._apply_masks)
 
 
-class FasteraiPenalty(Competitor):
+def fasterai_penalty(module: Any, masks: Masks) -> Way:
     """A term in the loss."""
+    from fasterai.core.criteria import large_final
+    from fasterai.core.granularity import Granularities
 
-    def __init__(self, module: Any, masks: dict[nn.Module, Tensor]) -> None:
-        super().__init__(module, masks)
-        from fasterai.core.criteria import large_final
-        from fasterai.core.granularity import Granularities
+    def term() -> Tensor:
+        norms = [large_final.f(m.weight)[None].abs().sum(Granularities.get_dim(m, "weight")).sum() for m in masks]
+        return 1e-4 * torch.stack(norms).sum()
 
-        def term() -> Tensor:
-            norms = [large_final.f(m.weight)[None].abs().sum(Granularities.get_dim(m, "weight")).sum() for m in masks]
-            return 1e-4 * torch.stack(norms).sum()
-
-        self.term = term
-
-    def enter(self) -> None:
-        self.module.term = self.term
-
-    def leave(self) -> None:
-        self.module.term = None
+    return Way(enter=lambda: setattr(module, "term", term), leave=lambda: setattr(module, "term", None))
 
 
-class TorchPruning(Competitor):
+def torch_pruning(module: Any, masks: Masks) -> Way:
     """Gradients of a penalty on coupled channels, added before the step."""
+    import torch_pruning as tp
 
-    def __init__(self, module: Any, masks: dict[nn.Module, Tensor]) -> None:
-        super().__init__(module, masks)
-        import torch_pruning as tp
-
-        last = [layer for layer in masks if layer.weight.shape[0] == 10]
-        x = torch.rand(2, 3, 32, 32, device=module.device)
-        importance = tp.importance.GroupMagnitudeImportance()
-        heads = {m: m.num_heads for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
-        with torch.enable_grad():
-            self.pruner = tp.pruner.GroupNormPruner(
-                module.net, x, importance, reg=1e-4, ignored_layers=last, num_heads=heads
-            )
-            self.pruner.update_regularizer()
-
-    def before_step(self) -> None:
-        self.pruner.regularize(self.module.net)
+    last = [layer for layer in masks if layer.weight.shape[0] == 10]
+    x = torch.rand(2, 3, 32, 32, device=module.device)
+    importance = tp.importance.GroupMagnitudeImportance()
+    heads = {m: m.num_heads for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
+    with torch.enable_grad():
+        pruner = tp.pruner.GroupNormPruner(module.net, x, importance, reg=1e-4, ignored_layers=last, num_heads=heads)
+        pruner.update_regularizer()
+    return Way(before_step=lambda: pruner.regularize(module.net))
 
 
-PEERS: dict[str, type[Competitor]] = {
-    "ModelPruning": LightningPruning,
-    "torch.nn.utils.prune": Prune,
-    "parametrize": Parametrize,
-    "fasterai Sparsifier": FasteraiMasks,
-    "fasterai penalty, L1": FasteraiPenalty,
-    "Torch-Pruning penalty, group norm": TorchPruning,
+PEERS: dict[str, Callable[[Any, Masks], Way]] = {
+    "ModelPruning": model_pruning,
+    "torch.nn.utils.prune": torch_prune,
+    "parametrize": parametrized,
+    "fasterai Sparsifier": fasterai_masks,
+    "fasterai penalty, L1": fasterai_penalty,
+    "Torch-Pruning penalty, group norm": torch_pruning,
 }

@@ -10,7 +10,6 @@ python -m benchmarks export-vit                  2:4 linear layers of ViT-B in b
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.accuracy import have_data
-from benchmarks.record import Options, Parts
+from benchmarks.record import Options
 from benchmarks.trainers import quiet
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import CIFAR10, Digits
@@ -103,8 +102,3 @@ def carriers(options: Options) -> dict[str, Any]:
         times = interleaved({name: partial(model, x) for name, model in models.items()}, options.times(50))
     speed = {name: times["dense"].median / timing.median for name, timing in times.items()}
     return {"batch": BATCH, "milliseconds": {name: asdict(t) for name, t in times.items()}, "speed": speed}
-
-
-def whole(function: Callable[[Options], Any]) -> Callable[[Options], Parts]:
-    """A suite of one part."""
-    return lambda options: iter([((), partial(function, options))])

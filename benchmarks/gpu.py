@@ -24,11 +24,11 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import cka_regularization, hypersparse, methods, overhead, rewiring, updates
 from benchmarks.accuracy import Comparison
-from benchmarks.record import Measurements, Options, Parts, Suite, at_once
+from benchmarks.record import Measurements, Options, Suite, at_once, whole
 from benchmarks.suites import PAPER
 from benchmarks.trainers import Net, quiet
 from benchmarks.turns import timed
@@ -38,59 +38,47 @@ from lightning_sparse.functional import apply_bits_, kth_smallest, mask_bits
 from lightning_sparse.loop import Sparsifier
 
 
-def contract(options: Options) -> Parts:
+def contract(options: Options) -> dict[str, Any]:
     """The points of the contract that need a GPU: 16-bit mixed precision with a planted infinity, fused or not."""
-
-    def tests() -> dict[str, Any]:
-        command = "-m pytest -q tests -m gpu -n 8 -p no:cacheprovider -o addopts="
-        done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=400)
-        lines = done.stdout.strip().splitlines()
-        if done.returncode:
-            print("\n".join(lines[-200:]), flush=True)
-        return {"exit": done.returncode, "end": lines[-1:], "failed": [line for line in lines if line.startswith("FAILED")]}
-
-    yield ("tests",), tests
+    command = "-m pytest -q tests -m gpu -n 8 -p no:cacheprovider -o addopts="
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=400)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode:
+        print("\n".join(lines[-200:]), flush=True)
+    return {"exit": done.returncode, "end": lines[-1:], "failed": [line for line in lines if line.startswith("FAILED")]}
 
 
-def order_statistics(options: Options) -> Parts:
+def order_statistics(options: Options) -> dict[str, Any]:
     """The k-th smallest value, beside what torch offers; and whether all give the same value."""
-
-    def among(n: int) -> dict[str, Any]:
-        values, k = torch.rand(n, device=options.device), int(0.9 * n)
-        ways: dict[str, Callable[[], Tensor]] = {
-            "kth_smallest": lambda: kth_smallest([values], k),
-            "torch.kthvalue": lambda: values.kthvalue(k + 1).values,
-            "torch.sort": lambda: values.sort().values[k],
-        }
-        found, table = set(), {}
-        for name, way in ways.items():
+    table: dict[str, Any] = {}
+    for n in [100_000] if options.quick else [1_000_000, 25_000_000, 100_000_000, 1_000_000_000]:
+        values, k, found = torch.rand(n, device=options.device), int(0.9 * n), set()
+        for name, way in {
+            "kth_smallest": lambda v=values, k=k: kth_smallest([v], k),
+            "torch.kthvalue": lambda v=values, k=k: v.kthvalue(k + 1).values,
+            "torch.sort": lambda v=values, k=k: v.sort().values[k],
+        }.items():
             try:
                 found.add(float(way()))
-                table[f"{name}, seconds"] = min(timed(way, options.device) for _ in range(5))
+                table[f"{name}, {n:,}, seconds"] = min(timed(way, options.device) for _ in range(5))
             except RuntimeError as error:
-                table[name] = str(error).splitlines()[0]
-        return table | {"same value": len(found) == 1}
-
-    for n in [100_000] if options.quick else [1_000_000, 25_000_000, 100_000_000, 1_000_000_000]:
-        yield (f"{n:,} values",), partial(among, n)
+                table[f"{name}, {n:,}"] = str(error).splitlines()[0]
+        table[f"same value, {n:,}"] = len(found) == 1
+    return table
 
 
-def masking(options: Options) -> Parts:
+def masking(options: Options) -> dict[str, float]:
     """Applying a mask: bits, masked_fill, and a float mask of four times the size."""
-
-    def ways() -> dict[str, float]:
-        n = 100_000 if options.quick else 100_000_000
-        weight, mask = torch.randn(n, device=options.device), torch.rand(n, device=options.device) > 0.9
-        bits, dropped, floats = mask_bits(mask), ~mask, mask.float()
-        ways: dict[str, Callable[[], Any]] = {
-            "apply_bits_": lambda: apply_bits_(weight, bits),
-            "masked_fill_": lambda: weight.masked_fill_(dropped, 0),
-            "mul_ by a float mask": lambda: weight.mul_(floats),
-            "mul_ by a boolean mask": lambda: weight.mul_(mask),
-        }
-        return {name: min(timed(way, options.device) for _ in range(10)) for name, way in ways.items()}
-
-    yield ("seconds",), ways
+    n = 100_000 if options.quick else 100_000_000
+    weight, mask = torch.randn(n, device=options.device), torch.rand(n, device=options.device) > 0.9
+    bits, dropped, floats = mask_bits(mask), ~mask, mask.float()
+    ways: dict[str, Callable[[], Any]] = {
+        "apply_bits_": lambda: apply_bits_(weight, bits),
+        "masked_fill_": lambda: weight.masked_fill_(dropped, 0),
+        "mul_ by a float mask": lambda: weight.mul_(floats),
+        "mul_ by a boolean mask": lambda: weight.mul_(mask),
+    }
+    return {name: min(timed(way, options.device) for _ in range(10)) for name, way in ways.items()}
 
 
 def fit(method: Sparsifier, device: str, wrap: Callable[[Any], Any] = lambda module: module, **more: Any) -> dict[str, Any]:
@@ -105,52 +93,46 @@ def fit(method: Sparsifier, device: str, wrap: Callable[[Any], Any] = lambda mod
     return {"masks": method.masks.sparsity, "zeros": zeros / method.masks.total, "seconds": perf_counter() - start}
 
 
-def inductor(options: Options) -> Parts:
+def inductor(options: Options) -> dict[str, Any]:
     """A compiled module whose masks change while it trains: the sparsity it ends with."""
     compiled = partial(torch.compile, backend="eager" if options.quick else "inductor")
-    yield ("MagnitudePruning",), lambda: fit(MagnitudePruning(0.9), options.device, compiled)
+    return fit(MagnitudePruning(0.9), options.device, compiled)
 
 
-def collectives(options: Options) -> Parts:
+def collectives(options: Options) -> dict[str, Any]:
     """Distributed training, of one process: what methods reduce and compare goes through NCCL."""
-
-    def distributed(method: Sparsifier) -> dict[str, Any]:
-        numbers = fit(method, options.device, strategy="ddp")
-        if torch.distributed.is_initialized():
-            numbers["backend"] = torch.distributed.get_backend()
-            torch.distributed.destroy_process_group()
-        return numbers
-
-    for method in (MagnitudePruning(0.9), RigL(0.9), SNIP(0.9, batches=2)):
-        yield (type(method).__name__,), partial(distributed, method)
+    methods = [MagnitudePruning(0.9), RigL(0.9), SNIP(0.9, batches=2)]
+    numbers: dict[str, Any] = {type(m).__name__: fit(m, options.device, strategy="ddp") for m in methods}
+    if torch.distributed.is_initialized():
+        numbers["backend"] = torch.distributed.get_backend()
+        torch.distributed.destroy_process_group()
+    return numbers
 
 
-def two_of_four(options: Options) -> Parts:
+def two_of_four(options: Options) -> dict[str, Any]:
     """A linear layer with two zeros in every four weights, in bfloat16: its sparse kernel beside the dense product."""
-
-    def layer(size: int) -> dict[str, Any]:
+    numbers = {}
+    for size in [256] if options.quick else [1024, 4096, 8192]:
         net = nn.Sequential(nn.Linear(size, size))
         net[0].weight.data.view(size, -1, 4)[:, :, :2] = 0
         net = net.to(options.device, torch.bfloat16)
         chosen = choose_semi_structured(net, torch.randn(size, size, device=options.device, dtype=torch.bfloat16))[0]
-        return {"milliseconds": chosen.milliseconds, "note": chosen.note}
-
-    for size in [256] if options.quick else [1024, 4096, 8192]:
-        yield (f"{size} x {size}, batch {size}",), partial(layer, size)
+        numbers[f"{size} x {size}, batch {size}"] = {"milliseconds": chosen.milliseconds, "note": chosen.note}
+    return numbers
 
 
 CHECKS = {
     name: Measurements(f"gpu_{name}", parts)
     for name, parts in {
-        "contract": contract,
+        "contract": whole(contract),
         "updates": updates.parts,
         "overhead": overhead.parts,
         "methods": methods.parts,
-        "collectives": collectives,
-        "inductor": inductor,
-        "two_of_four": two_of_four,
-        "order_statistics": order_statistics,
-        "masking": masking,
+        "collectives": whole(collectives),
+        "inductor": whole(inductor),
+        "two_of_four": whole(two_of_four),
+        "order_statistics": whole(order_statistics),
+        "masking": whole(masking),
         "hypersparse": hypersparse.parts,
         "rewiring": rewiring.parts,
         "cka": cka_regularization.parts,

@@ -64,14 +64,7 @@ class Growth(L.Callback):
 
 
 def where(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Of the masks of each layer before and after an update: which outputs its new connections go into.
-
-    Example:
-        >>> import torch
-        >>> old, new = torch.tensor([[True, False], [False, False]]), torch.tensor([[True, True], [False, True]])
-        >>> where([(old, new)])
-        {'grown': 2, 'into outputs without connections': 0.5, 'outputs without connections': 0.5, 'into one output': 0.5}
-    """
+    """Of the masks of each layer before and after an update: which outputs its new connections go into."""
     stay = [(old & new).flatten(1).sum(1) for old, new in pairs]
     grown = [(new & ~old).flatten(1).sum(1) for old, new in pairs]
     total = sum(int(g.sum()) for g in grown)

@@ -57,7 +57,7 @@ class Fits:
     """What is fitted, and how long.
 
     Args:
-        data: made from the seed and the folder of the data.
+        data: made with a seed.
         module: the class of the module.
         network: called with (outputs, channels, size).
         rate: of Adam.
@@ -66,7 +66,7 @@ class Fits:
         allow_growth: of merges; kernels of convolutions grow.
     """
 
-    data: Callable[[int, str], Any]
+    data: Callable[..., Any]
     module: type[L.LightningModule]
     network: Callable[..., nn.Module]
     rate: float
@@ -86,7 +86,8 @@ class Fits:
     def runs(self, seed: int, root: str, quick: bool) -> Runs:
         """All fits of one seed."""
         found: Runs = []
-        data: Any = Digits(seed=seed) if quick and self.module is Classifier else self.data(seed, root)
+        folder = {"root": root} if self.module is Classifier else {}
+        data = Digits(seed=seed) if quick and folder else self.data(seed=seed, **folder)
         data.setup("fit")
         rows: list[tuple[str, float | None]] = [("plain", None), ("weight decay", 0.0)]
         rows += [("layer penalty", strength) for strength in self.strengths[: 1 if quick else None]]
@@ -112,19 +113,13 @@ class Fits:
         return found
 
 
+def perceptron(width: int, depth: int) -> Callable[..., nn.Module]:
+    return lambda *shape: MLP(*shape, hidden=[width] * (depth - 1), kaiming=True)
+
+
 def teacher(share: float = 1 / 3, depth: int = 8, width: int = 20) -> Fits:
-    return Fits(
-        lambda seed, root: Teacher(signed=share, depth=depth, width=width, passes=150, seed=seed),
-        Regressor,
-        lambda *shape: MLP(*shape, hidden=[width] * (depth - 1), kaiming=True),
-        3e-3,
-        10,
-        (0.1, 0.3, 1.0),
-    )
-
-
-def clothes(seed: int, root: str) -> FashionMNIST:
-    return FashionMNIST(root=root, seed=seed)
+    data = partial(Teacher, signed=share, depth=depth, width=width, passes=150)
+    return Fits(data, Regressor, perceptron(width, depth), 3e-3, 10, (0.1, 0.3, 1.0))
 
 
 SIMULATION = {
@@ -134,14 +129,8 @@ SIMULATION = {
     "twelve layers": teacher(depth=12),
     "width 40": teacher(width=40),
 }
-FASHION = {
-    "ten layers of 100": Fits(
-        clothes, Classifier, lambda *shape: MLP(*shape, hidden=[100] * 9, kaiming=True), 1e-3, 12, (0.1, 0.3)
-    )
-}
-CONV = {
-    "eight convolutions": Fits(clothes, Classifier, plain_convolutions, 1e-3, 3, (0.03, 0.1, 0.3, 1.0), allow_growth=True)
-}
+FASHION = {"ten layers of 100": Fits(FashionMNIST, Classifier, perceptron(100, 10), 1e-3, 12, (0.1, 0.3))}
+CONV = {"eight convolutions": Fits(FashionMNIST, Classifier, plain_convolutions, 1e-3, 3, (0.03, 0.1, 0.3, 1.0), True)}
 
 
 def test_error(module: L.LightningModule, data: Any) -> float:

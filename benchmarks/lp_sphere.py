@@ -37,7 +37,7 @@ def callback_step(model: str, rounds: int, every: str | None) -> dict[str, Any]:
     """A step with and without the callback; with `every`, connections fall and return so often."""
     topology = {"sparsity": 0.8, "start": 0, "every": every} if every else {}
     method = LpSphere(p=1.15, **topology)
-    turns = Turns([method], lambda module: {"SGD": Way(), "SGD + LpSphere": Way(method)})
+    turns = Turns([method], lambda module: {"SGD": Way(), "SGD + LpSphere": Way([method])})
     turns.fit(Net(model, weight_decay=0, nesterov=True), 128, 2 * (rounds + WARM_UP))
     return turns.table("SGD")
 

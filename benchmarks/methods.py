@@ -82,7 +82,7 @@ class EveryOther(Turns):
     """A method takes part in every other step, from the first on, and what it keeps is weighed."""
 
     def __init__(self, method: Sparsifier, device: str) -> None:
-        super().__init__([method], lambda module: {"own": Way(method), "dense": Way()}, swing=False, device=device)
+        super().__init__([method], lambda module: {"own": Way([method]), "dense": Way()}, swing=False, device=device)
         self.method, self.bytes = method, 0.0
 
     def counts(self) -> bool:
@@ -127,8 +127,9 @@ def peak(name: str, model: str, batch: int, device: str = "cpu") -> float:
 
 
 def takes(model: str) -> list[str]:
-    """What can do something for a model: `LayerSparsity` needs a chain of layers that could merge."""
-    return [name for name in METHODS if name != "LayerSparsity" or model == "mlp"]
+    """What can do something for a model: layers must be able to merge, or there must be two to compare."""
+    unfit = {"LayerSparsity": model != "mlp", "CKARegularization": model == "quick"}
+    return [name for name in METHODS if not unfit.get(name)]
 
 
 def parts(options: Options) -> Parts:

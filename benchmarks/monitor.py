@@ -38,30 +38,6 @@ class Logging(Net):
         return loss
 
 
-class Monitored(Way):
-    """The monitor is on, and the time in its hooks is noted."""
-
-    def __init__(self, monitor: SparsityMonitor, *methods: Any) -> None:
-        super().__init__(*methods)
-        self.on = True
-        self.hooks: dict[str, list[float]] = {}
-        for name in ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"):
-            setattr(monitor, name, self.watched(getattr(monitor, name), self.hooks.setdefault(name, [])))
-
-    def watched(self, function: Callable[..., None], seconds: list[float]) -> Callable[..., None]:
-        def run(*args: Any) -> None:
-            if self.on or function.__name__ == "on_train_epoch_end":
-                seconds.append(timed(lambda: function(*args)))
-
-        return run
-
-    def enter(self) -> None:
-        self.on = True
-
-    def leave(self) -> None:
-        self.on = False
-
-
 class StartToStart(Turns):
     """A step ends where the next one starts, so that what loggers do after the last callback counts."""
 
@@ -77,17 +53,31 @@ class StartToStart(Turns):
 def step(model: str, rounds: int) -> dict[str, Any]:
     """Steps with and without the monitor, and what is inside its hooks."""
     monitor, pruning = SparsityMonitor(table=False, report=False), MagnitudePruning(0.9, start=0.0)
-    monitored = Monitored(monitor, pruning)
-    turns = StartToStart([pruning], lambda module: {"without": Way(pruning), "with": monitored})
+    hooks: dict[str, list[float]] = {}
+    on = [True]
+
+    def watched(name: str) -> Callable[..., None]:
+        hook, seconds = getattr(monitor, name), hooks.setdefault(name, [])
+
+        def run(*args: Any) -> None:
+            if on or name == "on_train_epoch_end":
+                seconds.append(timed(lambda: hook(*args)))
+
+        return run
+
+    for name in ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"):
+        setattr(monitor, name, watched(name))
+    monitored = Way([pruning], enter=lambda: on.append(True), leave=on.clear)
+    turns = StartToStart([pruning], lambda module: {"without": Way([pruning]), "with": monitored})
     with tempfile.TemporaryDirectory() as folder:
         logging = {"logger": CSVLogger(folder), "log_every_n_steps": 1, "callbacks": [monitor]}
         turns.fit(Logging(model), 128, 2 * (rounds + WARM_UP) + 1, **logging)
     table = turns.table("without")
     without = table["without"]["seconds"]
-    first, *starts = monitored.hooks["on_train_batch_start"]
-    ends = monitored.hooks["on_train_batch_end"][1:]
-    table["inside its hooks"] = share([start + end for start, end in zip(starts, ends, strict=True)], without)
-    table[f"once per epoch, of {EPOCH} steps"] = share(monitored.hooks["on_train_epoch_end"], EPOCH * without)
+    first, *starts = hooks["on_train_batch_start"]
+    inside = [start + end for start, end in zip(starts, hooks["on_train_batch_end"][1:], strict=True)]
+    table["inside its hooks"] = share(inside, without)
+    table[f"once per epoch, of {EPOCH} steps"] = share(hooks["on_train_epoch_end"], EPOCH * without)
     table[f"once per start, of {EPOCH} steps"] = share([first], EPOCH * without)
     return table
 

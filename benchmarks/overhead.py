@@ -42,7 +42,7 @@ def train(model: str, batch: int, rounds: int, names: list[str], device: str = "
             masks = methods["MagnitudePruning"].masks
             found = {layer: masks[f"{name}.weight"] for name, layer in module.named_modules() if layer in found}
         ways = {"dense": Way()} if "dense" in names else {}
-        ways |= {name: Way(method) for name, method in methods.items()}
+        ways |= {name: Way([method]) for name, method in methods.items()}
         for name in PEERS:
             try:
                 if name in names:

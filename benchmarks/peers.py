@@ -30,9 +30,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Mod
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.competitors import SPARSITY, Competitor, Parametrize, Prune, layers
+from benchmarks.competitors import SPARSITY, Masks, layers, parametrized, torch_prune
 from benchmarks.record import Options, Parts
 from benchmarks.trainers import quiet
+from benchmarks.turns import Way
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import Digits
 from lightning_sparse.models import Classifier, LeNet300
@@ -40,37 +41,31 @@ from lightning_sparse.models import Classifier, LeNet300
 EPOCHS, AT, STOP = 8, 4, 6
 
 
-class ByHand(L.Callback):
+class InTheMiddle(L.Callback):
     """Written by hand: prunes at the start of an epoch."""
 
-    def __init__(self, way: type[Competitor]) -> None:
+    def __init__(self, way: Callable[[Any, Masks], Way]) -> None:
         self.way = way
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == AT:
-            self.prune(pl_module)
-
-    def prune(self, module: L.LightningModule) -> None:
-        weights = {layer: layer.weight.detach().abs() for layer in layers(module)}
-        scores = torch.cat([weight.flatten() for weight in weights.values()])
-        threshold = scores.kthvalue(round(SPARSITY * len(scores))).values
-        self.way(module, {layer: weight > threshold for layer, weight in weights.items()}).enter()
+            weights = {layer: layer.weight.detach().abs() for layer in layers(pl_module)}
+            scores = torch.cat([weight.flatten() for weight in weights.values()])
+            threshold = scores.kthvalue(round(SPARSITY * len(scores))).values
+            self.way(pl_module, {layer: weight > threshold for layer, weight in weights.items()}).enter()
 
 
-class ByFasterai(ByHand):
-    """fasterai's `Sparsifier`."""
+class ByFasterai(InTheMiddle):
+    """fasterai's `Sparsifier`, which chooses by itself."""
 
     def __init__(self) -> None:
-        pass
+        super().__init__(lambda module, masks: Way(enter=lambda: self.theirs.sparsify_model(SPARSITY)))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         from fasterai.core.criteria import large_final
         from fasterai.sparse.sparsifier import Sparsifier
 
         self.theirs = Sparsifier(pl_module.network, "weight", "global", large_final, layer_type=nn.Linear)
-
-    def prune(self, module: L.LightningModule) -> None:
-        self.theirs.sparsify_model(SPARSITY)
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.theirs._apply_masks()
@@ -88,24 +83,17 @@ def lightnings(module: Classifier) -> L.Callback:
 WAYS: dict[str, Callable[[Classifier], L.Callback]] = {
     "lightning_sparse": lambda module: MagnitudePruning(SPARSITY, start="4 epochs", end="4 epochs"),
     "ModelPruning": lightnings,
-    "torch.nn.utils.prune": lambda module: ByHand(Prune),
-    "parametrize": lambda module: ByHand(Parametrize),
+    "torch.nn.utils.prune": lambda module: InTheMiddle(torch_prune),
+    "parametrize": lambda module: InTheMiddle(parametrized),
     "fasterai": lambda module: ByFasterai(),
 }
 
 
-class Interrupt(L.Callback):
-    """Stops the training early, as a time limit would."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop |= trainer.current_epoch == STOP - 1
-
-
 class Look(L.Callback):
-    """Listed first: what a neighbor sees once pruning is over."""
+    """Listed first: what a neighbor sees once pruning is over; stops the training early if asked, as a time limit would."""
 
-    def __init__(self) -> None:
-        self.seen = {"batch end": 1.0, "validation": 1.0}
+    def __init__(self, stop: int | None) -> None:
+        self.stop, self.seen = stop, {"batch end": 1.0, "validation": 1.0}
 
     def _look(self, where: str, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.current_epoch > AT and not trainer.sanity_checking:
@@ -116,6 +104,9 @@ class Look(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._look("validation", trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop |= trainer.current_epoch + 1 == self.stop
 
 
 def zeros(module: nn.Module) -> float:
@@ -128,14 +119,14 @@ def share(masks: Sequence[Tensor]) -> float:
 
 
 def fit(
-    way: str, folder: Path, resume: Path | None = None, beside: Sequence[L.Callback] = ()
+    way: str, folder: Path, resume: Path | None = None, stop: int | None = None, beside: Sequence[L.Callback] = ()
 ) -> tuple[Classifier, L.Trainer, Look]:
     """One training, of a fresh network."""
     torch.set_num_threads(1)  # for the same bits
     L.seed_everything(0, verbose=False)
     data = Digits(batch_size=64, seed=0)
     module = Classifier(LeNet300, 10, 1, data.image_size, partial(torch.optim.Adam, lr=2e-3, weight_decay=1e-4))
-    look, saving = Look(), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    look, saving = Look(stop), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     callbacks = [look, WAYS[way](module), *beside, saving]
     trainer = quiet(callbacks, "cpu", max_epochs=EPOCHS, enable_checkpointing=True)
     trainer.fit(module, data, ckpt_path=resume, weights_only=False)
@@ -171,7 +162,7 @@ def ask(way: str) -> dict[str, Any]:
         whole = {name: value.clone() for name, value in module.state_dict().items()}
 
         def resumed() -> dict[str, Any]:
-            fit(way, folder / "first", beside=[Interrupt()])
+            fit(way, folder / "first", stop=STOP)
             again, _, _ = fit(way, folder / "second", folder / "first" / f"epoch={STOP - 1}.ckpt")
             state = again.state_dict()
             same = state.keys() == whole.keys() and all(state[name].equal(whole[name]) for name in whole)

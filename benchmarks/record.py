@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic, sleep
@@ -199,12 +200,21 @@ class Trainings(Suite):
         groups: dict[tuple[Any, ...], Runs] = {}
         for run in self.content(out).get("runs", []):
             groups.setdefault(tuple(run.get(name) for name in self.by), []).append(run)
-        rows = [[*self.by, *self.values, "seeds"]]
+        rows = [[*self.by, *self.values, "seeds", "published"]]
         for key, runs in groups.items():
             found = [[run[name] for run in runs if run.get(name) is not None] for name in self.values]
             cells = [" ".join(map(str, v)) if v and isinstance(v[0], list) else spread(v, 4, 1) for v in found]
-            rows.append([*("" if part is None else str(part) for part in key), *cells, str(len(runs))])
+            rows.append([*("" if part is None else str(part) for part in key), *cells, str(len(runs)), self.reference(*key)])
         return markdown(rows)
+
+    def reference(self, *key: Any) -> str:
+        """What the authors report."""
+        return ""
+
+
+def whole(measure: Callable[[Options], Any]) -> Callable[[Options], Parts]:
+    """The parts of a suite that has only one."""
+    return lambda options: iter([((), partial(measure, options))])
 
 
 def at_once(work: Sequence[tuple[Suite, int]], count: int, options: Options, until: float = math.inf) -> int:
@@ -245,7 +255,7 @@ def machine() -> dict[str, Any]:
 
 def show(title: str, value: Any, indent: int = 0) -> None:
     """Print numbers as they are nested; ratios with their middle half."""
-    if isinstance(value, dict) and "low" not in value:
+    if isinstance(value, dict) and "ratio" not in value:
         print(f"{'':{indent}}{title}", flush=True)
         for key, inner in value.items():
             show(key, inner, indent + 2)
@@ -255,7 +265,7 @@ def show(title: str, value: Any, indent: int = 0) -> None:
     elif isinstance(value, dict):
         rest = ", ".join(f"{key} {number:.4g}" for key, number in value.items() if key not in ("ratio", "low", "high"))
         value = f"{value['ratio']:7.3f} ({value['low']:.3f} to {value['high']:.3f})  {rest}"
-    print(f"{'':{indent}}{title:{40 - indent}s} {value}", flush=True)
+    print(f"{'':{indent}}{title!s:{40 - indent}s} {value}", flush=True)
 
 
 def pick(runs: Runs, **what: Any) -> Runs:

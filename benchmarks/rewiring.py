@@ -39,11 +39,11 @@ def steps(model: str, batch: int, rounds: int, device: str = "cpu", precision: A
     static = RandomSparsity(SPARSITY)
 
     def make(module: Any) -> dict[str, Way]:
-        ways = {"static masks": Way(static), "no masks": Way()}
+        ways = {"static masks": Way([static]), "no masks": Way()}
         for name, method in METHODS.items():
             moving = method(SPARSITY, every="100000 steps")
             loop.stand_in(moving, static)
-            ways[name] = Way(moving)
+            ways[name] = Way([moving])
         return ways
 
     turns = Turns([static], make, device=device)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.accuracy import METHODS
 from benchmarks.record import Options, Parts
@@ -48,17 +48,12 @@ def lightnings() -> list[L.Callback]:
     return [ModelPruning("l1_unstructured", amount=lambda epoch: share if epoch in (4, 8, 12) else 0)]
 
 
+OURS = ("gradual", "lottery ticket", "RigL", "GraNet", "HyperSparse", "SCL")
 RUNS: dict[str, Callable[[], list[L.Callback]]] = {
-    **{
-        name: partial(METHODS[name], SPARSITY)
-        for name in ("gradual", "lottery ticket", "RigL", "GraNet", "HyperSparse", "SCL")
-    },
+    **{name: partial(METHODS[name], SPARSITY) for name in OURS},
     "LpSphere": lambda: [LpSphere(p=1.1, sparsity=SPARSITY, mode="feedback")],
     "ModelPruning": lightnings,
 }
-
-
-# ---- the process that is killed -------------------------------------------------------------------------------------------
 
 
 class Beat(L.Callback):
@@ -83,7 +78,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def train(name: str, folder: Path) -> None:
-    """Begin, or go on, and write down the end."""
+    """In the process that is killed: begin, or go on, and write down the end."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
@@ -95,8 +90,10 @@ def train(name: str, folder: Path) -> None:
     trainer.fit(module, data, ckpt_path=newest(folder), weights_only=False)
     weights = [target.weight for target in find_targets(module)]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    states = [module.state_dict(), *(s for o in trainer.optimizers for s in o.state_dict()["state"].values())]
+    tensors = [tensor for state in states for _, tensor in sorted(state.items()) if isinstance(tensor, Tensor)]
     end = {
-        "bits": hashlib.sha256(b"".join(_bits(module, trainer.optimizers))).hexdigest(),
+        "bits": hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest(),
         "zeros": round(zeros, 5),
         "accuracy": round(trainer.test(module, data, verbose=False)[0]["test/accuracy"], 4),
         "steps": trainer.global_step,
@@ -104,51 +101,31 @@ def train(name: str, folder: Path) -> None:
     (folder / "end.json").write_text(json.dumps(end))
 
 
-def _bits(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[bytes]:
-    for _, tensor in sorted(module.state_dict().items()):
-        yield tensor.contiguous().numpy().tobytes()
-    for optimizer in optimizers:
-        for state in optimizer.state_dict()["state"].values():
-            yield from (value.contiguous().numpy().tobytes() for value in state.values() if isinstance(value, Tensor))
-
-
-# ---- the one that kills ---------------------------------------------------------------------------------------------------
-
-
-def run(name: str, folder: Path, deaths: list[int]) -> dict[str, Any]:
-    """Train to the end, and die at these steps, each counted over the whole training."""
+def run(name: str, folder: Path, deaths: Sequence[int] = ()) -> dict[str, Any]:
+    """In the process that kills: let one train to the end, and die at these steps, each counted over the whole training."""
     folder.mkdir()
-    died = []
+    died: list[int] = []
+    command = [sys.executable, "-m", "benchmarks.robustness", name, str(folder)]
     while not (folder / "end.json").exists():
-        child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.robustness", name, str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
         while child.poll() is None:
-            if len(died) < len(deaths) and (step := _step(folder)) >= deaths[len(died)]:
+            beat = folder / "step"
+            step = int(beat.read_text() or 0) if beat.exists() else 0
+            if len(died) < len(deaths) and step >= deaths[len(died)]:
                 child.send_signal(signal.SIGKILL)
-                died.append(step)
                 child.wait()
-                (folder / "step").unlink()
+                beat.unlink()
+                died.append(step)
             time.sleep(0.002)
         if child.returncode not in (0, -signal.SIGKILL):
             return {"error": child.stderr.read().strip().splitlines()[-1], "killed at": died}
     return {**json.loads((folder / "end.json").read_text()), "killed at": died}
 
 
-def _step(folder: Path) -> int:
-    try:
-        return int((folder / "step").read_text() or 0)
-    except FileNotFoundError:
-        return 0
-
-
 def compare(name: str, kills: int, dice: random.Random) -> dict[str, Any]:
     """The training that was left alone, and the one that was killed."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = run(name, Path(folder) / "whole", [])
+        whole = run(name, Path(folder) / "whole")
         deaths = sorted(dice.sample(range(2, whole["steps"] - 2), kills))
         killed = run(name, Path(folder) / "killed", deaths)
     return {"same end": killed.get("bits") == whole["bits"], "whole": whole, "killed": killed}

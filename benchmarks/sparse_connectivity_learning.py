@@ -17,6 +17,7 @@ from time import process_time
 from typing import Any, ClassVar
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from benchmarks import accuracy
@@ -34,7 +35,7 @@ from lightning_sparse.models import LeNet300
 def step_time(model: str, rounds: int) -> dict[str, Any]:
     """Step time with and without the callback, and the time inside its stations."""
     method = SparseConnectivityLearning(price=0.05, end=1.0)
-    turns = Turns([method], lambda module: {"dense": Way(), "SparseConnectivityLearning": Way(method)})
+    turns = Turns([method], lambda module: {"dense": Way(), "SparseConnectivityLearning": Way([method])})
     turns.fit(Net(model), 128, 2 * (rounds + WARM_UP))
     table = turns.table("dense")
     inside = turns.inside_of("SparseConnectivityLearning", table["dense"]["seconds"])
@@ -50,6 +51,7 @@ def memory(model: str) -> dict[str, float]:
         return size / sum(weight.numel() for weight in method.weights.values())
 
     class Scales(L.Callback):
+        @torch.no_grad()
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             step = Step(optimizer, method.weights)
             during = peak_memory(lambda: (method.before_step(step), method.silence(step)))

@@ -21,7 +21,7 @@ from benchmarks import sparse_connectivity_learning as scl
 from benchmarks.accuracy import Comparison, Setting
 from benchmarks.growth import Watched
 from benchmarks.layer_sparsity import CONV, FASHION, SIMULATION, Layers
-from benchmarks.record import Measurements, Suite
+from benchmarks.record import Measurements, Suite, whole
 from lightning_sparse.data import CIFAR10, CIFAR100, FashionMNIST
 from lightning_sparse.models import VGG, LeNet5, LeNet300, ResNet
 
@@ -152,9 +152,9 @@ COST = (
     Measurements("cost-monitor", monitor.parts),
     Measurements("memory-overhead", overhead.memory_parts),
     Measurements("memory-methods", methods.peaks),
-    Measurements("export-resnet", export.whole(export.resnet)),
-    Measurements("export-mlp", export.whole(export.mlp)),
-    Measurements("export-carriers", export.whole(export.carriers)),
+    Measurements("export-resnet", whole(export.resnet)),
+    Measurements("export-mlp", whole(export.mlp)),
+    Measurements("export-carriers", whole(export.carriers)),
     Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness", robustness.parts, same=("lightning_sparse", "torch")),
 )

@@ -27,21 +27,13 @@ LABELS = {
     "dense": "dense (0 %)",
     "random": "`RandomSparsity`",
     "random + CKA-SR": "with `CKARegularization(strength=1e-4)`",
-    "SNIP": "`SNIP`",
-    "GraSP": "`GraSP`",
-    "SynFlow": "`SynFlow`",
     "L1, then one-shot": "`WeightPenalty`, L1, then one-shot",
     "lottery ticket": "`LotteryTicket`, 3 rounds in the same epochs",
     "one-shot + fine-tuning": "`MagnitudePruning`, one-shot in the middle",
     "gradual": "`MagnitudePruning`, gradual",
-    "SET": "`SET`",
-    "RigL": "`RigL`",
-    "GraNet": "`GraNet`",
     "L1-ART": '`HyperSparse(penalty="l1")`',
-    "HyperSparse": "`HyperSparse`",
     "SCL": "`SparseConnectivityLearning(sparsity=...)`",
     "static": "SGD, random static mask",
-    "LpSphere": "`LpSphere`",
     "MagnitudePruning": "`MagnitudePruning`, a mask",
     "ModelPruning": "Lightning's `ModelPruning`, a mask",
     "torch.nn.utils.prune": "`torch.nn.utils.prune`, a mask",
@@ -55,6 +47,10 @@ LABELS = {
 }
 
 MODELS = {"mlp": "perceptron", "resnet18": "ResNet-18", "vit": "ViT-tiny"}
+
+
+def label(name: str) -> str:
+    return LABELS.get(name, f"`{name}`")
 
 
 def runs(name: str) -> list[dict[str, Any]]:
@@ -96,7 +92,7 @@ def accuracy(name: str, work: bool = True, beside: Sequence[Mapping[str, Any]] =
     rows = []
     for method in dict.fromkeys(run["method"] for run in found if run["method"] != "dense"):
         cost = statistics.mean(run["training"] for run in pick(found, method=method, sparsity=0.98)) if work else 0.0
-        row = [LABELS[method], *(tests(found, method=method, sparsity=s) for s in suite.sparsities)]
+        row = [label(method), *(tests(found, method=method, sparsity=s) for s in suite.sparsities)]
         rows.append(row + [f"{cost:.3f}"] * work)
     rows.sort(key=lambda row: -best([row[1 + suite.sparsities.index(0.98)]]))
     columns = range(1, len(suite.sparsities) + 1)
@@ -124,7 +120,7 @@ def growth() -> list[Row]:
 def cka() -> list[Row]:
     """Accuracy and similarity, and the difference seed by seed."""
     suite, found = SUITES["desk-cka"], runs("desk-cka")
-    rows = [[LABELS[method]] for method in suite.methods] + [["difference, seed by seed"]]
+    rows = [[label(method)] for method in suite.methods] + [["difference, seed by seed"]]
     for sparsity in suite.sparsities:
         pair = [pick(found, method=method, sparsity=sparsity) for method in suite.methods]
         for row, some in zip(rows, pair, strict=False):
@@ -150,7 +146,7 @@ def scl() -> list[Row]:
 def lpss() -> list[Row]:
     """The sphere beside static masks."""
     found, sparsities = runs("desk-lp-sphere"), SUITES["desk-lp-sphere"].sparsities
-    rows = [[LABELS[m], *(tests(found, method=m, sparsity=s) for s in sparsities)] for m in ("static", "LpSphere")]
+    rows = [[label(m), *(tests(found, method=m, sparsity=s) for s in sparsities)] for m in ("static", "LpSphere")]
     embolden(rows, (1, 2, 3))
     return [["", *percent(sparsities)], ["dense SGD (0 %)", tests(found, method="dense"), "", ""], *rows]
 
@@ -242,7 +238,7 @@ def memory(name: str) -> list[Row]:
     ways = [way for way in columns["mlp, batch 32"] if way != "dense"]
     if name == "memory-overhead":
         ways = [way for way in LABELS if way in ways]
-    return peaks(columns, {way: LABELS[way] if name == "memory-overhead" else f"`{way}`" for way in ways})
+    return peaks(columns, {way: label(way) if name == "memory-overhead" else f"`{way}`" for way in ways})
 
 
 def peaks(columns: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str]) -> list[Row]:

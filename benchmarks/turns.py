@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from time import perf_counter
@@ -87,23 +88,19 @@ def share(seconds: Sequence[float], of: float) -> Numbers:
 # ---- ways of training --------------------------------------------------------------------------------------------------
 
 
+def nothing() -> None:
+    """Nothing is to be done."""
+
+
+@dataclass(frozen=True, eq=False)
 class Way:
-    """One way of training a model; methods of this package act only while it has its turn."""
+    """One way of training a model: methods of this package that act meanwhile, and what else is done, and when."""
 
-    def __init__(self, *methods: Sparsifier) -> None:
-        self.methods = methods
-
-    def enter(self) -> None:
-        """Its turn begins."""
-
-    def leave(self) -> None:
-        """Its turn is over."""
-
-    def before_step(self) -> None:
-        """The optimizer is about to move."""
-
-    def after_step(self) -> None:
-        """The batch is over."""
+    methods: Sequence[Sparsifier] = ()
+    enter: Callable[[], Any] = nothing
+    before_step: Callable[[], Any] = nothing
+    after_step: Callable[[], Any] = nothing
+    leave: Callable[[], Any] = nothing
 
 
 class Step(NamedTuple):
@@ -133,7 +130,7 @@ class Turns(L.Callback):
     ) -> None:
         self.methods, self.make, self.swing, self.device = methods, make, swing, device
         self.ways: dict[str, Way] = {}
-        self.way, self.current = "", Way(*methods)
+        self.way, self.current = "", Way(methods)
         self.steps: list[Step] = []
         self.started, self.inside, self.depth, self.changed = 0.0, 0.0, 0, False
 
@@ -187,7 +184,7 @@ class Turns(L.Callback):
         return run
 
     def on_train_epoch_start(self, *args: Any) -> None:
-        self.hand_over(Way(*self.methods))
+        self.hand_over(Way(self.methods))
 
     on_train_end = on_train_epoch_start
 
@@ -252,7 +249,7 @@ def alone(module: str, *arguments: str) -> float:
     """
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20), "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -289,7 +286,7 @@ def held(keeper: Any, module: torch.nn.Module | None = None) -> int:
         seen.add(key)
         if storage is not None:
             total += storage.nbytes()
-        elif isinstance(value, Mapping):
+        elif isinstance(value, dict):  # others may compute what they are asked for
             values.extend(value.values())
         elif isinstance(value, list | tuple):
             values.extend(value)

@@ -259,3 +259,17 @@ def test_what_tests_share_lives_in_helpers() -> None:
 def test_pytest_is_imported_by_one_file_of_the_package() -> None:
     users = {path.relative_to(PACKAGE).as_posix() for path in FILES if "pytest" in imports(path)}
     assert users == {"testing/suite.py"}
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_a_method_is_found_by_its_name(cls: type[Sparsifier]) -> None:
+    """`methods/rigl.py` for `RigL`; a folder of that name where a method has parts of its own."""
+    file = cls.__module__.split(".")
+    assert file[:2] == ["lightning_sparse", "methods"]
+    assert {part.replace("_", "") for part in file[2:]} == {cls.__name__.lower()}
+
+
+@pytest.mark.parametrize("folder", ["loop", "families", "methods", "core"])
+def test_pages_are_read_in_one_go(folder: str) -> None:
+    lengths = {path.name: path.read_text().count("\n") for path in (PACKAGE / folder).rglob("*.py")}
+    assert max(lengths.values()) <= 400, lengths

@@ -49,7 +49,7 @@ class ProjectsAtTheEndOfTheBatch(LetsGradientsPass):
     def project(self, step: Step) -> None:
         pass
 
-    def batch_end(self) -> None:
+    def batch_end(self, output: Any, batch: Any) -> None:
         self.masks.apply_(self.weights)
 
 
@@ -112,7 +112,7 @@ class DrawsScores(Honest):
 
 class DrawsWeights(Honest):
     @torch.no_grad()
-    def batch_end(self) -> None:
+    def batch_end(self, output: Any, batch: Any) -> None:
         for weight in self.weights.values() if self.at_target else ():  # after that, masks stay equal
             weight.mul_(1 + torch.rand(()) / 100)
 
@@ -194,6 +194,7 @@ class RenamesItsArgument(Honest):
 class ChecksNothing(Honest):
     def check(self, *args: Any) -> None:
         self.window.resolve(args[0])
+        self._plan = self.budget.plan(self.chosen)
 
 
 class TakesAllInstead(Honest):

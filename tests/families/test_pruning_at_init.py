@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_sparse import SNIP, GraSP, RandomSparsity, SynFlow
 from lightning_sparse.families import Masked
 from lightning_sparse.functional import exact_count
-from lightning_sparse.testing import Manual, Toy, fit, loader, toy, trainer
+from lightning_sparse.testing import Manual, Toy, fit, loader, network, toy, trainer
 from tests.helpers.data import DATA, Talkative, run
 
 METHODS: dict[str, Callable[..., Masked]] = {"SNIP": SNIP, "GraSP": GraSP, "SynFlow": SynFlow}
@@ -37,7 +37,7 @@ def test_nobody_notices(method: str, data: str) -> None:
     assert all(expected["weights"][name].equal(value) for name, value in found["weights"].items())
 
 
-def network() -> Toy:
+def without_dropout() -> Toy:
     torch.manual_seed(3)
     return Toy(net=network(dropout=0)).double()
 
@@ -65,7 +65,7 @@ def large_batch(batches: int, batch_size: int = 8) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("batches", [1, 3, 100])
 def test_snip_on_the_first_batches(batches: int) -> None:
-    module = network()
+    module = without_dropout()
     weights = matrices(module)
     grads = torch.autograd.grad(module.loss(large_batch(batches)), list(weights.values()))
     expected = best({name: (w * g).abs() for (name, w), g in zip(weights.items(), grads, strict=True)}, 0.8)
@@ -75,7 +75,7 @@ def test_snip_on_the_first_batches(batches: int) -> None:
 
 @pytest.mark.parametrize("batches", [1, 2])
 def test_grasp_on_the_first_batches(batches: int) -> None:
-    module = network()
+    module = without_dropout()
     weights = matrices(module)
     first = torch.autograd.grad(module.loss(large_batch(batches)), list(weights.values()), create_graph=True)
     sum(g.square().sum() / 2 for g in first).backward()  # type: ignore[union-attr]
@@ -87,7 +87,7 @@ def test_grasp_on_the_first_batches(batches: int) -> None:
 
 def test_a_small_last_batch_counts_less() -> None:
     """Batches of 20 and 12: gradients are means over samples, not over batches."""
-    module = network()
+    module = without_dropout()
     weights = matrices(module)
     images, labels = large_batch(4)
     grads = torch.autograd.grad(module.loss((images, labels)), list(weights.values()))
@@ -353,6 +353,6 @@ def test_a_training_set_that_gives_nothing(method: str) -> None:
 
 def test_a_random_mask_is_another_one() -> None:
     """The comparison of masks in this file can fail."""
-    module = network()
+    module = without_dropout()
     expected = best({name: w.detach().abs() for name, w in matrices(module).items()}, 0.8)
     assert not all(mask.equal(expected[name]) for name, mask in masks(RandomSparsity(0.8, seed=0), module).items())

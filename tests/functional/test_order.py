@@ -27,7 +27,7 @@ def cases() -> dict[str, list[torch.Tensor]]:
 @pytest.mark.parametrize("name", cases())
 def test_every_rank_equals_a_full_sort(name: str) -> None:
     values = cases()[name]
-    ordered = np.sort(torch.cat([v.flatten() for v in values]).double().numpy(), penalty="stable")
+    ordered = np.sort(torch.cat([v.flatten() for v in values]).double().numpy(), kind="stable")
     found = [float(kth_smallest(values, k)) for k in range(len(ordered))]
     assert found == ordered.tolist()
     assert kth_smallest(values, 0).dtype == values[0].dtype

@@ -38,7 +38,7 @@ class FeaturePenalty(Sparsifier):
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
             self.feature = output
 
-        self.handle = self.stations.module.net[0].register_forward_hook(keep)
+        self.handle = self.run.module.net[0].register_forward_hook(keep)
 
     def feature_penalty(self) -> Tensor | None:
         return None if self.feature is None else self.strength * self.feature.float().square().mean()
