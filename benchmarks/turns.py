@@ -189,6 +189,7 @@ class Turns(L.Callback):
     on_train_end = on_train_epoch_start
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.module = pl_module
         if len(self.steps) == 1:
             self.ways = self.make(pl_module)
         if self.steps:
