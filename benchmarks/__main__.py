@@ -41,11 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.suites if name not in SUITES and name not in GROUPS]:
         parser.error(f"no suite {unknown[0]!r}; choose from {', '.join([*SUITES, *GROUPS])}")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    torch.set_float32_matmul_precision("high")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    names = [name for given_name in given.suites for name in GROUPS.get(given_name, (given_name,))]
+    names = [name for word in given.suites for name in GROUPS.get(word, (word,))]
+    if given.at_once > 1 and (given.quick or given.only or not all(isinstance(SUITES[n], Trainings) for n in names)):
+        parser.error("--at-once is for whole suites of trainings, which take no times; leave it out.")
     number, count = map(int, given.part.split("/"))
     with tempfile.TemporaryDirectory() as temporary:
         options = Options(
@@ -76,4 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_float32_matmul_precision("high")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
     main()

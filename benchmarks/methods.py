@@ -87,7 +87,7 @@ class EveryOther(Turns):
 
     def counts(self) -> bool:
         weights = sum(weight.numel() for weight in self.method.weights.values())
-        self.bytes = max(self.bytes, held(self.method, self.method.run.module) / weights)
+        self.bytes = max(self.bytes, held(self.method, self.module) / weights)
         return getattr(self.method, "phase", None) != "finetune"
 
 

@@ -120,7 +120,7 @@ class Prices(Trainings):
             setting = Given(**vars(replace(SETTING, data=Digits) if options.quick else SETTING), made=callbacks)
             numbers = accuracy.train(setting, "", 0.0, seed, options.data, 1 if options.quick else options.epochs)
             numbers["sparsity"] = 1 - numbers["kept"] / numbers["total"]
-            numbers["rate"] = getattr(next(iter(callbacks), None), "mask_lr", None)
+            numbers["rate"] = getattr(next(iter(callbacks), None), "learning_rate", None)
             kept = {key: numbers[key] for key in ("sparsity", "test", "val", "kept", "rate")}
             return {**kept, "cpu_seconds": round(process_time() - start, 1)}
 

@@ -189,6 +189,7 @@ class Turns(L.Callback):
     on_train_end = on_train_epoch_start
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.module = pl_module
         if len(self.steps) == 1:
             self.ways = self.make(pl_module)
         if self.steps:
@@ -290,6 +291,6 @@ def held(keeper: Any, module: torch.nn.Module | None = None) -> int:
             values.extend(value.values())
         elif isinstance(value, list | tuple):
             values.extend(value)
-        elif type(value).__module__.startswith("lightning_sparse.core"):
+        elif type(value).__module__.startswith(("lightning_sparse.core", "lightning_sparse.methods")):
             values.append(vars(value))
     return total

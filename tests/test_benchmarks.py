@@ -388,6 +388,10 @@ def test_the_command_line_names_what_is_missing_and_what_it_does_not_know(capsys
     with pytest.raises(SystemExit):
         main(["desk-lenet500"])
     assert "no suite 'desk-lenet500'; choose from desk-lenet300, " in capsys.readouterr().err
+    for command in (["cost-updates"], ["desk-cka", "--quick"], ["desk-cka", "--only", "seed 0"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--at-once", "2"])
+        assert "--at-once is for whole suites of trainings" in capsys.readouterr().err
     main(["--out", str(tmp_path)])
     assert re.search(r"desk-cka +0 of +18 parts are there", capsys.readouterr().out)
 
