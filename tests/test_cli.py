@@ -38,7 +38,8 @@ def printed(capsys: pytest.CaptureFixture[str], *files: Path, more: list[str] | 
 
 
 DIGITS, MLP = CONFIGS / "data" / "digits.yaml", CONFIGS / "models" / "mlp.yaml"
-ALL = sorted(set(CONFIGS.rglob("*.yaml")) - set((CONFIGS / "sweeps").iterdir()))  # those are for wandb
+# Methods are read by test_fit, and sweeps are for wandb.
+ALL = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("methods", "sweeps"))
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -72,7 +73,7 @@ def test_values_can_be_changed_on_the_command_line(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
-def test_fit_validate_and_test(path: Path, tmp_path: Path) -> None:
+def test_fit(path: Path, tmp_path: Path) -> None:
     files = [f"--config={file}" for file in (DIGITS, MLP)]
     run = [*files, f"--config={path}", *SMALL, f"--trainer.default_root_dir={tmp_path}"]
     main(["fit", *run, "--trainer.max_epochs=3", "--trainer.limit_train_batches=4"])
@@ -82,8 +83,9 @@ def test_fit_validate_and_test(path: Path, tmp_path: Path) -> None:
     method = method_of(overlay(path))
     promised = 0.1 if method.config().get("sparsity") else 0.0  # a price or a threshold promises no number
     assert zeros > promised or method.mask_set is None
-    for command in ("validate", "test", "predict"):
-        main([command, *files, *SMALL, f"--ckpt_path={checkpoint}"])
+    if path.stem == "magnitude":  # these commands read the checkpoint without the method, and all checkpoints are plain
+        for command in ("validate", "test", "predict"):
+            main([command, *files, *SMALL, f"--ckpt_path={checkpoint}"])
 
 
 def test_the_shape_of_the_data_reaches_the_model(tmp_path: Path) -> None:
