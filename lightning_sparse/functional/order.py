@@ -4,6 +4,7 @@ A float32 number is read as an integer that orders like it. Two histograms of 16
 find the exact value of any rank (a radix selection): the first says which 65,536th of the number
 line holds it, the second which value in there; a float64 number takes four. Chunks small enough for the cache make it
 several times faster than `torch.kthvalue` on a CPU; on a GPU nothing is read back to the host.
+A few thousand entries are sorted, which is faster than two histograms.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 __all__ = ["exact_count", "kth_smallest", "top_k_masks"]
 
+_FEW = 1 << 13  # entries: up to here a sort is faster
 _BINS = 1 << 16
 _CHUNK = 1 << 22  # bytes: stays in the cache between the passes over one chunk
 _CUDA_CHUNK = 1 << 24  # a histogram on a GPU counts in float32, which is exact up to here
@@ -51,6 +53,9 @@ def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False) -> 
     total = sum([value.numel() for value in values])
     if not 0 <= k < total:
         raise ValueError(f"k={k} is not a rank among {total} values; give 0 <= k < {total}.")
+    if total <= _FEW:
+        entries = torch.cat([value.detach().reshape(-1) for value in values])
+        return (entries.abs() if magnitudes else entries).sort().values[k]
     dtype = values[0].dtype
     ints, floats, width = (torch.int64, torch.float64, 64) if dtype == torch.float64 else (torch.int32, torch.float32, 32)
     bins = torch.arange(_BINS, device=values[0].device)

@@ -6,6 +6,14 @@ from lightning_sparse.functional import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional import order as order_module
 
 
+@pytest.fixture(autouse=True, params=["sorted", "histograms"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways find the same: few entries are sorted, and the tests below have few."""
+    if request.param == "histograms":
+        monkeypatch.setattr(order_module, "_FEW", 0)
+    return str(request.param)
+
+
 def cases() -> dict[str, list[torch.Tensor]]:
     g = torch.Generator().manual_seed(0)
     normal = [torch.randn(3, 16, generator=g), torch.randn(29, generator=g)]
@@ -48,7 +56,16 @@ def test_chunks_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPa
     assert [float(kth_smallest(values, k)) for k in range(0, 77, 4)] == whole
 
 
-def test_more_than_2_to_the_24_entries() -> None:
+def test_few_entries_are_sorted(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, seen = order_module._chunks, []
+    monkeypatch.setattr(order_module, "_chunks", lambda *args: seen.append(args) or chunks(*args))
+    assert kth_smallest([torch.tensor([3.0, 1.0, 2.0])], 1) == 2
+    assert bool(seen) == (way == "histograms")
+
+
+def test_more_than_2_to_the_24_entries(way: str) -> None:
+    if way == "sorted":
+        pytest.skip("so many are never sorted")
     n = (1 << 24) + 1001
     values = torch.arange(n, dtype=torch.int32).flip(0).view(torch.float32)  # the n smallest floats, descending
     k = n - 500
