@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -95,18 +94,6 @@ class Run:
         return Position(min(fraction, 1.0), epoch, steps, epoch_start)
 
     @property
-    def ends_with_next_step(self) -> bool:
-        """Whether no step follows the one that the current batch begins to gather gradients for; False if not known."""
-        trainer = self.trainer
-        batches = trainer.num_training_batches
-        if trainer.max_epochs in (None, -1) or batches == float("inf") or not self.module.automatic_optimization:
-            return False
-        begun = self.batch_idx + 1
-        return (
-            trainer.current_epoch + 1 == trainer.max_epochs and begun + self.accumulation(trainer.current_epoch) >= batches
-        )
-
-    @property
     def time_to_count(self) -> bool:
         """Whether to count masks that move with every step: as often as Lightning logs, for it waits for the device."""
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -148,20 +135,6 @@ class Run:
         """
         return [dict(_averaged(model).named_parameters()) for model in average_models(self.trainer)]
 
-    def restart_averages(self) -> None:
-        """Let moving averages begin again from the module as it is now."""
-        for model in average_models(self.trainer):
-            if isinstance(model, AveragedModel):
-                model.n_averaged.zero_()
-            originals = dict(_tensors(self.module))
-            for name, tensor in _tensors(_averaged(model)):
-                tensor.data.copy_(originals[name])
-
 
 def _averaged(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, AveragedModel) else model
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()

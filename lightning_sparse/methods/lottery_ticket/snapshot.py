@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "restart_average"]
 
 
 class _Scheduler(Protocol):
@@ -103,6 +104,17 @@ class Snapshot:
 
     def to(self, weights: Mapping[str, Tensor]) -> None:
         """Stays on the CPU."""
+
+
+@torch.no_grad()
+def restart_average(average: nn.Module, module: nn.Module) -> None:
+    """Let a moving average of a module begin again from the module as it is now."""
+    if isinstance(average, AveragedModel):
+        average.n_averaged.zero_()
+        average = average.module
+    originals = dict(_tensors(module))
+    for name, tensor in _tensors(average):
+        tensor.copy_(originals[name])
 
 
 def _tensors(module: nn.Module) -> itertools.chain[tuple[str, Tensor]]:
