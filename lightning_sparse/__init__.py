@@ -1,6 +1,7 @@
 """Sparse training for PyTorch Lightning: add a callback; your model, optimizer and checkpoints stay yours."""
 
 from lightning_sparse._version import __version__ as __version__
+from lightning_sparse.core import register_layer
 from lightning_sparse.export import merge_layers
 from lightning_sparse.loop import SparsityMixin
 from lightning_sparse.methods import (
@@ -47,4 +48,5 @@ __all__ = [
     "WeightPenalty",
     "__version__",
     "merge_layers",
+    "register_layer",
 ]

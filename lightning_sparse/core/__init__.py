@@ -13,9 +13,10 @@ from lightning_sparse.core.chains import (
 from lightning_sparse.core.checks import check_choice, check_number, check_sparsity, check_whole
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
+from lightning_sparse.core.coverage import Coverage, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
-from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of
+from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
 from lightning_sparse.core.libraries import first_line, need
 from lightning_sparse.core.linear import (
     BATCH_NORMS,
@@ -35,9 +36,10 @@ from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
 from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, fit_to, shared_parameters
+from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
-from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
-from lightning_sparse.core.targets import Candidate, Target, as_patterns, describe, find_targets, matches_name
+from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
+from lightning_sparse.core.targets import Candidate, Selection, Target, describe, find_targets, select_targets
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "HEADER",
     "LAYER_KINDS",
     "PLAIN_CONVOLUTIONS",
+    "SUMS",
     "TRANSPOSED_CONVOLUTIONS",
     "AllocationName",
     "Budget",
@@ -59,6 +62,7 @@ __all__ = [
     "Coupled",
     "CoupledVectors",
     "Coupling",
+    "Coverage",
     "Dependencies",
     "Exponents",
     "FeatureLayer",
@@ -79,6 +83,7 @@ __all__ = [
     "Positions",
     "Remembered",
     "RunLength",
+    "Selection",
     "Span",
     "Sphere",
     "Structure",
@@ -99,6 +104,7 @@ __all__ = [
     "copy_model",
     "count_macs",
     "coupled_outputs",
+    "coverage",
     "describe",
     "effective_macs",
     "effective_pair",
@@ -124,6 +130,8 @@ __all__ = [
     "padding_of",
     "parse_structure",
     "refuse_shorter_run",
+    "register_layer",
+    "select_targets",
     "shared_parameters",
     "summarize",
     "tensors_in",

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_sparse.core.checks import check_choice, check_sparsity
 from lightning_sparse.core.coupling import Coupling
+from lightning_sparse.core.patterns import matches_name
 from lightning_sparse.core.structure import Coupled, Structure, Unstructured, parse_structure
-from lightning_sparse.core.targets import Target, matches_name
+from lightning_sparse.core.targets import Target
 from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, random_generator, random_score, top_k_masks
 
 __all__ = ["AllocationName", "Budget", "Plan"]
@@ -82,6 +84,8 @@ class Budget:
 class Plan:
     """A budget laid out on weights: how many units each of them keeps, at every sparsity on the way.
 
+    Where a weight is a stack of independent matrices, such as experts, each matrix counts as a layer of its own.
+
     Args:
         budget: that is shared.
         targets: the weights.
@@ -93,7 +97,9 @@ class Plan:
 
     def __init__(self, budget: Budget, targets: Sequence[Target], structure: Structure) -> None:
         self.budget, self.targets, self.structure = budget, targets, structure
-        self._pools = structure.pools(targets)
+        self._matrices = [target.matrices() for target in targets]
+        self._layers = [matrix for matrices in self._matrices for matrix in matrices]
+        self._pools = structure.pools(self._layers)
         self._sizes = [pool.size for pool in self._pools]
         self.units = sum(self._sizes)
         """How many units there are."""
@@ -109,8 +115,6 @@ class Plan:
     def check(self) -> None:
         """Refuse what cannot be reached on these weights, before any training."""
         sparsity, kept = self.budget.sparsity, self.kept_units()
-        for target in self.targets:
-            self.structure.check(target)
         if kept == 0:
             raise ValueError(f"sparsity={sparsity} of {self.units:,} units leaves nothing; lower it or choose more layers.")
         if isinstance(self.structure, Coupled) and kept < len(self._pools):
@@ -118,12 +122,12 @@ class Plan:
                 f"sparsity={sparsity} keeps {kept} units, fewer than there are groups of coupled layers "
                 f"({len(self._pools)}), and each keeps one; lower it."
             )
-        _, layers = self.kept_weights()
-        for target in self.targets:
-            if layers.get(target.name) == 0:
+        alone = self._kept_alone(self._final)
+        for index, layer in enumerate(self._layers):
+            if alone.get(index) == 0:
                 raise ValueError(
-                    f"sparsity={sparsity} with allocation='{self.budget.allocation}' leaves nothing of '{target.name}' "
-                    f"({self.structure.units(target)} units); lower it, exclude the layer, or use allocation='global'."
+                    f"sparsity={sparsity} with allocation='{self.budget.allocation}' leaves nothing of '{layer.name}' "
+                    f"({self.structure.units(layer)} units); lower it, exclude the layer, or use allocation='global'."
                 )
 
     def kept_units(self, sparsity: float | None = None) -> int:
@@ -133,11 +137,20 @@ class Plan:
     def kept_weights(self, sparsity: float | None = None) -> tuple[int | None, dict[str, int]]:
         """Weights that remain at a sparsity (default: the final one): in all, and per layer where scores have no say."""
         numbers = self._final if sparsity is None else self._counts(sparsity)
-        alone = {group[0]: number for group, number in zip(self._groups, numbers, strict=True) if len(group) == 1}
-        kept = {self.targets[layer].name: count for layer, count in self.structure.entries(alone, self.targets).items()}
+        alone, kept, first = self._kept_alone(numbers), {}, 0
+        for target, matrices in zip(self.targets, self._matrices, strict=True):
+            mine = [alone[index] for index in range(first, first + len(matrices)) if index in alone]
+            first += len(matrices)
+            if len(mine) == len(matrices):
+                kept[target.name] = sum(mine)
         if len(kept) == len(self.targets):
             return sum(kept.values()), kept
         return (self.kept_units(sparsity) if isinstance(self.structure, Unstructured) else None), kept
+
+    def _kept_alone(self, numbers: Sequence[int]) -> dict[int, int]:
+        """Weights that remain in each matrix where scores have no say, from the units of every group."""
+        alone = {group[0]: number for group, number in zip(self._groups, numbers, strict=True) if len(group) == 1}
+        return self.structure.entries(alone, self._layers)
 
     def masks(
         self, scores: Sequence[Tensor], sparsity: float | None = None, kept: Sequence[int] | None = None
@@ -153,8 +166,9 @@ class Plan:
         Raises:
             ValueError: if a score is NaN.
         """
-        ranked = self.structure.rank(scores, self.targets)
-        held = None if kept is None else self.structure.held(kept, self.targets, ranked)
+        apart = [part for target, score in zip(self.targets, scores, strict=True) for part in target.unstack(score)]
+        ranked = self.structure.rank(apart, self._layers)
+        held = None if kept is None else self.structure.held(self._kept_apart(kept, apart), self._layers, ranked)
         numbers = self._counts(self.budget.sparsity if sparsity is None else sparsity, held)
         chosen: dict[int, Tensor] = {}
         for group, number in zip(self._groups, numbers, strict=True):
@@ -164,7 +178,19 @@ class Plan:
                 self._refuse_nan(scores)
                 raise
             chosen.update(zip(group, masks, strict=True))
-        return self.structure.spread([chosen[pool] for pool in range(len(ranked))], self.targets)
+        spread = iter(self.structure.spread([chosen[pool] for pool in range(len(ranked))], self._layers))
+        return [
+            target.restack([next(spread) for _ in matrices])
+            for target, matrices in zip(self.targets, self._matrices, strict=True)
+        ]
+
+    def _kept_apart(self, kept: Sequence[int], scores: Sequence[Tensor]) -> list[int]:
+        """Weights that each matrix keeps so far; in a stack those that do not rank last."""
+        counts: list[int] = []
+        for count, matrices in zip(kept, self._matrices, strict=True):
+            mine = scores[len(counts) : len(counts) + len(matrices)]
+            counts += [count] if len(matrices) == 1 else [int((score > -torch.inf).count_nonzero()) for score in mine]
+        return counts
 
     def random_masks(self, seed: int, sparsity: float | None = None) -> dict[str, Tensor]:
         """Masks by name, drawn at random; the same on every rank and device."""
@@ -195,7 +221,7 @@ class Plan:
         way = sparsity / self.budget.sparsity if self.budget.sparsity else 1.0
         own = {pool: 1 - value * way for pool, value in self._own.items()}
         if self.budget.allocation != "global":
-            shapes = [tuple(self.targets[pool.layers[0]].weight.shape) for pool in self._pools]
+            shapes = [tuple(self._layers[pool.layers[0]].weight.shape) for pool in self._pools]
             return ALLOCATIONS[self.budget.allocation](shapes, 1 - sparsity, own, self._sizes)
         left = (1 - sparsity) * self.units - sum([density * self._sizes[pool] for pool, density in own.items()])
         room = self._room[-1] if len(own) < len(self._groups) else 0
@@ -211,7 +237,9 @@ class Plan:
         """Of pools, in order."""
         own: dict[int, float] = {}
         for pattern, value in self.budget.layer_sparsity.items():
-            hits = {layer for layer, target in enumerate(self.targets) if matches_name(pattern, target.name)}
+            matching = [matches_name(pattern, target.name) for target in self.targets]
+            places = [hit for hit, matrices in zip(matching, self._matrices, strict=True) for _ in matrices]
+            hits = {layer for layer, hit in enumerate(places) if hit}
             if not hits:
                 names = ", ".join(target.name for target in self.targets[:8])
                 more = ", ..." if len(self.targets) > 8 else ""

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_sparse.core.targets import Target, as_patterns, describe, find_targets, matches_name
+from lightning_sparse.core.patterns import as_patterns, matches_name
+from lightning_sparse.core.targets import Target, describe, find_targets
 from lightning_sparse.functional import check_exponent, check_vectors
+from lightning_sparse.functional.dims import Dims
 
 __all__ = ["FREE", "Exponents", "Sphere", "check_exponents", "find_spheres"]
 
@@ -31,9 +33,10 @@ class Sphere(NamedTuple):
     p: float
 
     @property
-    def dim(self) -> int:
-        """The dimension that counts the vectors."""
-        return self.target.output_dim
+    def dim(self) -> Dims:
+        """The dimension that counts the vectors; several where matrices are stacked."""
+        dims = self.target.output_dims
+        return dims[0] if len(dims) == 1 else dims
 
 
 def find_spheres(
@@ -61,7 +64,7 @@ def find_spheres(
                 f"with free=[..., '{target.name}']."
             )
         check_vectors(
-            target.weight, f"'{target.name}'", f"leave it free with free=[..., '{target.name}']", target.output_dim
+            target.weight, f"'{target.name}'", f"leave it free with free=[..., '{target.name}']", target.output_dims
         )
     return [Sphere(target, value) for target, value in zip(found, _per_layer(p, found), strict=True)]
 

@@ -37,8 +37,9 @@ class Pool:
 class Structure(ABC):
     """Turns scores of weights into scores of units, and masks of units into masks of weights."""
 
-    def check(self, target: Target) -> None:  # noqa: B027 - most structures fit every weight
-        """Raise a ValueError if this weight cannot have the structure."""
+    def misfit(self, target: Target) -> str | None:
+        """Why this weight cannot have the structure, or None if it can."""
+        return None
 
     @abstractmethod
     def units(self, target: Target) -> int:
@@ -121,13 +122,14 @@ class NOfM(Structure):
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
-    def check(self, target: Target) -> None:
+    def misfit(self, target: Target) -> str | None:
+        if not target.layout_known:
+            return f"is of no known kind of layer, and structure='{self.n}:{self.m}' must know its inputs (register_layer)"
         inputs = target.weight.shape[target.input_dim]
         if inputs % self.m:
-            raise ValueError(
-                f"structure='{self.n}:{self.m}' needs inputs in groups of {self.m}, but '{target.name}' has {inputs}; "
-                f"exclude it with targets=['!{target.name}']."
-            )
+            said = "1 input" if inputs == 1 else f"{inputs} inputs"
+            return f"has {said}, and structure='{self.n}:{self.m}' needs groups of {self.m}"
+        return None
 
     def units(self, target: Target) -> int:
         return target.weight.numel()
@@ -144,12 +146,15 @@ class Channels(Structure):
 
     text = "channel"
 
-    def check(self, target: Target) -> None:
+    def misfit(self, target: Target) -> str | None:
+        if not target.layout_known:
+            return f"is of no known kind of layer, and structure='{self.text}' must know its outputs (register_layer)"
         if target.shares_rows:
-            raise ValueError(
-                f"structure='{self.text}' is not defined for the grouped transposed convolution '{target.name}', where one "
-                f"row serves several outputs; exclude it with targets=['!{target.name}']."
+            return (
+                "is a grouped transposed convolution, where one row serves several outputs, and structure="
+                f"'{self.text}' takes whole outputs"
             )
+        return None
 
     def units(self, target: Target) -> int:
         return target.weight.shape[target.output_dim]
@@ -182,6 +187,11 @@ class Coupled(Channels):
         if self._coupling is None:
             raise ValueError("structure='coupled' needs to know which channels of the network go together.")
         return self._coupling
+
+    def misfit(self, target: Target) -> str | None:
+        if target.stack_dims:
+            return "is a stack of matrices, such as experts, whose channels nothing couples"
+        return super().misfit(target)
 
     def pools(self, targets: Sequence[Target]) -> list[Pool]:
         places = {target.name: layer for layer, target in enumerate(targets)}

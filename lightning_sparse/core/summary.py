@@ -14,7 +14,7 @@ class LayerRow(NamedTuple):
     """One layer of a sparse model, or the sum of all.
 
     Args:
-        layer: name of the weight, or `total`.
+        layer: name of the weight, `total`, or `whole model`.
         kept: entries that the mask keeps.
         total: entries there are.
         target: how many are to be kept in the end; None where the scores decide.
@@ -36,20 +36,30 @@ class LayerRow(NamedTuple):
         return self.layer, f"{self.kept:,} of {self.total:,}", target, f"{self.density:.2%}"
 
 
+SUMS = ("total", "whole model")
+"""Names of the rows that are not layers."""
+
 HEADER = ("layer", "kept", "target", "density")
 
 
-def summarize(masks: Masks, target: int | None = None, targets: Mapping[str, int] | None = None) -> list[LayerRow]:
-    """One row per masked weight, and their sum last.
+def summarize(
+    masks: Masks, target: int | None = None, targets: Mapping[str, int] | None = None, model: int | None = None
+) -> list[LayerRow]:
+    """One row per masked weight, then their sum, then the whole model if its size is given.
 
     Args:
         masks: of the weights.
         target: entries to keep in all, if known.
         targets: entries to keep per weight, where known.
+        model: how many entries the whole model has, those without masks included.
     """
     counts = masks.counts
     rows = [LayerRow(name, counts[name], masks.numel(name), (targets or {}).get(name)) for name in masks]
-    return [*rows, LayerRow("total", masks.kept, masks.total, target)]
+    rows.append(LayerRow(SUMS[0], masks.kept, masks.total, target))
+    if model is not None:
+        rest = model - masks.total
+        rows.append(LayerRow(SUMS[1], rest + masks.kept, model, None if target is None else rest + target))
+    return rows
 
 
 def format_table(rows: Sequence[LayerRow]) -> str:

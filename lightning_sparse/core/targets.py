@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
+from lightning_sparse.core.computed import why_computed
 from lightning_sparse.core.layers import LayerKind, kind_of
+from lightning_sparse.core.patterns import as_patterns, check_syntax, covering, matches_name
 
-__all__ = ["Candidate", "Candidates", "Target", "as_patterns", "describe", "find_targets", "matches_name"]
+__all__ = ["Candidate", "Candidates", "Selection", "Target", "describe", "find_targets", "select_targets"]
+
+FROZEN = "frozen (requires_grad=False)"
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,12 @@ class Target:
 
     Args:
         name: as in the module's state dict.
-        weight: the parameter itself.
+        weight: the parameter itself, or one matrix of it.
         output_dim: the dimension that counts outputs.
         input_dim: the dimension that counts inputs.
         groups: of a convolution, else 1.
+        stack_dims: dimensions that count independent matrices, such as experts.
+        layout_known: whether the dimensions come from a known kind of layer, and are not only assumed.
     """
 
     name: str
@@ -35,17 +40,56 @@ class Target:
     output_dim: int = 0
     input_dim: int = 1
     groups: int = 1
+    stack_dims: tuple[int, ...] = ()
+    layout_known: bool = True
 
     @classmethod
     def of(cls, name: str, weight: nn.Parameter, layer: nn.Module) -> Target:
         """The weight of a layer, laid out as its kind is."""
-        kind = kind_of(layer) or LayerKind(nn.Module)
-        return cls(name, weight, kind.output_dim, kind.input_dim, int(getattr(layer, "groups", 1)))
+        kind = kind_of(layer, name.rpartition(".")[2])
+        known = kind is not None
+        kind = kind or LayerKind(nn.Module)
+        groups = int(getattr(layer, "groups", 1))
+        return cls(name, weight, kind.output_dim, kind.input_dim, groups, kind.stack_dims, known)
 
     @property
     def shares_rows(self) -> bool:
         """Whether one row serves several outputs, as in a grouped transposed convolution."""
         return self.output_dim != 0 and self.groups > 1
+
+    @property
+    def output_dims(self) -> tuple[int, ...]:
+        """The dimensions that tell outputs apart: that of outputs, and those of stacks."""
+        return (*self.stack_dims, self.output_dim)
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs there are, over all matrices."""
+        return math.prod(self.weight.shape[dim] for dim in self.output_dims)
+
+    def unstack(self, tensor: Tensor) -> list[Tensor]:
+        """Of a tensor of the weight's shape, the views that belong to single matrices."""
+        if not self.stack_dims:
+            return [tensor]
+        first = tensor.movedim(self.stack_dims, tuple(range(len(self.stack_dims))))
+        return list(first.flatten(0, len(self.stack_dims) - 1).unbind(0))
+
+    def restack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensor of the weight's shape from those of single matrices."""
+        if not self.stack_dims:
+            return tensors[0]
+        sizes = [self.weight.shape[dim] for dim in self.stack_dims]
+        together = torch.stack(list(tensors))
+        return together.view(*sizes, *together.shape[1:]).movedim(tuple(range(len(sizes))), self.stack_dims).contiguous()
+
+    def matrices(self) -> list[Target]:
+        """The same weight, as one target for each of its matrices."""
+        if not self.stack_dims:
+            return [self]
+        left = [dim for dim in range(self.weight.ndim) if dim not in self.stack_dims]
+        alone = replace(self, stack_dims=(), output_dim=left.index(self.output_dim), input_dim=left.index(self.input_dim))
+        views = [nn.Parameter(view, requires_grad=False) for view in self.unstack(self.weight.detach())]
+        return [replace(alone, name=f"{self.name}[{index}]", weight=view) for index, view in enumerate(views)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +103,22 @@ class Candidate:
     reason: str
 
 
-def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Target]:
+@dataclass(frozen=True)
+class Selection:
+    """What patterns choose.
+
+    Args:
+        targets: the weights, in the order of the module.
+        frozen: weights that are left out because they do not train.
+        unfit: weights that are left out because a structure does not fit them, and why.
+    """
+
+    targets: list[Target]
+    frozen: dict[str, nn.Parameter] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
+
+
+def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",), frozen: bool = False) -> list[Target]:
     """The weights that the patterns choose, in the order of the module.
 
     A pattern is a glob over names (`layer1.*`, or `layer1` for all that is in it), a regular expression
@@ -67,62 +126,86 @@ def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",)) -> list[Ta
     the network (`:first`, `:last`, in the order of the module). With `!` in front it excludes.
 
     A weight is chosen if any pattern includes it and none excludes it; if all patterns exclude, the rest is included.
-    Names choose among the weights of convolutions, linear layers and attention projections; a type also reaches others
-    (`type:Embedding`). Vectors (biases, norms) are never chosen.
+    Names choose among the weights of layers in `LAYER_KINDS`: convolutions, linear and recurrent layers, attention
+    projections, experts. A type also reaches others (`type:Embedding`); `register_layer` makes others known. Vectors
+    (biases, norms) are never chosen, and frozen weights are left out.
+
+    Args:
+        module: whose weights they are.
+        patterns: that choose them.
+        frozen: whether to take frozen weights too.
 
     Raises:
-        ValueError: if a pattern matches nothing, nothing is chosen, or a chosen weight is frozen, uninitialized or
-            computed by a parametrization.
+        ValueError: if a pattern matches nothing, or nothing but frozen weights; if nothing is chosen, or a chosen weight is
+            uninitialized or computed by a parametrization or by the layer itself.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
         >>> [target.name for target in find_targets(net, ["!:first"])]
         ['3.weight']
     """
+    return select_targets(module, patterns, frozen).targets
+
+
+def select_targets(
+    module: nn.Module,
+    patterns: Sequence[str] = ("*",),
+    frozen: bool = False,
+    misfit: Callable[[Target], str | None] | None = None,
+) -> Selection:
+    """The weights that the patterns choose, and those that are left out for what they are; see `find_targets`.
+
+    What is frozen or does not fit is left out, unless a pattern names it and nothing else.
+
+    Args:
+        module: whose weights they are.
+        patterns: that choose them.
+        frozen: whether to take frozen weights too.
+        misfit: says why a weight cannot have a structure, or None.
+    """
     patterns = as_patterns(patterns)
     parameters = _parameters(module, patterns)
-    candidates = [_decide(parameter, patterns) for parameter in parameters]
     _check_patterns(patterns, parameters)
-    chosen = [parameter for parameter, candidate in zip(parameters, candidates, strict=True) if candidate.chosen]
+    chosen = [parameter for parameter in parameters if _reason(parameter, patterns)[0]]
+    obstacles: dict[int, str] = {}
+    selection = Selection([])
+    for parameter in chosen:
+        if not (frozen or parameter.weight.requires_grad):
+            obstacles[id(parameter)] = f"is {FROZEN}; unfreeze it"
+            selection.frozen[parameter.name] = parameter.weight
+    usable = [parameter for parameter in chosen if id(parameter) not in obstacles]
+    _check_usable(usable)
+    for parameter in usable:
+        target = Target.of(parameter.name, parameter.weight, parameter.layer)
+        why = None if misfit is None else misfit(target)
+        if why is None:
+            selection.targets.append(target)
+        else:
+            obstacles[id(parameter)] = f"{why}; take another structure"
+            selection.unfit[parameter.name] = why
+    for pattern in _including(patterns):
+        hits = [parameter for parameter in chosen if parameter.matches(pattern)]
+        if hits and all(id(hit) in obstacles for hit in hits):
+            more = f" The same holds for {len(hits) - 1} more." if len(hits) > 1 else ""
+            raise ValueError(
+                f"targets: '{pattern}' chooses nothing that can be used: '{hits[0].name}' {obstacles[id(hits[0])]}, or "
+                f"choose other weights.{more}"
+            )
     if not chosen:
-        raise ValueError(
-            f"targets={patterns} chooses no weight of {type(module).__name__}; it needs a convolution, a linear layer "
-            "or an attention projection, or name a layer type with 'type:<class>'."
-        )
-    _check_usable(chosen)
-    return [Target.of(parameter.name, parameter.weight, parameter.layer) for parameter in chosen]
+        raise ValueError(_nothing_chosen(module, patterns, parameters))
+    return selection
 
 
-def describe(module: nn.Module, patterns: Sequence[str] = ("*",)) -> Candidates:
-    """Every parameter of the module with the reason why it is in or out; print it for a table."""
+def describe(module: nn.Module, patterns: Sequence[str] = ("*",), frozen: bool = False) -> Candidates:
+    """Every parameter of the module with the reason why it is in or out; print it for a table.
+
+    Args:
+        module: whose parameters they are.
+        patterns: that choose among them.
+        frozen: whether to take frozen weights too.
+    """
     patterns = as_patterns(patterns)
-    return Candidates(_decide(parameter, patterns) for parameter in _parameters(module, patterns))
-
-
-def as_patterns(targets: str | Sequence[str]) -> list[str]:
-    """One pattern or several, as a list.
-
-    Raises:
-        ValueError: if there is none, which would leave open whether all weights are meant or no weight.
-    """
-    if isinstance(targets, str):
-        return [targets]
-    if not isinstance(targets, Sequence) or not targets:
-        raise ValueError(
-            f"targets={targets!r} names no weights; write patterns such as ['encoder.*'], or leave it out for all."
-        )
-    return list(targets)
-
-
-def matches_name(pattern: str, name: str) -> bool:
-    """Whether a glob fits a parameter's name or that of a layer around it.
-
-    Example:
-        >>> matches_name("head", "head.2.weight"), matches_name("he", "head.2.weight")
-        (True, False)
-    """
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))
+    return Candidates(_decide(parameter, patterns, frozen) for parameter in _parameters(module, patterns))
 
 
 class Candidates(list[Candidate]):
@@ -159,7 +242,11 @@ class _Parameter:
     @property
     def foreign(self) -> nn.Module | None:
         """A layer that holds it and is none of the kinds that names choose among."""
-        return next((layer for _, layer in self.owners if kind_of(layer) is None), None)
+        for name, layer in self.owners:
+            kind = kind_of(layer, name.rpartition(".")[2])
+            if kind is None or not kind.by_name:
+                return layer
+        return None
 
     def matches(self, pattern: str) -> bool:
         if pattern.startswith(":"):
@@ -173,10 +260,10 @@ class _Parameter:
 
 def _parameters(module: nn.Module, patterns: list[str]) -> list[_Parameter]:
     for pattern in patterns:
-        _check_syntax(pattern)
+        check_syntax(pattern)
     found: dict[int, _Parameter] = {}
     for prefix, layer in module.named_modules(remove_duplicate=False):
-        _check_parametrization(prefix, layer, patterns)
+        _refuse_computed(prefix, layer, patterns)
         for leaf, parameter in layer.named_parameters(recurse=False):
             entry = found.setdefault(id(parameter), _Parameter(parameter, []))
             entry.owners.append((f"{prefix}.{leaf}" if prefix else leaf, layer))
@@ -187,9 +274,15 @@ def _parameters(module: nn.Module, patterns: list[str]) -> list[_Parameter]:
     return list(found.values())
 
 
-def _decide(parameter: _Parameter, patterns: list[str]) -> Candidate:
+def _including(patterns: list[str]) -> list[str]:
+    return [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+
+
+def _decide(parameter: _Parameter, patterns: list[str], frozen: bool) -> Candidate:
     shape = () if isinstance(parameter.weight, UninitializedParameter) else tuple(parameter.weight.shape)
     chosen, reason = _reason(parameter, patterns)
+    if chosen and not (frozen or parameter.weight.requires_grad):
+        chosen, reason = False, FROZEN
     return Candidate(parameter.name, type(parameter.layer).__name__, shape, chosen, reason)
 
 
@@ -199,28 +292,35 @@ def _reason(parameter: _Parameter, patterns: list[str]) -> tuple[bool, str]:
     for pattern in patterns:
         if pattern.startswith("!") and parameter.matches(pattern[1:]):
             return False, f"excluded by '{pattern}'"
-    included = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
-    hits = [pattern for pattern in included if parameter.matches(pattern)]
+    hits = [pattern for pattern in _including(patterns) if parameter.matches(pattern)]
     by_type = [pattern for pattern in hits if pattern.startswith("type:")]
     if by_type or (hits and parameter.foreign is None):
         return True, f"included by '{(by_type or hits)[0]}'"
-    if parameter.foreign is not None:
-        tied = "shared with " if parameter.foreign is not parameter.layer else ""
-        return False, f"{tied}{type(parameter.foreign).__name__}, not a convolution, linear layer or attention"
-    return False, "no pattern includes it"
+    if not hits:
+        return False, "no pattern includes it"
+    return False, _why_foreign(parameter)
 
 
-def _check_syntax(pattern: str) -> None:
-    if not isinstance(pattern, str):
-        raise ValueError(f"targets: {pattern!r} is not a pattern; write names such as 'encoder.*'.")
-    bare = pattern.removeprefix("!")
-    if bare.startswith("re:"):
-        try:
-            re.compile(bare[3:])
-        except re.error as error:
-            raise ValueError(f"targets: '{pattern}' is not a regular expression ({error}).") from None
-    if bare.startswith(":") and bare not in (":first", ":last"):
-        raise ValueError(f"targets: '{pattern}' is unknown; the ends of the network are ':first' and ':last'.")
+def _why_foreign(parameter: _Parameter) -> str:
+    foreign = parameter.foreign
+    tied = "shared with " if foreign is not parameter.layer else ""
+    kind, leaf = type(foreign).__name__, parameter.name.rpartition(".")[2]
+    if isinstance(foreign, (nn.Embedding, nn.EmbeddingBag)):
+        return f"{tied}{kind}, which only 'type:{kind}' chooses"
+    return f"{tied}{kind}, of which no weight '{leaf}' is known; register_layer says how it is laid out"
+
+
+def _nothing_chosen(module: nn.Module, patterns: list[str], parameters: list[_Parameter]) -> str:
+    said = f"targets={patterns} chooses no weight of {type(module).__name__}"
+    matrices = [p for p in parameters if not p.is_vector and not isinstance(p.weight, UninitializedParameter)]
+    if not matrices:
+        return f"{said}, which has no matrix at all."
+    largest = max(matrices, key=lambda p: p.weight.numel())
+    kind, reason = type(largest.layer).__name__, _reason(largest, patterns)[1]
+    return (
+        f"{said}; its largest is '{largest.name}' ({reason}). Name it with targets=['type:{kind}'], or call "
+        f"register_layer({kind})."
+    )
 
 
 def _check_patterns(patterns: list[str], parameters: list[_Parameter]) -> None:
@@ -241,43 +341,33 @@ def _check_patterns(patterns: list[str], parameters: list[_Parameter]) -> None:
 
 
 def _check_usable(chosen: list[_Parameter]) -> None:
-    unshaped = [p.name for p in chosen if isinstance(p.weight, UninitializedParameter)]
-    frozen = [p.name for p in chosen if not p.weight.requires_grad]
-    sparse = [p.name for p in chosen if getattr(p.layer, "sparse", False)]
-    troubles = {
-        "with sparse gradients; make the layer with sparse=False": sparse,
-        "without a shape yet; run one batch through the lazy layer": unshaped,
-        "frozen (requires_grad=False); unfreeze": frozen,
-    }
-    if not unshaped:
-        finite = "not finite (NaN or infinite); start from other weights"
-        troubles[finite] = [p.name for p in chosen if not (p.weight.is_meta or bool(p.weight.detach().isfinite().all()))]
-    for trouble, names in troubles.items():
+    for trouble, names in _troubles(chosen):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            remedy = _covering(names, [p.name for p in chosen])
+            remedy = covering(names, [p.name for p in chosen])
             raise ValueError(f"'{names[0]}'{more}: {trouble}, or exclude with targets={remedy}.")
 
 
-def _covering(names: list[str], chosen: list[str]) -> list[str]:
-    """The shortest patterns that exclude these names and no others."""
-    patterns: dict[str, None] = {}
-    for name in names:
-        parts = name.split(".")
-        prefixes = [".".join(parts[: end + 1]) for end in range(len(parts))]
-        safe = (p for p in prefixes if all(other in names for other in chosen if matches_name(p, other)))
-        patterns[f"!{next(safe)}"] = None
-    return list(patterns)
+def _troubles(chosen: list[_Parameter]) -> Iterator[tuple[str, list[str]]]:
+    yield (
+        "with sparse gradients; make the layer with sparse=False",
+        [p.name for p in chosen if getattr(p.layer, "sparse", False)],
+    )
+    unshaped = [p.name for p in chosen if isinstance(p.weight, UninitializedParameter)]
+    yield "without a shape yet; run one batch through the lazy layer", unshaped
+    bad = [p.name for p in chosen if not (p.weight.is_meta or bool(p.weight.detach().isfinite().all()))]
+    yield "not finite (NaN or infinite); start from other weights", bad
 
 
-def _check_parametrization(name: str, layer: nn.Module, patterns: list[str]) -> None:
+def _refuse_computed(name: str, layer: nn.Module, patterns: list[str]) -> None:
     """A computed weight cannot hold zeros of its own, so a method must not pass it over in silence."""
-    if kind_of(layer) is None:
+    why = why_computed(layer)
+    if why is None:
         return
-    if parametrize.is_parametrized(layer) or "weight_orig" in dict(layer.named_parameters(recurse=False)):
-        stand_in = _Parameter(nn.Parameter(torch.empty(0, 0)), [(f"{name}.weight", layer)])
-        if not any(pattern.startswith("!") and stand_in.matches(pattern[1:]) for pattern in patterns):
-            raise ValueError(
-                f"The weight of layer '{name}' is computed by a parametrization or a pruning hook, so zeros cannot stay "
-                "in it; remove that first (torch.nn.utils.parametrize or torch.nn.utils.prune)."
-            )
+    stand_in = _Parameter(nn.Parameter(next(layer.parameters()).new_empty(0, 0)), [(f"{name}.weight", layer)])
+    excluded = any(pattern.startswith("!") and stand_in.matches(pattern[1:]) for pattern in patterns)
+    if not excluded and any(stand_in.matches(pattern) for pattern in _including(patterns) if not pattern.startswith(":")):
+        raise ValueError(
+            f"The weight of layer '{name}' ({type(layer).__name__}) is computed by {why}, so stored zeros would not "
+            f"be zeros in use; remove that first, or exclude the layer with targets=['!{name}']."
+        )

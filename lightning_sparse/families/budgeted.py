@@ -19,6 +19,7 @@ from lightning_sparse.core import (
     Remembered,
     RunLength,
     StructureName,
+    Target,
 )
 from lightning_sparse.core.dependencies import find_coupling
 from lightning_sparse.families.masked import Masked
@@ -66,6 +67,9 @@ class Budgeted(Masked):
         self._plan: Plan | None = None
         self.vectors: CoupledVectors | None = None
         self._input: Mapping[str, Any] = {}
+
+    def misfit(self, target: Target) -> str | None:
+        return self.budget.structure.misfit(target)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         coupling = self._find_coupling() if isinstance(self.budget.structure, Coupled) else None

@@ -21,6 +21,7 @@ from lightning_sparse.core import (
     Remembered,
     RunLength,
     StructureName,
+    Target,
     Window,
     check_choice,
 )
@@ -227,17 +228,24 @@ class Rewiring(Budgeted):
         for target in self.chosen:
             name, weight = target.name, target.weight.detach()
             gradient = self.gradients.get(name) if self.reads_gradients else weight.new_empty(0)
-            kept = self.masks.counts[name]
-            count = drop_count(kept, fraction)
-            if gradient is None or count == 0:  # a layer that took no part in this step says nothing
-                continue
+            if gradient is None or drop_count(self.masks.counts[name], fraction) == 0:
+                continue  # a layer that took no part in this step says nothing
             keep, grow = self.keep_score(name, weight, gradient), self.grow_score(name, weight, gradient)
             try:
-                protect = partial(self.plan.structure.score, target=target)
-                masks[name] = regrow(self.masks[name], keep, grow, count, kept, protect)
+                masks[name] = self._rewired(target, keep, grow, fraction)
             except ValueError as error:
                 raise ValueError(f"{self.label} cannot rewire '{name}': {error}") from None
         self.set_masks(masks)
+
+    def _rewired(self, target: Target, keep: Tensor, grow: Tensor, fraction: float) -> Tensor:
+        """The new mask of a weight; each matrix of a stack keeps its own number of connections."""
+        masks = []
+        parts = zip(*map(target.unstack, (self.masks[target.name], keep, grow)), target.matrices(), strict=True)
+        for mask, keep_score, grow_score, matrix in parts:
+            kept = self.masks.counts[target.name] if not target.stack_dims else int(mask.count_nonzero())
+            protect = partial(self.plan.structure.score, target=matrix)
+            masks.append(regrow(mask, keep_score, grow_score, drop_count(kept, fraction), kept, protect))
+        return target.restack(masks)
 
     def fraction_dropped(self, position: Position) -> float:
         """The share of connections that an update here drops; 0 from the end on."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.dims import Dims, count_along, others
+
 __all__ = [
     "check_exponent",
     "check_vectors",
@@ -42,7 +44,7 @@ def check_exponent(p: Any, name: str = "p") -> float:
     return float(p)
 
 
-def check_vectors(weight: Tensor, name: str, remedy: str, dim: int = 0) -> None:
+def check_vectors(weight: Tensor, name: str, remedy: str, dim: Dims = 0) -> None:
     """Refuse a weight whose outputs cannot be put on a sphere.
 
     Args:
@@ -58,11 +60,11 @@ def check_vectors(weight: Tensor, name: str, remedy: str, dim: int = 0) -> None:
         raise ValueError(f"{name} is cut into shards, and the norm of an output needs all of it; use 'ddp', or {remedy}.")
     if weight.ndim < 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)} and no vector per output; {remedy}.")
-    if weight.numel() == weight.shape[dim]:
+    if weight.numel() == count_along(weight, dim):
         raise ValueError(f"{name} has outputs of a single entry, which a sphere would hold at 1 or -1 for ever; {remedy}.")
 
 
-def lp_norm(vectors: Tensor, p: float, dim: int = 0) -> Tensor:
+def lp_norm(vectors: Tensor, p: float, dim: Dims = 0) -> Tensor:
     r"""The p-norm of every vector, of any magnitude that the number format holds.
 
     $$ \|x\|_p = m \Big(\sum_i (|x_i| / m)^p\Big)^{1/p}, \qquad m = \max_i |x_i| $$
@@ -81,11 +83,11 @@ def lp_norm(vectors: Tensor, p: float, dim: int = 0) -> Tensor:
         >>> lp_norm(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]), 2.0).flatten()
         tensor([5.0000e-30, 0.0000e+00])
     """
-    size, peak, others = _scaled(vectors, dim)
-    return size.pow_(p).sum(others, keepdim=True).pow_(1 / p).mul_(peak)
+    size, peak, along = _scaled(vectors, dim)
+    return size.pow_(p).sum(along, keepdim=True).pow_(1 / p).mul_(peak)
 
 
-def lp_normalize(vectors: Tensor, p: float, dim: int = 0) -> Tensor:
+def lp_normalize(vectors: Tensor, p: float, dim: Dims = 0) -> Tensor:
     """Every vector divided by its p-norm; a vector of zeros stays one.
 
     Args:
@@ -98,9 +100,9 @@ def lp_normalize(vectors: Tensor, p: float, dim: int = 0) -> Tensor:
         tensor([[-0.6000,  0.8000],
                 [ 0.0000,  0.0000]])
     """
-    size, _, others = _scaled(vectors, dim)
+    size, _, along = _scaled(vectors, dim)
     # The largest entry is now 1, so the sum is at least 1 wherever there is something to normalize.
-    total = size.pow(p).sum(others, keepdim=True).clamp_(min=1)
+    total = size.pow(p).sum(along, keepdim=True).clamp_(min=1)
     return size.div_(total.pow_(1 / p)).copysign_(vectors)
 
 
@@ -122,7 +124,7 @@ def from_dual(dual: Tensor, p: float) -> Tensor:
     return dual.abs().pow_(1 / (p - 1)).copysign_(dual)
 
 
-def lp_sgd_step(dual: Tensor, gradient: Tensor, rate: float | Tensor, p: float, dim: int = 0) -> Tensor:
+def lp_sgd_step(dual: Tensor, gradient: Tensor, rate: float | Tensor, p: float, dim: Dims = 0) -> Tensor:
     r"""One step of gradient descent on the unit Lp sphere.
 
     $$ u = (1 - \eta) \, v - \eta \, g / \|g\|_q, \qquad v^+ = u / \|u\|_q, \qquad q = p / (p-1) $$
@@ -164,7 +166,7 @@ def lp_sgd_(
     *,
     momentum: float = 0.0,
     nesterov: bool = False,
-    dim: int = 0,
+    dim: Dims = 0,
 ) -> None:
     """`lp_sgd_step` with heavy-ball momentum on the gradient, in place: what the optimizer and the callback share.
 
@@ -189,7 +191,7 @@ def lp_sgd_(
     weight.copy_(from_dual(dual, p))
 
 
-def hoyer_sparsity(weight: Tensor, dim: int = 0) -> Tensor:
+def hoyer_sparsity(weight: Tensor, dim: Dims = 0) -> Tensor:
     r"""Hoyer's sparsity of every vector: 0 where all magnitudes are equal, 1 where a single entry is not zero.
 
     $$ H(w) = \frac{\sqrt d - \|w\|_1 / \|w\|_2}{\sqrt d - 1} $$
@@ -209,12 +211,12 @@ def hoyer_sparsity(weight: Tensor, dim: int = 0) -> Tensor:
         >>> hoyer_sparsity(torch.tensor([[0.0, -3.0, 0.0, 0.0], [2.0, 2.0, -2.0, 2.0]]))
         tensor([1., 0.])
     """
-    size, _, others = _scaled(weight.detach(), dim)
-    root = math.sqrt(weight.numel() / weight.shape[dim])
+    size, _, along = _scaled(weight.detach(), dim)
+    root = math.sqrt(weight.numel() / count_along(weight, dim))
     if root == 1:
-        return size.new_zeros(weight.shape[dim])
-    length = size.square().sum(others).sqrt_()
-    ratio = torch.where(length > 0, size.sum(others) / length, 1.0)
+        return size.sum(along).zero_()
+    length = size.square().sum(along).sqrt_()
+    ratio = torch.where(length > 0, size.sum(along) / length, 1.0)
     return ratio.neg_().add_(root).div_(root - 1).clamp_(0, 1)
 
 
@@ -249,7 +251,7 @@ def expected_hoyer(p: float, d: int, shape: float = 0.4) -> float:
     return (math.sqrt(d) - d * math.exp(gammas)) / (math.sqrt(d) - 1)
 
 
-def relative_magnitude(weight: Tensor, mask: Tensor, dim: int = 0) -> Tensor:
+def relative_magnitude(weight: Tensor, mask: Tensor, dim: Dims = 0) -> Tensor:
     r"""The magnitude of every entry in units of the mean magnitude of the kept entries of its vector.
 
     The drop rule keeps what is kept and at least h here: the threshold adapts to each output's own scale.
@@ -263,13 +265,13 @@ def relative_magnitude(weight: Tensor, mask: Tensor, dim: int = 0) -> Tensor:
         >>> relative_magnitude(torch.tensor([[4.0, -2.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[1.3333, 0.6667, 3.0000]])
     """
-    size, others = _wide(weight).abs(), _others(weight, dim)
-    kept = mask.sum(others, keepdim=True).clamp_(min=1)
-    mean = torch.where(mask, size, 0).sum(others, keepdim=True) / kept
+    size, along = _wide(weight).abs(), _others(weight, dim)
+    kept = mask.sum(along, keepdim=True).clamp_(min=1)
+    mean = torch.where(mask, size, 0).sum(along, keepdim=True) / kept
     return torch.where(mean > 0, size / mean, 1.0)  # where nothing has a size, nothing is small
 
 
-def growth_score(gradient: Tensor, dim: int = 0) -> Tensor:
+def growth_score(gradient: Tensor, dim: Dims = 0) -> Tensor:
     """The magnitude of the gradient, each vector of it scaled to length 1, so that outputs compare.
 
     The official code takes the signed gradient; its figure, and this function, take the magnitude.
@@ -307,16 +309,16 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _others(tensor: Tensor, dim: int) -> list[int]:
+def _others(tensor: Tensor, dim: Dims) -> list[int]:
     """The dimensions that a vector extends over; a tensor of one dimension would be reduced as a whole."""
     if tensor.ndim < 2:
         raise ValueError(f"A tensor of shape {tuple(tensor.shape)} holds no vectors; give it one vector per output.")
-    return [other for other in range(tensor.ndim) if other != dim % tensor.ndim]
+    return others(tensor, dim)
 
 
-def _scaled(vectors: Tensor, dim: int) -> tuple[Tensor, Tensor, list[int]]:
+def _scaled(vectors: Tensor, dim: Dims) -> tuple[Tensor, Tensor, list[int]]:
     """Magnitudes divided by the largest of their vector, that largest, and the dimensions of a vector."""
-    others = _others(vectors, dim)
+    along = _others(vectors, dim)
     size = _wide(vectors).abs()
-    peak = size.amax(others, keepdim=True)
-    return size.div_(torch.where(peak > 0, peak, 1)), peak, others
+    peak = size.amax(along, keepdim=True)
+    return size.div_(torch.where(peak > 0, peak, 1)), peak, along

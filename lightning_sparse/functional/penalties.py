@@ -1,6 +1,6 @@
 r"""Penalties on one weight tensor in closed form: value, gradient, and the proximal map where there is one.
 
-All take the dimension that counts output channels; only the group lasso uses it.
+All take the dimension that counts output channels, or several where matrices are stacked; only the group lasso uses it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_sparse.functional.dims import Dims, count_along, others
 
 __all__ = ["PENALTIES", "Penalty"]
 
@@ -27,22 +29,22 @@ class Penalty:
             proximal gradient descent, which makes exact zeros if the penalty has a kink there.
     """
 
-    value: Callable[[Tensor, int], Tensor]
-    gradient: Callable[[Tensor, int], Tensor]
-    proximal_: Callable[[Tensor, float | Tensor, int], None] | None = None
+    value: Callable[[Tensor, Dims], Tensor]
+    gradient: Callable[[Tensor, Dims], Tensor]
+    proximal_: Callable[[Tensor, float | Tensor, Dims], None] | None = None
 
 
-def l1(weight: Tensor, dim: int = 0) -> Tensor:
+def l1(weight: Tensor, dim: Dims = 0) -> Tensor:
     """The sum of magnitudes."""
     return _wide(weight).abs().sum()
 
 
-def l1_gradient(weight: Tensor, dim: int = 0) -> Tensor:
+def l1_gradient(weight: Tensor, dim: Dims = 0) -> Tensor:
     """The sign."""
     return weight.sign()
 
 
-def soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: int = 0) -> None:
+def soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: Dims = 0) -> None:
     """Everything toward zero by the threshold, and what would cross zero stays there.
 
     Example:
@@ -55,22 +57,22 @@ def soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: int = 0) -> 
     weight.sub_(weight.clamp(-threshold, threshold))
 
 
-def l2(weight: Tensor, dim: int = 0) -> Tensor:
+def l2(weight: Tensor, dim: Dims = 0) -> Tensor:
     """Half the squared norm, whose gradient is the weight: weight decay."""
     return _wide(weight).square().sum() / 2
 
 
-def l2_gradient(weight: Tensor, dim: int = 0) -> Tensor:
+def l2_gradient(weight: Tensor, dim: Dims = 0) -> Tensor:
     """The weight itself."""
     return weight.clone()
 
 
-def shrink_(weight: Tensor, threshold: float | Tensor, dim: int = 0) -> None:
+def shrink_(weight: Tensor, threshold: float | Tensor, dim: Dims = 0) -> None:
     """Everything by the same factor, 1 / (1 + t)."""
     weight.div_(1 + threshold)
 
 
-def group_lasso(weight: Tensor, dim: int = 0) -> Tensor:
+def group_lasso(weight: Tensor, dim: Dims = 0) -> Tensor:
     r"""The norms of all output channels, each times the root of its size: $\sum_c \sqrt{n} \, \|w_c\|_2$.
 
     Source: Yuan and Lin 2006, "Model selection and estimation in regression with grouped variables",
@@ -79,14 +81,14 @@ def group_lasso(weight: Tensor, dim: int = 0) -> Tensor:
     return _root_size(weight, dim) * _norms(weight, dim).sum()
 
 
-def group_lasso_gradient(weight: Tensor, dim: int = 0) -> Tensor:
+def group_lasso_gradient(weight: Tensor, dim: Dims = 0) -> Tensor:
     """Each channel as a unit vector, times the root of its size; zero for a channel that is zero."""
     norms = _norms(weight, dim)
     scale = torch.where(norms > 0, _root_size(weight, dim) / norms, 0.0)
     return weight * scale.to(weight.dtype)
 
 
-def group_soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: int = 0) -> None:
+def group_soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: Dims = 0) -> None:
     """Every channel's norm toward zero by the threshold times the root of its size; short channels become zero.
 
     Example:
@@ -101,7 +103,7 @@ def group_soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: int = 
     weight.mul_(torch.where(norms > reach, 1 - reach / norms, 0.0).to(weight.dtype))
 
 
-def hoyer(weight: Tensor, dim: int = 0) -> Tensor:
+def hoyer(weight: Tensor, dim: Dims = 0) -> Tensor:
     r"""Hoyer-Square: $(\sum_i |w_i|)^2 / \sum_i w_i^2$, between 1 (one entry left) and n (all alike), whatever the scale.
 
     Source: Yang, Wen and Li 2020, "DeepHoyer: Learning Sparser Neural Network with Differentiable Scale-Invariant
@@ -112,7 +114,7 @@ def hoyer(weight: Tensor, dim: int = 0) -> Tensor:
     return torch.where(energy > 0, weight.abs().sum().square() / energy, 0.0)
 
 
-def hoyer_gradient(weight: Tensor, dim: int = 0) -> Tensor:
+def hoyer_gradient(weight: Tensor, dim: Dims = 0) -> Tensor:
     r"""With $r = \sum |w| / \sum w^2$, $2 r \,(sign(w) - r\,w)$: entries below 1/r shrink, those above it grow."""
     wide = _wide(weight)
     energy = wide.square().sum()
@@ -124,15 +126,14 @@ def _wide(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
 
-def _norms(weight: Tensor, dim: int) -> Tensor:
+def _norms(weight: Tensor, dim: Dims) -> Tensor:
     """The norm of every output channel, in the shape that broadcasts over the weight."""
-    others = [d for d in range(weight.ndim) if d != dim]
-    norms: Tensor = torch.linalg.vector_norm(_wide(weight), dim=others, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(_wide(weight), dim=others(weight, dim), keepdim=True)
     return norms
 
 
-def _root_size(weight: Tensor, dim: int) -> float:
-    return math.sqrt(weight.numel() // weight.shape[dim])
+def _root_size(weight: Tensor, dim: Dims) -> float:
+    return math.sqrt(weight.numel() // count_along(weight, dim))
 
 
 PENALTIES: dict[str, Penalty] = {

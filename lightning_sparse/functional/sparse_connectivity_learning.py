@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.dims import Dims, others
+
 __all__ = [
     "FEATURE_NORMS",
     "STEP_PROXIES",
@@ -112,7 +114,7 @@ FEATURE_NORMS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor] | None] = {
 """What the gradient of a feature is divided by; `none` leaves it."""
 
 
-def normalize_features_(gradient: Tensor, norm: str = "rms", feature: int | None = 0, eps: float = 1e-12) -> Tensor:
+def normalize_features_(gradient: Tensor, norm: str = "rms", feature: Dims | None = 0, eps: float = 1e-12) -> Tensor:
     r"""Divide the gradient of every feature by its own size, in place.
 
     $$ \hat g_f = g_f \Big/ \Big(\sqrt{\tfrac{1}{n}\textstyle\sum_j g_{fj}^2} + \epsilon\Big) $$
@@ -122,7 +124,7 @@ def normalize_features_(gradient: Tensor, norm: str = "rms", feature: int | None
     Args:
         gradient: of the task alone, in float32 or wider; what the regularizer adds comes later.
         norm: `rms` (above), `l2`, `max`, or `none`.
-        feature: the dimension that counts features; None takes the whole layer as one.
+        feature: the dimension that counts features, or several; None takes the whole layer as one.
         eps: far below any real gradient.
 
     Example:
@@ -144,7 +146,7 @@ def connection_count(variables: Iterable[Tensor]) -> int:
     return sum(int((variable > 0).sum()) for variable in variables)
 
 
-def dead_features(variables: Tensor, feature: int = 0) -> Tensor:
+def dead_features(variables: Tensor, feature: Dims = 0) -> Tensor:
     """How many features have no connection left, as a 0-d tensor.
 
     Example:
@@ -208,5 +210,5 @@ def steer_price(memory: float, error: float, elapsed: float) -> tuple[float, flo
     return memory, max(-6.0, min(memory + 8 * error, 6.0))
 
 
-def _others(tensor: Tensor, feature: int | None) -> tuple[int, ...]:
-    return tuple(dim for dim in range(tensor.ndim) if dim != feature)
+def _others(tensor: Tensor, feature: Dims | None) -> tuple[int, ...]:
+    return tuple(range(tensor.ndim) if feature is None else others(tensor, feature))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.dims import Dims, others
+
 __all__ = [
     "dead_outputs",
     "layer_density",
@@ -72,19 +74,19 @@ def nonzero_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: counts[name] for name in tensors}
 
 
-def dead_outputs(tensor: Tensor, dim: int = 0) -> Tensor:
+def dead_outputs(tensor: Tensor, dim: Dims = 0) -> Tensor:
     """Which neurons or filters have lost all their incoming weights; one boolean per output.
 
     Args:
         tensor: mask or weight of a layer.
-        dim: that counts the outputs.
+        dim: that counts the outputs; several where matrices are stacked.
 
     Example:
         >>> import torch
         >>> dead_outputs(torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
         tensor([ True, False])
     """
-    return ~(tensor.detach() != 0).movedim(dim, 0).flatten(1).any(1)
+    return ~(tensor.detach() != 0).any(others(tensor, dim))
 
 
 def mask_overlap(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:

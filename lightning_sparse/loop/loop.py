@@ -324,6 +324,8 @@ class Loop:
         if masks and (first or kept != self._logged):
             sparsity = 1 - kept / sum([mask.total for mask in masks])
             self.run.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
+            dropped = sum([mask.total for mask in masks]) - kept
+            self.run.module.log("sparsity/model", dropped / self.methods[0].model_size, batch_size=1)
             self._logged, self._phase = kept, phase_of(self.methods)
 
     # ---- ranks -------------------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from lightning_sparse.core import (
     RunLength,
     Target,
     as_patterns,
-    find_targets,
+    select_targets,
     summarize,
 )
 from lightning_sparse.loop.run import Run
+from lightning_sparse.loop.selection import tell_selection
 from lightning_sparse.loop.step import Step
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Method(Memory, ABC):
         name: tells two callbacks of one class apart, in checkpoints and messages.
     """
 
+    removes_weights: ClassVar[bool] = True
+    """Whether the chosen weights become sparse; then whoever trains learns which ones are left out."""
     refused: ClassVar[Mapping[str, str]] = {}
     """Arguments that the method does not take, though other methods or earlier versions do, and what to do instead."""
 
@@ -50,6 +53,8 @@ class Method(Memory, ABC):
     """The length of the run as it was begun."""
     shapes = Remembered[dict[str, list[int]]](dict)
     """Of the chosen weights; empty before the first fit."""
+    left_frozen = Remembered[list[str]](list)
+    """Weights that did not train when the run began; they stay out of it, also where they are unfrozen later."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuse words of other methods and earlier versions with what to write instead."""
@@ -62,6 +67,9 @@ class Method(Memory, ABC):
         self.chosen: list[Target] = []
         self.brought: Mapping[str, Any] | None = None
         """The state that a checkpoint has brought, until training begins."""
+        self.model_size = 0
+        """How many numbers the whole model holds, shared ones once."""
+        self._frozen: list[str] = []
         self._run: Run | None = None
 
     # ---- what a method may answer ------------------------------------------------------------------------------------
@@ -191,9 +199,9 @@ class Method(Memory, ABC):
         return {target.name: target.weight for target in self.chosen}
 
     @property
-    def output_dims(self) -> dict[str, int]:
-        """The dimension that counts outputs, by name."""
-        return {target.name: target.output_dim for target in self.chosen}
+    def output_dims(self) -> dict[str, tuple[int, ...]]:
+        """The dimensions that tell outputs apart, by name."""
+        return {target.name: target.output_dims for target in self.chosen}
 
     @property
     def run(self) -> Run:
@@ -222,8 +230,10 @@ class Method(Memory, ABC):
         self.goal = {"total": total, "layers": dict(layers or {})}
 
     def summary(self) -> list[LayerRow]:
-        """One row per masked layer: what is kept, of how many, and what is to be kept; the sum last."""
-        return [] if self.mask_set is None else summarize(self.mask_set, self.goal["total"], self.goal["layers"])
+        """One row per masked layer: what is kept, of how many, and what is to be kept; then the sum, and the whole model."""
+        if self.mask_set is None:
+            return []
+        return summarize(self.mask_set, self.goal["total"], self.goal["layers"], self.model_size)
 
     def warn_of_empty(self, name: str, remedy: str) -> None:
         """Say that a layer has lost all its weights, and what helps."""
@@ -240,9 +250,24 @@ class Method(Memory, ABC):
         """The arguments this callback was made with, as plain values."""
         return {name: _plain(getattr(self, name)) for name in arguments(type(self)) if name != "name"}
 
-    def choose(self, module: nn.Module) -> None:
-        """Find the weights in a module."""
-        self.chosen = find_targets(module, self.targets)
+    def choose(self, module: nn.Module, goes_on: bool = False) -> None:
+        """Find the weights in a module.
+
+        Args:
+            module: that is trained.
+            goes_on: whether a run goes on, to which weights that have been unfrozen since do not belong.
+        """
+        before = self.brought["memory"].get("left_frozen", []) if self.brought else self.left_frozen if goes_on else []
+        selection = select_targets(module, self.targets, misfit=self.misfit)
+        self.chosen = [target for target in selection.targets if target.name not in before]
+        self._frozen = [*selection.frozen]
+        self.model_size = sum([parameter.numel() for parameter in module.parameters()])
+        if self.removes_weights:
+            tell_selection(self.label, module, self.targets, selection)
+
+    def misfit(self, target: Target) -> str | None:
+        """Why the method cannot work on a weight, which it then leaves as it is; None if it can."""
+        return None
 
     def enter(self, run: Run) -> None:
         """A fit begins."""
@@ -304,6 +329,7 @@ class Method(Memory, ABC):
             self.forget()
             self.begun_with = length._asdict()
             self.shapes = self._chosen_shapes
+            self.left_frozen = self._frozen
             self.begin()
 
     @property

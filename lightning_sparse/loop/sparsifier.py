@@ -105,7 +105,7 @@ class Sparsifier(Method, Callback):
             _refuse_trainer(self, trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.choose(pl_module)
+        self.choose(pl_module, goes_on=trainer.global_step > 0)
         _refuse_optimizers(self, trainer.optimizers)
         if self._leads(trainer) and self._rng is not None:
             # Now, because loaders draw the order of the epoch to come when they are opened.

@@ -62,6 +62,7 @@ class CKARegularization(Sparsifier):
         ValueError: for layers that cannot be compared, at the start of fit, or in the first batch where only that shows it.
     """
 
+    removes_weights = False
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("sparsity", "allocation", "structure", "layer_sparsity"),
         "it removes nothing by itself; list it beside a method that does",

@@ -86,6 +86,7 @@ class LayerSparsity(Sparsifier):
     ramp = Remembered(float)
     """The share of the strength that is on: below 1 while it warms up."""
 
+    removes_weights = False
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("sparsity", "allocation", "structure", "layer_sparsity"),
         "whole layers become linear, no weight is promised to be zero; l1 adds sparse connections",

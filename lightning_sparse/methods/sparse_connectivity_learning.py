@@ -197,7 +197,7 @@ class SparseConnectivityLearning(ShadowWeights):
         super().before_step(step)  # from here on `hidden` is a copy of the dense weights, and free
         if self.frozen:
             return
-        features = {target.name: target.output_dim if self.feature == "filter" else None for target in self.chosen}
+        features = {target.name: target.output_dims if self.feature == "filter" else None for target in self.chosen}
         for name, weight in step.weights.items():
             if weight.grad is None:
                 continue  # its optimizer skips it, and so do we

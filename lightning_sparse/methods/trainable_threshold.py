@@ -65,7 +65,8 @@ class TrainableThreshold(LearnedThreshold):
 
     def initial(self, target: Target) -> Tensor:
         shape = [1] * target.weight.ndim
-        shape[target.output_dim] = target.weight.shape[target.output_dim]
+        for dim in target.output_dims:
+            shape[dim] = target.weight.shape[dim]
         return torch.zeros(shape)
 
     def threshold(self, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -58,14 +59,14 @@ class HoyerSparsity(Metric):
             ValueError: if the patterns choose nothing that has a sparsity.
         """
         seen = 0
-        for candidate in describe(module, self.targets):
+        for candidate in describe(module, self.targets, frozen=True):
             if not candidate.chosen:
                 continue
             weight = module.get_parameter(candidate.name)
             layer = module.get_submodule(candidate.name.rpartition(".")[0])
-            dim = Target.of(candidate.name, weight, layer).output_dim
-            if weight.numel() > weight.shape[dim]:
-                self.weighted += hoyer_sparsity(weight, dim).mean().to(self.weighted) * weight.numel()
+            dims = Target.of(candidate.name, weight, layer).output_dims
+            if weight.numel() > math.prod(weight.shape[dim] for dim in dims):
+                self.weighted += hoyer_sparsity(weight, dims).mean().to(self.weighted) * weight.numel()
                 self.entries += weight.numel()
                 seen += 1
         if not seen:

@@ -153,9 +153,9 @@ class DeadUnits(_ByLayer):
     number = int
 
     def __init__(self, module: nn.Module, targets: str | Sequence[str] = ("*",), **options: Any) -> None:
-        found = find_targets(module, targets)
-        self.dims = {target.name: target.output_dim for target in found}
-        super().__init__({target.name: target.weight.shape[target.output_dim] for target in found}, start=0.0, **options)
+        found = find_targets(module, targets, frozen=True)
+        self.dims = {target.name: target.output_dims for target in found}
+        super().__init__({target.name: target.outputs for target in found}, start=0.0, **options)
 
     def read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
         dead = {name: dead_outputs(tensor, self.dims[name]) for name, tensor in tensors.items()}

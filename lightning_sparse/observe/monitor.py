@@ -162,7 +162,7 @@ class SparsityMonitor(Callback):
         kept = {**nonzero, **nonzero_counts(masks)}
         total = sum(weight.numel() for weight in weights.values())
         dead = {
-            name: dead_outputs(masks.get(name, weight), self._targets[name].output_dim) for name, weight in weights.items()
+            name: dead_outputs(masks.get(name, weight), self._targets[name].output_dims) for name, weight in weights.items()
         }
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
@@ -223,8 +223,8 @@ class SparsityMonitor(Callback):
             {
                 "name": name,
                 "size": sizes[name],
-                "outputs": target.weight.shape[target.output_dim],
-                "dead": int(dead_outputs(masks.get(name, target.weight), target.output_dim).count_nonzero()),
+                "outputs": target.outputs,
+                "dead": int(dead_outputs(masks.get(name, target.weight), target.output_dims).count_nonzero()),
                 "target": goals.get(name),
             }
             for name, target in self._targets.items()
@@ -289,7 +289,7 @@ def _config(trainer: pl.Trainer, module: pl.LightningModule) -> str:
 
 def _weights_of(module: nn.Module) -> list[Target]:
     """What methods would choose by default, frozen or not."""
-    names = [candidate.name for candidate in describe(module, ["*"]) if candidate.chosen]
+    names = [candidate.name for candidate in describe(module, ["*"], frozen=True) if candidate.chosen]
     layers = [module.get_submodule(name.rpartition(".")[0]) for name in names]
     return [Target.of(name, module.get_parameter(name), layer) for name, layer in zip(names, layers, strict=True)]
 

@@ -8,20 +8,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lightning_sparse.core import HEADER, LayerRow, Masks
+from lightning_sparse.core import HEADER, SUMS, LayerRow, Masks
 
 __all__ = ["SparsityTable", "render"]
 
 
 def render(rows: list[LayerRow], title: str = "") -> Table:
-    """The rows as a rich table, the total set off."""
+    """The rows as a rich table, the total and the whole model set off."""
     table = Table(title=title or None, title_justify="left")
     for column, heading in enumerate(HEADER):
         table.add_column(heading, justify="left" if column == 0 else "right", overflow="fold")
-    for row in rows[:-1]:
-        table.add_row(*row.cells())
-    table.add_section()
-    table.add_row(*rows[-1].cells(), style="bold")
+    for row in rows:
+        is_sum = row.layer in SUMS
+        if row.layer == SUMS[0]:
+            table.add_section()
+        table.add_row(*row.cells(), style="bold" if is_sum else None)
     return table
 
 

@@ -63,7 +63,7 @@ class LpSGD(Optimizer):
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        dim: int = 0,
+        dim: int | tuple[int, ...] = 0,
     ) -> None:
         defaults = {"lr": lr, "p": p, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "dim": dim}
         super().__init__(params, defaults)
@@ -208,7 +208,7 @@ def sphere_groups(
         [(1.4, 1), (1.2, 1), (None, 6)]
     """
     check_exponents(p)
-    groups: dict[tuple[float, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, int | tuple[int, ...]], list[nn.Parameter]] = {}
     for sphere in find_spheres(module, p, targets, free):
         groups.setdefault((sphere.p, sphere.dim), []).append(sphere.target.weight)
     taken = {id(weight) for weights in groups.values() for weight in weights}

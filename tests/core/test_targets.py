@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sparse.core import describe, find_targets
+from lightning_sparse.core import describe, find_targets, select_targets
 
 
 class Net(nn.Module):
@@ -34,11 +34,13 @@ DEFAULT = [
     "split.out_proj.weight",
     "layers.0.weight",
     "layers.1.weight",
+    "rnn.weight_ih_l0",
+    "rnn.weight_hh_l0",
     "head.weight",
 ]
 
 
-def test_default_is_convolutions_linear_layers_and_attention() -> None:
+def test_default_is_what_layers_multiply_by() -> None:
     assert names() == DEFAULT
 
 
@@ -54,7 +56,7 @@ def test_default_is_convolutions_linear_layers_and_attention() -> None:
         (["type:Embedding"], ["embed.weight"]),
         (["type:LSTM"], ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]),
         ([":first", ":last"], ["conv.weight", "head.weight"]),
-        (["!:last", "!re:attention|split|up", "!conv"], ["layers.0.weight", "layers.1.weight"]),
+        (["!:last", "!re:attention|split|up|rnn", "!conv"], ["layers.0.weight", "layers.1.weight"]),
         (["layers.*", "!layers.1"], ["layers.0.weight"]),
     ],
 )
@@ -68,7 +70,7 @@ def test_every_parameter_gets_a_reason() -> None:
     assert reasons["head.weight"] == "excluded by '!head'"
     assert reasons["conv.weight"] == "included by '*'"
     assert reasons["conv.bias"] == reasons["norm.weight"] == "a bias or a vector"
-    assert reasons["embed.weight"] == "Embedding, not a convolution, linear layer or attention"
+    assert reasons["embed.weight"] == "Embedding, which only 'type:Embedding' chooses"
     assert reasons["split.bias_k"] == "a bias or a vector"
 
 
@@ -117,27 +119,41 @@ def test_nothing_chosen() -> None:
         find_targets(nn.BatchNorm1d(3))
 
 
-def test_frozen_lazy_and_computed_weights() -> None:
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    net[0].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"'0.weight': frozen .* exclude with targets=\['!0'\]"):
-        find_targets(net)
-    assert [t.name for t in find_targets(net, ["!0"])] == ["1.weight"]
-    with pytest.raises(ValueError, match="'0.weight': without a shape yet"):
-        find_targets(nn.Sequential(nn.LazyLinear(2)))
+def half_frozen() -> nn.ModuleDict:
     net = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
     net["backbone"].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"'backbone.0.weight' and 1 more: frozen .* targets=\['!backbone'\]"):
-        find_targets(net)
-    assert [t.name for t in find_targets(net, ["!backbone"])] == ["head.weight"]
+    return net
+
+
+@pytest.mark.parametrize("patterns", [["*"], ["!head.bias"], ["*", "head"], ["re:weight"], ["type:Linear"]])
+def test_frozen_weights_are_left_out(patterns: list[str]) -> None:
+    selection = select_targets(half_frozen(), patterns)
+    assert [target.name for target in selection.targets] == ["head.weight"]
+    assert [*selection.frozen] == ["backbone.0.weight", "backbone.1.weight"]
+    reasons = {candidate.name: candidate.reason for candidate in describe(half_frozen(), patterns)}
+    assert reasons["backbone.0.weight"] == "frozen (requires_grad=False)"
+    assert len(find_targets(half_frozen(), patterns, frozen=True)) == 3
+
+
+def test_frozen_weights_that_are_named_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'backbone' chooses nothing that can be used: 'backbone.0.weight' is froz"):
+        find_targets(half_frozen(), ["backbone", "head"])
+    with pytest.raises(ValueError, match="'\\*' chooses nothing that can be used"):
+        find_targets(half_frozen().requires_grad_(False))
+
+
+def test_infinite_lazy_and_computed_weights() -> None:
+    with pytest.raises(ValueError, match="'0.weight': without a shape yet"):
+        find_targets(nn.Sequential(nn.LazyLinear(2)))
+    net = half_frozen()
     nn.init.constant_(net["head"].weight, torch.inf)
     with pytest.raises(ValueError, match=r"'head.weight': not finite"):
         find_targets(net, ["head"])
     wrapped = nn.Sequential(nn.Linear(2, 2), torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="layer '1' is computed by a parametrization"):
+    with pytest.raises(ValueError, match=r"layer '1' \(ParametrizedLinear\) is computed by a para.* targets=\['!1'\]"):
         find_targets(wrapped)
     assert [t.name for t in find_targets(wrapped, ["!1.*"])] == ["0.weight"]
     pruned = nn.Sequential(nn.Linear(2, 2))
     torch.nn.utils.prune.identity(pruned[0], "weight")
-    with pytest.raises(ValueError, match="layer '0' is computed"):
+    with pytest.raises(ValueError, match="layer '0' .* is computed by a hook"):
         find_targets(pruned)

@@ -204,7 +204,9 @@ def test_the_table_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if "net.6.weight" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["net.6.weight", "512 of 2,048", "512", "25.00%"]
-    assert "total" in out.splitlines()[-2]
+    total, model = out.splitlines()[-3:-1]
+    assert "total" in total
+    assert [cell.strip() for cell in model.strip("│").split("│")] == ["whole model", "726 of 2,796", "726", "25.97%"]
 
 
 def test_no_table_without_masks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -313,8 +313,9 @@ def test_the_summary_counts_masks() -> None:
     table = module.sparsity_summary().splitlines()
     assert table[0].split() == ["layer", "kept", "target", "density"]
     assert table[1].split() == ["net.0.weight", "18", "of", "72", "18", "25.00%"]
-    assert table[-1].split()[0] == "total"
-    assert table[-1].endswith("25.00%")
+    assert table[-2].split()[0] == "total"
+    assert table[-2].endswith("25.00%")
+    assert table[-1].split() == ["whole", "model", "726", "of", "2,796", "726", "25.97%"]
 
 
 # ---- what is logged -------------------------------------------------------------------------------------------------

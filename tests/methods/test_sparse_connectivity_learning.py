@@ -479,7 +479,7 @@ def test_the_table_and_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
     method = SCL(price=0.2, end=1.0)
     fit(toy(), method, SparsityTable())
     rows = method.summary()
-    assert [row.layer for row in rows] == [*method.mask_set, "total"]
+    assert [row.layer for row in rows] == [*method.mask_set, "total", "whole model"]
     assert f"{rows[-1].kept:,} of {rows[-1].total:,}" in capsys.readouterr().out
 
 

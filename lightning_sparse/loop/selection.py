@@ -1,0 +1,37 @@
+"""What is said of the weights that a method works on, before training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_sparse.core import Selection, coverage
+
+__all__ = ["tell_selection"]
+
+
+def tell_selection(label: str, module: nn.Module, patterns: Sequence[str], selection: Selection) -> None:
+    """Say what is left out: frozen weights, those that a structure does not fit, and what no pattern can reach by name.
+
+    Args:
+        label: of the method.
+        module: whose weights were chosen.
+        patterns: that chose them.
+        selection: what came of it.
+    """
+    if selection.frozen:
+        entries = sum([weight.numel() for weight in selection.frozen.values()])
+        rank_zero_info(
+            f"{label} leaves out {len(selection.frozen)} frozen weights with {entries:,} entries; if they are unfrozen "
+            "later, they stay dense."
+        )
+    if selection.unfit:
+        name, why = next(iter(selection.unfit.items()))
+        others = f" {len(selection.unfit) - 1} more stay dense for like reasons." if len(selection.unfit) > 1 else ""
+        rank_zero_info(f"{label} leaves '{name}' dense: it {why}.{others}")
+    found = {target.name for target in selection.targets}
+    warning = coverage(module, patterns, found).warning
+    if warning is not None:
+        rank_zero_warn(f"{label} {warning}")
