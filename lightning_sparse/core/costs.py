@@ -6,8 +6,9 @@ outputs, have no public names in the versions supported.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def count_macs(module: nn.Module, run: Callable[[], Any], samples: int = 1) -> d
     """Multiply-accumulates of a forward pass per sample, by the name of the weight that takes part in them.
 
     Every matrix product and convolution counts, wherever it is written, at the size of its operands: zeros as numbers, and
-    padding as input. Norms, activations, poolings, recurrent layers and embeddings do not count. A weight that is used twice
+    padding as input. Norms, activations, poolings and embeddings do not count. A weight that is used twice
     counts twice.
 
     Args:
@@ -111,7 +112,14 @@ def _plainly(module: nn.Module) -> Iterator[None]:
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "TF32 acceleration")  # oneDNN warns when its flags are set back
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn):  # a whole recurrent layer is one kernel there
+                stack.enter_context(backend.flags(enabled=False))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

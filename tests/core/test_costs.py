@@ -27,6 +27,21 @@ def test_one_layer(layer: nn.Module, shape: tuple[int, ...], macs: int) -> None:
     assert count_macs(layer, lambda: layer(torch.ones(7, *shape)), samples=7) == {"weight": macs}
 
 
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.LSTM(8, 16), {"weight_ih_l0": 5 * 64 * 8, "weight_hh_l0": 5 * 64 * 16}),
+        (nn.GRU(8, 16), {"weight_ih_l0": 5 * 48 * 8, "weight_hh_l0": 5 * 48 * 16}),
+        (nn.LSTM(8, 16, proj_size=4), {"weight_ih_l0": 5 * 64 * 8, "weight_hh_l0": 5 * 64 * 4, "weight_hr_l0": 5 * 4 * 16}),
+    ],
+    ids=["LSTM", "GRU", "projected"],
+)
+def test_recurrent_layers_count_every_step(layer: nn.Module, expected: dict[str, int]) -> None:
+    fused = torch.backends.mkldnn.is_available(), torch.backends.cudnn.enabled
+    assert count_macs(layer, lambda: layer(torch.ones(5, 1, 8))) == expected
+    assert fused == (torch.backends.mkldnn.is_available(), torch.backends.cudnn.enabled)
+
+
 def test_attention_is_counted_with_its_scores() -> None:
     tokens, width = 6, 8
     attention = nn.MultiheadAttention(width, 2, batch_first=True)
