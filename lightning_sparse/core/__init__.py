@@ -34,7 +34,7 @@ from lightning_sparse.core.linear import (
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
-from lightning_sparse.core.moments import clear_moments
+from lightning_sparse.core.moments import check_moments, clear_moments
 from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, fit_to, shared_parameters
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
@@ -96,6 +96,7 @@ __all__ = [
     "callee",
     "check_choice",
     "check_exponents",
+    "check_moments",
     "check_number",
     "check_sparsity",
     "check_whole",

@@ -2,23 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["clear_moments"]
+__all__ = ["check_moments", "clear_moments"]
+
+MAPS = {"state1": "qmap1", "state2": "qmap2"}
+"""Memories of bitsandbytes, and where it keeps the value that each code of theirs stands for."""
 
 
 def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
     """Set an optimizer's memory of some entries to zero, as if they had just been created.
 
     Works for every optimizer that keeps per-entry state in tensors of the parameter's shape: momentum, first and second
-    moments, averages. Step counters and factored moments are shared by a whole tensor and stay.
+    moments, averages. In the 8-bit optimizers of bitsandbytes and torchao, the code that stands for zero is written.
+
+    What stays: step counters and factored moments, which are shared by a whole tensor. And an optimizer that puts more than
+    the gradient into its memory goes on to do so in every step: where Adafactor does not factor, that of timm and
+    transformers lets the second moment of a pruned entry rise from zero to its eps (1e-30); bitsandbytes on a CPU rounds
+    zero to a code beside it. Entries that come back are cleared once more.
 
     Args:
         optimizer: which owns the parameter.
         parameter: whose state is cleared.
         where: a boolean tensor of its shape; True entries are cleared.
+
+    Raises:
+        ValueError: for a memory in which zero is not known; nothing has been cleared.
     """
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.masked_fill_(where.to(value.device), 0)
+    for memory, zero in list(_memories(optimizer, parameter)):
+        memory.masked_fill_(where.to(memory.device), zero)
+
+
+def check_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimizer whose memory `clear_moments` could not clear; one that remembers nothing yet passes.
+
+    Args:
+        optimizer: as it is now.
+        parameters: whose entries are to be cleared, sooner or later.
+
+    Raises:
+        ValueError: naming the optimizer, the memory and its type.
+    """
+    for parameter in parameters:
+        for _ in _memories(optimizer, parameter):
+            pass
+
+
+def _memories(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[Tensor, int]]:
+    """Tensors with an element per entry of the parameter, and what is zero in each."""
+    state, owner = optimizer.state.get(parameter, {}), type(optimizer).__name__
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or (name not in MAPS and value.shape != parameter.shape):
+            continue
+        codes, values = getattr(value, "codes", None), getattr(value, "qmap", None)  # as torchao keeps them
+        if name in MAPS:
+            codes, values = value, state.get(MAPS[name])
+            stacked = value.shape[1:] == parameter.shape  # two averages in one, as AdEMAMix keeps them
+            if not stacked and value.shape != parameter.shape:
+                continue
+            if _order(value[0] if stacked else value) != _order(parameter):
+                # The kernels count entries as they lie in memory, and move the parameter but not its state.
+                raise ValueError(
+                    f"{owner} keeps '{name}' in another order in memory than the weight it is of, so the moments of pruned "
+                    "entries cannot be found; give it contiguous weights, or use torch.optim.AdamW."
+                )
+        if _is_plain(value, parameter):
+            yield value, 0
+        elif (coded := _coded(codes, values, value.shape)) is not None:
+            yield coded
+        else:
+            kind = "" if type(value) is Tensor else f"{type(value).__name__} of "
+            raise ValueError(
+                f"{owner} keeps '{name}' as {kind}{value.dtype}, in which zero is not known, so the moments of pruned "
+                "entries cannot be cleared; use a 32-bit optimizer such as torch.optim.AdamW."
+            )
+
+
+def _is_plain(value: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether the zero of a tensor is 0: a float of two bytes or more, and no class that may store something else."""
+    wide = value.is_complex() or (value.is_floating_point() and value.element_size() > 1)
+    return wide and type(value) in (Tensor, nn.Parameter, type(parameter))
+
+
+def _coded(codes: Any, values: Any, shape: torch.Size) -> tuple[Tensor, int] | None:
+    """A code per entry, and the one that stands for exactly zero, if there is one."""
+    if not (isinstance(codes, Tensor) and isinstance(values, Tensor)):
+        return None
+    if codes.dtype != torch.uint8 or codes.shape != shape or values.shape != (256,):
+        return None
+    found: list[int] = (values == 0).nonzero().flatten().tolist()
+    return (codes, found[0]) if found else None
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """How the entries of a tensor lie in memory."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]

@@ -26,6 +26,10 @@ class Masked(Sparsifier):
     def mask_set(self) -> MaskSet | None:
         return self.masks
 
+    @property
+    def clears_moments(self) -> bool:
+        return self.mask_set is not None
+
     def begin(self) -> None:
         self.masks = MaskSet(self.weights)
 

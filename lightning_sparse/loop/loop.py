@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse.core import Masks, MaskSet
+from lightning_sparse.core import Masks, MaskSet, check_moments
+from lightning_sparse.loop.conflicts import refuse_rivals, refuse_shared_masks
 from lightning_sparse.loop.method import Method
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.run import Run
@@ -38,6 +39,7 @@ class Loop:
         self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
         self._pending: dict[int, list[tuple[Method, Step]]] = {}
         self._depth: dict[int, int] = {}
+        self._trusted: set[int] = set()
         self._compared: dict[int, int] = {}
         self._seen: tuple[Any, Any] = (None, None)
         self._epoch = -1
@@ -52,18 +54,19 @@ class Loop:
         length = self.run.length()
         for method in self.methods:
             method.enter(self.run)
-        _refuse_shared_masks(self.methods)
+        refuse_shared_masks(self.methods)
         for method in self.methods:
             method.check_brought()
             begun = method.length_as_begun(length)
             method.check(begun, self.run.share(length, begun))
-        _refuse_rivals(self.methods)
+        refuse_rivals(self.methods)
         for optimizer in self.run.optimizers:
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             self._owned[id(optimizer)] = {
                 id(method): {name: weight for name, weight in method.weights.items() if id(weight) in owned}
                 for method in self.methods
             }
+            self._check_moments(optimizer)
         with torch.no_grad():
             for method in self.methods:
                 method.begin_or_resume(length)
@@ -180,6 +183,15 @@ class Loop:
             for method in self.methods:
                 method.steps += 1
 
+    def _check_moments(self, optimizer: Optimizer) -> None:
+        """As soon as an optimizer remembers anything: what is pruned must be cleared there."""
+        if id(optimizer) not in self._trusted:
+            for method in self.methods:
+                if method.clears_moments:
+                    check_moments(optimizer, self._owned[id(optimizer)][id(method)].values())
+            if optimizer.state:
+                self._trusted.add(id(optimizer))
+
     def _withhold_gradients(self, optimizer: Optimizer) -> None:
         """No weight, no moment and no counter moves where there is no gradient."""
         self.run.unscale(optimizer)
@@ -203,6 +215,7 @@ class Loop:
         found_inf = getattr(optimizer, "found_inf", None) if self._paired else None
         if found_inf is not None and bool(found_inf.any()):  # waits for the device, so only where somebody must know
             return  # a fused optimizer was called, but its kernel skipped the step
+        self._check_moments(optimizer)
         prepared = self._pending.pop(id(optimizer), None)
         steps = self._steps(optimizer)
         self._count()
@@ -370,31 +383,3 @@ def _detached(output: Any) -> Any:
     if isinstance(output, Mapping):
         return {key: value.detach() if isinstance(value, Tensor) else value for key, value in output.items()}
     return output
-
-
-def _refuse_shared_masks(methods: Sequence[Method]) -> None:
-    owner: dict[int, Method] = {}
-    for method in methods:
-        if method.mask_set is None:
-            continue
-        for name, weight in method.weights.items():
-            if id(weight) in owner:
-                raise ValueError(
-                    f"{owner[id(weight)].label} and {method.label} both own masks of '{name}'; give each its own targets, "
-                    "or keep one of them."
-                )
-            owner[id(weight)] = method
-
-
-def _refuse_rivals(methods: Sequence[Method]) -> None:
-    moved = {id(method.weights[name]): (method, name) for method in reversed(methods) for name in method.moves}
-    for other in methods:
-        if other.mask_set is None and not other.prepares_steps and not other.answers(Method.project):
-            continue
-        for weight in other.weights.values():
-            method, name = moved.get(id(weight), (other, ""))
-            if method is not other:
-                raise ValueError(
-                    f"{method.label} moves '{name}' by itself, so {other.label} cannot act on it too; give each its own "
-                    f"targets, or let {type(method).__name__} remove weights with its own sparsity."
-                )

@@ -172,6 +172,11 @@ class Method(Memory, ABC):
         return False
 
     @property
+    def clears_moments(self) -> bool:
+        """Whether the optimizer's memory of dropped entries is set to zero; then it must be one that can be."""
+        return False
+
+    @property
     def prepares_steps(self) -> bool:
         """Whether `before_step` and `after_step` are a pair here."""
         return self.answers(Method.after_step) or self.answers(Method.undo_step)

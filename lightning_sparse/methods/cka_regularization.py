@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, final
@@ -14,7 +15,6 @@ from torch import Tensor
 from lightning_sparse.core import FeatureLayer, FeatureTap, Position, RunLength, check_choice, feature_layers, group_features
 from lightning_sparse.functional import PAIR_WEIGHTS, linear_cka_matrix, off_diagonal_mean, similarity_penalty
 from lightning_sparse.loop import Sparsifier
-from lightning_sparse.loop.privates import compiler_context
 
 __all__ = ["CKARegularization"]
 
@@ -101,9 +101,8 @@ class CKARegularization(Sparsifier):
         self.resume()
 
     def resume(self) -> None:
-        module = self.run.module
-        if compiler_context(module) is not None or any("_orig_mod" in name for name, _ in module.named_modules()):
-            torch.compiler.reset()  # graphs compiled before do not know of the hooks
+        if "torch._dynamo" in sys.modules:  # any part may be compiled, as a module or by one of its functions
+            torch.compiler.reset()  # graphs made before (a sanity check is enough) do not know of the hooks
         self._tap = FeatureTap(self._found)
         self._due = self._announced = self._warned = False
         self._similarities = []

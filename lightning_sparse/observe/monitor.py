@@ -90,9 +90,17 @@ class SparsityMonitor(Callback):
             self._begin(trainer, pl_module, batch)
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        masked = [method for method in sparsifiers(trainer) if method.mask_set is not None]
-        chosen = [target for method in masked for target in method.chosen] or _weights_of(pl_module)
+        methods = sparsifiers(trainer)
+        masked = [target for method in methods if method.mask_set is not None for target in method.chosen]
+        chosen = masked or _weights_of(pl_module) or [target for method in methods for target in method.chosen]
         self._targets = {target.name: target for target in chosen}
+        if not chosen:
+            rank_zero_warn(
+                f"SparsityMonitor: {type(pl_module).__name__} has no convolution, linear layer or attention projection, and "
+                "no method has chosen other weights, so nothing is counted and no report is written; add a method with "
+                "targets=['type:<class>'], or leave SparsityMonitor out."
+            )
+            return
         self._before = self._masks(trainer)
         self.macs = self.macs or _dense_macs(trainer, pl_module, batch)
         config = {method.label: method.config() for method in sparsifiers(trainer)}

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_sparse import SET, MagnitudePruning, RandomSparsity, SparseConnectivityLearning
+from lightning_sparse import SET, MagnitudePruning, RandomSparsity, SparseConnectivityLearning, WeightPenalty
 from lightning_sparse.observe import SparsityMonitor
 from lightning_sparse.testing import BATCHES, Toy, fit, loader, method_of, network, toy, trainer
 from tests.helpers.overlays import OVERLAYS, overlay
@@ -202,13 +202,24 @@ class Lookup(Toy):
 
 def test_a_model_without_layers_and_a_run_that_is_over(tmp_path: Path) -> None:
     monitor = SparsityMonitor()
-    with pytest.warns(UserWarning, match="MACs are left out"):
-        fit(Lookup(), monitor)
+    with pytest.warns(UserWarning, match="Lookup has no convolution, .* no report is written; add a method") as said:
+        fit(Lookup(), monitor, default_root_dir=tmp_path)
+    assert len([warning for warning in said if "SparsityMonitor" in str(warning.message)]) == 1
     assert monitor.history.rows == []
+    assert not list(tmp_path.rglob("*.html"))
     again = SparsityMonitor()
     fit(toy(), MagnitudePruning(0.5), SparsityMonitor(), ModelCheckpoint(tmp_path, "last"))
     fit(toy(), MagnitudePruning(0.5), again, ckpt_path=tmp_path / "last.ckpt")
     assert len(again.history.rows) == 3
+
+
+def test_weights_that_only_a_method_without_masks_has_chosen(tmp_path: Path) -> None:
+    monitor, module = SparsityMonitor(), Lookup()
+    with pytest.warns(UserWarning, match="MACs are left out"):
+        fit(module, WeightPenalty(targets=["type:Embedding"]), monitor, default_root_dir=tmp_path)
+    weight = next(p for p in module.parameters() if p.ndim > 1)
+    assert monitor.history.column("layers")[-1] == [int(weight.count_nonzero())]
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_a_new_fit_begins_a_new_history() -> None:
