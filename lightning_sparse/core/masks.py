@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional import apply_bits_, mask_bits, pack, unpack
+from lightning_sparse.functional import any_bits, apply_bits_, mask_bits, pack, unpack
 
 __all__ = ["LiveMasks", "MaskSet", "Masks"]
 
@@ -138,6 +138,14 @@ class MaskSet(Masks):
         for name, tensor in tensors.items():
             if tensor is not None and name in self._bits and self._kept[name] < tensor.numel():
                 apply_bits_(tensor, self._bits[name].to(tensor.device))
+
+    @torch.no_grad()
+    def astray(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """The first tensor of which a dropped entry is not +0.0, or None; waits for the device once."""
+        names = [name for name, tensor in tensors.items() if name in self._bits and self._kept[name] < tensor.numel()]
+        found = [any_bits(tensors[name], ~self._bits[name].to(tensors[name].device)) for name in names]
+        together = torch.stack([flag.to(found[0].device) for flag in found]).tolist() if found else []
+        return next((name for name, flag in zip(names, together, strict=True) if flag), None)
 
     def to(self, weights: Mapping[str, Tensor]) -> None:
         """Move each mask to the device of its weight."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
 from lightning_sparse.core import MaskSet, Remembered, clear_moments
-from lightning_sparse.loop import Sparsifier, Step
+from lightning_sparse.families.watch import Watch
+from lightning_sparse.loop import Run, Sparsifier, Step
 
 __all__ = ["Masked"]
 
@@ -15,12 +17,17 @@ __all__ = ["Masked"]
 class Masked(Sparsifier):
     """A method that holds weights at exact zeros through masks.
 
-    At stations `silence` and `project`, at the cost of two passes over the weights per step. Pruned entries have zero
-    weight, zero gradient into the optimizer and zero optimizer moments from the moment they are pruned; an entry that
-    comes back starts with zero moments.
+    At station `silence`, at the cost of one pass over the gradients per step. Pruned entries have zero weight, zero
+    gradient into the optimizer and zero optimizer moments from the moment they are pruned; an entry that comes back starts
+    with zero moments. Nearly every optimizer leaves such entries alone; where one does not, or somebody else writes to the
+    weights, station `project` puts them back, which costs a second pass (see `Watch`).
     """
 
     masks = Remembered(MaskSet)
+
+    def __init__(self, *, targets: str | Sequence[str] = ("*",), name: str | None = None) -> None:
+        super().__init__(targets=targets, name=name)
+        self.watch = Watch()
 
     @property
     def mask_set(self) -> MaskSet | None:
@@ -29,6 +36,10 @@ class Masked(Sparsifier):
     @property
     def clears_moments(self) -> bool:
         return self.mask_set is not None
+
+    def enter(self, run: Run) -> None:
+        super().enter(run)
+        self.watch = Watch()
 
     def begin(self) -> None:
         self.masks = MaskSet(self.weights)
@@ -62,10 +73,36 @@ class Masked(Sparsifier):
 
     def silence(self, step: Step) -> None:
         self.masks.apply_({name: weight.grad for name, weight in step.weights.items()})
+        if not self.watch.moved and self.watch.written(step.weights):
+            self.watch.distrust(step.optimizer)
 
     def after_unseen_step(self, step: Step) -> None:
+        self.watch.distrust(step.optimizer)
         for name, weight in step.weights.items():
             clear_moments(step.optimizer, weight, self.masks.dropped(name))
 
     def project(self, step: Step) -> None:
-        self.masks.apply_(step.weights)
+        watch = self.watch
+        if watch.moved:
+            self.masks.apply_(step.weights)
+        elif not watch.trusts(step.optimizer, self.masks.changes):
+            self._look(step.weights, f"{type(step.optimizer).__name__}, or who writes to the weights beside it,")
+            watch.trust(step.optimizer, self.masks.changes)
+        elif self.run.time_to_count:
+            self._look(watch.sample(step.weights), type(step.optimizer).__name__)
+        watch.note(step.weights)
+
+    def settle(self) -> None:
+        if not self.watch.moved or self.watch.written(self.weights):
+            self._look(self.weights, "Something between two steps")
+            self.watch.note(self.weights)
+
+    def _look(self, weights: Mapping[str, nn.Parameter], who: str) -> None:
+        """See whether pruned entries are zero; if not, put all of them back, now and after every step to come."""
+        name = self.masks.astray(weights)
+        if name is None:
+            return
+        self.masks.apply_(self.weights)
+        if not self.watch.moved:
+            self.watch.moved = True
+            rank_zero_info(f"{self.label}: {who} moves pruned entries of '{name}'; they are put back after every step.")

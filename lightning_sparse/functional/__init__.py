@@ -43,7 +43,16 @@ from lightning_sparse.functional.lp_sphere import (
     relative_magnitude,
     to_dual,
 )
-from lightning_sparse.functional.masks import apply_bits_, channel_score, expand_channels, mask_bits, n_m_mask, pack, unpack
+from lightning_sparse.functional.masks import (
+    any_bits,
+    apply_bits_,
+    channel_score,
+    expand_channels,
+    mask_bits,
+    n_m_mask,
+    pack,
+    unpack,
+)
 from lightning_sparse.functional.merging import (
     Convolution,
     add_convolutions,
@@ -115,6 +124,7 @@ __all__ = [
     "Penalty",
     "add_convolutions",
     "allocate",
+    "any_bits",
     "apply_bits_",
     "channel_score",
     "check_exponent",

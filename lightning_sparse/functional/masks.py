@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["apply_bits_", "channel_score", "expand_channels", "mask_bits", "n_m_mask", "pack", "unpack"]
+__all__ = ["any_bits", "apply_bits_", "channel_score", "expand_channels", "mask_bits", "n_m_mask", "pack", "unpack"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_GRAIN = 1 << 15  # entries: up to here torch takes one thread too
 _CHUNK = 1 << 19  # 2 MiB of int32, which stays in the cache between widening a mask and using it
 
 
@@ -85,7 +87,8 @@ def apply_bits_(tensor: Tensor, bits: Tensor) -> None:
     """Set the dropped entries of a tensor to +0.0, in place, whatever they were, infinite or NaN.
 
     A bitwise and on the number's own bits: on a CPU more than three times as fast as `masked_fill_`, and forty times as
-    fast as multiplying by a boolean mask, which converts it at full size first.
+    fast as multiplying by a boolean mask, which converts it at full size first. On one thread it is numpy's, which widens
+    the byte per entry in its cache and so costs little more than a copy; it does not count as a change for autograd.
 
     Args:
         tensor: of a floating dtype.
@@ -98,6 +101,10 @@ def apply_bits_(tensor: Tensor, bits: Tensor) -> None:
         tensor([1.5000, 0.0000])
     """
     raw = tensor.view(_INTEGERS[tensor.element_size()])
+    if tensor.is_cpu and (tensor.numel() <= _GRAIN or torch.get_num_threads() == 1):
+        array = raw.numpy()
+        np.bitwise_and(array, bits.numpy(), out=array)
+        return
     if tensor.numel() <= _CHUNK or not (tensor.is_cpu and tensor.is_contiguous() and bits.is_contiguous()):
         raw.bitwise_and_(bits if tensor.is_cuda else bits.to(raw.dtype))
         return
@@ -108,6 +115,21 @@ def apply_bits_(tensor: Tensor, bits: Tensor) -> None:
         wide = buffer[: part.numel()]
         wide.copy_(bits[start : start + _CHUNK])
         part.bitwise_and_(wide)
+
+
+def any_bits(tensor: Tensor, bits: Tensor) -> Tensor:
+    """Whether any of the entries that `bits` keeps is something else than +0.0, as a 0-d boolean tensor.
+
+    Args:
+        tensor: of a floating dtype.
+        bits: of the same shape, as `mask_bits` makes them.
+
+    Example:
+        >>> any_bits(torch.tensor([1.5, 0.0]), torch.tensor([0, -1], dtype=torch.int8))
+        tensor(False)
+    """
+    raw = tensor.view(_INTEGERS[tensor.element_size()])
+    return raw.bitwise_and(bits.to(raw.dtype)).any()
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Loop:
         self._wrap_training_step()
         self._wrap_optimizer_step()
         self._wrap_progress_bar()
+        self._wrap_save()
         self._compare_ranks()
 
     def close(self) -> None:
@@ -142,9 +143,15 @@ class Loop:
         self._log()
 
     def epoch_end(self) -> None:
+        self.settle()
         for method in self.methods:
             self._log_numbers(method, method.epoch_end())
         self._compare_ranks(live=True)  # after every step it would take too long
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        for method in self.methods:
+            method.settle()
 
     def conclude(self) -> None:
         for method in self.methods:
@@ -297,6 +304,17 @@ class Loop:
             return result
 
         self._replace(strategy, "optimizer_step", optimizer_step)
+
+    def _wrap_save(self) -> None:
+        """No callback is asked before a checkpoint of the weights alone is written."""
+        original = self.run.trainer.save_checkpoint
+
+        @functools.wraps(original)
+        def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            self.settle()
+            return original(*args, **kwargs)
+
+        self._replace(self.run.trainer, "save_checkpoint", save_checkpoint)
 
     def _wrap_progress_bar(self) -> None:
         """Show words: what is logged can only be a number, and stays on the bar when its name is no longer used."""

@@ -124,6 +124,9 @@ class Method(Memory, ABC):
     def project(self, step: Step) -> None:
         """Put the weights back where they belong."""
 
+    def settle(self) -> None:
+        """Somebody is about to look: validation, a checkpoint. Put right what was changed since the last step."""
+
     def batch_end(self, output: Any, batch: Any) -> None:
         """The batch is over; learning rate schedulers that move by steps have moved.
 

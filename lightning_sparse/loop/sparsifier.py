@@ -19,6 +19,7 @@
             (a step that did not happen: undo_step instead)
             on_train_batch_end     batch_end          what training_step returned; learning rate schedulers have moved too
                                    numbers            logged, once per epoch (headline: on the progress bar, after the phase)
+        (validation, checkpoints:  settle             what somebody else has written since the last step is put right)
         validation, checkpoints    see exactly the weights that the next forward pass will see
         on_train_epoch_end         epoch_end          counts of the epoch, logged
     on_train_end                   conclude
@@ -137,6 +138,10 @@ class Sparsifier(Method, Callback):
     ) -> None:
         if self.loop is not None and self._leads(trainer):
             self.loop.batch_end()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.loop is not None and self._leads(trainer):
+            self.loop.settle()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.loop is not None and self._leads(trainer):

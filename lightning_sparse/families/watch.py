@@ -1,0 +1,64 @@
+"""Whether anything moves pruned entries; as long as nothing does, nobody has to put them back."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """What is known of an optimizer and its neighbors: whether pruned entries have ever left zero by themselves.
+
+    An entry with zero weight, zero gradient and zero moments stays where it is under nearly every optimizer. Which ones
+    these are is tried and not listed: somebody looks at the first step, and again after every change of masks or of
+    parameter groups. In between, versions of tensors tell for nothing whether anybody has written to a weight outside the
+    optimizer's step.
+    """
+
+    def __init__(self) -> None:
+        self.moved = False
+        """Whether something has moved a pruned entry; from then on they are put back after every step."""
+        self._passed: dict[int, Hashable] = {}
+        self._versions: dict[str, int] = {}
+        self._turn = 0
+
+    def trusts(self, optimizer: Optimizer, changes: int) -> bool:
+        """Whether a look at this optimizer's weights has found nothing, under these masks and parameter groups.
+
+        Args:
+            optimizer: that has moved.
+            changes: how often masks have changed.
+        """
+        return self._passed.get(id(optimizer)) == self._key(optimizer, changes)
+
+    def trust(self, optimizer: Optimizer, changes: int) -> None:
+        """A look has found nothing."""
+        self._passed[id(optimizer)] = self._key(optimizer, changes)
+
+    def distrust(self, optimizer: Optimizer) -> None:
+        """Something has happened that asks for a look."""
+        self._passed.pop(id(optimizer), None)
+
+    def note(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """All that has been written to these weights up to now is known."""
+        for name, weight in weights.items():
+            self._versions[name] = weight._version
+
+    def written(self, weights: Mapping[str, nn.Parameter]) -> bool:
+        """Whether anybody has written to these weights since they were noted; edits of `.data` do not show."""
+        versions = self._versions
+        return any(versions.get(name) != weight._version for name, weight in weights.items())
+
+    def sample(self, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """One weight of them, another one each time."""
+        names = [*weights]
+        self._turn += 1
+        return {name: weights[name] for name in names[self._turn % len(names) :][:1]} if names else {}
+
+    @staticmethod
+    def _key(optimizer: Optimizer, changes: int) -> Hashable:
+        return changes, tuple([len(group["params"]) for group in optimizer.param_groups])
