@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from lightning_sparse.loop.privates import combined_loader, compiler_context, forget_iterator
 
-__all__ = ["dry_run", "example_inputs", "loss_of", "refuse_unrepeatable_data", "size_of", "training_outputs"]
+__all__ = [
+    "dry_run",
+    "example_inputs",
+    "loss_of",
+    "refuse_unrepeatable_data",
+    "size_of",
+    "train_but_leaves",
+    "training_outputs",
+]
 
 
 @contextmanager
@@ -106,6 +114,18 @@ def refuse_unrepeatable_data(trainer: pl.Trainer, module: pl.LightningModule, la
                     f"{label} goes through the training set by itself, but {type(data).__name__} can be read only once; "
                     "give a loader that starts anew with every iter()."
                 )
+
+
+def train_but_leaves(module: nn.Module) -> None:
+    """Train mode for whoever computes a loss only there, evaluation mode for norms and dropout.
+
+    In evaluation mode are modules without children and those of torch: the layers. All others are in train mode: models and
+    their heads, which may return a loss there, and predictions in evaluation mode. A `F.dropout(training=self.training)`
+    that such a module calls by itself drops as it does in training.
+    """
+    for part in module.modules():
+        leaf = next(part.children(), None) is None or type(part).__module__.startswith("torch.nn.")
+        part.training = not leaf
 
 
 def loss_of(output: Any) -> Tensor | None:
