@@ -1,6 +1,7 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
 from lightning_sparse.core.budget import AllocationName, Budget, Plan
+from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.chains import (
     Chains,
     Link,
@@ -34,7 +35,7 @@ from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_expon
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import clear_moments
-from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, fit_to, shared_parameters
+from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, LayerRow, format_table, summarize
 from lightning_sparse.core.targets import Candidate, Target, as_patterns, describe, find_targets, matches_name
@@ -53,6 +54,7 @@ __all__ = [
     "TRANSPOSED_CONVOLUTIONS",
     "AllocationName",
     "Budget",
+    "Call",
     "Candidate",
     "Chains",
     "Channels",
@@ -102,6 +104,7 @@ __all__ = [
     "describe",
     "effective_macs",
     "effective_pair",
+    "exchange",
     "feature_layers",
     "find_chains",
     "find_coupling",
@@ -117,7 +120,9 @@ __all__ = [
     "is_depthwise",
     "is_layer",
     "is_linear",
+    "join",
     "kind_of",
+    "leaves",
     "matches_name",
     "need",
     "out_count",

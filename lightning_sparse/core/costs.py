@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lightning_sparse.core.calls import leaves
 from lightning_sparse.functional import layer_density
 
 __all__ = ["BETWEEN_ACTIVATIONS", "count_macs", "effective_macs", "tensors_in"]
@@ -66,13 +67,13 @@ def effective_macs(macs: Mapping[str, int], weights: Mapping[str, Tensor]) -> di
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples, dictionaries and whatever else torch knows how to open.
+    """All tensors in nested lists, tuples, mappings, dataclasses and whatever else torch knows how to open.
 
     Example:
         >>> tensors_in({"logits": torch.ones(2), "cache": [None, (torch.zeros(1),)]})
         [tensor([1., 1.]), tensor([0.])]
     """
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [tensor for leaf in tree_leaves(value) for tensor in leaves(leaf)]
 
 
 class _Counter(TorchDispatchMode):
