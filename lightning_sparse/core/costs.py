@@ -28,7 +28,9 @@ BETWEEN_ACTIVATIONS = "(between activations)"
 COPIES = ("aten::_to_copy", "aten::clone")
 
 
-def count_macs(module: nn.Module, run: Callable[[], Any], samples: int = 1) -> dict[str, int]:
+def count_macs(
+    module: nn.Module, run: Callable[[], Any], samples: int = 1, set_mode: Callable[[nn.Module], Any] = nn.Module.eval
+) -> dict[str, int]:
     """Multiply-accumulates of a forward pass per sample, by the name of the weight that takes part in them.
 
     Every matrix product and convolution counts, wherever it is written, at the size of its operands: zeros as numbers, and
@@ -37,8 +39,9 @@ def count_macs(module: nn.Module, run: Callable[[], Any], samples: int = 1) -> d
 
     Args:
         module: whose weights are known by name.
-        run: makes one forward pass of it; it is run in evaluation mode, without gradients.
+        run: makes one forward pass of it, without gradients.
         samples: in that pass.
+        set_mode: puts it into evaluation mode, or into another.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -46,7 +49,7 @@ def count_macs(module: nn.Module, run: Callable[[], Any], samples: int = 1) -> d
         {'0.weight': 144, '2.weight': 32}
     """
     counter = _Counter(module)
-    with _plainly(module), counter:
+    with _plainly(module, set_mode), counter:
         run()
     return {name: round(macs / samples) for name, macs in counter.macs.items()}
 
@@ -105,11 +108,11 @@ def _address(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _plainly(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and by operations that can be counted: neither compiled nor fused into one kernel."""
+def _plainly(module: nn.Module, set_mode: Callable[[nn.Module], Any]) -> Iterator[None]:
+    """In a mode that is put back, and by operations that can be counted: neither compiled nor fused into one kernel."""
     training = [(part, part.training) for part in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    module.eval()
+    set_mode(module)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):

@@ -27,6 +27,7 @@ __all__ = [
     "record_calls",
     "refuse_unrepeatable_data",
     "size_of",
+    "take_step",
     "train_but_leaves",
     "training_outputs",
 ]
@@ -63,14 +64,19 @@ def training_outputs(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
         trainer: that is fitting.
         module: from `dry_run`.
     """
-    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     precision, batches = trainer.precision_plugin, trainer.num_training_batches
     loader = _own_pass(_combined(trainer))
     for index, batch in enumerate(itertools.islice(loader, None if batches == float("inf") else int(batches))):
         batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
         with precision.train_step_context():
-            output = module.training_step(batch, index) if with_index else module.training_step(batch)
+            output = take_step(module, batch, index)
         yield batch, output
+
+
+def take_step(module: pl.LightningModule, batch: Any, index: int) -> Any:
+    """What `training_step` returns, which may or may not take the index of the batch."""
+    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    return module.training_step(batch, index) if with_index else module.training_step(batch)
 
 
 def example_inputs(trainer: pl.Trainer, module: pl.LightningModule, label: str, weights: Iterable[str]) -> list[Call]:
@@ -182,12 +188,15 @@ def loss_of(output: Any) -> Tensor | None:
 
 
 def size_of(batch: Any) -> int:
-    """How many samples a batch has: the length of the first tensor found in it; 1 if there is none."""
+    """How many samples a batch has: the length of the first tensor found in it, or of a list of targets; 1 without any."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, list | tuple):
+        targets = [part for part in batch if isinstance(part, list | tuple) and isinstance(next(iter(part), None), Mapping)]
+        if targets:  # as detectors take them, beside a list of images
+            return len(targets[0])
         return next((size_of(part) for part in batch if not isinstance(part, str | int | float)), 1)
     return 1
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_sparse import HyperSparse
+from lightning_sparse import HyperSparse, SparsityMonitor
 from lightning_sparse.loop.dry_run import train_but_leaves
 from lightning_sparse.testing import Toy, fit, toy, trainer
 from tests.helpers.detectors import Detection, Detector
@@ -93,3 +93,9 @@ def test_detectors_of_torchvision(name: str) -> None:
     assert method.phase == "finetune"
     assert len(method.history) == 1
     assert method.history[0]["pruned"] < 0
+
+
+def test_the_monitor_counts_a_detector() -> None:
+    monitor = SparsityMonitor(table=False, report=False)
+    trainer(monitor, max_epochs=1).fit(Detection(Detector()), batches(8))
+    assert monitor.macs == {"model.backbone.0.weight": 9 * 8 * 64, "model.head.weight": 32}
