@@ -221,7 +221,13 @@ def export_ladder(
     names = _check(rungs, to, call, tolerance, input_range, rounds, overwrite)
     with tempfile.TemporaryDirectory() as folder:
         ladder = _Ladder(model, call, Path(folder), {"fold": fold, "input_range": input_range, "tolerance": tolerance})
-        expected = _call(callee(ladder.dense, call.network)[1], call)
+        try:
+            expected = _call(callee(ladder.dense, call.network)[1], call)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be called with these inputs ({first_line(error)}); give its arguments as a "
+                "tuple or a dictionary, or the network that takes them."
+            ) from error
         made: dict[str, _Made] = {}
         report = ExportReport(type(model).__name__, ladder.zeros, call.samples, torch.get_num_threads(), str(_device(model)))
         report.rungs["dense"] = Rung(
