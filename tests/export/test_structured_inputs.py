@@ -127,6 +127,13 @@ def test_a_network_is_named_where_there_are_several() -> None:
 
 
 def test_a_single_network_is_found_even_if_it_cannot_be_traced() -> None:
+    class Branching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else x
+
+    untraceable = Dictionary()
+    untraceable.net = Branching(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    assert callee(untraceable) == ("net", untraceable.net)
     module = Dictionary()
     assert callee(module) == ("net", module.net)
     assert callee(module, "net.layers") == ("net.layers", module.net.layers)

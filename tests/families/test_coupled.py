@@ -230,6 +230,11 @@ def test_units() -> None:
     kept = torch.tensor([True, False, True])
     assert coupling.spread(kept, "b").tolist() == [True, False, True, True]
     assert coupling.gather({name: coupling.spread(kept, name) for name in "abc"}).equal(kept)
+    again = Coupling.restore(coupling.state(), {"a": 2, "b": 4, "c": 1})
+    assert again is not None
+    assert [units.tolist() for units in again.units.values()] == [[0, 1], [0, 1, 2, -1], [1]]
+    assert [names for names, _ in again.pools] == [names for names, _ in coupling.pools]
+    assert Coupling.restore(coupling.state(), {"a": 2, "b": 4}) is None
     fixed = Coupling(channels, {"a": 2, "b": 4}, {}, {"c": "no target"})
     assert fixed.units["a"].tolist() == [0, -1]
     assert fixed.units["b"].tolist() == [0, -1, 1, -1]
