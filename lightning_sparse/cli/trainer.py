@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_sparse.cli.checkpoints import load_weights
-from lightning_sparse.core import first_line
+from lightning_sparse.core import Call, callee, copy_model, first_line, is_linear, join
 from lightning_sparse.export import ExportReport, RungName, export_ladder, fresh_start, merge_layers
 from lightning_sparse.export import recalibrate as recalibrate_norms
+from lightning_sparse.loop.dry_run import record_calls
 from lightning_sparse.methods import LayerSparsity
 
 __all__ = ["SparseTrainer", "side_by_side"]
@@ -78,6 +80,7 @@ class SparseTrainer(pl.Trainer):
         device: str = "cpu",
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         overwrite: bool = False,
+        network: str | None = None,
     ) -> ExportReport:
         """Make a sparse checkpoint smaller and faster: every artifact is verified, and measured against the dense model.
 
@@ -96,6 +99,8 @@ class SparseTrainer(pl.Trainer):
             device: to export for, such as cuda for 2:4.
             precision: of the weights.
             overwrite: files that are already in the folder.
+            network: the part of the model that is exported, by name. Its inputs are what it is called with in test_step, as
+                they are if a batch does not begin with a tensor; null takes the first tensor of a batch for the model.
         """
         if not to:
             raise ValueError("to='' names no folder; write --to FOLDER.")
@@ -108,13 +113,15 @@ class SparseTrainer(pl.Trainer):
         load_weights(model, ckpt_path, "one of the run to export")
         model = model.eval()
         if recalibrate:
-            batches = inputs_of(datamodule, "train")
+            batches = inputs_of(model, datamodule, "train", network)
             measured = recalibrate_norms(model, (x for x, _ in zip(batches, range(recalibrate), strict=False)))
             rank_zero_only(print)(f"batch normalization measured again: {measured} layers on up to {recalibrate} batches")
-        images: list[Tensor] = []
-        for x in inputs_of(datamodule, "test"):
-            images.append(x)
-            if sum(map(len, images)) >= batch_size:
+        calls: list[Call] = []
+        for call in inputs_of(model, datamodule, "test", network):
+            if calls and _shapes(call) != _shapes(calls[0]):  # sequences of another length
+                break
+            calls.append(call)
+            if sum(one.samples for one in calls) >= batch_size:
                 break
         try:
             model.to(device, getattr(torch, precision))
@@ -128,7 +135,7 @@ class SparseTrainer(pl.Trainer):
         tests = is_overridden("test_step", model) and precision == "float32"
         report = export_ladder(
             model,
-            torch.cat(images)[:batch_size],
+            join(calls).first(batch_size),
             to,
             rungs=rungs,
             tolerance=tolerance,
@@ -142,11 +149,16 @@ class SparseTrainer(pl.Trainer):
         return report
 
 
-def inputs_of(datamodule: pl.LightningDataModule | None, stage: Literal["train", "test"]) -> Iterator[Tensor]:
-    """The inputs of batches, without their labels.
+def inputs_of(
+    model: pl.LightningModule,
+    datamodule: pl.LightningDataModule | None,
+    stage: Literal["train", "test"],
+    network: str | None = None,
+) -> Iterator[Call]:
+    """What a network is called with on batches: the first tensor of each, or what a step of the model makes of it.
 
     Raises:
-        ValueError: if there is no data, or a batch does not begin with a tensor.
+        ValueError: if there is no data, or no network is called.
     """
     if datamodule is None:
         raise ValueError("an export is verified on real inputs; configure --data.")
@@ -154,11 +166,43 @@ def inputs_of(datamodule: pl.LightningDataModule | None, stage: Literal["train",
     datamodule.setup("fit" if stage == "train" else "test")
     for batch in datamodule.train_dataloader() if stage == "train" else datamodule.test_dataloader():
         x = batch[0] if isinstance(batch, list | tuple) else batch
-        if not isinstance(x, Tensor):
-            raise ValueError(
-                f"a {stage} batch begins with a {type(x).__name__}, not a tensor; call export_ladder from Python."
-            )
-        yield x
+        plain = isinstance(x, Tensor) and network is None
+        yield Call.of(x) if plain else _seen_call(model, batch, stage, network)
+
+
+def _seen_call(model: pl.LightningModule, batch: Any, stage: Literal["train", "test"], network: str | None) -> Call:
+    """How a step of a silent copy of the model calls its network, on a batch."""
+    twin: Any = copy_model(model).eval()
+    vars(twin).update(log=_nothing, log_dict=_nothing)
+    kind, step = (
+        type(model).__name__,
+        "test_step" if stage == "test" and is_overridden("test_step", model) else "training_step",
+    )
+    paths = [path for path, part in twin.named_modules() if any(map(is_linear, part.modules()))]
+    if network is not None:
+        paths = [callee(twin, network)[0]]
+    with_index = is_param_in_hook_signature(getattr(twin, step), "batch_idx", min_args=2)
+    try:
+        calls = record_calls(twin, paths, lambda: getattr(twin, step)(*((batch, 0) if with_index else (batch,))))
+    except Exception as error:
+        raise ValueError(
+            f"{step} of {kind} fails outside of a run, so the inputs of its network are not known ({first_line(error)}); "
+            "call export_ladder from Python with the network and its inputs."
+        ) from error
+    if len(calls) != 1:
+        said = f"calls {[call.network for call in calls]}" if calls else f"does not call '{network or 'a network'}'"
+        raise ValueError(
+            f"{step} of {kind} {said}, so it is unclear what is exported; write --network=NAME for a part that it calls."
+        )
+    return calls[0]
+
+
+def _shapes(call: Call) -> list[torch.Size]:
+    return [tensor.shape[1:] for tensor in call.tensors]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def side_by_side(title: str, **results: Mapping[str, float]) -> Table:

@@ -1,6 +1,7 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
 from lightning_sparse.core.budget import AllocationName, Budget, Plan
+from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.chains import (
     Chains,
     Link,
@@ -35,7 +36,7 @@ from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_expon
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments
-from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, fit_to, shared_parameters
+from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
@@ -56,6 +57,7 @@ __all__ = [
     "TRANSPOSED_CONVOLUTIONS",
     "AllocationName",
     "Budget",
+    "Call",
     "Candidate",
     "Chains",
     "Channels",
@@ -109,6 +111,7 @@ __all__ = [
     "describe",
     "effective_macs",
     "effective_pair",
+    "exchange",
     "feature_layers",
     "find_chains",
     "find_coupling",
@@ -124,7 +127,9 @@ __all__ = [
     "is_depthwise",
     "is_layer",
     "is_linear",
+    "join",
     "kind_of",
+    "leaves",
     "matches_name",
     "need",
     "out_count",

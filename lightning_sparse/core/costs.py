@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lightning_sparse.core.calls import leaves
 from lightning_sparse.functional import layer_density
 
 __all__ = ["BETWEEN_ACTIVATIONS", "count_macs", "effective_macs", "tensors_in"]
@@ -28,7 +29,9 @@ BETWEEN_ACTIVATIONS = "(between activations)"
 COPIES = ("aten::_to_copy", "aten::clone")
 
 
-def count_macs(module: nn.Module, run: Callable[[], Any], samples: int = 1) -> dict[str, int]:
+def count_macs(
+    module: nn.Module, run: Callable[[], Any], samples: int = 1, set_mode: Callable[[nn.Module], Any] = nn.Module.eval
+) -> dict[str, int]:
     """Multiply-accumulates of a forward pass per sample, by the name of the weight that takes part in them.
 
     Every matrix product and convolution counts, wherever it is written, at the size of its operands: zeros as numbers, and
@@ -37,8 +40,9 @@ def count_macs(module: nn.Module, run: Callable[[], Any], samples: int = 1) -> d
 
     Args:
         module: whose weights are known by name.
-        run: makes one forward pass of it; it is run in evaluation mode, without gradients.
+        run: makes one forward pass of it, without gradients.
         samples: in that pass.
+        set_mode: puts it into evaluation mode, or into another.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -46,7 +50,7 @@ def count_macs(module: nn.Module, run: Callable[[], Any], samples: int = 1) -> d
         {'0.weight': 144, '2.weight': 32}
     """
     counter = _Counter(module)
-    with _plainly(module), counter:
+    with _plainly(module, set_mode), counter:
         run()
     return {name: round(macs / samples) for name, macs in counter.macs.items()}
 
@@ -67,13 +71,13 @@ def effective_macs(macs: Mapping[str, int], weights: Mapping[str, Tensor]) -> di
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples, dictionaries and whatever else torch knows how to open.
+    """All tensors in nested lists, tuples, mappings, dataclasses and whatever else torch knows how to open.
 
     Example:
         >>> tensors_in({"logits": torch.ones(2), "cache": [None, (torch.zeros(1),)]})
         [tensor([1., 1.]), tensor([0.])]
     """
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [tensor for leaf in tree_leaves(value) for tensor in leaves(leaf)]
 
 
 class _Counter(TorchDispatchMode):
@@ -105,11 +109,11 @@ def _address(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _plainly(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and by operations that can be counted: neither compiled nor fused into one kernel."""
+def _plainly(module: nn.Module, set_mode: Callable[[nn.Module], Any]) -> Iterator[None]:
+    """In a mode that is put back, and by operations that can be counted: neither compiled nor fused into one kernel."""
     training = [(part, part.training) for part in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    module.eval()
+    set_mode(module)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:

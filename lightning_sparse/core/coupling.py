@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,29 @@ class Coupling:
         """Units that the same weights have in common."""
         self.count = len(numbers)
         """How many units there are."""
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs besides the weights."""
+        return {"units": dict(self.units), "vectors": list(self.vectors), "staying": dict(self.staying)}
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Any], weights: Mapping[str, int]) -> Coupling | None:
+        """The coupling that a state was taken from; None if that is one of other weights.
+
+        Args:
+            state: from `state`.
+            weights: weight -> how many output channels it has.
+        """
+        units, vectors = state.get("units", {}), state.get("vectors", ())
+        sizes = {name: len(one) for name, one in units.items()}
+        if {name: size for name, size in sizes.items() if name not in vectors} != dict(weights):
+            return None
+        groups: dict[int, list[Place]] = {}
+        for name, one in units.items():
+            for channel, unit in enumerate(one.tolist()):
+                if unit >= 0:
+                    groups.setdefault(unit, []).append((name, channel))
+        return cls(groups.values(), weights, {name: sizes[name] for name in vectors}, state["staying"])
 
     def mean(self, scores: Mapping[str, Tensor]) -> Tensor:
         """The score of each unit: the mean over the weights it is in.

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.core.calls import Call
+from lightning_sparse.core.costs import tensors_in
 from lightning_sparse.core.coupling import Coupling, Place
 from lightning_sparse.core.libraries import first_line, need
 from lightning_sparse.core.linear import CHANNEL_NORMS, in_count, is_depthwise, is_layer, out_count
-from lightning_sparse.core.networks import callee, copy_model, fit_to, shared_parameters
+from lightning_sparse.core.networks import callee, copy_model, shared_parameters
 
 __all__ = ["Dependencies", "Group", "Positions", "coupled_outputs", "find_coupling"]
 
@@ -65,24 +67,26 @@ class Dependencies:
 
     Args:
         model: a network, or a LightningModule that holds one.
-        inputs: a batch for it.
+        inputs: a batch for it; a tuple holds positional arguments, a dictionary named ones.
 
     Raises:
         ValueError: if Torch-Pruning is missing or cannot trace the model.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        call = Call.of(inputs)
         traced = copy_model(model).eval().requires_grad_(True)
-        self.prefix, self.network = callee(traced)
+        self.prefix, self.network = callee(traced, call.network)
         """The network is a copy; what is said of it goes for the model."""
-        self.graph = need("torch_pruning", "torch-pruning").DependencyGraph()
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            try:
-                two = fit_to(self.network, inputs[:2])
-                self.graph.build_dependency(self.network, two, forward_fn=lambda net, x: net(x), verbose=False)
-                if not any(map(is_layer, self.graph.module2node)):
-                    raise ValueError("its output depends on no layer")
+        call = call.fit(self.network)
+        library = need("torch_pruning", "torch-pruning")
+        try:
+            self.graph = _trace(library, self.network, call.first(2))
+        except Exception:
+            try:  # a tensor may have as many rows as there are samples, and need them all
+                if len(call.tensors) == 1:
+                    raise
+                self.graph = _trace(library, self.network, call)
             except Exception as error:
                 said = f"{type(model).__name__} cannot be traced by Torch-Pruning ({first_line(error)})"
                 raise ValueError(f"{said}; train it with structure='channel', or export it without removal.") from None
@@ -179,6 +183,22 @@ class Dependencies:
         return is_layer(part) and part in self.names
 
 
+def _trace(library: Any, network: nn.Module, call: Call) -> Any:
+    """The dependency graph of a network, as one call of it goes through."""
+    graph = library.DependencyGraph()
+
+    def forward(net: nn.Module, given: Call) -> list[Tensor]:
+        outputs = tensors_in(net(*given.args, **given.kwargs))
+        return [output for output in outputs if output.requires_grad]
+
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        graph.build_dependency(network, call, forward_fn=forward, verbose=False)
+    if not any(map(is_layer, graph.module2node)):
+        raise ValueError("its output depends on no layer")
+    return graph
+
+
 def _is_product_of_a_layer(node: Any) -> bool:
     """Whether it is the product inside a linear layer that reshapes what it is given: the reshaping stands for the layer."""
     return bool(node.outputs) and all(
@@ -186,15 +206,16 @@ def _is_product_of_a_layer(node: Any) -> bool:
     )
 
 
-def coupled_outputs(model: nn.Module, inputs: Tensor) -> list[list[str]]:
+def coupled_outputs(model: nn.Module, inputs: Any, network: str | None = None) -> list[list[str]]:
     """Layers whose outputs can only be removed together, since additions or depthwise layers couple them.
 
     A mask that removes the same outputs of all of them makes a network that `remove_dead` can cut in both directions; masks
     chosen layer by layer rarely agree along a residual stream.
 
     Args:
-        model: a network.
-        inputs: a batch for it.
+        model: a network, or a model that holds one.
+        inputs: a batch for it; a tuple holds positional arguments, a dictionary named ones.
+        network: the part of the model that takes the inputs, by name; None finds it.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
@@ -202,18 +223,18 @@ def coupled_outputs(model: nn.Module, inputs: Tensor) -> list[list[str]]:
         [['0', '2']]
     """
     found: list[list[str]] = []
-    for layer, outputs, foreign in Dependencies(model, inputs).outputs():
+    for layer, outputs, foreign in Dependencies(model, Call.of(inputs, network)).outputs():
         if not foreign and not any(layer in names for names in found):
             found.append(sorted(name for name in outputs if is_layer(model.get_submodule(name))))
     return sorted(found)
 
 
-def find_coupling(model: nn.Module, inputs: Tensor, weights: Mapping[str, int]) -> Coupling:
+def find_coupling(model: nn.Module, calls: Sequence[Call], weights: Mapping[str, int]) -> Coupling:
     """Which channels of the given weights can only leave together, and what goes with them: biases and norms.
 
     Args:
-        model: a network.
-        inputs: a batch for it.
+        model: that holds the weights.
+        calls: of its networks, of which none holds another.
         weights: weight -> how many output channels it has.
 
     Raises:
@@ -223,7 +244,7 @@ def find_coupling(model: nn.Module, inputs: Tensor, weights: Mapping[str, int]) 
     staying = dict.fromkeys(weights, "the outputs do not depend on it")
     groups: list[list[Place]] = []
     vectors: dict[str, int] = {}
-    for layer, outputs, foreign in Dependencies(model, inputs).outputs():
+    for layer, outputs, foreign in (found for call in calls for found in Dependencies(model, call).outputs()):
         weight = f"{layer}.weight"
         staying.pop(weight, None)
         if foreign or weight not in weights:

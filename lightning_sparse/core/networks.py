@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lightning_sparse.core.libraries import first_line
 from lightning_sparse.core.linear import is_linear
 
-__all__ = ["Network", "callee", "copy_model", "find_networks", "fit_to", "shared_parameters"]
+__all__ = ["Network", "callee", "copy_model", "find_networks", "shared_parameters"]
 
 
 @dataclass(frozen=True)
@@ -89,30 +90,48 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise ValueError(f"{said}; make masks of torch.nn.utils.prune permanent with prune.remove.") from None
 
 
-def callee(model: nn.Module) -> tuple[str, nn.Module]:
+def callee(model: nn.Module, network: str | None = None) -> tuple[str, nn.Module]:
     """What is called with inputs: a model, or the only network of a LightningModule without a forward pass of its own.
+
+    Args:
+        model: that holds it.
+        network: its name in the model, where it cannot be found.
 
     Returns:
         Its name in the model, empty for the model itself, and the module.
 
     Raises:
-        ValueError: if there are several networks.
+        ValueError: if there are several networks, or none has the name.
     """
+    if network is not None:
+        parts = dict(model.named_modules(remove_duplicate=False))
+        if network not in parts:
+            raise ValueError(
+                f"network='{network}' is no part of {type(model).__name__}; it has "
+                f"{[name for name in parts if name and '.' not in name]}."
+            )
+        return network, parts[network]
     if str(type(model).forward.__module__).partition(".")[0] not in ("lightning", "pytorch_lightning"):
         return "", model
+    callable_ = list(_callable_parts(model))
+    if len(callable_) == 1:
+        return callable_[0]
     networks = find_networks(model)[0]
     if len(networks) != 1:
-        names = [network.path for network in networks]
+        names = [network.path for network in networks] or [name for name, _ in callable_]
         raise ValueError(
             f"{type(model).__name__} has no forward and holds the networks {names}, so it is unclear which one takes the "
-            "inputs; write a forward (only merge_layers works without inputs)."
+            "inputs; give the name of one as network, or write a forward (only merge_layers works without inputs)."
         )
     return networks[0].path, networks[0].module
 
 
-def fit_to(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Inputs on the device of a model, and of its type unless they are integers."""
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        return inputs
-    return inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else None)
+def _callable_parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The largest parts that can be called and hold layers; a list of layers cannot."""
+    for name, child in module.named_children():
+        if any(map(is_linear, child.modules())):
+            inner = f"{path}.{name}".lstrip(".")
+            if type(child).forward is nn.Module.forward:
+                yield from _callable_parts(child, inner)
+            else:
+                yield inner, child

@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lightning_sparse.core import (
     BATCH_NORMS,
-    callee,
+    Call,
     copy_model,
     find_networks,
-    fit_to,
     is_linear,
     out_count,
     shared_parameters,
@@ -25,7 +24,7 @@ __all__ = ["fold_norms", "recalibrate"]
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[Any], network: str | None = None) -> int:
     """Measure the running statistics of batch normalization again, in place, with the weights as they are now.
 
     Pruning changes the outputs of layers, and the running averages lag behind. Each batch counts the same. Everything but
@@ -33,7 +32,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Args:
         model: whose normalizations are measured.
-        batches: inputs of the training set, without their labels; a few hundred samples will do.
+        batches: inputs of the training set, without their labels; a few hundred samples will do. A tuple holds positional
+            arguments, a dictionary named ones.
+        network: the part of the model that takes the inputs, by name; None finds it.
 
     Returns:
         The number of layers measured; 0 if the model has none.
@@ -44,7 +45,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     norms = [part for part in model.modules() if isinstance(part, BATCH_NORMS) and part.running_mean is not None]
     modes = [(part, part.training) for part in model.modules()]
     momenta = [norm.momentum for norm in norms]
-    called = callee(model)[1]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -55,7 +55,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
         for batch in batches:
             count += 1
             if norms:
-                called(fit_to(model, batch))
+                Call.of(batch, network)(model)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import callee, fit_to, tensors_in
+from lightning_sparse.core import Call, callee, tensors_in
 
 __all__ = [
     "Timing",
@@ -24,13 +24,14 @@ __all__ = [
 ]
 
 
-def runner(model: nn.Module, inputs: Tensor) -> Callable[[], Any]:
-    """Calls a model, or the only network of a LightningModule without a forward pass of its own."""
-    x, called = fit_to(model, inputs), callee(model)[1]
+def runner(model: nn.Module, inputs: Any) -> Callable[[], Any]:
+    """Calls a model, or the network in it that takes the inputs."""
+    call = Call.of(inputs).fit(model)
+    called = callee(model, call.network)[1]
 
     def run() -> Any:
         with torch.no_grad():
-            return called(x)
+            return called(*call.args, **call.kwargs)
 
     return run
 

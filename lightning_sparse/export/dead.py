@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_sparse.core import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
+    Call,
     Dependencies,
     Group,
-    fit_to,
     in_count,
     is_depthwise,
     is_layer,
@@ -43,10 +43,10 @@ class DeadGroup(Group):
 class Round:
     """Everything that can be removed from a model as it is."""
 
-    def __init__(self, model: nn.Module, inputs: list[Tensor], refused: dict[str, str]) -> None:
+    def __init__(self, model: nn.Module, inputs: list[Call], refused: dict[str, str]) -> None:
         self.model, self.refused = model, refused
         self.graph = Dependencies(model, inputs[0])
-        self.constants = constants_of(self.graph.network, inputs)
+        self.constants = constants_of(self.graph.network, [replace(call, network="") for call in inputs])
         self.fed = {name: fed_outputs(layer).tolist() for name, layer in self.graph.layers.items()}
         self.read = {name: _read(layer).tolist() for name, layer in self.graph.layers.items()}
 
@@ -194,7 +194,7 @@ def bias_is_exact(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def constants_of(model: nn.Module, inputs: list[Tensor]) -> dict[nn.Module, dict[int, float]]:
+def constants_of(model: nn.Module, inputs: Sequence[Any]) -> dict[nn.Module, dict[int, float]]:
     """Layer -> input channel -> the number it is given, for channels that are given only one."""
     low: dict[nn.Module, Tensor] = {}
     high: dict[nn.Module, Tensor] = {}
@@ -209,7 +209,7 @@ def constants_of(model: nn.Module, inputs: list[Tensor]) -> dict[nn.Module, dict
     handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in model.modules() if is_layer(layer)]
     try:
         for x in inputs:
-            model(fit_to(model, x))
+            Call.of(x)(model)
     finally:
         for handle in handles:
             handle.remove()

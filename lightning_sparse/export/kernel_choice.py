@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_sparse.core import callee, fit_to
+from lightning_sparse.core import Call
 
 __all__ = ["KernelChoice", "layer_inputs"]
 
@@ -36,7 +36,7 @@ class KernelChoice:
         return f"{self.layer}, {self.sparsity:.1%} zeros: {self.chosen} ({self.note or times})"
 
 
-def layer_inputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+def layer_inputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """The first input of every linear layer in a forward pass."""
     seen: dict[str, Tensor] = {}
 
@@ -46,7 +46,7 @@ def layer_inputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
     handles = [layer.register_forward_pre_hook(partial(look, name), with_kwargs=True) for name, layer in layers]
     try:
-        callee(model)[1](fit_to(model, inputs))
+        Call.of(inputs)(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.core import Call
 from lightning_sparse.export.compare_models import interleaved
 from lightning_sparse.export.kernel_choice import KernelChoice, layer_inputs
 from lightning_sparse.export.semi_structured import SEMI_STRUCTURED, to_semi_structured_
@@ -99,7 +100,13 @@ def use_kernels(model: nn.Module, kernels: Mapping[str, str]) -> nn.Module:
 
 @torch.no_grad()
 def choose_kernels(
-    model: nn.Module, inputs: Tensor, *, rounds: int = 15, margin: float = 0.05, blocks: tuple[int, ...] = BLOCKS
+    model: nn.Module,
+    inputs: Any,
+    *,
+    rounds: int = 15,
+    margin: float = 0.05,
+    blocks: tuple[int, ...] = BLOCKS,
+    network: str | None = None,
 ) -> list[KernelChoice]:
     """Measure every linear layer dense, in CSR and in BSR on what it is given, and name the fastest.
 
@@ -107,12 +114,13 @@ def choose_kernels(
 
     Args:
         model: on a CPU.
-        inputs: a batch.
+        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
         rounds: of calls, all kernels taking turns.
         margin: a kernel is kept only if it saves this share of the dense time; noise is not a gain.
         blocks: sizes of square blocks to try.
+        network: the part of the model that takes the inputs, by name; None finds it.
     """
-    given = layer_inputs(model, inputs)
+    given = layer_inputs(model, Call.of(inputs, network))
     choices = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_sparse.core import callee, copy_model, count_macs, effective_macs, first_line, fit_to
+from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
 from lightning_sparse.export.compare_models import difference, interleaved, runner
@@ -24,7 +24,7 @@ from lightning_sparse.export.kernel_choice import KernelChoice
 from lightning_sparse.export.kernels import choose_kernels
 from lightning_sparse.export.merge import merge_layers
 from lightning_sparse.export.merge_report import count_parameters
-from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
+from lightning_sparse.export.onnx import batch_sizes, compressed_size, onnx_runner, save_onnx
 from lightning_sparse.export.removal import remove_dead
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
@@ -41,7 +41,7 @@ class _Made:
     """An artifact in the temporary folder, and what runs it."""
 
     file: str
-    run: Callable[[Tensor], Any]
+    run: Callable[[Call], Any]
     note: str
     parameters: int | None = None
     macs: int | None = None
@@ -51,7 +51,7 @@ class _Made:
 class _Ladder:
     """What all rungs stand on."""
 
-    def __init__(self, model: nn.Module, inputs: Tensor, folder: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: Call, folder: Path, options: Mapping[str, Any]) -> None:
         self.dense, self.inputs, self.folder = copy_model(model).eval(), inputs, folder
         self.input_range = options["input_range"]
         kind = next(self.dense.parameters()).dtype
@@ -62,7 +62,7 @@ class _Ladder:
 
     def macs(self, model: nn.Module) -> dict[str, int]:
         """Multiply-accumulates per sample, by weight."""
-        return count_macs(model, runner(model, self.inputs), len(self.inputs))
+        return count_macs(model, runner(model, self.inputs), self.inputs.samples)
 
     # ---- rungs ------------------------------------------------------------------------------------------------------------
 
@@ -83,20 +83,22 @@ class _Ladder:
         model, report = merge_layers(self.dense, self.inputs, tolerance=0.0, input_range=self.input_range, rounds=0)
         if not report.merged:
             raise ValueError("no layer acts linearly for all inputs, so none is merged; train with LayerSparsity.")
-        called = callee(model)[1]
+        called = callee(model, self.inputs.network)[1]
         path = self.folder / "merged.pt2"
-        sizes = ({0: torch.export.Dim("batch")},)
-        several = fit_to(called, torch.cat([self.inputs, self.inputs])[: max(2, len(self.inputs))])
+        several = self.inputs.at_least_two().fit(called)
+        sizes = batch_sizes(called, several)
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                torch.export.save(torch.export.export(called, (several,), dynamic_shapes=sizes), path)
+                torch.export.save(
+                    torch.export.export(called, several.args, dict(several.kwargs), dynamic_shapes=sizes), path
+                )
                 program = torch.export.load(path).module()
         except Exception as error:
             text = f"the merged {type(model).__name__} cannot be exported by torch.export ({first_line(error)})."
             raise ValueError(text) from None
         note = f"{report.depth[0]} layers became {report.depth[1]}; torch.export.load reads it, without the model's code"
-        return _Made(path.name, program, note, report.parameters[1], sum(self.macs(model).values()), model)
+        return _Made(path.name, partial(_call, program), note, report.parameters[1], sum(self.macs(model).values()), model)
 
     def removed(self) -> _Made:
         """Without the channels that do nothing; what comes after stands on it."""
@@ -158,7 +160,7 @@ class _Ladder:
         """An artifact with the size of a model that is like it, but has no kernels that cannot be counted."""
         like = like or model
         macs = sum(self.macs(like).values())
-        return _Made(file, partial(_call, callee(model)[1]), note, count_parameters(like), macs, model)
+        return _Made(file, partial(_call, callee(model, self.inputs.network)[1]), note, count_parameters(like), macs, model)
 
     def _no_faster(self) -> str:
         folded = f"{len(self.blueprint.folded)} normalizations are folded; " if self.blueprint.folded else ""
@@ -179,9 +181,10 @@ RUNGS: dict[str, Callable[[_Ladder], _Made]] = {
 
 def export_ladder(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Any,
     to: str | Path,
     *,
+    network: str | None = None,
     rungs: Sequence[RungName] | None = None,
     tolerance: float = 1e-5,
     fold: bool = False,
@@ -199,8 +202,9 @@ def export_ladder(
 
     Args:
         model: trained, with exact zeros; it stays as it is.
-        inputs: real ones, as many as a batch will have in use.
+        inputs: real ones, as many as a batch will have in use; a tuple holds positional arguments, a dictionary named ones.
         to: the folder to write.
+        network: the part of the model that takes the inputs, by name; None finds it.
         rungs: which; None takes all that suit, and the report says why the others do not.
         tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller); in half
             precision four of its roundings are allowed.
@@ -213,12 +217,19 @@ def export_ladder(
     Raises:
         ValueError: if a rung is unknown, one that was named is not possible, or one fails its verification.
     """
-    names = _check(rungs, to, inputs, tolerance, input_range, rounds, overwrite)
+    call = Call.of(inputs, network)
+    names = _check(rungs, to, call, tolerance, input_range, rounds, overwrite)
     with tempfile.TemporaryDirectory() as folder:
-        ladder = _Ladder(model, inputs, Path(folder), {"fold": fold, "input_range": input_range, "tolerance": tolerance})
-        expected = _call(callee(ladder.dense)[1], inputs)
+        ladder = _Ladder(model, call, Path(folder), {"fold": fold, "input_range": input_range, "tolerance": tolerance})
+        try:
+            expected = _call(callee(ladder.dense, call.network)[1], call)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be called with these inputs ({first_line(error)}); give its arguments as a "
+                "tuple or a dictionary, or the network that takes them."
+            ) from error
         made: dict[str, _Made] = {}
-        report = ExportReport(type(model).__name__, ladder.zeros, len(inputs), torch.get_num_threads(), str(_device(model)))
+        report = ExportReport(type(model).__name__, ladder.zeros, call.samples, torch.get_num_threads(), str(_device(model)))
         report.rungs["dense"] = Rung(
             bytes=sum(t.numel() * t.element_size() for t in ladder.dense.state_dict().values()),
             parameters=count_parameters(ladder.dense),
@@ -228,7 +239,7 @@ def export_ladder(
         for name in names:
             try:
                 rung = RUNGS[name](ladder)
-                found = rung.run(inputs)
+                found = rung.run(call)
             except Exception as error:  # libraries and kernels have many ways to say that they cannot
                 reason = str(error) if isinstance(error, ValueError) else f"it does not run ({first_line(error)})."
                 if rungs is not None:
@@ -238,7 +249,7 @@ def export_ladder(
             report.rungs[name] = _verified(name, rung, found, expected, ladder.tolerance, Path(folder))
             made[name] = rung
         if rounds:
-            _time(report, ladder.dense, made, inputs, rounds)
+            _time(report, ladder.dense, made, call, rounds)
         for name in list(made):
             if rungs is None and report.is_slower(name, SLOWER):
                 report.rungs[name].note = f"left out: slower than dense here; {report.rungs[name].note}"
@@ -259,7 +270,7 @@ def export_ladder(
 def _check(
     rungs: Sequence[RungName] | None,
     to: str | Path,
-    inputs: Tensor,
+    inputs: Call,
     tolerance: float,
     input_range: Sequence[float] | None,
     rounds: int,
@@ -270,7 +281,7 @@ def _check(
         raise ValueError(f"rung '{unknown[0]}' is unknown; choose from {list(RUNGS)}.")
     if rungs is not None and not rungs:
         raise ValueError(f"rungs={rungs} names none; choose from {list(RUNGS)}, or leave it out for all that suit.")
-    if not len(inputs):
+    if not inputs.samples:
         raise ValueError("inputs holds no sample; give a batch of real ones.")
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be above 0: rounding alone changes outputs a little.")
@@ -300,19 +311,23 @@ def _verified(name: str, made: _Made, found: Any, expected: Any, tolerance: floa
     return Rung(made.file, size, made.parameters, made.macs, change, largest, note=made.note)
 
 
-def _time(report: ExportReport, dense: nn.Module, made: Mapping[str, _Made], inputs: Tensor, rounds: int) -> None:
+def _time(report: ExportReport, dense: nn.Module, made: Mapping[str, _Made], inputs: Call, rounds: int) -> None:
     """All beside each other, at batch 1 and at that of the inputs."""
-    for batch in dict.fromkeys((1, len(inputs))):
-        x = fit_to(dense, inputs[:batch])
-        functions = {"dense": partial(_call, callee(dense)[1], x), **{name: partial(m.run, x) for name, m in made.items()}}
+    for batch in dict.fromkeys((1, inputs.samples)):
+        x = inputs.first(batch).fit(dense)
+        functions = {
+            "dense": partial(_call, callee(dense, x.network)[1], x),
+            **{name: partial(m.run, x) for name, m in made.items()},
+        }
         with torch.no_grad():
             for name, timing in interleaved(functions, rounds, _device(dense)).items():
                 report.rungs[name].latency[batch] = timing
 
 
 @torch.no_grad()
-def _call(called: nn.Module, x: Tensor) -> Any:
-    return called(fit_to(called, x))
+def _call(called: nn.Module, call: Call) -> Any:
+    fitted = call.fit(called)
+    return called(*fitted.args, **fitted.kwargs)
 
 
 def _device(model: nn.Module) -> torch.device:

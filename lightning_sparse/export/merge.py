@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_sparse.core import (
+    Call,
     analyze,
     copy_model,
     count_macs,
@@ -17,7 +18,7 @@ from lightning_sparse.core import (
     padding_of,
     shared_parameters,
 )
-from lightning_sparse.export.compare_models import measure, runner
+from lightning_sparse.export.compare_models import difference, measure, runner
 from lightning_sparse.export.merge_judge import Judge, positive_shares
 from lightning_sparse.export.merge_report import LayerVerdict, MergeReport, count_depth, count_parameters
 from lightning_sparse.export.merge_surgery import Surgery
@@ -27,12 +28,13 @@ __all__ = ["fresh_start", "merge_layers", "pad_in_front"]
 
 def merge_layers(
     model: nn.Module,
-    inputs: Tensor | None = None,
+    inputs: Any = None,
     *,
     tolerance: float = 1e-3,
     input_range: Sequence[float] | None = None,
     allow_growth: bool = False,
     rounds: int = 20,
+    network: str | None = None,
 ) -> tuple[nn.Module, MergeReport]:
     """A copy of a network in which layers that act linearly are merged into the next one, and a report.
 
@@ -46,11 +48,13 @@ def merge_layers(
 
     Args:
         model: a network that torch.fx can trace, or a LightningModule that holds such.
-        inputs: a batch, for the change of outputs, multiplications, latency, and shares of positive pre-activations.
+        inputs: a batch, for the change of outputs, multiplications, latency, and shares of positive pre-activations; a tuple
+            holds positional arguments, a dictionary named ones.
         tolerance: the largest ratio of negative part to whole that is merged, in [0, 1); 0 for certified merges only.
         input_range: the least and largest input, such as (0, 1); the first layer may then merge too.
         allow_growth: merge also where the product has more parameters than its factors.
         rounds: forward passes that latency is the median of; 0 to not measure it.
+        network: the part of the model that takes the inputs, by name; None finds it.
 
     Raises:
         ValueError: if nothing in the model can be traced, or the tolerance is out of range.
@@ -69,6 +73,7 @@ def merge_layers(
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance={tolerance} must be in [0, 1): a ratio of norms.")
     before, after = copy_model(model).eval(), copy_model(model).eval()
+    call = None if inputs is None else Call.of(inputs, network)
     networks, failures = find_networks(after)
     if not networks:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(failures.items())[:3])
@@ -76,21 +81,21 @@ def merge_layers(
             f"Nothing in {type(model).__name__} can be merged: {reasons or 'it has no linear layer or convolution'}. Put "
             "the layers into a module that torch.fx can trace, such as nn.Sequential."
         )
-    judge = Judge(tolerance, input_range, allow_growth, shared_parameters(after), positive_shares(before, inputs))
-    for network in networks:
-        smaller = Surgery(network, judge).operate()
-        if not network.path:
+    judge = Judge(tolerance, input_range, allow_growth, shared_parameters(after), positive_shares(before, call))
+    for part in networks:
+        smaller = Surgery(part, judge).operate()
+        if not part.path:
             after = smaller
-        elif smaller is not network.module:
-            after.set_submodule(network.path, smaller)
+        elif smaller is not part.module:
+            after.set_submodule(part.path, smaller)
     judge.verdicts += [LayerVerdict(name, "active", False, note=reason) for name, reason in failures.items()]
     report = MergeReport(
         (count_depth(before), count_depth(after)),
         (count_parameters(before), count_parameters(after)),
         layers=judge.verdicts,
     )
-    if inputs is not None:
-        _compare(before, after, inputs, rounds, report)
+    if call is not None:
+        _compare(before, after, call, rounds, report)
     return after, report
 
 
@@ -145,12 +150,14 @@ def pad_in_front(model: nn.Module) -> nn.Module:
     return model
 
 
-def _compare(before: nn.Module, after: nn.Module, inputs: Tensor, rounds: int, report: MergeReport) -> None:
+def _compare(before: nn.Module, after: nn.Module, inputs: Call, rounds: int, report: MergeReport) -> None:
     first, second = runner(before, inputs), runner(after, inputs)
     expected, found = first(), second()
     if isinstance(expected, Tensor):
         report.change = float((expected - found).abs().max()), float(expected.abs().max())
-    first_macs, second_macs = count_macs(before, first, len(inputs)), count_macs(after, second, len(inputs))
+    else:
+        report.change = difference(expected, found)
+    first_macs, second_macs = count_macs(before, first, inputs.samples), count_macs(after, second, inputs.samples)
     report.macs = sum(first_macs.values()), sum(second_macs.values())
     if rounds:
         report.milliseconds = measure(first, second, rounds, next(before.parameters()).device)

@@ -54,7 +54,7 @@ class Judge:
         return sum(p.numel() for p in own)
 
 
-def positive_shares(model: nn.Module, inputs: Tensor | None) -> dict[str, float]:
+def positive_shares(model: nn.Module, inputs: Any) -> dict[str, float]:
     """Share of outputs that are not negative, of every layer with its normalization."""
     if inputs is None:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 import zlib
@@ -12,36 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import callee, copy_model, first_line, fit_to, need
+from lightning_sparse.core import Call, callee, copy_model, first_line, need, tensors_in
 
-__all__ = ["compressed_size", "onnx_runner", "save_onnx"]
+__all__ = ["batch_sizes", "compressed_size", "onnx_runner", "save_onnx"]
 
 
-def save_onnx(model: nn.Module, inputs: Tensor, path: str | Path) -> int:
+def save_onnx(model: nn.Module, inputs: Any, path: str | Path, network: str | None = None) -> int:
     """Write a model as ONNX, for batches of any size; returns its size in bytes.
 
     Args:
         model: in evaluation mode.
-        inputs: a batch.
+        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
         path: of the file.
+        network: the part of the model that takes the inputs, by name; None finds it.
 
     Raises:
         ValueError: if onnx or onnxscript is missing, or torch cannot export the model.
     """
     need("onnx", "onnx")
     need("onnxscript", "onnxscript")
-    called = callee(copy_model(model).eval())[1]
-    several = fit_to(
-        called, inputs[:2] if len(inputs) > 1 else torch.cat([inputs, inputs])
-    )  # one would be taken for a constant
+    call = Call.of(inputs, network)
+    called = callee(copy_model(model).eval(), call.network)[1]
+    several = call.first(2).at_least_two().fit(called)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            sizes = ({0: torch.export.Dim("batch")},)
-            program = torch.onnx.export(called, (several,), dynamo=True, dynamic_shapes=sizes, verbose=False)
+            if type(called(*several.args, **several.kwargs)) not in (Tensor, tuple, list, dict):
+                called = _Leaves(called)
+            sizes = batch_sizes(called, several)
+            if len(several.args) == 1 and isinstance(several.args[0], Tensor) and not several.kwargs:
+                program = torch.onnx.export(called, several.args, dynamo=True, dynamic_shapes=sizes, verbose=False)
+            else:  # the exporter would take a dictionary at the end for arguments by name
+                traced = torch.export.export(called, several.args, dict(several.kwargs), dynamic_shapes=sizes)
+                program = torch.onnx.export(traced, dynamo=True, verbose=False)
             assert program is not None
             program.save(str(path))
     except Exception as error:
@@ -54,18 +61,52 @@ def save_onnx(model: nn.Module, inputs: Tensor, path: str | Path) -> int:
     return Path(path).stat().st_size
 
 
-def onnx_runner(path: str | Path) -> Callable[[Tensor], Any]:
-    """A function that runs a file in onnxruntime, on as many threads as torch uses."""
+def batch_sizes(called: nn.Module, call: Call) -> Any:
+    """The sizes that may change between calls, in the form of `torch.export`: that of the batch."""
+    rows = torch.export.Dim("batch")
+
+    def size(tensor: Tensor) -> Any:
+        return {0: rows} if call.is_batch(tensor) else None
+
+    sizes = call.map(size, lambda value: None)
+    return sizes.bind(called) if call.kwargs else sizes.args
+
+
+class _Leaves(nn.Module):
+    """Returns the tensors in what a network returns, with its signature: exporters know no classes of others."""
+
+    def __init__(self, called: nn.Module) -> None:
+        super().__init__()
+        self.called = called
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            return tuple(tensors_in(called(*args, **kwargs)))
+
+        forward.__signature__ = inspect.signature(called.forward)  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def onnx_runner(path: str | Path) -> Callable[[Any], Any]:
+    """A function that runs a file in onnxruntime, on as many threads as torch uses.
+
+    Tensors among its inputs are given by name where they are arguments by name, else in their order.
+    """
     runtime = need("onnxruntime", "onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads slow down what runs next
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    names = [given.name for given in session.get_inputs()]
 
-    def run(x: Tensor) -> Any:
-        outputs = [torch.from_numpy(leaf) for leaf in session.run(None, {name: x.detach().cpu().numpy()})]
+    def run(inputs: Any) -> Any:
+        call = Call.of(inputs)
+        named = {name: value for name, value in call.kwargs.items() if name in names and isinstance(value, Tensor)}
+        others = [tensor for tensor in call.tensors if not any(tensor is value for value in named.values())]
+        feed = dict(zip((name for name in names if name not in named), others, strict=False)) | named
+        outputs = [
+            torch.from_numpy(leaf) for leaf in session.run(None, {n: x.detach().cpu().numpy() for n, x in feed.items()})
+        ]
         return outputs[0] if len(outputs) == 1 else outputs
 
     return run

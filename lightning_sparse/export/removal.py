@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lightning_sparse.core import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
+    Call,
     Positions,
     copy_model,
     first_line,
@@ -36,6 +37,7 @@ from lightning_sparse.core import (
     is_depthwise,
     is_layer,
     out_count,
+    tensors_in,
 )
 from lightning_sparse.export.blueprint import Blueprint, Kept, cut
 from lightning_sparse.export.compare_models import difference, runner
@@ -61,7 +63,9 @@ class Removal:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) -> tuple[nn.Module, Removal]:
+def remove_dead(
+    model: nn.Module, inputs: Any, *, tolerance: float = 1e-5, network: str | None = None
+) -> tuple[nn.Module, Removal]:
     """A copy without the channels that do nothing, in evaluation mode; its outputs are equal up to rounding.
 
     Rounds are made until nothing more is found: what fed only a dead neuron dies with it. Each group of coupled channels is
@@ -70,8 +74,9 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
 
     Args:
         model: with exact zeros where a mask was; trained with `structure="channel"`, or so sparse that neurons are dead.
-        inputs: a batch of real inputs.
+        inputs: a batch of real inputs; a tuple holds positional arguments, a dictionary named ones.
         tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller).
+        network: the part of the model that takes the inputs, by name; None finds it.
 
     Returns:
         The smaller model, and what was removed.
@@ -87,9 +92,9 @@ def remove_dead(model: nn.Module, inputs: Tensor, *, tolerance: float = 1e-5) ->
         (Linear(in_features=3, out_features=2, bias=True), {'0': 2})
     """
     now, removal = copy_model(model).eval(), Removal()
-    order = torch.randperm(inputs.numel(), generator=torch.Generator().manual_seed(0)).to(inputs.device)
-    probes = [inputs, inputs.flatten()[order].view_as(inputs)] if inputs.is_floating_point() else [inputs]
-    expected = [runner(now, x)() for x in probes]
+    call = Call.of(inputs, network)
+    probes = [call, call.map(_shuffled)] if _can_be_shuffled(now, call) else [call]
+    expected = [runner(now, probe)() for probe in probes]
     while True:
         removal.refused.clear()
         groups = list(Round(now, probes, removal.refused).groups())
@@ -122,7 +127,7 @@ Cut = tuple[list[DeadGroup], nn.Module, dict[str, Kept]]
 def _without_most(
     model: nn.Module,
     groups: list[DeadGroup],
-    inputs: list[Tensor],
+    inputs: list[Call],
     expected: list[Any],
     tolerance: float,
     refused: dict[str, str],
@@ -141,8 +146,27 @@ def _without_most(
     return taken, *_without(model, taken)
 
 
+def _shuffled(tensor: Tensor) -> Tensor:
+    """Floating-point numbers in another order; integers say what they say in their places."""
+    if not tensor.is_floating_point():
+        return tensor
+    order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0)).to(tensor.device)
+    return tensor.flatten()[order].view_as(tensor)
+
+
+def _can_be_shuffled(model: nn.Module, call: Call) -> bool:
+    """Whether a model runs on shuffled inputs: of several, one may be a mask or a length that must stay what it is."""
+    floating = [tensor for tensor in call.tensors if tensor.is_floating_point()]
+    if len(call.tensors) == 1 or not floating:
+        return bool(floating)
+    try:
+        return not any(bool(output.isnan().any()) for output in tensors_in(runner(model, call.map(_shuffled))()))
+    except Exception:
+        return False
+
+
 def _tried(
-    model: nn.Module, groups: list[DeadGroup], inputs: list[Tensor], expected: list[Any], tolerance: float
+    model: nn.Module, groups: list[DeadGroup], inputs: list[Call], expected: list[Any], tolerance: float
 ) -> tuple[nn.Module, dict[str, Kept], str]:
     """A copy without groups, what is left of each layer, and how its outputs differ, if they do."""
     try:

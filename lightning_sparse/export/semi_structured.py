@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.core import Call
 from lightning_sparse.export.compare_models import interleaved
 from lightning_sparse.export.kernel_choice import KernelChoice, layer_inputs
 
@@ -45,17 +48,18 @@ def to_semi_structured_(layer: nn.Linear) -> None:
 
 @torch.no_grad()
 def choose_semi_structured(
-    model: nn.Module, inputs: Tensor, *, rounds: int = 30, margin: float = 0.02
+    model: nn.Module, inputs: Any, *, rounds: int = 30, margin: float = 0.02, network: str | None = None
 ) -> list[KernelChoice]:
     """Measure every linear layer dense and as two of four on what it is given, and name the faster.
 
     Args:
         model: in bfloat16 or float16 on a CUDA device, trained with `structure="2:4"`.
-        inputs: a batch.
+        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
         rounds: of calls, taking turns.
         margin: the share of the dense time that must be saved.
+        network: the part of the model that takes the inputs, by name; None finds it.
     """
-    given = layer_inputs(model, inputs)
+    given = layer_inputs(model, Call.of(inputs, network))
     choices = []
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear):

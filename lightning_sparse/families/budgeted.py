@@ -47,7 +47,7 @@ class Budgeted(Masked):
     """
 
     traced = Remembered[dict[str, Any]](dict)
-    """The input that coupled channels were found with; a resumed run may stand where its loader has no batch left."""
+    """Which channels are coupled; a resumed run may stand where its loader has no batch left to find it with."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Budgeted(Masked):
         self.budget = Budget(sparsity, allocation, structure, layer_sparsity, usual)
         self._plan: Plan | None = None
         self.vectors: CoupledVectors | None = None
-        self._input: Mapping[str, Any] = {}
+        self._coupled: Mapping[str, Any] = {}
 
     def misfit(self, target: Target) -> str | None:
         return self.budget.structure.misfit(target)
@@ -84,7 +84,7 @@ class Budgeted(Masked):
 
     def begin(self) -> None:
         super().begin()
-        self.traced = dict(self._input)
+        self.traced = dict(self._coupled)
         self.promise(*self.plan.kept_weights())
 
     def resume(self) -> None:
@@ -121,19 +121,16 @@ class Budgeted(Masked):
 
     def _find_coupling(self) -> Coupling:
         trainer, module = self.run.trainer, self.run.module
-        known = self.known("traced", {})
-        with dry_run(trainer, module) as twin:
-            if known:
-                inputs = torch.zeros(known["shape"], dtype=getattr(torch, known["dtype"]))
-            else:
-                inputs = example_inputs(trainer, twin, self.label)
-            channels = {target.name: target.weight.shape[target.output_dim] for target in self.chosen}
-            coupling = find_coupling(twin, inputs.to(module.device), channels)
-        self._input = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        channels = {target.name: target.weight.shape[target.output_dim] for target in self.chosen}
+        coupling = Coupling.restore(self.known("traced", {}), channels)
+        if coupling is None:
+            with dry_run(trainer, module) as twin:
+                coupling = find_coupling(twin, example_inputs(trainer, twin, self.label, list(channels)), channels)
+            stay = [f"'{name}' ({reason})" for name, reason in coupling.staying.items() if name in channels]
+            if stay:
+                rank_zero_info(f"{self.label}: channels stay in {', '.join(stay)}.")
+        self._coupled = coupling.state()
         self.vectors = CoupledVectors(coupling, dict(module.named_parameters()))
-        stay = [f"'{name}' ({reason})" for name, reason in coupling.staying.items() if name in channels]
-        if stay and not known:
-            rank_zero_info(f"{self.label}: channels stay in {', '.join(stay)}.")
         return coupling
 
     def _follow_channels(self) -> None:

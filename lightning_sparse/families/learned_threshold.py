@@ -78,7 +78,7 @@ class LearnedThreshold(ShadowWeights):
     def pull(self, name: str) -> Tensor:
         """The gradient of the penalty on the thresholds, by what makes them."""
 
-    def settle(self, name: str, dense: Tensor) -> None:
+    def thresholds_moved(self, name: str, dense: Tensor) -> None:
         """The thresholds have moved."""
 
     @property
@@ -126,7 +126,7 @@ class LearnedThreshold(ShadowWeights):
             rate = step.learning_rate(name) if self.learning_rate is None else self.learning_rate
             self.velocity[name].mul_(self.momentum).add_(self._gradients.pop(name))
             self.sources[name].sub_(self.velocity[name] * rate)
-            self.settle(name, weight)
+            self.thresholds_moved(name, weight)
         super().after_step(step)
 
     def numbers(self) -> Mapping[str, float | Tensor]:

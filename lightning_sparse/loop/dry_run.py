@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import types
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,9 +17,20 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_sparse.core import Call, callee, first_line
 from lightning_sparse.loop.privates import combined_loader, compiler_context, forget_iterator
 
-__all__ = ["dry_run", "example_inputs", "loss_of", "refuse_unrepeatable_data", "size_of", "training_outputs"]
+__all__ = [
+    "dry_run",
+    "example_inputs",
+    "loss_of",
+    "record_calls",
+    "refuse_unrepeatable_data",
+    "size_of",
+    "take_step",
+    "train_but_leaves",
+    "training_outputs",
+]
 
 
 @contextmanager
@@ -52,40 +64,90 @@ def training_outputs(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
         trainer: that is fitting.
         module: from `dry_run`.
     """
-    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     precision, batches = trainer.precision_plugin, trainer.num_training_batches
     loader = _own_pass(_combined(trainer))
     for index, batch in enumerate(itertools.islice(loader, None if batches == float("inf") else int(batches))):
         batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
         with precision.train_step_context():
-            output = module.training_step(batch, index) if with_index else module.training_step(batch)
+            output = take_step(module, batch, index)
         yield batch, output
 
 
-def example_inputs(trainer: pl.Trainer, module: pl.LightningModule, label: str) -> Tensor:
-    """What the model can be called with: its `example_input_array`, or what comes first in the first batch.
+def take_step(module: pl.LightningModule, batch: Any, index: int) -> Any:
+    """What `training_step` returns, which may or may not take the index of the batch."""
+    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    return module.training_step(batch, index) if with_index else module.training_step(batch)
+
+
+def example_inputs(trainer: pl.Trainer, module: pl.LightningModule, label: str, weights: Iterable[str]) -> list[Call]:
+    """Calls of the networks that hold some weights: with `example_input_array`, or as `training_step` calls them.
+
+    The networks are the largest parts of the module that are called on the first batch and hold one of the weights; the
+    module itself if that calls its own `forward`.
 
     Args:
         trainer: that is fitting.
         module: from `dry_run`.
         label: who asks.
+        weights: by name.
 
     Raises:
-        ValueError: if neither is a tensor.
+        ValueError: if no such call is seen.
     """
-    found: Any = module.example_input_array
-    if found is None:
-        refuse_unrepeatable_data(trainer, module, label)
-        batch = next(_own_pass(_combined(trainer)), None)
-        while isinstance(batch, list | tuple | Mapping) and batch:
-            batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
-        found = batch
-    if not isinstance(found, Tensor):
+    if module.example_input_array is not None:
+        with suppress(ValueError):  # several networks: Lightning does not say which of them the example is for
+            return [Call.of(module.example_input_array, callee(module)[0])]
+    refuse_unrepeatable_data(trainer, module, label)
+    owners = {name.rpartition(".")[0] for name in weights}
+    paths = [path for path, _ in module.named_modules() if any(_holds(path, owner) for owner in owners)]
+    kind, example = type(module).__name__, f"set example_input_array in {type(module).__name__}"
+    try:
+        with torch.enable_grad():
+            calls = record_calls(module, paths, lambda: next(training_outputs(trainer, module), None))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise ValueError(
-            f"{label} must call the model once, but finds no tensor in a batch; set example_input_array in "
-            f"{type(module).__name__}."
+            f"{label} must see how training_step of {kind} calls its network, but it fails on a copy of it "
+            f"({type(error).__name__}: {first_line(error)}); {example}."
+        ) from error
+    if not calls:
+        raise ValueError(
+            f"{label} must see how {kind} calls its network, but training_step calls no module that holds "
+            f"'{next(iter(weights))}' on the first batch; {example}."
         )
-    return found
+    return calls
+
+
+def record_calls(module: nn.Module, paths: Iterable[str], run: Callable[[], Any]) -> list[Call]:
+    """The first call of each part of a module while something runs; a call inside another is not among them.
+
+    Args:
+        module: that holds the parts.
+        paths: their names.
+        run: that calls them.
+    """
+    seen: dict[str, Call] = {}
+
+    def note(path: str, part: nn.Module, args: Any, kwargs: Any) -> None:
+        if not any(_holds(other, path) for other in seen):
+            seen[path] = Call(args, kwargs, path).map(lambda tensor: tensor.detach().clone())
+
+    handles = [
+        module.get_submodule(path).register_forward_pre_hook(functools.partial(note, path), with_kwargs=True)
+        for path in paths
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [call for path, call in seen.items() if not any(other != path and _holds(other, path) for other in seen)]
+
+
+def _holds(path: str, inner: str) -> bool:
+    """Whether a part of a module is another, or holds it."""
+    return path in ("", inner) or inner.startswith(f"{path}.")
 
 
 def refuse_unrepeatable_data(trainer: pl.Trainer, module: pl.LightningModule, label: str) -> None:
@@ -108,18 +170,33 @@ def refuse_unrepeatable_data(trainer: pl.Trainer, module: pl.LightningModule, la
                 )
 
 
+def train_but_leaves(module: nn.Module) -> None:
+    """Train mode for whoever computes a loss only there, evaluation mode for norms and dropout.
+
+    In evaluation mode are modules without children and those of torch: the layers. All others are in train mode: models and
+    their heads, which may return a loss there, and predictions in evaluation mode. A `F.dropout(training=self.training)`
+    that such a module calls by itself drops as it does in training.
+    """
+    for part in module.modules():
+        leaf = next(part.children(), None) is None or type(part).__module__.startswith("torch.nn.")
+        part.training = not leaf
+
+
 def loss_of(output: Any) -> Tensor | None:
     """The loss in what a `training_step` returned."""
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def size_of(batch: Any) -> int:
-    """How many samples a batch has: the length of the first tensor found in it; 1 if there is none."""
+    """How many samples a batch has: the length of the first tensor found in it, or of a list of targets; 1 without any."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, list | tuple):
+        targets = [part for part in batch if isinstance(part, list | tuple) and isinstance(next(iter(part), None), Mapping)]
+        if targets:  # as detectors take them, beside a list of images
+            return len(targets[0])
         return next((size_of(part) for part in batch if not isinstance(part, str | int | float)), 1)
     return 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lightning_sparse.core import Masks, MaskSet, check_moments
 from lightning_sparse.loop.conflicts import refuse_rivals, refuse_shared_masks
 from lightning_sparse.loop.method import Method
 from lightning_sparse.loop.phase import phase_of
+from lightning_sparse.loop.replacements import Replacements
 from lightning_sparse.loop.run import Run
 from lightning_sparse.loop.step import Step
 
@@ -45,7 +46,7 @@ class Loop:
         self._epoch = -1
         self._logged = -1
         self._phase: str | None = None
-        self._replaced: list[tuple[Any, str, Any, bool]] = []
+        self._replacements = Replacements()
 
     # ---- opening and closing -----------------------------------------------------------------------------------------
 
@@ -89,9 +90,7 @@ class Loop:
         self._handles.clear()
         for optimizer in self.run.optimizers:
             self._undo(optimizer)  # interrupted between the two halves of a step
-        while self._replaced:
-            owner, name, original, was_its_own = self._replaced.pop()
-            setattr(owner, name, original) if was_its_own else delattr(owner, name)
+        self._replacements.restore()
         for method in self._everyone:
             method.release()
 
@@ -287,7 +286,7 @@ class Loop:
                 return {**output, "loss": output["loss"] + penalty}
             return output + penalty
 
-        self._replace(module, "training_step", training_step)
+        self._replacements.replace(module, "training_step", training_step)
 
     # ---- what is wrapped ---------------------------------------------------------------------------------------------
 
@@ -303,7 +302,7 @@ class Loop:
             self._undo(optimizer)
             return result
 
-        self._replace(strategy, "optimizer_step", optimizer_step)
+        self._replacements.replace(strategy, "optimizer_step", optimizer_step)
 
     def _wrap_save(self) -> None:
         """No callback is asked before a checkpoint of the weights alone is written."""
@@ -314,7 +313,7 @@ class Loop:
             self.settle()
             return original(*args, **kwargs)
 
-        self._replace(self.run.trainer, "save_checkpoint", save_checkpoint)
+        self._replacements.replace(self.run.trainer, "save_checkpoint", save_checkpoint)
 
     def _wrap_progress_bar(self) -> None:
         """Show words: what is logged can only be a number, and stays on the bar when its name is no longer used."""
@@ -328,12 +327,7 @@ class Loop:
             words = {key: value for method in self.methods for key, value in method.headline().items()}
             return {**original(*args), **phase, **words}
 
-        self._replace(bar, "get_metrics", get_metrics)
-
-    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        """Until `close`, a function of one object, not of its class."""
-        self._replaced.append((owner, name, getattr(owner, name), name in vars(owner)))
-        setattr(owner, name, function)
+        self._replacements.replace(bar, "get_metrics", get_metrics)
 
     # ---- what is logged ----------------------------------------------------------------------------------------------
 

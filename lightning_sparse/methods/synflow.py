@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import AllocationName, StructureName, check_whole
+from lightning_sparse.core import AllocationName, Call, StructureName, check_whole, tensors_in
 from lightning_sparse.families import PruningAtInit
 from lightning_sparse.functional import connection_sensitivity, exponential
-from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, training_outputs
+from lightning_sparse.loop.dry_run import dry_run, record_calls, refuse_unrepeatable_data, training_outputs
 
 __all__ = ["SynFlow"]
 
@@ -30,7 +30,9 @@ class SynFlow(PruningAtInit):
 
     in evaluation mode and float64, with every parameter and statistic made positive and an input of ones. Repeated on what
     is left while the density falls geometrically to its target, so no layer is emptied while others have weights to spare.
-    No data is used but the shape of the input; `iterations` forward and backward passes of one sample, once.
+    No data is used but the shape of the input. Integers among the inputs, such as token ids, labels and timesteps, stay as
+    they are in the first sample; scalars beside other outputs, such as a loss, do not count. `iterations` forward and
+    backward passes of one sample, once.
 
     Source: Tanaka et al. 2020, "Pruning neural networks without any data by iteratively conserving synaptic flow",
     https://arxiv.org/abs/2006.05467, algorithm 1.
@@ -80,14 +82,13 @@ class SynFlow(PruningAtInit):
 
     def choose_masks(self) -> None:
         path = self._path()
-        args, kwargs = self._ones(path)
+        ones = self._ones(path)
         with dry_run(self.run.trainer, self.run.module) as twin:
             dtype = torch.float32 if twin.device.type == "mps" else torch.float64  # R is a product over all layers
             twin.to(dtype).eval()
             for tensor in itertools.chain(twin.parameters(), twin.buffers()):
                 tensor.data.abs_()
-            args, kwargs = (_each(value, lambda tensor: tensor.to(dtype)) for value in (args, kwargs))
-            self._iterate(twin, lambda: twin.get_submodule(path)(*args, **kwargs))
+            self._iterate(twin, lambda: ones(twin))
 
     def _iterate(self, twin: LightningModule, flow: Callable[[], Any]) -> None:
         weights = self.twin_weights(twin)
@@ -106,9 +107,9 @@ class SynFlow(PruningAtInit):
 
     def _scores(self, twin: LightningModule, weights: Sequence[nn.Parameter], flow: Callable[[], Any]) -> list[Tensor]:
         twin.zero_grad()
-        outputs: list[Tensor] = []
         try:
-            _each(flow(), outputs.append)
+            outputs = [output for output in tensors_in(flow()) if output.is_floating_point()]
+            outputs = [output for output in outputs if output.ndim] or outputs
         except Exception as error:
             raise ValueError(
                 f"{self.label} could not send ones through the network; give the input_shape of one sample, or the network "
@@ -149,39 +150,17 @@ class SynFlow(PruningAtInit):
                 break
         return path
 
-    def _ones(self, path: str) -> tuple[Any, Any]:
-        """Arguments for the network: one sample, all ones."""
+    def _ones(self, path: str) -> Call:
+        """A call of the network: one sample, all ones but for integers."""
         trainer, module = self.run.trainer, self.run.module
         if self.input_shape is not None:
-            return (torch.ones(1, *self.input_shape, device=module.device),), {}
+            return Call((torch.ones(1, *self.input_shape, device=module.device),), network=path)
         refuse_unrepeatable_data(trainer, module, f"{self.label} without input_shape")
-        calls: list[tuple[Any, Any]] = []
         with dry_run(trainer, module) as twin, torch.no_grad():
-            twin.get_submodule(path).register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
-            next(training_outputs(trainer, twin), None)
+            calls = record_calls(twin, [path], lambda: next(training_outputs(trainer, twin), None))
         if not calls:
             raise ValueError(
                 f"{self.label} saw no call of the network '{path or type(module).__name__}' in the first batch's "
-                "training_step; give the input_shape of one sample."
+                "training_step; give the input_shape of one sample, or the network that takes it."
             )
-        args, kwargs = calls[0]
-        return _each(args, self._one), _each(kwargs, self._one)
-
-    def _one(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{self.label} sends ones through the network, but this one takes numbers of type {tensor.dtype}; give a "
-                "network inside that takes floating-point numbers."
-            )
-        return torch.ones_like(tensor[:1])
-
-
-def _each(value: Any, apply: Callable[[Tensor], Any]) -> Any:
-    """The same structure with every tensor in it exchanged."""
-    if isinstance(value, Tensor):
-        return apply(value)
-    if isinstance(value, Mapping):
-        return {key: _each(item, apply) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_each(item, apply) for item in value])
-    return value
+        return calls[0].first(1).map(lambda tensor: torch.ones_like(tensor) if tensor.is_floating_point() else tensor)

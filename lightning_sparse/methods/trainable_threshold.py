@@ -79,6 +79,6 @@ class TrainableThreshold(LearnedThreshold):
     def pull(self, name: str) -> Tensor:
         return -self.strength * torch.exp(-self.sources[name])
 
-    def settle(self, name: str, dense: Tensor) -> None:
+    def thresholds_moved(self, name: str, dense: Tensor) -> None:
         kept = self.shown(name, dense).sum()
         self.sources[name].masked_fill_(kept <= 0.01 * dense.numel(), 0)

@@ -19,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_sparse.core import Masks, Target, count_macs, describe, effective_macs
+from lightning_sparse.core import Call, Masks, Target, count_macs, describe, effective_macs
 from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
-from lightning_sparse.loop.dry_run import dry_run, size_of
+from lightning_sparse.loop.dry_run import dry_run, size_of, take_step, train_but_leaves
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.privates import logged_step
 from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
@@ -325,17 +325,19 @@ def _dense_macs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> 
     example = module.example_input_array
     inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
     inputs = inputs[:1] if isinstance(inputs, Tensor) and inputs.ndim else inputs  # one sample will do
-    ways: list[tuple[Any, Callable[[Any], Any]]] = [
-        (inputs, lambda twin: twin(inputs)),
-        (batch, lambda twin: twin.training_step(batch, 0)),
+    ways: list[tuple[int, Callable[[Any], Any], Callable[[Any], Any]]] = [
+        (size_of(inputs), lambda twin: twin(inputs), nn.Module.eval),
+        (size_of(batch), lambda twin: take_step(twin, batch, 0), nn.Module.eval),
+        (size_of(batch), lambda twin: take_step(twin, batch, 0), train_but_leaves),
     ]
-    if isinstance(example, Tensor):
-        ways.insert(0, (example, lambda twin: twin(example.to(twin.device))))
+    if example is not None:
+        call = Call.of(example)
+        ways.insert(0, (call.samples, call, nn.Module.eval))
     reasons = []
-    for data, run in ways:
+    for samples, run, set_mode in ways:
         try:
             with dry_run(trainer, module) as twin, trainer.precision_plugin.forward_context():
-                counted = count_macs(twin, functools.partial(run, twin), size_of(data))
+                counted = count_macs(twin, functools.partial(run, twin), samples, set_mode)
         except Exception as error:
             reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:120])
         else:

@@ -225,7 +225,7 @@ class ComparesNothing(Honest):
 MISTAKES: list[tuple[type[Honest], str, str]] = [
     (KeepsOneMore, "1-target-sgd", "KeepsOneMore has missed its target: 276 of the 275 promised are kept"),
     (LetsGradientsPass, "2-zeros-adam", "the optimizer's exp_avg of 'net.0.weight' is not zero where dropped"),
-    (ProjectsAtTheEndOfTheBatch, "2-zeros-sgd", "'net.0.weight' is not zero where dropped"),
+    (ProjectsAtTheEndOfTheBatch, "2-zeros-sgd", "is not zero where dropped"),
     (SavesOthers, "2-zeros-adamw", "The full checkpoint of step 3 has entries of"),
     (DropsNothing, "2-zeros-sgd", "DropsNothing has dropped nothing here; make it stronger"),
     (CountsForItself, "3-resume-sgd", "Resumed at step 4, it differs from the uninterrupted run in ['/weights/"),
@@ -261,6 +261,8 @@ MISTAKES: list[tuple[type[Honest], str, str]] = [
 @pytest.mark.parametrize(("mistake", "check", "sentence"), MISTAKES, ids=[f"{row[0].__name__}-{row[1]}" for row in MISTAKES])
 @pytest.mark.filterwarnings("ignore:.*has removed all of")
 def test_it_is_noticed(mistake: type[Honest], check: str, sentence: str) -> None:
+    if "moving-average" in check and not hasattr(L.pytorch.callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging")
     with pytest.raises(AssertionError, match=re.escape(sentence)) as error:
         run_check(check, Case(partial(mistake, 0.9)))
     assert str(error.value).startswith(f"{check}: ")

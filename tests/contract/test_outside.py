@@ -35,7 +35,7 @@ def test_the_classes_of_the_guide(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(METHOD + single + several)
     only = "TestMyMethod and (1-target-sgd or 5-ranks) or TestSeveral and (2-zeros-adam or 6-micro-batches)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment |= {"PYTHONPATH": str(ROOT), "JSONARGPARSE_DEPRECATION_WARNINGS": "off"}  # of older Lightnings
     command = [sys.executable, "-m", "pytest", "-rs", "-W", "error", "-p", "no:cacheprovider", "-k", only]
     said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300).stdout
     assert "2 failed, 5 passed, 1 skipped" in said, said

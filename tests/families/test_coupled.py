@@ -9,7 +9,6 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_sparse import SNIP, CKARegularization, LotteryTicket, MagnitudePruning, RandomSparsity, RigL, WeightPenalty
 from lightning_sparse.core import Budget, Coupling, find_targets
@@ -231,6 +230,11 @@ def test_units() -> None:
     kept = torch.tensor([True, False, True])
     assert coupling.spread(kept, "b").tolist() == [True, False, True, True]
     assert coupling.gather({name: coupling.spread(kept, name) for name in "abc"}).equal(kept)
+    again = Coupling.restore(coupling.state(), {"a": 2, "b": 4, "c": 1})
+    assert again is not None
+    assert [units.tolist() for units in again.units.values()] == [[0, 1], [0, 1, 2, -1], [1]]
+    assert [names for names, _ in again.pools] == [names for names, _ in coupling.pools]
+    assert Coupling.restore(coupling.state(), {"a": 2, "b": 4}) is None
     fixed = Coupling(channels, {"a": 2, "b": 4}, {}, {"c": "no target"})
     assert fixed.units["a"].tolist() == [0, -1]
     assert fixed.units["b"].tolist() == [0, -1, 1, -1]
@@ -264,18 +268,7 @@ def test_what_cannot_be_coupled_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match="structure='coupled' is not rewired"):
         RigL(0.5, structure="coupled")
 
-    class Numbers(Toy):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return F.cross_entropy(self.net(torch.tensor(batch)), torch.zeros(1, dtype=torch.long))
-
-    short = {"max_epochs": 1, "limit_val_batches": 0}
-    net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4))
-    with pytest.raises(ValueError, match="finds no tensor in a batch; set example_input_array in Numbers"):
-        trainer(method, **short).fit(Numbers(net=net), torch.utils.data.DataLoader([[0.5, 0.5]], collate_fn=list))
-    module = Numbers(net=net)
-    module.example_input_array = torch.zeros(3, 2)
-    trainer(method, **short).fit(module, torch.utils.data.DataLoader([[0.5, 0.5]], collate_fn=list))
-    assert int(alive(net, "0").sum()) == 4
+    short: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0}
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ValueError, match="this needs torch-pruning; install it with"):
         trainer(method, **short).fit(resnet(), loader())

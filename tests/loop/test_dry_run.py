@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_sparse.loop.dry_run import dry_run, loss_of, refuse_unrepeatable_data, size_of, training_outputs
+from lightning_sparse.loop.dry_run import dry_run, loss_of, record_calls, refuse_unrepeatable_data, size_of, training_outputs
 from lightning_sparse.testing import BATCHES, Toy, loader, toy, trainer
 from tests.helpers.data import DATA, Talkative, run
 
@@ -216,3 +216,20 @@ def test_refusals() -> None:
 )
 def test_size_of(batch: Any, size: int) -> None:
     assert size_of(batch) == size
+
+
+def test_calls_are_those_of_the_largest_parts() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    x = torch.ones(5, 2)
+
+    def run() -> None:
+        net[1](torch.zeros(1, 3))
+        net(input=x)
+        net(torch.zeros(5, 2))
+        x.zero_()
+
+    (call,) = record_calls(net, ["1", "0", "", "1.0"], run)
+    assert call.network == ""
+    assert call.kwargs["input"].equal(torch.ones(5, 2)), "the first call, as it was"
+    assert [call.network for call in record_calls(net, ["1.0", "1"], run)] == ["1"]
+    assert not net._forward_pre_hooks

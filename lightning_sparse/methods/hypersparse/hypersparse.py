@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.core import MaskSet, Position, Remembered, RunLength, Span, check_choice, check_sparsity, check_whole
@@ -22,7 +22,7 @@ from lightning_sparse.functional import (
     top_k_masks,
 )
 from lightning_sparse.loop import Step
-from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, training_outputs
+from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, train_but_leaves, training_outputs
 from lightning_sparse.methods.hypersparse.stop_rule import Attempt, StopRule
 from lightning_sparse.methods.hypersparse.training_score import TrainingScore
 
@@ -56,8 +56,9 @@ class HyperSparse(Masked):
 
     to the gradients (see `functional.hypersparse_gradient`); after every epoch a copy pruned to the target is scored on the
     training set in evaluation mode, and the phase ends when it has caught up with the dense model's score during that epoch
-    (`core.StopRule`). Then the best copy is restored, with its mask for good and a fresh optimizer state, and `finetune`
-    goes on to the end.
+    (`core.StopRule`). A model that returns no loss in evaluation mode, such as a detector, is scored in train mode with its
+    norms and dropout in evaluation mode. Then the best copy is restored, with its mask for good and a fresh optimizer state,
+    and `finetune` goes on to the end.
 
     Costs four passes over the weights per step while regularizing, and one pass over the training set per epoch of it. The
     copies that may still be chosen (at most 2 * radius + 2) stay on the CPU and in the checkpoint.
@@ -247,15 +248,14 @@ class HyperSparse(Masked):
 
     def _try_pruned_copy(self, epoch: int) -> str | None:
         """Score a copy pruned to the target, and ask the stop rule."""
-        trainer, module = self.run.trainer, self.run.module
+        trainer = self.run.trainer
         masks = self._magnitude_masks()
-        pruned = torch.zeros_like(self.dense)
-        with dry_run(trainer, module) as twin:
-            masks.apply_(dict(twin.named_parameters()))
-            twin.eval()
-            state = {name: value.to("cpu", copy=True) for name, value in twin.state_dict().items()}
-            for batch, output in training_outputs(trainer, twin):
-                pruned += self._score.weighted(output, batch)
+        try:
+            state, pruned = self._score_copy(masks, nn.Module.eval)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # such models have many ways to fail; what is wrong in train mode too is raised from there
+            state, pruned = self._score_copy(masks, train_but_leaves)
         dense, attained = self._score.mean(trainer, self.dense), self._score.mean(trainer, pruned)
         if not math.isfinite(dense):
             raise RuntimeError(
@@ -270,6 +270,17 @@ class HyperSparse(Masked):
         assert self.stop_rule.best is not None
         self.history.append(entry | {"best": self.stop_rule.best.epoch, "mean": self.stop_rule.mean})
         return reason
+
+    def _score_copy(self, masks: MaskSet, set_mode: Callable[[nn.Module], Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """The state of a pruned copy, and what it scores on the training set: the sum, and the number of samples."""
+        pruned = torch.zeros_like(self.dense)
+        with dry_run(self.run.trainer, self.run.module) as twin:
+            masks.apply_(dict(twin.named_parameters()))
+            set_mode(twin)
+            state = {name: value.to("cpu", copy=True) for name, value in twin.state_dict().items()}
+            for batch, output in training_outputs(self.run.trainer, twin):
+                pruned += self._score.weighted(output, batch)
+        return state, pruned
 
     def _magnitude_masks(self) -> MaskSet:
         sizes = [weight.detach().abs() for weight in self.weights.values()]
