@@ -299,14 +299,19 @@ def adapted() -> nn.Module:
 
 
 EXPERTS = "each expert counts as a layer of its own; the router stays dense"
-TIED = "the head shares its weight with the embedding, so it stays dense; `type:Embedding` takes it"
+TIED = "the head shares its weight with the embedding and stays dense with it"
 HF, PYG, TIMM = ("transformers",), ("torch_geometric",), ("timm",)
 
 ZOO: dict[str, Foreign] = {
     "mixtral": Foreign(
         "Mixtral (transformers)",
         from_config(
-            "MixtralForCausalLM", "MixtralConfig", **DECODER, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2
+            "MixtralForCausalLM",
+            "MixtralConfig",
+            **DECODER,
+            intermediate_size=24,
+            num_local_experts=4,
+            num_experts_per_tok=2,
         ),
         text,
         own_loss,
@@ -337,7 +342,7 @@ ZOO: dict[str, Foreign] = {
         text,
         own_loss,
         HF,
-        f"experts hold their inputs first, and outputs are outputs all the same; {EXPERTS}",
+        f"experts hold their inputs first; {EXPERTS}",
     ),
     "gpt2": Foreign("GPT-2 (transformers)", GPT2, text, own_loss, HF, f"`Conv1D` holds its inputs first; {TIED}"),
     "bert": Foreign(
@@ -447,8 +452,8 @@ ZOO: dict[str, Foreign] = {
         lambda: {"input_values": torch.rand(2, 64), "labels": torch.randint(3, (2,))},
         own_loss,
         HF,
-        "one convolution carries a weight norm, which computes its weight",
-        ("!model.wav2vec2.encoder.pos_conv_embed",),
+        "one convolution has a weight norm, which computes its weight",
+        ("!*.pos_conv_embed",),
         "is computed by a parametrization",
     ),
     "lora": Foreign(
@@ -457,21 +462,22 @@ ZOO: dict[str, Foreign] = {
         text,
         own_loss,
         ("transformers", "peft"),
-        "the frozen base is left out, the adapters become sparse",
+        "the base is frozen and left out; the adapters become sparse",
     ),
     "lstm": Foreign("LSTM language model", lambda: Recurrent(nn.LSTM), tokens, next_token, note="gates count as outputs"),
     "gru": Foreign("GRU language model", lambda: Recurrent(nn.GRU), tokens, next_token, note="gates count as outputs"),
     "tied-lstm": Foreign("LSTM with a tied head", lambda: Recurrent(nn.LSTM, True), tokens, next_token, note=TIED),
     "encoder": Foreign(
-        "`nn.TransformerEncoder`", Reader, lambda: (tokens(), torch.randint(4, (3,))), classified, note="query, key and value "
-        "are one matrix of three times as many outputs",
+        "`nn.TransformerEncoder`",
+        Reader,
+        lambda: (tokens(), torch.randint(4, (3,))),
+        classified,
+        note="query, key and value are one matrix of three times as many outputs",
     ),
     "unet": Foreign("UNet of a diffusion model", UNet, lambda: (torch.rand(2, 3, 8, 8), torch.rand(2)), denoised),
     "gcn": Foreign("GCN (torch-geometric)", lambda: Graph("GCNConv"), graph, nodes, PYG),
     "gin": Foreign("GIN (torch-geometric)", lambda: Graph("GINConv"), graph, nodes, PYG),
-    "gat": Foreign(
-        "GAT (torch-geometric)", lambda: Graph("GATConv"), graph, nodes, PYG, "the attention vectors stay dense"
-    ),
+    "gat": Foreign("GAT (torch-geometric)", lambda: Graph("GATConv"), graph, nodes, PYG, "the attention vectors stay dense"),
     "resnet": Foreign("ResNet (timm)", timm("test_resnet"), images, classified, TIMM),
     "convnext": Foreign("ConvNeXt (timm)", timm("test_convnext"), images, classified, TIMM),
     "efficientnet": Foreign("EfficientNet (timm)", timm("test_efficientnet"), images, classified, TIMM),

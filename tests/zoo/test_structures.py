@@ -121,9 +121,15 @@ def probes_of(layer: nn.Module, shape: tuple[int, ...]) -> Iterator[Probe]:
             route = torch.tensor([[expert]]), torch.ones(1, 1)
             for weight, inner in (("gate_up_proj", False), ("down_proj", True)):
                 yield Probe(weight, (expert,), layer, lambda m, x, r=route: m(x[None], *r)[0], shape[-1], inner)
-    elif shape and not type(layer).__name__.endswith(("Router", "Embedding", "Norm")):
-        if isinstance(getattr(layer, "weight", None), nn.Parameter) and layer.weight.ndim == 2:
-            yield Probe("weight", (), layer, lambda m, x: m(x[None])[0], shape[-1])
+    elif shape and is_matrix(layer):
+        yield Probe("weight", (), layer, lambda m, x: m(x[None])[0], shape[-1])
+
+
+def is_matrix(layer: nn.Module) -> bool:
+    """Whether it multiplies a vector by a matrix."""
+    other = type(layer).__name__.endswith(("Router", "Embedding", "Norm"))
+    weight = getattr(layer, "weight", None)
+    return not other and isinstance(weight, nn.Parameter) and weight.ndim == 2
 
 
 def convolved(layer: nn.Module, x: Tensor) -> Tensor:
@@ -188,3 +194,15 @@ def test_two_of_four_inputs_are_kept(name: str) -> None:
                 assert [int((k & f).count_nonzero()) for k, f in zip(kept, four, strict=True)] == [2] * len(four), place
                 checked += 1
     assert checked
+
+
+def test_what_does_not_fit_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    guest = fit("convnext", MagnitudePruning(structure="2:4", start=0, end=0))
+    assert "leaves 'model.stem.0.weight' dense: it has 3 inputs" in caplog.text
+    first, depthwise = (
+        guest.get_parameter("model.stem.0.weight"),
+        guest.get_parameter("model.stages.0.blocks.0.conv_dw.weight"),
+    )
+    assert bool((first != 0).all())
+    assert bool((depthwise != 0).all())

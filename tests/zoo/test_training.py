@@ -28,7 +28,20 @@ from lightning_sparse.testing import differences, masks_of, off_target, state_of
 from tests.zoo.models import ZOO, Batches, Guest
 
 METHODS: dict[str, Callable[..., Sparsifier]] = {"magnitude": MagnitudePruning, "rigl": RigL}
-WEIGHTS_ALONE = ("mixtral", "qwen3-moe", "gpt-oss", "gpt2", "lstm", "gru", "gcn", "gin", "vit", "whisper", "resnet", "convnext")
+WEIGHTS_ALONE = (
+    "mixtral",
+    "qwen3-moe",
+    "gpt-oss",
+    "gpt2",
+    "lstm",
+    "gru",
+    "gcn",
+    "gin",
+    "vit",
+    "whisper",
+    "resnet",
+    "convnext",
+)
 """Models of which everything that is no embedding can become sparse."""
 
 
@@ -127,3 +140,14 @@ def test_other_methods(name: str, make: Callable[[], Sparsifier], tmp_path: Path
     assert off_target(method) == []
     assert zeros_hold(method, guest)
     assert all(value.isfinite().all() for value in plain_state(guest, runner, tmp_path / "plain.ckpt").values())
+
+
+def test_a_frozen_base_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    guest, _ = fit("lora", MagnitudePruning(0.5), epochs=1)
+    assert "leaves out 4 frozen weights with 3,072 entries" in caplog.text
+    assert "% of the trainable weights" not in caplog.text
+    fresh = Guest(ZOO["lora"]).state_dict()
+    changed = {name for name, value in guest.state_dict().items() if not value.equal(fresh[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
