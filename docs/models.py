@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from lightning_sparse.core import describe, find_targets  # noqa: E402
 from lightning_sparse.core.coverage import coverage  # noqa: E402
-from tests.zoo.models import ZOO, Foreign  # noqa: E402
+from tests.helpers.zoo import ZOO, Foreign  # noqa: E402
 
 PAGE = Path(__file__).parent / "models.md"
 PLACE = re.compile(r"(?<=<!-- models -->\n).*(?=\n<!-- end of models -->)", flags=re.DOTALL)

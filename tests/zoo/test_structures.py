@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.testing import trainer
-from tests.zoo.models import ZOO, Batches, Guest
+from tests.helpers.zoo import ZOO, Batches, Guest
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 NAMES = sorted({*ZOO} - {"wav2vec2", "nfnet", "schedulefree", "detector"})  # of whose layers others have the like

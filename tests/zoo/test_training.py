@@ -25,7 +25,7 @@ from lightning_sparse.core import find_targets
 from lightning_sparse.core.coverage import coverage
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.testing import differences, masks_of, off_target, state_of, trainer, zeros_hold
-from tests.zoo.models import ZOO, Batches, Guest
+from tests.helpers.zoo import ZOO, Batches, Guest
 
 METHODS: dict[str, Callable[..., Sparsifier]] = {"magnitude": MagnitudePruning, "rigl": RigL}
 WEIGHTS_ALONE = (

@@ -71,6 +71,11 @@ class Guest(L.LightningModule):
         if hasattr(optimizer, "train"):  # schedulefree
             optimizer.train()
 
+    def on_train_end(self) -> None:
+        optimizer: Any = self.trainer.optimizers[0]
+        if hasattr(optimizer, "eval"):  # the weights become an average that the optimizer keeps
+            optimizer.eval()
+
 
 class Batches:
     """The same random batches in every epoch; a run can resume inside an epoch."""
@@ -498,6 +503,7 @@ ZOO: dict[str, Foreign] = {
         tokens,
         next_token,
         ("schedulefree",),
+        "zeros hold for `optimizer.train()` and for `optimizer.eval()`",
         optimizer=lambda parameters: part("schedulefree.AdamWScheduleFree")(parameters, lr=1e-2),
     ),
 }
