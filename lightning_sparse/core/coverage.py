@@ -71,7 +71,9 @@ def coverage(module: nn.Module, patterns: Sequence[str], chosen: Collection[str]
     matrices, missed = 0, []
     for candidate in describe(module, patterns):
         parameter = sizes[candidate.name]
-        if not parameter.requires_grad or id(parameter) in embeddings or not _is_matrix(candidate.name, candidate.shape):
+        if not parameter.requires_grad or id(parameter) in embeddings:
+            continue
+        if not candidate.chosen and not _is_matrix(candidate.name, candidate.shape):
             continue
         matrices += parameter.numel()
         by_choice = candidate.chosen or candidate.reason.startswith(("excluded", "no pattern"))

@@ -71,6 +71,7 @@ def register_layer(
         ValueError: if it is no layer type, or dimensions overlap.
 
     Example:
+        >>> import torch
         >>> class Transposed(nn.Module):
         ...     def __init__(self) -> None:
         ...         super().__init__()
