@@ -8,15 +8,26 @@ from typing import Any
 
 from lightning_sparse.core import FINAL, MaskSet
 from lightning_sparse.families import Masked, Rewiring
+from lightning_sparse.families.watch import Watch
 from lightning_sparse.loop import Loop, Sparsifier
 
 STATIONS = ("before_step", "_after_step", "batch_start", "batch_end", "_direct_step")
 
 
 def hand_over(method: Sparsifier, methods: Sequence[Sparsifier]) -> None:
-    """Let these act from the next station on, in the fit of a method that has begun; none of them if there are none."""
+    """Let these act from the next station on, in the fit of a method that has begun; none of them if there are none.
+
+    Each finds weights and moments as if its last step had been its own.
+    """
     assert method.loop is not None
     method.loop.methods = list(methods)
+    for one in methods:
+        if isinstance(one, Masked) and one.mask_set is not None:
+            one.clean()  # the others have moved what it has pruned, and its moments
+            one.watch = Watch()
+            one.watch.note(one.weights)
+            for optimizer in one.run.optimizers:
+                one.watch.trust(optimizer, one.masks.changes)
 
 
 def stand_in(method: Rewiring, owner: Masked) -> None:

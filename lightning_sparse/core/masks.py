@@ -137,7 +137,8 @@ class MaskSet(Masks):
         """Set dropped entries of the given tensors to zero, in place; names without a mask pass through."""
         for name, tensor in tensors.items():
             if tensor is not None and name in self._bits and self._kept[name] < tensor.numel():
-                apply_bits_(tensor, self._bits[name].to(tensor.device))
+                bits = self._bits[name]
+                apply_bits_(tensor, bits if bits.device == tensor.device else bits.to(tensor.device))
 
     @torch.no_grad()
     def astray(self, tensors: Mapping[str, Tensor]) -> str | None:

@@ -15,6 +15,7 @@ def others(tensor: Tensor, dim: Dims) -> list[int]:
     """All dimensions but these.
 
     Example:
+        >>> import torch
         >>> others(torch.ones(2, 3, 4), 1), others(torch.ones(2, 3, 4), (0, 1))
         ([0, 2], [2])
     """
@@ -26,6 +27,7 @@ def count_along(tensor: Tensor, dim: Dims) -> int:
     """How many vectors there are.
 
     Example:
+        >>> import torch
         >>> count_along(torch.ones(2, 3, 4), (0, 1))
         6
     """
