@@ -9,7 +9,7 @@ from typing import Any
 from lightning_sparse.core import FINAL, MaskSet
 from lightning_sparse.families import Masked, Rewiring
 from lightning_sparse.families.watch import Watch
-from lightning_sparse.loop import Loop, Sparsifier
+from lightning_sparse.loop import Loop, Sparsifier, Step
 
 STATIONS = ("before_step", "_after_step", "batch_start", "batch_end", "_direct_step")
 
@@ -25,8 +25,8 @@ def hand_over(method: Sparsifier, methods: Sequence[Sparsifier]) -> None:
         if isinstance(one, Masked) and one.mask_set is not None:
             one.clean()  # the others have moved what it has pruned, and its moments
             one.watch = Watch()
-            one.watch.note(one.weights)
             for optimizer in one.run.optimizers:
+                one.watch.note(Step(optimizer, one.loop._owned[id(optimizer)][id(one)]))
                 one.watch.trust(optimizer, one.masks.changes)
 
 

@@ -33,7 +33,7 @@ from lightning_sparse.core.linear import (
     padding_of,
 )
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
-from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet
+from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments
 from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
@@ -77,6 +77,7 @@ __all__ = [
     "MaskSet",
     "Masks",
     "Memory",
+    "Mold",
     "NOfM",
     "Network",
     "Place",

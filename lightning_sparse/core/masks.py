@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_sparse.functional import any_bits, apply_bits_, mask_bits, pack, unpack
+from lightning_sparse.functional import any_bits, apply_bits_, is_for_one_thread, mask_bits, pack, unpack
 
-__all__ = ["LiveMasks", "MaskSet", "Masks"]
+__all__ = ["LiveMasks", "MaskSet", "Masks", "Mold"]
 
 
 class Masks(ABC):
@@ -86,6 +87,7 @@ class MaskSet(Masks):
             for name, weight in (weights or {}).items()
         }
         self._kept = {name: bits.numel() for name, bits in self._bits.items()}
+        self._total: int | None = None
         self.changes = 0
         """How often masks have been replaced or loaded."""
 
@@ -107,6 +109,16 @@ class MaskSet(Masks):
     @property
     def counts(self) -> dict[str, int]:
         return dict(self._kept)
+
+    @property
+    def kept(self) -> int:
+        return sum(self._kept.values())
+
+    @property
+    def total(self) -> int:
+        if self._total is None:
+            self._total = sum([bits.numel() for bits in self._bits.values()])
+        return self._total
 
     def dropped(self, name: str) -> Tensor:
         return self._bits[name] == 0
@@ -132,19 +144,25 @@ class MaskSet(Masks):
         self.changes += 1  # also where nothing has changed: all ranks must come to the comparison together
         return unsettled
 
+    def bits(self, name: str, like: Tensor) -> Tensor | None:
+        """The mask in the form that is applied, on the device of a tensor; None where nothing is dropped."""
+        if name not in self._bits or self._kept[name] == like.numel():
+            return None
+        bits = self._bits[name]
+        return bits if bits.device == like.device else bits.to(like.device)
+
     @torch.no_grad()
     def apply_(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Set dropped entries of the given tensors to zero, in place; names without a mask pass through."""
         for name, tensor in tensors.items():
-            if tensor is not None and name in self._bits and self._kept[name] < tensor.numel():
-                bits = self._bits[name]
-                apply_bits_(tensor, bits if bits.device == tensor.device else bits.to(tensor.device))
+            if tensor is not None and (bits := self.bits(name, tensor)) is not None:
+                apply_bits_(tensor, bits)
 
     @torch.no_grad()
     def astray(self, tensors: Mapping[str, Tensor]) -> str | None:
         """The first tensor of which a dropped entry is not +0.0, or None; waits for the device once."""
-        names = [name for name, tensor in tensors.items() if name in self._bits and self._kept[name] < tensor.numel()]
-        found = [any_bits(tensors[name], ~self._bits[name].to(tensors[name].device)) for name in names]
+        kept = {name: bits for name, tensor in tensors.items() if (bits := self.bits(name, tensor)) is not None}
+        names, found = [*kept], [any_bits(tensors[name], ~bits) for name, bits in kept.items()]
         together = torch.stack([flag.to(found[0].device) for flag in found]).tolist() if found else []
         return next((name for name, flag in zip(names, together, strict=True) if flag), None)
 
@@ -160,8 +178,45 @@ class MaskSet(Masks):
         """Take over what `state_dict` returned, on the CPU."""
         masks = {name: unpack(saved["kept"], tuple(saved["shape"])) for name, saved in state.items()}
         self._bits = {name: mask_bits(mask) for name, mask in masks.items()}
-        self._kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+        self._kept, self._total = {name: int(mask.count_nonzero()) for name, mask in masks.items()}, None
         self.changes += 1
+
+
+class Mold:
+    """What presses masks onto the gradients of some weights, or onto the weights: made once for each change of masks.
+
+    Where calls cost more than the work, in small layers, all that stays the same from step to step is kept ready.
+
+    Args:
+        masks: that are pressed on.
+        weights: by name; those of which nothing is dropped are passed over.
+    """
+
+    def __init__(self, masks: MaskSet, weights: Mapping[str, nn.Parameter]) -> None:
+        self.changes = masks.changes
+        self._parts = [
+            (weight, bits, bits.numpy() if is_for_one_thread(weight) and weight.dtype == torch.float32 else None)
+            for name, weight in weights.items()
+            if (bits := masks.bits(name, weight)) is not None
+        ]
+
+    def press_gradients(self) -> None:
+        """Set the gradients of dropped entries to zero."""
+        for weight, bits, array in self._parts:
+            gradient = weight.grad
+            if gradient is None:
+                continue
+            if array is None or gradient.requires_grad:
+                apply_bits_(gradient, bits)
+            else:
+                raw = gradient.numpy().view(np.int32)
+                np.bitwise_and(raw, array, raw)
+
+    @torch.no_grad()
+    def press_weights(self) -> None:
+        """Set dropped entries to zero."""
+        for weight, bits, _ in self._parts:
+            apply_bits_(weight, bits)
 
 
 class LiveMasks(Masks):

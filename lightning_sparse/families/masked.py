@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_sparse.core import MaskSet, Remembered, clear_moments
+from lightning_sparse.core import MaskSet, Mold, Remembered, clear_moments
 from lightning_sparse.families.watch import Watch
 from lightning_sparse.loop import Run, Sparsifier, Step
 
@@ -28,6 +28,7 @@ class Masked(Sparsifier):
     def __init__(self, *, targets: str | Sequence[str] = ("*",), name: str | None = None) -> None:
         super().__init__(targets=targets, name=name)
         self.watch = Watch()
+        self._molds: dict[int, Mold] = {}
 
     @property
     def mask_set(self) -> MaskSet | None:
@@ -40,6 +41,11 @@ class Masked(Sparsifier):
     def enter(self, run: Run) -> None:
         super().enter(run)
         self.watch = Watch()
+        self._molds.clear()
+
+    def leave(self) -> None:
+        super().leave()
+        self._molds.clear()
 
     def begin(self) -> None:
         self.masks = MaskSet(self.weights)
@@ -72,8 +78,8 @@ class Masked(Sparsifier):
                 clear_moments(optimizer, weight, self.masks.dropped(name))
 
     def silence(self, step: Step) -> None:
-        self.masks.apply_({name: weight.grad for name, weight in step.weights.items()})
-        if not self.watch.moved and self.watch.written(step.weights):
+        self._mold(step).press_gradients()
+        if not self.watch.moved and self.watch.written(step):
             self.watch.distrust(step.optimizer)
 
     def after_unseen_step(self, step: Step) -> None:
@@ -84,18 +90,22 @@ class Masked(Sparsifier):
     def project(self, step: Step) -> None:
         watch = self.watch
         if watch.moved:
-            self.masks.apply_(step.weights)
+            self._mold(step).press_weights()
         elif not watch.trusts(step.optimizer, self.masks.changes):
             self._look(step.weights, f"{type(step.optimizer).__name__}, or who writes to the weights beside it,")
             watch.trust(step.optimizer, self.masks.changes)
         elif self.run.time_to_count:
             self._look(watch.sample(step.weights), type(step.optimizer).__name__)
-        watch.note(step.weights)
+        watch.note(step)
 
     def settle(self) -> None:
-        if not self.watch.moved or self.watch.written(self.weights):
-            self._look(self.weights, "Something between two steps")
-            self.watch.note(self.weights)
+        self._look(self.weights, "Something between two steps")
+
+    def _mold(self, step: Step) -> Mold:
+        mold = self._molds.get(id(step.optimizer))
+        if mold is None or mold.changes != self.masks.changes:
+            mold = self._molds[id(step.optimizer)] = Mold(self.masks, step.weights)
+        return mold
 
     def _look(self, weights: Mapping[str, nn.Parameter], who: str) -> None:
         """See whether pruned entries are zero; if not, put all of them back, now and after every step to come."""

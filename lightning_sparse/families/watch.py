@@ -7,6 +7,8 @@ from collections.abc import Hashable, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_sparse.loop import Step
+
 __all__ = ["Watch"]
 
 
@@ -23,7 +25,7 @@ class Watch:
         self.moved = False
         """Whether something has moved a pruned entry; from then on they are put back after every step."""
         self._passed: dict[int, Hashable] = {}
-        self._versions: dict[str, int] = {}
+        self._versions: dict[int, list[int]] = {}
         self._turn = 0
 
     def trusts(self, optimizer: Optimizer, changes: int) -> bool:
@@ -43,15 +45,13 @@ class Watch:
         """Something has happened that asks for a look."""
         self._passed.pop(id(optimizer), None)
 
-    def note(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """All that has been written to these weights up to now is known."""
-        for name, weight in weights.items():
-            self._versions[name] = weight._version
+    def note(self, step: Step) -> None:
+        """All that has been written to the weights of a step up to now is known."""
+        self._versions[id(step.optimizer)] = [weight._version for weight in step.weights.values()]
 
-    def written(self, weights: Mapping[str, nn.Parameter]) -> bool:
-        """Whether anybody has written to these weights since they were noted; edits of `.data` do not show."""
-        versions = self._versions
-        return any(versions.get(name) != weight._version for name, weight in weights.items())
+    def written(self, step: Step) -> bool:
+        """Whether anybody has written to the weights of a step since they were noted; edits of `.data` do not show."""
+        return self._versions.get(id(step.optimizer)) != [weight._version for weight in step.weights.values()]
 
     def sample(self, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """One weight of them, another one each time."""

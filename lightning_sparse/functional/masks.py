@@ -6,11 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["any_bits", "apply_bits_", "channel_score", "expand_channels", "mask_bits", "n_m_mask", "pack", "unpack"]
+__all__ = [
+    "any_bits",
+    "apply_bits_",
+    "channel_score",
+    "expand_channels",
+    "is_for_one_thread",
+    "mask_bits",
+    "n_m_mask",
+    "pack",
+    "unpack",
+]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GRAIN = 1 << 15  # entries: up to here torch takes one thread too
-_CHUNK = 1 << 19  # 2 MiB of int32, which stays in the cache between widening a mask and using it
+_CHUNK = 1 << 17  # entries per thread, which stay in its cache between widening a mask and using it
 
 
 def n_m_mask(score: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
@@ -101,20 +111,26 @@ def apply_bits_(tensor: Tensor, bits: Tensor) -> None:
         tensor([1.5000, 0.0000])
     """
     raw = tensor.view(_INTEGERS[tensor.element_size()])
-    if tensor.is_cpu and (tensor.numel() <= _GRAIN or torch.get_num_threads() == 1):
+    if is_for_one_thread(tensor):
         array = raw.numpy()
-        np.bitwise_and(array, bits.numpy(), out=array)
+        np.bitwise_and(array, bits.numpy(), array)
         return
-    if tensor.numel() <= _CHUNK or not (tensor.is_cpu and tensor.is_contiguous() and bits.is_contiguous()):
+    if tensor.numel() <= _GRAIN or not (tensor.is_cpu and tensor.is_contiguous() and bits.is_contiguous()):
         raw.bitwise_and_(bits if tensor.is_cuda else bits.to(raw.dtype))
         return
     raw, bits = raw.view(-1), bits.view(-1)
-    buffer = torch.empty(_CHUNK, dtype=raw.dtype)
-    for start in range(0, raw.numel(), _CHUNK):
-        part = raw[start : start + _CHUNK]
+    size = _CHUNK * torch.get_num_threads()
+    buffer = torch.empty(size, dtype=raw.dtype)
+    for start in range(0, raw.numel(), size):
+        part = raw[start : start + size]
         wide = buffer[: part.numel()]
-        wide.copy_(bits[start : start + _CHUNK])
+        wide.copy_(bits[start : start + size])
         part.bitwise_and_(wide)
+
+
+def is_for_one_thread(tensor: Tensor) -> bool:
+    """Whether torch itself would take one thread for this tensor, or has no more."""
+    return tensor.is_cpu and (tensor.numel() <= _GRAIN or torch.get_num_threads() == 1)
 
 
 def any_bits(tensor: Tensor, bits: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ class Loop:
         run.batch_idx = batch_idx - 1
         with torch.no_grad():
             for method in self.methods:
-                method.before_batch(method.position())
+                if method.answers(Method.before_batch):  # it takes longer to say where the run is than to do nothing
+                    method.before_batch(method.position())
         if run.fresh:
             self._compare_ranks()
         run.batch_idx, run.fresh, self._handed_over = batch_idx, False, False
@@ -158,7 +159,8 @@ class Loop:
 
     def _evolve(self, epoch_start: bool = False, under_way: int = 0) -> None:
         for method in self.methods:
-            method.evolve(method.position(epoch_start, under_way))
+            if method.answers(Method.evolve):
+                method.evolve(method.position(epoch_start, under_way))
         self._compare_ranks()
 
     # ---- a step ------------------------------------------------------------------------------------------------------
@@ -364,9 +366,9 @@ class Loop:
         Raises:
             RuntimeError: naming the first weight whose masks differ.
         """
+        if self.run.trainer.world_size == 1:
+            return
         for method, masks in self.to_compare(live):
-            if self.run.trainer.world_size == 1:
-                continue
             mine = masks.fingerprint().to(self.run.trainer.strategy.root_device)
             everyone = self.run.trainer.strategy.all_gather(mine)
             wrong = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
