@@ -366,9 +366,9 @@ class Loop:
         Raises:
             RuntimeError: naming the first weight whose masks differ.
         """
-        if self.run.trainer.world_size == 1:
-            return
         for method, masks in self.to_compare(live):
+            if self.run.trainer.world_size == 1:
+                continue
             mine = masks.fingerprint().to(self.run.trainer.strategy.root_device)
             everyone = self.run.trainer.strategy.all_gather(mine)
             wrong = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
