@@ -98,7 +98,7 @@ def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     total = sum([score.numel() for score in scores])
     if not 0 <= keep <= total:
         raise ValueError(f"keep={keep} is impossible among {total} entries; give 0 <= keep <= {total}.")
-    if any([bool(score.isnan().any()) for score in scores]):  # noqa: C419 - one call, not one per tensor
+    if any([bool(score.amax().isnan()) for score in scores if score.numel()]):  # noqa: C419 - one call, not one per tensor
         raise ValueError("A score is NaN, so nothing can be ranked; look for a diverged loss or a bad weight.")
     if keep in (0, total):
         return [torch.full_like(score, keep > 0, dtype=torch.bool) for score in scores]
