@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import cka_regularization, hypersparse, methods, overhead, rewiring, updates
+from benchmarks import cka_regularization, hypersparse, masking, methods, overhead, rewiring, updates
 from benchmarks.accuracy import Comparison
 from benchmarks.record import Measurements, Options, Suite, at_once, whole
 from benchmarks.suites import PAPER
@@ -34,7 +34,7 @@ from benchmarks.trainers import Net, quiet
 from benchmarks.turns import timed
 from lightning_sparse import SNIP, MagnitudePruning, RigL
 from lightning_sparse.export import choose_semi_structured
-from lightning_sparse.functional import apply_bits_, kth_smallest, mask_bits
+from lightning_sparse.functional import kth_smallest
 from lightning_sparse.loop import Sparsifier
 
 
@@ -65,20 +65,6 @@ def order_statistics(options: Options) -> dict[str, Any]:
                 table[f"{name}, {n:,}"] = str(error).splitlines()[0]
         table[f"same value, {n:,}"] = len(found) == 1
     return table
-
-
-def masking(options: Options) -> dict[str, float]:
-    """Applying a mask: bits, masked_fill, and a float mask of four times the size."""
-    n = 100_000 if options.quick else 100_000_000
-    weight, mask = torch.randn(n, device=options.device), torch.rand(n, device=options.device) > 0.9
-    bits, dropped, floats = mask_bits(mask), ~mask, mask.float()
-    ways: dict[str, Callable[[], Any]] = {
-        "apply_bits_": lambda: apply_bits_(weight, bits),
-        "masked_fill_": lambda: weight.masked_fill_(dropped, 0),
-        "mul_ by a float mask": lambda: weight.mul_(floats),
-        "mul_ by a boolean mask": lambda: weight.mul_(mask),
-    }
-    return {name: min(timed(way, options.device) for _ in range(10)) for name, way in ways.items()}
 
 
 def fit(method: Sparsifier, device: str, wrap: Callable[[Any], Any] = lambda module: module, **more: Any) -> dict[str, Any]:
@@ -132,7 +118,7 @@ CHECKS = {
         "inductor": whole(inductor),
         "two_of_four": whole(two_of_four),
         "order_statistics": whole(order_statistics),
-        "masking": whole(masking),
+        "masking": masking.parts,
         "hypersparse": hypersparse.parts,
         "rewiring": rewiring.parts,
         "cka": cka_regularization.parts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ def resnet18() -> nn.Module:
     return net
 
 
+def chain(layers: int) -> nn.Module:
+    """Of layers so small that calls are all they cost."""
+    return nn.Sequential(
+        nn.AdaptiveAvgPool3d((1, 4, 4)), nn.Flatten(), *(nn.Linear(16, 16, bias=False) for _ in range(layers))
+    )
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "quick": lambda: perceptron(3072, 512, 10),
     "mlp": lambda: perceptron(3072, 512, 512, 512, 10),
@@ -79,6 +87,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: ResNet(depth=20),
     "resnet50": torchvision.models.resnet50,
     "vit": vit,
+    **{f"chain of {layers}": partial(chain, layers) for layers in (3, 50, 300)},
 }
 """For images of 32 pixels and ten classes, but for ResNet-50."""
 

@@ -60,6 +60,7 @@ class Masked(Sparsifier):
             masks: by name; True = kept. Masks left out stay.
         """
         weights, mine = self.weights, self.masks
+        self._molds.clear()  # they hold the old masks
         unsettled = mine.replace(masks)
         for optimizer in self.run.optimizers:
             for name, entries in unsettled.items():
