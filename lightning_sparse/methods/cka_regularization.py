@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class CKARegularization(Sparsifier):
     r"""Pull the features of layers apart while training: list it beside any other method, or alone for a dense start.
 
-    At station `feature_penalty`: adds $\\beta \\sum_{i \\ne j} w_{ij} \\mathrm{CKA}(X_i, X_j)$, over the ordered pairs of
+    At station `feature_penalty`: adds $\beta \sum_{i \ne j} w_{ij} \mathrm{CKA}(X_i, X_j)$, over the ordered pairs of
     layers of a stage, to the loss of every k-th batch, from its first few samples. With eight samples it costs less than
     a hundredth of the arithmetic of a step of ResNet-20; layers that the autograd graph holds anyway are not copied.
 
@@ -41,7 +41,7 @@ class CKARegularization(Sparsifier):
     unbiased=False, samples=None, every_n_batches=1` with a strength of 0.1.
 
     Args:
-        strength: $\\beta$, at least 0. As a sum over pairs the term grows with depth: a ResNet-20 has 18 ordered pairs, a
+        strength: $\beta$, at least 0. As a sum over pairs the term grows with depth: a ResNet-20 has 18 ordered pairs, a
             ResNet-56 216.
         samples: the first so many of each batch, at least 4; None takes all.
         every_n_batches: k; the term is in batches 0, k, 2k, ... of each epoch, and is not made larger for it.

@@ -45,7 +45,7 @@ class WeightPenalty(Pruning):
 
     Args:
         sparsity: the fraction removed by the prune, in [0, 1); None prunes nothing, and then the penalty alone decides.
-        penalty: see above.
+        penalty: what is penalized: `l1`, `l2`, `group_lasso` or `hoyer`.
         strength: lambda, not negative.
         proximal: take the penalty as a proximal step, which makes exact zeros by itself, where there is one. The step
             size is the plain learning rate, also with optimizers that scale every entry by their own.
