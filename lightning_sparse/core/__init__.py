@@ -14,7 +14,7 @@ from lightning_sparse.core.chains import (
 from lightning_sparse.core.checks import check_choice, check_number, check_sparsity, check_whole
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
-from lightning_sparse.core.coverage import Coverage, coverage
+from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
@@ -107,6 +107,7 @@ __all__ = [
     "convolution_of",
     "copy_model",
     "count_macs",
+    "count_parameters",
     "coupled_outputs",
     "coverage",
     "describe",

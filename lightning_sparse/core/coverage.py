@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_sparse.core.targets import describe
 
-__all__ = ["Coverage", "coverage"]
+__all__ = ["Coverage", "count_parameters", "coverage"]
 
 TENTH = 0.1
 """Of the matrix weights; what is left out beyond it deserves a warning."""
@@ -79,12 +80,17 @@ def coverage(module: nn.Module, patterns: Sequence[str], chosen: Collection[str]
         by_choice = candidate.chosen or candidate.reason.startswith(("excluded", "no pattern"))
         if candidate.name not in chosen and not by_choice:
             missed.append(candidate)
-    model = sum([parameter.numel() for parameter in sizes.values()])
+    model = count_parameters(module)
     if not missed:
         return Coverage(model, matrices)
     counts = {candidate.name: sizes[candidate.name].numel() for candidate in missed}
     largest = max(missed, key=lambda candidate: counts[candidate.name])
     return Coverage(model, matrices, sum(counts.values()), largest.name, largest.kind, largest.reason)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers a model holds in parameters, shared ones once; those without a shape yet do not count."""
+    return sum([p.numel() for p in module.parameters() if not isinstance(p, UninitializedParameter)])
 
 
 def _is_matrix(name: str, shape: Sequence[int]) -> bool:

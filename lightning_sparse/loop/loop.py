@@ -352,7 +352,8 @@ class Loop:
             sparsity = 1 - kept / sum([mask.total for mask in masks])
             self.run.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
             dropped = sum([mask.total for mask in masks]) - kept
-            self.run.module.log("sparsity/model", dropped / self.methods[0].model_size, batch_size=1)
+            size = max(method.model_size for method in self._everyone)
+            self.run.module.log("sparsity/model", dropped / size, batch_size=1)
             self._logged, self._phase = kept, phase_of(self.methods)
 
     # ---- ranks -------------------------------------------------------------------------------------------------------

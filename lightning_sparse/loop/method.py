@@ -19,6 +19,7 @@ from lightning_sparse.core import (
     RunLength,
     Target,
     as_patterns,
+    count_parameters,
     select_targets,
     summarize,
 )
@@ -269,7 +270,7 @@ class Method(Memory, ABC):
         selection = select_targets(module, self.targets, misfit=self.misfit)
         self.chosen = [target for target in selection.targets if target.name not in before]
         self._frozen = [*selection.frozen]
-        self.model_size = sum([parameter.numel() for parameter in module.parameters()])
+        self.model_size = count_parameters(module)
         if self.removes_weights:
             tell_selection(self.label, module, self.targets, selection)
 
