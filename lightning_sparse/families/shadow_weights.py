@@ -25,7 +25,7 @@ class ShadowWeights(Sparsifier):
     Gradients of dropped entries are removed (the chain rule through a mask); the optimizer's weight decay and moments still
     move them, as they would if the mask were part of the network.
 
-    At stations `before_step` and `after_step`, at the cost of some seven passes over the weights per step, and of one more
+    At stations `before_step` and `after_step`, at the cost of some six passes over the weights per step, and of one more
     copy of them in memory. In between, `hidden` is free: a method may keep there what it must carry over the step, such as
     a gradient that is not to be applied if the step is skipped.
     """
