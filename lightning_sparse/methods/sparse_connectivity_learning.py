@@ -65,7 +65,8 @@ class SparseConnectivityLearning(ShadowWeights):
     Dropped connections have a gradient too, so they can return. Their weights get none, but weight decay and moments of the
     optimizer go on moving them. Dense weights, variables and velocities are the callback's; the model holds kept weights
     and exact zeros. At stations `before_step` and `after_step`, at the cost of some twelve passes over the weights per
-    step and of three more copies of the weights in memory (12 bytes per weight).
+    step and of three more copies of the weights in memory (12 bytes per weight): variable, velocity and the weight while it
+    is dropped, in float32, because in 16 bits a step of a variable would be lost in rounding.
 
     Source: Tang et al. 2022, "Automatic Sparse Connectivity Learning for Neural Networks",
     https://arxiv.org/abs/2201.05020, of which only the abstract was at hand: faithful to that, not to the paper. All
