@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_sparse.core import LiveMasks, Remembered, Target, check_number
 from lightning_sparse.families.shadow_weights import ShadowWeights
+from lightning_sparse.functional import beyond
 from lightning_sparse.loop import Step
 
 __all__ = ["LearnedThreshold"]
@@ -71,7 +72,7 @@ class LearnedThreshold(ShadowWeights):
         Args:
             name: of the weight.
             weight: dense.
-            gradient: of the loss by what the model shows.
+            gradient: of the loss by what the model shows; may be overwritten.
         """
 
     @abstractmethod
@@ -96,7 +97,7 @@ class LearnedThreshold(ShadowWeights):
         super().begin()
 
     def shown(self, name: str, dense: Tensor) -> Tensor:
-        return torch.gt(dense.abs(), self.threshold(name), out=self.alive[name])
+        return beyond(dense, self.threshold(name), self.alive[name])
 
     def epoch_end(self) -> Mapping[str, float | Tensor]:
         counts = self.mask_set.counts

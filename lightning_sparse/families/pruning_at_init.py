@@ -134,7 +134,7 @@ class PruningAtInitOnData(PruningAtInit):
             raise ValueError(
                 f"{self.label} scores weights on batches of the training set, and it gave none; check the train_dataloader."
             )
-        return [strategy.reduce(total, reduce_op="sum") / everywhere for total in sums]
+        return [strategy.reduce(total, reduce_op="sum").div_(everywhere) for total in sums]
 
     def gradient(self, twin: LightningModule, loss: Tensor) -> list[Tensor]:
         """Of the loss of one batch by the chosen weights.

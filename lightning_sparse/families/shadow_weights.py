@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.core import Remembered
-from lightning_sparse.functional import apply_bits_, mask_bits
+from lightning_sparse.functional import apply_bits_, mask_bits, part_
 from lightning_sparse.loop import Sparsifier, Step
 
 __all__ = ["ShadowWeights"]
@@ -25,7 +25,7 @@ class ShadowWeights(Sparsifier):
     Gradients of dropped entries are removed (the chain rule through a mask); the optimizer's weight decay and moments still
     move them, as they would if the mask were part of the network.
 
-    At stations `before_step` and `after_step`, at the cost of some seven passes over the weights per step, and of one more
+    At stations `before_step` and `after_step`, at the cost of some six passes over the weights per step, and of one more
     copy of them in memory. In between, `hidden` is free: a method may keep there what it must carry over the step, such as
     a gradient that is not to be applied if the step is skipped.
     """
@@ -54,17 +54,16 @@ class ShadowWeights(Sparsifier):
         self.take_in(self.weights)
 
     def reveal(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Put the dense weights into the model; from then on `hidden` holds a copy of them that may be overwritten."""
+        """Put the dense weights into the model; from then on `hidden` may be overwritten."""
         for name, weight in weights.items():
-            weight.copy_(self.hidden[name].add_(weight))  # exact: one of the two is zero
+            weight.add_(self.hidden[name])  # exact: one of the two is zero
 
     def hide(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Take dropped entries out of the model, and out of moving averages of it."""
         averages = self.run.averages()
         for name, weight in weights.items():
             bits = mask_bits(self.shown(name, weight))
-            apply_bits_(self.hidden[name].copy_(weight), ~bits)
-            apply_bits_(weight, bits)
+            part_(weight, self.hidden[name], bits)
             for average in averages:
                 apply_bits_(average[name], bits.to(average[name].device))
 

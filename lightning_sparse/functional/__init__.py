@@ -28,6 +28,7 @@ from lightning_sparse.functional.layer_sparsity import (
     negative_ratio,
     soft_threshold_,
 )
+from lightning_sparse.functional.live import above, beyond, part_
 from lightning_sparse.functional.lp_sphere import (
     check_exponent,
     check_vectors,
@@ -123,10 +124,12 @@ __all__ = [
     "HyperSparseScale",
     "LayerNorm",
     "Penalty",
+    "above",
     "add_convolutions",
     "allocate",
     "any_bits",
     "apply_bits_",
+    "beyond",
     "channel_score",
     "check_exponent",
     "check_vectors",
@@ -195,6 +198,7 @@ __all__ = [
     "off_diagonal_mean",
     "over_parameterization_rate",
     "pack",
+    "part_",
     "piecewise_linear",
     "quantile_rank",
     "random_generator",

@@ -31,7 +31,7 @@ class LayerNorm:
 
     Args:
         value: of the flat negative part.
-        gradient: the factor that the negative part is multiplied by, given it and its Euclidean length; a tensor.
+        gradient: of the value, made of the negative part in place, given it and its Euclidean length.
         shrink: what is left of the negative part after a proximal step of a size, given it, its length and the size.
     """
 
@@ -43,17 +43,17 @@ class LayerNorm:
 LAYER_NORMS: dict[str, LayerNorm] = {
     "fro": LayerNorm(
         torch.linalg.vector_norm,
-        lambda part, length: part / torch.where(length > 0, length, 1.0),
+        lambda part, length: part.div_(torch.where(length > 0, length, 1.0)),
         lambda part, length, step: part * (1 - step / torch.where(length > 0, length, 1.0)).clamp(min=0),
     ),
     "l1": LayerNorm(
         lambda part: -part.sum(),
-        lambda part, length: part.sign(),
+        lambda part, length: part.sign_(),
         lambda part, length, step: (part + step).clamp(max=0),
     ),
     "fro_sq": LayerNorm(
         lambda part: part.square().sum(),
-        lambda part, length: 2 * part,
+        lambda part, length: part.mul_(2),
         lambda part, length, step: part / (1 + 2 * step),
     ),
 }

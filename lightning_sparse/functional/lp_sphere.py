@@ -101,9 +101,7 @@ def lp_normalize(vectors: Tensor, p: float, dim: Dims = 0) -> Tensor:
                 [ 0.0000,  0.0000]])
     """
     size, _, along = _scaled(vectors, dim)
-    # The largest entry is now 1, so the sum is at least 1 wherever there is something to normalize.
-    total = size.pow(p).sum(along, keepdim=True).clamp_(min=1)
-    return size.div_(total.pow_(1 / p)).copysign_(vectors)
+    return _to_length_one(size, p, along).copysign_(vectors)
 
 
 def to_dual(weight: Tensor, p: float) -> Tensor:
@@ -150,9 +148,12 @@ def lp_sgd_step(dual: Tensor, gradient: Tensor, rate: float | Tensor, p: float, 
     """
     q = p / (p - 1)
     moved = lp_normalize(gradient, q, dim).mul_(-rate).add_(dual * (1 - rate))
-    peak = moved.abs().amax(_others(moved, dim), keepdim=True)
+    size, peak, along = _scaled(moved, dim)
     # Both parts have unit norm: what is left below machine precision is rounding, not a direction.
-    return lp_normalize(torch.where(peak <= torch.finfo(moved.dtype).eps, dual, moved), q, dim)
+    vanished = peak <= torch.finfo(moved.dtype).eps
+    if not vanished.is_cpu or bool(vanished.any()):  # rare; where looking waits for nothing, it saves a pass
+        return lp_normalize(torch.where(vanished, dual, moved), q, dim)
+    return _to_length_one(size, q, along).copysign_(moved)
 
 
 @torch.no_grad()
@@ -322,3 +323,10 @@ def _scaled(vectors: Tensor, dim: Dims) -> tuple[Tensor, Tensor, list[int]]:
     size = _wide(vectors).abs()
     peak = size.amax(along, keepdim=True)
     return size.div_(torch.where(peak > 0, peak, 1)), peak, along
+
+
+def _to_length_one(size: Tensor, p: float, along: list[int]) -> Tensor:
+    """Magnitudes from `_scaled` divided by their p-norm, in place."""
+    # The largest entry is 1, so the sum is at least 1 wherever there is something to normalize.
+    total = size.pow(p).sum(along, keepdim=True).clamp_(min=1)
+    return size.div_(total.pow_(1 / p))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.live import beyond
+from lightning_sparse.functional.masks import apply_bits_, mask_bits
+
 __all__ = ["long_tailed_slope", "soft_threshold", "soft_threshold_slope", "step_threshold_gradients"]
 
 
@@ -18,8 +21,10 @@ def long_tailed_slope(x: Tensor) -> Tensor:
         >>> long_tailed_slope(torch.tensor([0.0, -0.25, 0.7, 1.5]))
         tensor([2.0000, 1.0000, 0.4000, 0.0000])
     """
-    size = x.abs()
-    return torch.where(size > 0.4, 0.4, 2 - 4 * size).masked_fill_(size > 1, 0)
+    inside = mask_bits(~beyond(x, x.new_ones(()), torch.empty_like(x, dtype=torch.bool)))
+    slope = x.abs().mul_(-4).add_(2).clamp_(min=0.4)
+    apply_bits_(slope, inside)
+    return slope
 
 
 def step_threshold_gradients(weight: Tensor, threshold: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,9 +41,11 @@ def step_threshold_gradients(weight: Tensor, threshold: Tensor, gradient: Tensor
     Returns:
         the gradient by w, and the gradient by t before the sum over the entries that share a threshold.
     """
-    beyond = weight.abs() - threshold
-    slope = long_tailed_slope(beyond)
-    return gradient * ((beyond > 0) + weight.abs() * slope), -gradient * weight * slope
+    size = weight.abs()
+    excess = size - threshold
+    slope = long_tailed_slope(excess)
+    step = excess.sign_().clamp_(min=0)  # as numbers: adding a boolean mask converts it at full size first
+    return step.add_(size * slope).mul_(gradient), slope.mul_(gradient.neg().mul_(weight))
 
 
 def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
@@ -53,4 +60,6 @@ def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
 
 def soft_threshold_slope(weight: Tensor, threshold: Tensor) -> Tensor:
     """How the soft threshold of a weight moves with the threshold: against its sign, if it is beyond."""
-    return -weight.sign() * (weight.abs() > threshold)
+    slope = weight.sign().neg_()
+    apply_bits_(slope, mask_bits(beyond(weight, threshold, torch.empty_like(weight, dtype=torch.bool))))
+    return slope

@@ -23,7 +23,8 @@ class GraSP(PruningAtInitOnData):
     $$ s = w \, (H g), \qquad g = \nabla L(w), \quad H = \nabla^2 L(w) $$
 
     at the weights as they were initialized, on `batches` batches of the training set. Two passes over these batches, once,
-    the second with second derivatives, for which attention is computed without its fused kernels.
+    the second with second derivatives, for which attention is computed without its fused kernels. Needs more than twice
+    the memory of a training step, meanwhile: a gradient can be differentiated only while its own graph is kept, too.
 
     Source: Wang, Zhang and Grosse 2020, "Picking winning tickets before training by preserving gradient flow",
     https://arxiv.org/abs/2002.07376. The temperature by which the paper divides the logits belongs to the user's loss here.

@@ -26,6 +26,7 @@ from lightning_sparse.families import ShadowWeights
 from lightning_sparse.functional import (
     FEATURE_NORMS,
     STEP_PROXIES,
+    above,
     connection_price,
     cubic,
     dead_features,
@@ -64,7 +65,8 @@ class SparseConnectivityLearning(ShadowWeights):
     Dropped connections have a gradient too, so they can return. Their weights get none, but weight decay and moments of the
     optimizer go on moving them. Dense weights, variables and velocities are the callback's; the model holds kept weights
     and exact zeros. At stations `before_step` and `after_step`, at the cost of some twelve passes over the weights per
-    step and of three more copies of the weights in memory (12 bytes per weight).
+    step and of three more copies of the weights in memory (12 bytes per weight): variable, velocity and the weight while it
+    is dropped, in float32, because in 16 bits a step of a variable would be lost in rounding.
 
     Source: Tang et al. 2022, "Automatic Sparse Connectivity Learning for Neural Networks",
     https://arxiv.org/abs/2201.05020, of which only the abstract was at hand: faithful to that, not to the paper. All
@@ -146,6 +148,7 @@ class SparseConnectivityLearning(ShadowWeights):
         self.rise = Window(0.0, warmup, STEERING, "warmup")
         self.window = Window(0.0, end, STEERING)
         self._masks = LiveMasks({})
+        self._now: dict[str, Tensor] = {}
 
     # ---- what is asked of it -----------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class SparseConnectivityLearning(ShadowWeights):
         return self._masks
 
     def shown(self, name: str, dense: Tensor) -> Tensor:
-        return self.variables[name] > 0
+        return self._now[name] if name in self._now else above(self.variables[name])
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         for target in self.chosen:
@@ -194,19 +197,27 @@ class SparseConnectivityLearning(ShadowWeights):
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     def before_step(self, step: Step) -> None:
-        super().before_step(step)  # from here on `hidden` is a copy of the dense weights, and free
+        super().before_step(step)  # from here on `hidden` is free
         if self.frozen:
             return
         features = {target.name: target.output_dims if self.feature == "filter" else None for target in self.chosen}
         for name, weight in step.weights.items():
             if weight.grad is None:
                 continue  # its optimizer skips it, and so do we
-            gradient = self.hidden[name].mul_(weight.grad)
+            gradient = self.hidden[name]
+            if gradient.dtype == weight.dtype == weight.grad.dtype:
+                torch.mul(weight, weight.grad, out=gradient)
+            else:
+                gradient.copy_(weight).mul_(weight.grad)
             if step.gradient_scale is not None:
                 gradient.div_(step.gradient_scale)
             if self.proxy != "identity":
                 gradient.mul_(STEP_PROXIES[self.proxy](self.variables[name]))
             normalize_features_(gradient, self.norm, features[name])
+
+    def silence(self, step: Step) -> None:
+        self._now = {name: above(self.variables[name]) for name in step.weights}  # asked for again after the step
+        super().silence(step)
 
     def after_step(self, step: Step) -> None:
         if not self.frozen:
@@ -215,11 +226,15 @@ class SparseConnectivityLearning(ShadowWeights):
                 if weight.grad is not None:
                     self._learn(name, self.learning_rate * float(rates[id(weight)]) / self._full_rates[name])
         super().after_step(step)
+        self._now = {}
+
+    def undo_step(self, step: Step) -> None:
+        super().undo_step(step)
+        self._now = {}
 
     def _learn(self, name: str, rate: float) -> None:
         """Move the variables of one layer by the gradient that waits in `hidden`."""
-        variable, velocity = self.variables[name], self.velocity[name]
-        kept = variable > 0
+        variable, velocity, kept = self.variables[name], self.velocity[name], self._now[name]
         velocity.mul_(self.momentum).add_(self.hidden[name])
         if self.proxy == "identity":
             velocity.add_(self.cost)
@@ -229,7 +244,8 @@ class SparseConnectivityLearning(ShadowWeights):
         if self.min_kept:
             least = variable.flatten().topk(self.min_kept).values[-1]
             variable.copy_(torch.where(variable >= least, variable.clamp(min=torch.finfo(variable.dtype).tiny), variable))
-        self._regrown[name].add_(((variable > 0) > kept).sum())
+        self._now[name] = above(variable)
+        self._regrown[name].add_((self._now[name] > kept).count_nonzero())
 
     # ---- the price and the freeze ------------------------------------------------------------------------------------
 

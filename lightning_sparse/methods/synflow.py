@@ -32,7 +32,9 @@ class SynFlow(PruningAtInit):
     is left while the density falls geometrically to its target, so no layer is emptied while others have weights to spare.
     No data is used but the shape of the input. Integers among the inputs, such as token ids, labels and timesteps, stay as
     they are in the first sample; scalars beside other outputs, such as a loss, do not count. `iterations` forward and
-    backward passes of one sample, once.
+    backward passes of one sample, once. In memory, meanwhile, 16 bytes per weight and more while they are
+    ranked: R grows by the size of a row with every
+    layer and overflows float32 in a perceptron of forty wide layers, so the copy, its gradients and scores are in 64 bits.
 
     Source: Tanaka et al. 2020, "Pruning neural networks without any data by iteratively conserving synaptic flow",
     https://arxiv.org/abs/2006.05467, algorithm 1.
@@ -97,7 +99,8 @@ class SynFlow(PruningAtInit):
             scores = self._scores(twin, weights, flow)
             if iteration == 1:
                 self.check_scores(scores)
-            scores = [score.masked_fill(~mask, -torch.inf) for score, mask in zip(scores, masks, strict=True)]
+            for score, mask in zip(scores, masks, strict=True):
+                score.masked_fill_(~mask, -torch.inf)
             sparsity = exponential(iteration / self.iterations, 0.0, self.budget.sparsity)
             kept = [int(mask.count_nonzero()) for mask in masks]
             masks = self.plan.masks(scores, sparsity, kept)
@@ -125,6 +128,7 @@ class SynFlow(PruningAtInit):
                     "network that it belongs to."
                 )
             scores.append(connection_sensitivity(weight, reduce(weight.grad, reduce_op="mean")))
+            weight.grad = None  # a number in 64 bits for every weight, which nobody needs any more
         size = reduce(torch.stack([output.detach().abs().sum() for output in outputs]).sum(), reduce_op="mean")
         if max(float(score.sum()) for score in scores) < _ROUNDING * torch.finfo(size.dtype).eps * float(size):
             return [torch.zeros_like(score) for score in scores]  # as behind a layer norm, which always has the same sum

@@ -80,5 +80,5 @@ class TrainableThreshold(LearnedThreshold):
         return -self.strength * torch.exp(-self.sources[name])
 
     def thresholds_moved(self, name: str, dense: Tensor) -> None:
-        kept = self.shown(name, dense).sum()
+        kept = self.shown(name, dense).count_nonzero()
         self.sources[name].masked_fill_(kept <= 0.01 * dense.numel(), 0)

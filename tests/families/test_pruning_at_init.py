@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -192,6 +193,18 @@ def test_synflow_empties_no_layer_where_one_round_would() -> None:
     assert all(mask.any() for mask in found.values())
     with pytest.warns(UserWarning, match="has removed all of"):
         masks(SynFlow(0.998, iterations=1), module())
+
+
+def test_what_flows_through_a_deep_network_is_beyond_32_bits() -> None:
+    torch.manual_seed(0)
+    layers = [part for _ in range(40) for part in (nn.Linear(512, 512, bias=False), nn.ReLU())]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 512, bias=False), *layers, nn.Linear(512, 10, bias=False))
+    positive = copy.deepcopy(net).requires_grad_(False)
+    for parameter in positive.parameters():
+        parameter.abs_()
+    assert positive(torch.ones(1, 64)).isinf().all()
+    found = masks(SynFlow(0.9, iterations=3), Toy(net=net), limit_train_batches=1)
+    assert all(mask.any() for mask in found.values())
 
 
 def test_synflow_needs_no_data_where_the_shape_is_given() -> None:

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_sparse import LayerSparsity, merge_layers
-from lightning_sparse.core import find_chains
+from lightning_sparse.core import find_chains, find_targets
 from lightning_sparse.data import Teacher
+from lightning_sparse.loop import Step
 from lightning_sparse.models import MLP, Regressor
 from lightning_sparse.testing import BATCHES, Toy, fit, loader, trainer
 
@@ -197,3 +198,14 @@ def test_a_deep_network_becomes_shallow_and_is_refitted() -> None:
     assert hidden == [20] * (depths[1] - 1) + [1]
     trainer(LayerSparsity(strength=0.0), max_epochs=1, limit_val_batches=0).fit(refit, data)
     assert merge_layers(refit)[1].depth[0] == depths[1]
+
+
+def test_gradients_that_carry_a_scale_get_the_penalty_at_that_scale() -> None:
+    layer = nn.Linear(4, 3)
+    method = LayerSparsity(strength=0.0, scale_decay=0.25)
+    method.chosen = find_targets(layer)
+    layer.weight.grad = torch.zeros(3, 4)
+    step = Step(torch.optim.SGD(layer.parameters()), {"weight": layer.weight}, gradient_scale=torch.tensor(8.0))
+    with torch.no_grad():
+        step.add_gradients(method.weight_penalty(step))
+    assert layer.weight.grad.equal(4 * layer.weight)
