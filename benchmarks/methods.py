@@ -49,7 +49,7 @@ from lightning_sparse import (
     TrainableThreshold,
     WeightPenalty,
 )
-from lightning_sparse.loop import Sparsifier
+from lightning_sparse.loop import Method, Sparsifier
 
 EPOCHS = 4
 
@@ -114,7 +114,7 @@ def measure(name: str, model: str, batch: int, rounds: int, device: str = "cpu")
     for title, changed in (("between", False), ("change", True)):
         if found := compared(turns.steps, changed):
             row[title] = {**middle([ratio for _, ratio in found]), "steps": len(found)}
-            if device == "cpu" and not method.penalizes_features:
+            if device == "cpu" and not method.answers(Method.feature_penalty):
                 row[title]["inside"] = statistics.median(s.inside / (s.seconds - s.inside) for s, _ in found)
     dense = [step.seconds for before, step in pairwise(turns.steps) if step.way == "dense" and not before.changed]
     return {**row, "dense, ms": 1e3 * statistics.median(dense), "bytes per weight": turns.bytes}
