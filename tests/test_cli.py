@@ -173,7 +173,7 @@ def test_a_mistake_is_one_sentence(arguments: list[str], remedy: str, capsys: py
                 "--trainer.callbacks.structure=3:5",
                 "--trainer.callbacks.targets=network.1",
             ],
-            "'network.1.weight' has 64 inputs, and structure='3:5' needs groups of 5",
+            "'network.1.weight' (Linear) has 64 inputs, and structure='3:5' needs groups of 5",
         ),
     ],
 )

@@ -77,8 +77,7 @@ def coverage(module: nn.Module, patterns: Sequence[str], chosen: Collection[str]
         if not candidate.chosen and not _is_matrix(candidate.name, candidate.shape):
             continue
         matrices += parameter.numel()
-        by_choice = candidate.chosen or candidate.reason.startswith(("excluded", "no pattern"))
-        if candidate.name not in chosen and not by_choice:
+        if candidate.name not in chosen and not candidate.by_pattern:
             missed.append(candidate)
     model = count_parameters(module)
     if not missed:

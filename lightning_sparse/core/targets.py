@@ -101,6 +101,8 @@ class Candidate:
     shape: tuple[int, ...]
     chosen: bool
     reason: str
+    by_pattern: bool = False
+    """Whether it is in or out because the patterns say so, and not for what it is."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,8 @@ def select_targets(
         if hits and all(id(hit) in obstacles for hit in hits):
             more = f" The same holds for {len(hits) - 1} more." if len(hits) > 1 else ""
             raise ValueError(
-                f"targets: '{pattern}' chooses nothing that can be used: '{hits[0].name}' {obstacles[id(hits[0])]}, or "
-                f"choose other weights.{more}"
+                f"targets: '{pattern}' chooses nothing that can be used: '{hits[0].name}' ({type(hits[0].layer).__name__}) "
+                f"{obstacles[id(hits[0])]}, or choose other weights.{more}"
             )
     if not chosen:
         raise ValueError(_nothing_chosen(module, patterns, parameters))
@@ -280,25 +282,25 @@ def _including(patterns: list[str]) -> list[str]:
 
 def _decide(parameter: _Parameter, patterns: list[str], frozen: bool) -> Candidate:
     shape = () if isinstance(parameter.weight, UninitializedParameter) else tuple(parameter.weight.shape)
-    chosen, reason = _reason(parameter, patterns)
+    chosen, reason, by_pattern = _reason(parameter, patterns)
     if chosen and not (frozen or parameter.weight.requires_grad):
-        chosen, reason = False, FROZEN
-    return Candidate(parameter.name, type(parameter.layer).__name__, shape, chosen, reason)
+        chosen, reason, by_pattern = False, FROZEN, False
+    return Candidate(parameter.name, type(parameter.layer).__name__, shape, chosen, reason, by_pattern)
 
 
-def _reason(parameter: _Parameter, patterns: list[str]) -> tuple[bool, str]:
+def _reason(parameter: _Parameter, patterns: list[str]) -> tuple[bool, str, bool]:
     if parameter.is_vector:
-        return False, "a bias or a vector"
+        return False, "a bias or a vector", False
     for pattern in patterns:
         if pattern.startswith("!") and parameter.matches(pattern[1:]):
-            return False, f"excluded by '{pattern}'"
+            return False, f"excluded by '{pattern}'", True
     hits = [pattern for pattern in _including(patterns) if parameter.matches(pattern)]
     by_type = [pattern for pattern in hits if pattern.startswith("type:")]
     if by_type or (hits and parameter.foreign is None):
-        return True, f"included by '{(by_type or hits)[0]}'"
+        return True, f"included by '{(by_type or hits)[0]}'", True
     if not hits:
-        return False, "no pattern includes it"
-    return False, _why_foreign(parameter)
+        return False, "no pattern includes it", True
+    return False, _why_foreign(parameter), False
 
 
 def _why_foreign(parameter: _Parameter) -> str:
@@ -307,7 +309,7 @@ def _why_foreign(parameter: _Parameter) -> str:
     kind, leaf = type(foreign).__name__, parameter.name.rpartition(".")[2]
     if isinstance(foreign, (nn.Embedding, nn.EmbeddingBag)):
         return f"{tied}{kind}, which only 'type:{kind}' chooses"
-    return f"{tied}{kind}, of which no weight '{leaf}' is known; register_layer says how it is laid out"
+    return f"{tied}{kind}, whose weight '{leaf}' is not of a known kind; describe it with register_layer"
 
 
 def _nothing_chosen(module: nn.Module, patterns: list[str], parameters: list[_Parameter]) -> str:

@@ -93,14 +93,14 @@ class Masked(Sparsifier):
         if watch.moved:
             self._mold(step).press_weights()
         elif not watch.trusts(step.optimizer, self.masks.changes):
-            self._look(step.weights, f"{type(step.optimizer).__name__}, or who writes to the weights beside it,")
+            self._look(step.weights, f"{type(step.optimizer).__name__} (or something else that writes to the weights)")
             watch.trust(step.optimizer, self.masks.changes)
         elif self.run.time_to_count:
             self._look(watch.sample(step.weights), type(step.optimizer).__name__)
         watch.note(step)
 
     def settle(self) -> None:
-        self._look(self.weights, "Something between two steps")
+        self._look(self.weights, "Something outside the optimizer's step")
 
     def _mold(self, step: Step) -> Mold:
         mold = self._molds.get(id(step.optimizer))

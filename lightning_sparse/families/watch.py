@@ -1,4 +1,4 @@
-"""Whether anything moves pruned entries; as long as nothing does, nobody has to put them back."""
+"""Whether anything moves pruned entries; as long as nothing does, they need not be put back."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Watch:
     """What is known of an optimizer and its neighbors: whether pruned entries have ever left zero by themselves.
 
     An entry with zero weight, zero gradient and zero moments stays where it is under nearly every optimizer. Which ones
-    these are is tried and not listed: somebody looks at the first step, and again after every change of masks or of
-    parameter groups. In between, versions of tensors tell for nothing whether anybody has written to a weight outside the
-    optimizer's step.
+    these are is tried and not listed: pruned entries are looked at in the first step, and again after every change of masks
+    or of parameter groups. In between, the version counters of tensors tell, at no cost, whether anything has written to a
+    weight outside the optimizer's step.
     """
 
     def __init__(self) -> None:

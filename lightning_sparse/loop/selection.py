@@ -23,13 +23,14 @@ def tell_selection(label: str, module: nn.Module, patterns: Sequence[str], selec
     """
     if selection.frozen:
         entries = sum([weight.numel() for weight in selection.frozen.values()])
+        tensors = "1 tensor" if len(selection.frozen) == 1 else f"{len(selection.frozen)} tensors"
         rank_zero_info(
-            f"{label} leaves out {len(selection.frozen)} frozen weights with {entries:,} entries; if they are unfrozen "
-            "later, they stay dense."
+            f"{label} leaves out frozen weights ({tensors}, {entries:,} entries). They stay dense, even "
+            "if they are unfrozen later."
         )
     if selection.unfit:
         name, why = next(iter(selection.unfit.items()))
-        others = f" {len(selection.unfit) - 1} more stay dense for like reasons." if len(selection.unfit) > 1 else ""
+        others = f" {len(selection.unfit) - 1} more stay dense for similar reasons." if len(selection.unfit) > 1 else ""
         rank_zero_info(f"{label} leaves '{name}' dense: it {why}.{others}")
     found = {target.name for target in selection.targets}
     warning = coverage(module, patterns, found).warning

@@ -39,8 +39,8 @@ def test_what_is_missed_is_counted_and_named() -> None:
     assert (found.matrices, found.missed, found.largest, found.layer) == (240, 40, "own.kernel", "Strange")
     assert found.warning == (
         "leaves out 17% of the trainable weights in matrices, embeddings not counted; the largest is 'own.kernel' (Strange, "
-        "of which no weight 'kernel' is known; register_layer says how it is laid out). register_layer makes Strange known, "
-        "targets=['*', 'type:Strange'] takes it as it is, and targets=['*', '!type:Strange'] leaves it out without this "
+        "whose weight 'kernel' is not of a known kind; describe it with register_layer). register_layer makes Strange "
+        "known, targets=['*', 'type:Strange'] takes it as it is, and targets=['*', '!type:Strange'] leaves it out without this "
         "warning."
     )
 
@@ -109,7 +109,7 @@ class Half(Toy):
 
 
 def test_whoever_trains_is_told() -> None:
-    with pytest.warns(UserWarning, match=r"MagnitudePruning leaves out 78% .* \x27table\x27 \(Half, of which no weight"):
+    with pytest.warns(UserWarning, match=r"MagnitudePruning leaves out 78% .* \x27table\x27 \(Half, whose weight"):
         fit(Half(), MagnitudePruning(0.5))
     fit(Half(), CKARegularization())  # nothing is removed, so nothing is left out
 
@@ -132,5 +132,5 @@ def test_what_is_frozen_or_does_not_fit_is_said(caplog: pytest.LogCaptureFixture
     module.net[2].requires_grad_(False)
     with caplog.at_level("INFO"):
         fit(module, MagnitudePruning(structure="2:4"))
-    assert "leaves out 1 frozen weights with 576 entries" in caplog.text
+    assert "leaves out frozen weights (1 tensor, 576 entries)" in caplog.text
     assert "leaves 'net.0.weight' dense: it has 1 input, and structure='2:4' needs groups of 4." in caplog.text

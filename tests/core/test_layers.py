@@ -251,7 +251,7 @@ class Mine(nn.Module):
 def test_a_layer_of_ones_own() -> None:
     net = nn.Sequential(Mine(), nn.Linear(4, 4))
     reason = describe(net)[0].reason
-    assert reason == "Mine, of which no weight 'table' is known; register_layer says how it is laid out"
+    assert reason == "Mine, whose weight 'table' is not of a known kind; describe it with register_layer"
     register_layer(Mine, "table", output_dim=2, input_dim=1, stack_dims=0)
     register_layer(Mine, ["matrix"], output_dim=1, input_dim=0)
     found = {target.name: (target.outputs, len(target.matrices())) for target in find_targets(net)}

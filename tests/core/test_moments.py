@@ -177,7 +177,9 @@ def test_a_fit_that_goes_on_ends_before_it() -> None:
 
 
 def test_methods_without_masks_take_any_optimizer() -> None:
-    fit(Coded(), CKARegularization(strength=0.1), max_epochs=1)
+    method = CKARegularization(strength=0.1)
+    fit(Coded(), method, max_epochs=1)
+    assert method.steps > 0
 
 
 # ---- the real ones ---------------------------------------------------------------------------------------------------

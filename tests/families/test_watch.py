@@ -115,7 +115,7 @@ def test_an_optimizer_that_moves_everything(make: Any, after: int, caplog: pytes
     }
     if after == 0:
         assert witness.sights["batch end"] == []
-        assert "Noisy, or who writes to the weights beside it, moves pruned" in caplog.text
+        assert "Noisy (or something else that writes to the weights) moves pruned" in caplog.text
 
 
 def test_later_noise_is_found_by_the_sample_before_the_epoch_ends(caplog: pytest.LogCaptureFixture) -> None:

@@ -63,7 +63,7 @@ def zeros(*weights: Tensor) -> int:
 def test_what_is_thawed_later_stays_dense(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     module, method, _ = fit()
-    assert "MagnitudePruning leaves out 2 frozen weights with 1,280 entries" in caplog.text
+    assert "MagnitudePruning leaves out frozen weights (2 tensors, 1,280 entries)" in caplog.text
     before = Tuned()
     for name in ("1.weight", "3.weight"):
         learned = module.backbone.get_parameter(name)
