@@ -177,7 +177,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         toy,
         lambda: [RigL(structure="2:4", targets=["net.0"])],
         {},
-        "'net.0.weight' (Conv2d) has 1 input, and structure='2:4' needs",
+        "'net.0.weight' (Conv2d) has 1 input, and structure='2:4'",
     ),
     (toy, lambda: [RigL(0.9, drop_schedule=lambda p, a, b: float("nan"))], {}, "drop_schedule gives nan at progress 0.0"),
     (toy, lambda: [GraNet(0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
