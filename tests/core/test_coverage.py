@@ -40,8 +40,8 @@ def test_what_is_missed_is_counted_and_named() -> None:
     assert found.warning == (
         "leaves out 17% of the trainable weights in matrices, embeddings not counted; the largest is 'own.kernel' (Strange, "
         "whose weight 'kernel' is not of a known kind; describe it with register_layer). register_layer makes Strange "
-        "known, targets=['*', 'type:Strange'] takes it as it is, and targets=['*', '!type:Strange'] leaves it out without this "
-        "warning."
+        "known, targets=['*', 'type:Strange'] takes it as it is, and targets=['*', '!type:Strange'] leaves it out without "
+        "this warning."
     )
 
 
