@@ -29,7 +29,6 @@ from lightning_sparse.core.layout import (
     owner_of,
     part_of,
     parts_of,
-    raise_together,
     spread_over,
     total_over_ranks,
 )
@@ -169,7 +168,6 @@ __all__ = [
     "part_of",
     "parts_of",
     "put_back_",
-    "raise_together",
     "refuse_shorter_run",
     "register_layer",
     "select_targets",

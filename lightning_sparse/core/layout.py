@@ -33,7 +33,6 @@ __all__ = [
     "owner_of",
     "part_of",
     "parts_of",
-    "raise_together",
     "spread_over",
     "total_over_ranks",
 ]
@@ -251,20 +250,6 @@ def least_over_ranks(number: Tensor) -> Tensor:
     number = number.clone()
     distributed.all_reduce(number, distributed.ReduceOp.MIN)
     return number
-
-
-def raise_together(error: Exception | None) -> None:
-    """Stop all ranks where one of them must stop, or the others would wait for it; all of them must call it.
-
-    Raises:
-        Exception: that of this rank, or a ValueError that points to the other.
-    """
-    device = distributed.distributed_c10d._get_pg_default_device()
-    failed = int(total_over_ranks(torch.tensor(int(error is not None), device=device)))
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError("Another rank has found a mistake; see its message.")
 
 
 def spread_over(layouts: Iterable[Layout | None]) -> Spread | None:

@@ -290,26 +290,26 @@ SHARDED: list[tuple[str, Callable[[], L.Callback], int, str]] = [
         "FSDPStrategy",
         lambda: MagnitudePruning(0.5),
         1,
-        f"MagnitudePruning does not support strategy=FSDPStrategy, which {FLAT}",
+        f"MagnitudePruning does not .* which {FLAT}",
     ),
-    ("DeepSpeedStrategy", lambda: RigL(0.5), 1, f"RigL does not support strategy=DeepSpeedStrategy, which {FLAT}"),
+    ("DeepSpeedStrategy", lambda: RigL(0.5), 1, f"RigL does not support strategy=DeepSpeed.* {FLAT}"),
     (
         "ModelParallelStrategy",
         lambda: GraSP(0.5),
         1,
-        "GraSP does not support strategy=ModelParallelStrategy, .* whole weights",
+        "GraSP does not support .* whole weights; use 'ddp'",
     ),
     (
         "ModelParallelStrategy",
         lambda: SCL(0.5),
         2,
-        "SparseConnectivityLearning does not support tensor parallelism, where a",
+        "Learning does not support tensor parallelism, where",
     ),
     (
         "ModelParallelStrategy",
         CKARegularization,
         2,
-        "CKARegularization does not support tensor parallelism, where a rank sees",
+        "CKARegularization does not support tensor parallelism",
     ),
 ]
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lightning_sparse.core import check_choice, check_exponents, check_sparsity
 from lightning_sparse.loop.rng import check_seed
-
-if TYPE_CHECKING:
-    from lightning_sparse.methods.lp_sphere.lp_sphere import LpSphere
 
 __all__ = ["check_arguments"]
 
 MODES = ("official", "feedback")
 
 
-def check_arguments(method: LpSphere) -> None:
+def check_arguments(method: Any) -> None:
     """Refuse values out of range.
 
     Raises:

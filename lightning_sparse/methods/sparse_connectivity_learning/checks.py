@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lightning_sparse.core import Span, check_choice
 from lightning_sparse.functional import FEATURE_NORMS, STEP_PROXIES
-
-if TYPE_CHECKING:
-    from lightning_sparse.methods.sparse_connectivity_learning.sparse_connectivity_learning import SparseConnectivityLearning
 
 __all__ = ["check_arguments"]
 
 FEATURES = ("filter", "layer")
 
 
-def check_arguments(method: SparseConnectivityLearning) -> None:
+def check_arguments(method: Any) -> None:
     """Refuse values out of range, and those that contradict each other.
 
     Raises:
