@@ -223,9 +223,9 @@ class LpSphere(Masked):
         if moving:
             self.run.unscale(step.optimizer)
         for name in moving:
-            gradient = self._hidden[name] = step.weights[name].grad  # type: ignore[assignment]
+            self._hidden[name] = step.weights[name].grad  # type: ignore[assignment]
             # A distributed checkpoint cannot be loaded where an optimizer remembers nothing of a weight.
-            step.weights[name].grad = torch.zeros_like(gradient) if self.layouts else None
+            step.weights[name].grad = torch.zeros_like(self._hidden[name]) if self.layouts else None
 
     def after_step(self, step: Step) -> None:
         for name in self._constrained(step):
