@@ -205,9 +205,9 @@ def _explain_folder(trainer: pl.Trainer, error: IsADirectoryError) -> None:
     if trainer.ckpt_path is not None and (Path(trainer.ckpt_path) / ".metadata").is_file():
         raise ValueError(
             f"ckpt_path='{trainer.ckpt_path}' is a distributed checkpoint, which Lightning cannot load with strategy="
-            f"{type(trainer.strategy).__name__}; resume with ModelParallelStrategy, on any number of devices. To go on in one "
-            "process, resume so with save_distributed_checkpoint=False first, which writes a single file; for the weights "
-            "alone there is lightning_sparse.export.whole_weights."
+            f"{type(trainer.strategy).__name__}; resume with ModelParallelStrategy, on any number of devices. To go on in "
+            "one process, resume so with save_distributed_checkpoint=False first, which writes a single file; for the "
+            "weights alone there is lightning_sparse.export.whole_weights."
         ) from error
 
 
