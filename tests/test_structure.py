@@ -67,7 +67,7 @@ def test_imports_point_one_way(path: Path) -> None:
 PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace", "_version"}
 
 # One file per floor may use private names of torch or Lightning, where there is no public one; it says why at its top.
-MAY_USE_PRIVATES = {"cli/sparse_cli.py", "core/costs.py", "loop/privates.py", "observe/checkpoint.py"}
+MAY_USE_PRIVATES = {"core/costs.py", "loop/privates.py", "observe/checkpoint.py"}
 
 
 def is_private(name: object) -> bool:
