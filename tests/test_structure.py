@@ -29,8 +29,8 @@ MAY_IMPORT = {
     "export": {"functional", "core", "export"},
     "optim": {"functional", "core", "optim"},
     "observe": {"_version", "functional", "core", "loop", "metrics", "observe"},
-    "models": {"models"},
-    "data": {"data"},
+    "models": {"core", "models"},
+    "data": {"core", "data"},
     "testing": {"core", "data", "functional", "loop", "testing"},
 }
 EXPORTS = [getattr(lightning_sparse, name) for name in lightning_sparse.__all__]

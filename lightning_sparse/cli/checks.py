@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ def check_settings(command: str, config: Any) -> None:
         ValueError: naming the first setting that cannot be meant.
     """
     _check_seed(config.get("seed_everything"))
+    _check_devices(config.get("trainer.devices"))
+    _check_shape(config)
     if command in TRAINS:
         _check_length(config)
         if not config.get("trainer.fast_dev_run"):
@@ -38,7 +43,29 @@ def _check_seed(seed: Any) -> None:
         )
 
 
+def _check_devices(devices: Any) -> None:
+    words = str(devices).strip()
+    if not isinstance(devices, list) and not re.fullmatch(r"auto|-1|0*[1-9]\d*|\d+(\s*,\s*\d+)+,?|\d+,", words):
+        raise ValueError(
+            f"trainer.devices={devices!r} must be a number from 1 up, a list such as [0, 1], -1 for all of them, or 'auto'."
+        )
+
+
+def _check_shape(config: Any) -> None:
+    """Of the model, where the data know it: what is given would be ignored."""
+    module, _, name = str(config.get("model.class_path")).rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    for shape in FROM_DATA:
+        given = config.get(f"model.init_args.{shape}")
+        if shape in parameters and given != parameters[shape].default:
+            raise ValueError(f"model.init_args.{shape}={given} would be ignored, because the data say it; leave it out.")
+
+
 def _check_length(config: Any) -> None:
+    for name, least in (("accumulate_grad_batches", 1), ("log_every_n_steps", 0), ("gradient_clip_val", 0)):
+        value = config.get(f"trainer.{name}")
+        if value is not None and value < least:
+            raise ValueError(f"trainer.{name}={value} must be {least} or more.")
     for name, remedy in (
         ("max_epochs", "write a number from 1 up, or -1 to train until something stops it"),
         ("max_steps", "write a number from 1 up, or -1 for no limit"),

@@ -6,7 +6,10 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]
+
 import lightning_sparse
+from lightning_sparse.core import first_line
 
 __all__ = ["config_folder", "config_names", "find_config", "with_named_configs"]
 
@@ -34,7 +37,10 @@ def find_config(name: str) -> str:
         >>> Path(find_config("methods/rigl")).name
         'rigl.yaml'
     """
-    if Path(name).is_file() or "://" in name or "\n" in name:
+    if "://" in name or "\n" in name:
+        return name
+    if Path(name).is_file():
+        _check_syntax(name)
         return name
     if Path(name).is_dir():
         raise FileNotFoundError(f"--config '{name}' is a folder; give a file in it.")
@@ -46,6 +52,25 @@ def find_config(name: str) -> str:
     near = by_last_part or difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
     remedy = f"did you mean '{near[0]}'?" if near else f"give a file, or one of {names}."
     raise FileNotFoundError(f"--config '{name}' is no file, and no configuration of lightning_sparse; {remedy}")
+
+
+def _check_syntax(file: str) -> None:
+    """Refuse what the parser would refuse in words of its own.
+
+    Raises:
+        ValueError: if a file is not YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        place = getattr(error, "problem_mark", None)
+        line = f"line {place.line + 1}: " if place else ""
+        raise ValueError(
+            f"--config '{file}' is not YAML ({line}{getattr(error, 'problem', None) or first_line(error)}); correct it."
+        ) from error
+    if not isinstance(content, dict):
+        held = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"--config '{file}' holds {held}; it must hold settings, such as `trainer:`, `model:` and `data:`.")
 
 
 def with_named_configs(args: Sequence[str]) -> list[str]:

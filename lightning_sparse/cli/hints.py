@@ -10,6 +10,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, get_type_hints
 
+import lightning.pytorch as pl
+from lightning.pytorch import callbacks, loggers
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from torch import nn
+from torch.optim import Optimizer
+
 import lightning_sparse
 import lightning_sparse.data
 import lightning_sparse.models
@@ -27,6 +34,9 @@ _KINDS = {
     "<class 'int'>": "a whole number",
     "<class 'bool'>": "true or false",
     "Mapping": "a mapping",
+    "Sequence": "a list",
+    "List": "a list",
+    "<class 'str'>": "text",
     "NoneType": "null",
 }
 
@@ -51,10 +61,14 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
         others = f", or write {kinds}" if (kinds := _kinds(message)) else ""
         unknown_value = f"{value} is unknown;" if (value := _value(message)) else ":"
         return f"{key[1]}{unknown_value} choose from {choices}{others}."
+    if required := re.search(r"following arguments are required: (.*)", message):
+        return _required(required[1])
     if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
-        near = difflib.get_close_matches(unknown[1], _known_classes(), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(unknown[1], _known_classes(key[1] if key else ""), n=1, cutoff=0.5)
         remedy = f"did you mean '{near[0]}'?" if near else "write its import path, such as package.module.Class."
         return f"'{unknown[1]}'{where} is not a known class; {remedy}"
+    if key and (base := re.search(r"not correspond to a subclass of (\w+)", message)):
+        return f"{key[1]}{_value(message)} must be a subclass of {base[1]}; write the import path of one."
     if key and (kinds := _kinds(message)):
         return f"{key[1]}{_value(message)} must be {kinds}."
     noise = r"Parser key |Does not validate|Subtypes|Errors|Given value( type|: \[Namespace)|Not a valid|Expected a path but"
@@ -68,9 +82,27 @@ def _unknown_option(name: str, options: Sequence[str], cls: type | None) -> str:
     refused = getattr(cls, "refused", {})
     if cls is not None and name in refused:
         return f"{cls.__name__} does not take {name}: {refused[name]}."
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    near = _nearest(name, options)
     remedy = f"did you mean '{near[0]}'?" if near else "see --help and --print_config for what is known."
     return f"'{name}' is not an option{f' of {cls.__name__}' if cls else ''}; {remedy}"
+
+
+def _nearest(name: str, options: Sequence[str]) -> list[str]:
+    """The option that is most likely meant: its whole name, or the last part of it, is like what was written."""
+    last = {option.rpartition(".")[2]: option for option in reversed(options)}
+    begins = [option for part, option in last.items() if len(name) > 3 and "." not in name and part.startswith(f"{name}_")]
+    whole = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    parts = [last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.75)]
+    return whole or begins[:1] or parts
+
+
+def _required(names: str) -> str:
+    """What is missing, and where it may come from."""
+    missing = [name.strip().rpartition(".")[2] for name in names.split(",")]
+    examples = {"model": "models/lenet300", "data": "data/digits"}
+    known = [f"--config {examples[name]}" for name in missing if name in examples]
+    such = f", such as {' '.join(known)}, or all of it: --config quickstart" if known else ""
+    return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; name a configuration{such}."
 
 
 def _choices(message: str, key: str, cls: type | None) -> list[Any]:
@@ -103,7 +135,27 @@ def _kinds(message: str) -> str:
     return " or ".join(said for said in _KINDS.values() if said in found) if all(found) else ""
 
 
-def _known_classes() -> list[str]:
-    """Classes of this package that configs name."""
-    modules = (lightning_sparse, lightning_sparse.models, lightning_sparse.data, lightning_sparse.observe)
-    return [name for module in modules for name in module.__all__ if inspect.isclass(getattr(module, name))]
+KINDS_OF_CLASSES = {
+    "model": pl.LightningModule,
+    "data": pl.LightningDataModule,
+    "callbacks": Callback,
+    "logger": Logger,
+    "network": nn.Module,
+    "optimizer": Optimizer,
+}
+"""What a configuration can name where."""
+
+
+def _known_classes(key: str) -> list[str]:
+    """Classes that configs name without a path, or that are most likely meant."""
+    base = KINDS_OF_CLASSES.get(key.rpartition(".")[2].rstrip("+"), object)
+    modules = (
+        lightning_sparse,
+        lightning_sparse.models,
+        lightning_sparse.data,
+        lightning_sparse.observe,
+        loggers,
+        callbacks,
+    )
+    named = {name: getattr(module, name) for module in (*ours, loggers, callbacks) for name in module.__all__}
+    return [name for name, found in named.items() if inspect.isclass(found) and issubclass(found, base)]

@@ -7,11 +7,11 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_sparse
-from lightning_sparse.core import first_line
 
 __all__ = ["sentence_of"]
 
@@ -19,6 +19,9 @@ OURS = str(Path(lightning_sparse.__file__).parent)
 LIBRARIES = (OURS, *{sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}, "<")
 REFUSES = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError, MisconfigurationException)
 """What a library raises that has been given something it cannot work with; all else is a mistake in code."""
+
+LONGEST = 300
+"""Characters of a sentence of others."""
 
 
 def sentence_of(error: BaseException) -> str | None:
@@ -37,10 +40,14 @@ def sentence_of(error: BaseException) -> str | None:
         parsers = isinstance(one, ValueError) and "jsonargparse" in _files(one)[-1]
         if parsers and (causes := re.findall(r"^\s*- (\w+=.+)$", str(one), flags=re.M)):
             return str(causes[0])  # older versions keep only the text of a refusal
-    if not isinstance(error, REFUSES) or any(_is_users(file) for one in chain for file in _files(one)):
+    cause = next((one for one in reversed(chain) if "jsonargparse" not in _files(one)[-1]), error)
+    if not isinstance(error, REFUSES) or not isinstance(cause, REFUSES):
         return None
-    said = " ".join(str(error).split()) if isinstance(error, MisconfigurationException) else first_line(error)
-    return said if said.endswith((".", "?", "!")) else f"{said}."
+    if any(_is_users(file) for one in chain for file in _files(one)):
+        return None
+    said = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(cause)).split()).replace("`", "")
+    sentence = shorten(said or type(cause).__name__, LONGEST, placeholder=" ...")
+    return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -29,6 +29,9 @@ from lightning_sparse.observe.wandb import stay_offline
 
 __all__ = ["SparseCLI", "options"]
 
+COMMANDS = {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}, "export": {"model", "datamodule"}}
+"""Commands, and what their methods take that no option is for."""
+
 
 class SparseCLI(LightningCLI):
     """LightningCLI whose model learns the shape of its data, and which can train the dense model beside the sparse one."""
@@ -36,6 +39,7 @@ class SparseCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         self.parsers: list[LightningArgumentParser] = []
         """The main one, then one for each command."""
+        self._asked = next((arg for arg in args or () if arg in COMMANDS), None)
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -46,10 +50,9 @@ class SparseCLI(LightningCLI):
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Those of Lightning, `refit` and `export`."""
-        return {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}, "export": {"model", "datamodule"}}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Those of Lightning, `refit` and `export`; if one is asked for, only that, for each takes a second to prepare."""
+        return COMMANDS if self._asked is None else {self._asked: COMMANDS[self._asked]}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = SparseParser(dump_header=[f"lightning_sparse=={__version__}"], **kwargs)
@@ -142,7 +145,7 @@ def options() -> dict[str, list[str]]:
     try:
         _Listing([])
     except _Parsers as made:
-        commands = dict(zip(SparseCLI.subcommands(), made.args[0][1:], strict=True))
+        commands = dict(zip(COMMANDS, made.args[0][1:], strict=True))
     return {
         name: list(dict.fromkeys(re.findall(r"^ +(?:-\w(?: \w+)?, )?(--[\w.]+)", parser.format_help(), flags=re.M)))
         for name, parser in commands.items()
