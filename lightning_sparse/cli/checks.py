@@ -64,7 +64,7 @@ def _check_shape(config: Any) -> None:
 def _check_length(config: Any) -> None:
     for name, least in (("accumulate_grad_batches", 1), ("log_every_n_steps", 0), ("gradient_clip_val", 0)):
         value = config.get(f"trainer.{name}")
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise ValueError(f"trainer.{name}={value} must be {least} or more.")
     for name, remedy in (
         ("max_epochs", "write a number from 1 up, or -1 to train until something stops it"),

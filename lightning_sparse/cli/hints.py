@@ -57,6 +57,8 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
     where = f" in {key[1]}" if key else ""
     if unknown := re.search(_UNKNOWN_OPTION, message):
         return _unknown_option(next(filter(None, unknown.groups())), options, cls)
+    if ambiguous := re.search(r"ambiguous option: -*([\w.]+)\S* could match (.*)", message):
+        return _unknown_option(ambiguous[1], re.findall(r"--([\w.]+)", ambiguous[2]), cls)
     if key and (choices := _choices(message, key[1], cls)):
         others = f", or write {kinds}" if (kinds := _kinds(message)) else ""
         unknown_value = f"{value} is unknown;" if (value := _value(message)) else ":"
@@ -132,7 +134,9 @@ def _kinds(message: str) -> str:
     """What may be given beside the choices; empty if any of it is not known here."""
     expected = [line for line in re.findall(r"Expected an? (.*)", message) if "Literal" not in line]
     found = [next((said for kind, said in _KINDS.items() if kind in line), "") for line in expected]
-    return " or ".join(said for said in _KINDS.values() if said in found) if all(found) else ""
+    if "a number" in found:
+        found = [said for said in found if said != "a whole number"]
+    return " or ".join(said for said in dict.fromkeys(_KINDS.values()) if said in found) if all(found) else ""
 
 
 KINDS_OF_CLASSES = {
@@ -149,13 +153,6 @@ KINDS_OF_CLASSES = {
 def _known_classes(key: str) -> list[str]:
     """Classes that configs name without a path, or that are most likely meant."""
     base = KINDS_OF_CLASSES.get(key.rpartition(".")[2].rstrip("+"), object)
-    modules = (
-        lightning_sparse,
-        lightning_sparse.models,
-        lightning_sparse.data,
-        lightning_sparse.observe,
-        loggers,
-        callbacks,
-    )
+    ours = (lightning_sparse, lightning_sparse.models, lightning_sparse.data, lightning_sparse.observe)
     named = {name: getattr(module, name) for module in (*ours, loggers, callbacks) for name in module.__all__}
     return [name for name, found in named.items() if inspect.isclass(found) and issubclass(found, base)]

@@ -167,7 +167,7 @@ def constructions(count: int, dice: random.Random) -> Iterator[tuple[type[Sparsi
     every = []
     for method in METHODS:
         parameters = inspect.signature(method.__init__).parameters
-        needed: dict[str, Any] = {"sparsity": 0.5} if "sparsity" in parameters else {}
+        needed = {name: value for name, value in {"sparsity": 0.5, "p": 1.1}.items() if name in parameters}
         for name, parameter in parameters.items():
             wrong = ("yes", 3, None) if parameter.annotation == "bool" else OBJECTS.get(name, ())
             every += [(method, needed | {name: value}) for value in wrong]

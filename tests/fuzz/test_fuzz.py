@@ -43,9 +43,13 @@ def said_on_the_command_line(args: list[str]) -> str:
         one = stop.code == 2 and len(lines) == 1 and err.getvalue().strip().endswith(lines[0])
         return lines[0] if one else f"EXIT {stop.code} WITH {err.getvalue().strip()[-300:]}"
     except BaseException as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"TRACEBACK {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+        return a_traceback(error)
     return "ACCEPTED"
+
+
+def a_traceback(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"TRACEBACK {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
 
 
 def said_in_python(method: type[Sparsifier], arguments: dict[str, Any]) -> str:
@@ -57,9 +61,7 @@ def said_in_python(method: type[Sparsifier], arguments: dict[str, Any]) -> str:
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = isinstance(error, ValueError) and last.filename.startswith(OURS)
-        return (
-            str(error) if ours else f"TRACEBACK {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
-        )
+        return str(error) if ours else a_traceback(error)
     return "ACCEPTED"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,8 +15,10 @@ from torch import nn
 
 from lightning_sparse import (
     SET,
+    SNIP,
     CKARegularization,
     GraNet,
+    GraSP,
     HyperSparse,
     LayerSparsity,
     LotteryTicket,
@@ -141,7 +144,11 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (toy, lambda: [MagnitudePruning(0.5), ModelPruning("l1_unstructured")], {}, "cannot share a Trainer with ModelPruning"),
     (toy, lambda: [MagnitudePruning(0.5, targets=[5])], {}, "targets: 5 is not a pattern"),
-    (toy, lambda: [MagnitudePruning(0.5, schedule=lambda p, a, b: float("nan"))], {}, "schedule gives nan at progress 0.0"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": 0}, "max_epochs=0 trains nothing; give a number from 1 up"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_steps": 0}, "max_steps=0 trains nothing; give a number from 1 up"),
+    (toy, lambda: [RandomSparsity(0.5)], {"limit_train_batches": 0}, "has nothing to train on: the training set gives no"),
+    (toy, lambda: [RandomSparsity(0.5)], {"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be a number from"),
+    (toy, lambda: [SNIP(0.5, batches=10**9)], {}, "batches=1000000000 is more than an epoch has; write at most 4."),
     (Embedded, lambda: [MagnitudePruning(0.5, targets=["type:Embedding"])], {}, "make the layer with sparse=False"),
     (toy, lambda: [MagnitudePruning(0.9999)], {}, "sparsity=0.9999 of 2,760 units leaves nothing"),
     (toy, lambda: [CKARegularization(layers=["net.9"])], {}, "layers: 'net.9' matches no layer; did you mean 'net.8'?"),
@@ -179,7 +186,6 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "'net.0.weight' (Conv2d) has 1 input, and structure='2:4'",
     ),
-    (toy, lambda: [RigL(0.9, drop_schedule=lambda p, a, b: float("nan"))], {}, "drop_schedule gives nan at progress 0.0"),
     (toy, lambda: [GraNet(0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
     (
         toy,
@@ -282,14 +288,47 @@ def test_at_the_start_of_fit(
     )
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharding_strategies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+FLAT = "flattens weights into pieces without rows; use ModelParallelStrategy"
+SHARDED: list[tuple[str, Callable[[], L.Callback], int, str]] = [
+    (
+        "FSDPStrategy",
+        lambda: MagnitudePruning(0.5),
+        1,
+        f"MagnitudePruning does not .* which {FLAT}",
+    ),
+    ("DeepSpeedStrategy", lambda: RigL(0.5), 1, f"RigL does not support strategy=DeepSpeed.* {FLAT}"),
+    (
+        "ModelParallelStrategy",
+        lambda: GraSP(0.5),
+        1,
+        "GraSP does not support .* whole weights; use 'ddp'",
+    ),
+    (
+        "ModelParallelStrategy",
+        lambda: SCL(0.5),
+        2,
+        "Learning does not support tensor parallelism, where",
+    ),
+    (
+        "ModelParallelStrategy",
+        CKARegularization,
+        2,
+        "CKARegularization does not support tensor parallelism",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "wide", "sentence"), SHARDED)
+def test_sharding_strategies(
+    name: str, make: Callable[[], L.Callback], wide: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stand-in, for these strategies need several devices to be made."""
     cls = getattr(L.pytorch.strategies, name)
-    runner = trainer()
-    monkeypatch.setattr(type(runner), "strategy", property(lambda self: cls.__new__(cls)))
-    with pytest.raises(ValueError, match=f"does not support strategy={name}.* use 'ddp' or a single device"):
-        MagnitudePruning(0.5).setup(runner, toy(), "fit")
+    runner, strategy = trainer(), cls.__new__(cls)
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: wide)}
+    monkeypatch.setattr(type(runner), "strategy", property(lambda self: strategy))
+    with pytest.raises(ValueError, match=sentence):
+        make().setup(runner, toy(), "fit")
 
 
 RESUMED: list[tuple[Callable[[], L.Callback], Callable[[], L.LightningModule], str]] = [
