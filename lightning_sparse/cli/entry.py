@@ -27,7 +27,7 @@ RUN = {
     "test": "test a checkpoint",
     "predict": "predict with a checkpoint",
     "refit": "merge the linear layers of a checkpoint, and train on",
-    "export": "make a checkpoint smaller and faster: export --ckpt_path FILE --to FOLDER",
+    "export": "smaller and faster files: export --ckpt_path FILE --to DIR",
 }
 OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "report": ("lay runs side by side in one page: report RUN...", report),
@@ -48,6 +48,8 @@ def main(args: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     try:
         _run(given)
+    except BrokenPipeError:  # who read along has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         said = sentence_of(error)
         if said is None or os.environ.get("LIGHTNING_SPARSE_TRACEBACK", "0") != "0":
