@@ -277,7 +277,7 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     broken.write_text("no checkpoint")
     torch.save({"weights": 1}, other)
     mistakes = [
-        (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; give one that a run saved."),
+        (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; "),
         ([f"--ckpt_path={broken}"], "cannot be read as a checkpoint ("),
         ([f"--ckpt_path={other}"], "holds a dict without a state_dict, not a checkpoint of Lightning; give one that a run"),
         ([f"--ckpt_path={checkpoint}", "--batch_size=0"], "batch_size=0 must be at least 1."),
@@ -287,7 +287,7 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
             [f"--ckpt_path={alone}"],
             "has no config.yaml in the folder of its run; give the configuration of the run with --config",
         ),
-        ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; give one that a run saved."),
+        ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; "),
         ([f"--ckpt_path={checkpoint}", "--rungs=[smaller]"], "rungs='smaller' is unknown; choose from ['plain'"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[removed]", "--tolerance=0"], "tolerance=0.0 must be above 0"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[merged]"], "no layer acts linearly for all inputs, so none is merged;"),
