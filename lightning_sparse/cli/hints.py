@@ -93,8 +93,8 @@ def _nearest(name: str, options: Sequence[str]) -> list[str]:
     """The option that is most likely meant: its whole name, or the last part of it, is like what was written."""
     last = {option.rpartition(".")[2]: option for option in reversed(options)}
     begins = [option for part, option in last.items() if len(name) > 3 and "." not in name and part.startswith(f"{name}_")]
-    whole = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    parts = [last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.6)]
+    whole = difflib.get_close_matches(name, options, n=1, cutoff=0.55)
+    parts = [last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.55)]
     return whole or begins[:1] or parts
 
 
