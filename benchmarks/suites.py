@@ -18,6 +18,7 @@ from benchmarks import (
     robustness,
     sharded,
     updates,
+    writes,
 )
 from benchmarks import sparse_connectivity_learning as scl
 from benchmarks.accuracy import Comparison, Setting
@@ -161,6 +162,7 @@ COST = (
     Measurements("export-carriers", whole(export.carriers)),
     Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness", robustness.parts, same=("lightning_sparse", "torch")),
+    Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
 )
 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *PAPER, *COST)}

@@ -23,12 +23,13 @@ from lightning_sparse.methods import (
     TrainableThreshold,
     WeightPenalty,
 )
-from lightning_sparse.observe import SparsityCheckpoint, SparsityMonitor
+from lightning_sparse.observe import AtomicCheckpointIO, SparsityCheckpoint, SparsityMonitor
 
 __all__ = [
     "SET",
     "SNIP",
     "STR",
+    "AtomicCheckpointIO",
     "CKARegularization",
     "GraNet",
     "GraSP",

@@ -12,7 +12,7 @@ from lightning_sparse.core.chains import (
     find_chains,
     is_collapsed,
 )
-from lightning_sparse.core.checks import check_choice, check_number, check_sparsity, check_whole
+from lightning_sparse.core.checks import check_choice, check_number, check_schedule, check_sparsity, check_whole
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
 from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
@@ -123,6 +123,7 @@ __all__ = [
     "check_exponents",
     "check_moments",
     "check_number",
+    "check_schedule",
     "check_sparsity",
     "check_whole",
     "clear_moments",

@@ -11,7 +11,15 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import AllocationName, StructureName, check_whole, lent_gradients, owner_of, parts_of
+from lightning_sparse.core import (
+    AllocationName,
+    RunLength,
+    StructureName,
+    check_whole,
+    lent_gradients,
+    owner_of,
+    parts_of,
+)
 from lightning_sparse.families.budgeted import Budgeted
 from lightning_sparse.loop.dry_run import dry_run, loss_of, refuse_unrepeatable_data, size_of, training_outputs
 
@@ -110,6 +118,14 @@ class PruningAtInitOnData(PruningAtInit):
         )
         self.batches = batches
         check_whole("batches", batches, 1)
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        super().check(run, until)
+        batches = self.run.trainer.num_training_batches
+        if self.brought is None and self.batches > 1 and batches != float("inf"):
+            most = -(-int(batches) // self.run.accumulation(self.run.trainer.current_epoch))
+            if self.batches > most:
+                raise ValueError(f"{self.label}: batches={self.batches} is more than an epoch has; write at most {most}.")
 
     def begin(self) -> None:
         refuse_unrepeatable_data(self.run.trainer, self.run.module, self.label)

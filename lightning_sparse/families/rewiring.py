@@ -24,6 +24,7 @@ from lightning_sparse.core import (
     Target,
     Window,
     check_choice,
+    check_schedule,
     spread_over,
 )
 from lightning_sparse.families.budgeted import Budgeted
@@ -114,7 +115,9 @@ class Rewiring(Budgeted):
         _check_share("drop_fraction", drop_fraction, "(0, 1): the share of a layer's connections that an update drops", 0.3)
         if final_drop_fraction != 0:
             _check_share("final_drop_fraction", final_drop_fraction, "[0, 1): what drop_fraction falls to", 0.0)
-        if not callable(drop_schedule):
+        if callable(drop_schedule):
+            check_schedule("drop_schedule", drop_schedule, drop_fraction, final_drop_fraction)
+        else:
             check_choice("drop_schedule", drop_schedule, DROP_SCHEDULES, " or give a function")
         check_seed(seed)
         if isinstance(self.budget.structure, Channels):

@@ -155,7 +155,13 @@ class Sparsifier(Method, Callback):
             self.loop.conclude()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        empty = self.loop is None and trainer.num_training_batches == 0
         self._leave()
+        if empty:
+            raise ValueError(
+                f"{self.label} has nothing to train on: the training set gives no batches; check the data, and "
+                "limit_train_batches."
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leave()
@@ -182,6 +188,13 @@ def _refuse_trainer(method: Method, trainer: pl.Trainer) -> None:
             f"{method.label} does not support strategy={kind}, which flattens weights into pieces without rows; use "
             "ModelParallelStrategy with fully_shard, 'ddp', or a single device."
         )
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(
+            f"{method.label}: accumulate_grad_batches={trainer.accumulate_grad_batches} must be a number from 1 up."
+        )
+    for name, value in (("max_epochs", trainer.max_epochs), ("max_steps", trainer.max_steps)):
+        if value == 0:
+            raise ValueError(f"{method.label}: {name}=0 trains nothing; give a number from 1 up, or -1 for no limit.")
     if isinstance(strategy, ModelParallelStrategy):
         if method.shards == "none":
             raise ValueError(

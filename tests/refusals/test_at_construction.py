@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,20 @@ from lightning_sparse import (
 from lightning_sparse import SparseConnectivityLearning as SCL
 
 AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
-    (lambda: MagnitudePruning(1.0), "sparsity=1.0 must be in [0, 1)"),
+    (
+        lambda: MagnitudePruning(0.5, schedule=lambda p, a, b: float("nan")),
+        "schedule=<lambda> gives nan at progress 0; it must return a fraction",
+    ),
+    (lambda: MagnitudePruning(0.5, schedule=lambda p, a, b: 7), "schedule=<lambda> gives 7 at progress 0; it must return"),
+    (lambda: MagnitudePruning(0.5, schedule=math.sqrt), "schedule=sqrt cannot be called with (progress, start, end), which"),
+    (
+        lambda: RigL(0.9, drop_schedule=lambda p, a, b: float("nan")),
+        "drop_schedule=<lambda> gives nan at progress 0; it must return a fraction",
+    ),
+    (lambda: RigL(0.9, track_explored="yes"), "track_explored='yes' must be True or False."),
+    (lambda: WeightPenalty(0.9, proximal="yes"), "proximal='yes' must be True or False."),
+    (lambda: RandomSparsity(0.9, seed=-1), "seed=-1 must be a whole number from 0 up."),
+    (lambda: MagnitudePruning(1.0), "sparsity=1 would remove everything; write 0.99 to keep one of a hundred."),
     (lambda: MagnitudePruning(-0.1), "sparsity=-0.1 must be in [0, 1)"),
     (lambda: MagnitudePruning(90), "for 90 % write 0.9"),
     (lambda: MagnitudePruning(float("nan")), "sparsity=nan must be in [0, 1)"),
@@ -109,7 +123,7 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: CKARegularization(groups={}), "groups={} says which layers are compared; name some"),
     (lambda: CKARegularization(groups={"a": ["b"]}, pairs="all"), "leave layers and pairs out"),
     (lambda: HyperSparse(0), "sparsity=0 would regularize for nothing; leave the callback out"),
-    (lambda: HyperSparse(1.0), "sparsity=1.0 must be in [0, 1)"),
+    (lambda: HyperSparse(1.0), "sparsity=1 would remove everything; write 0.99"),
     (lambda: HyperSparse("0.9"), "sparsity='0.9' must be a number in [0, 1)"),
     (lambda: HyperSparse(0.9, strength=0), "strength=0 must be a positive number"),
     (lambda: HyperSparse(0.9, growth="fast"), "growth='fast' must be a positive number"),

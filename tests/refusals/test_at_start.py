@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_sparse import (
     SET,
+    SNIP,
     CKARegularization,
     GraNet,
     GraSP,
@@ -143,7 +144,11 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (toy, lambda: [MagnitudePruning(0.5), ModelPruning("l1_unstructured")], {}, "cannot share a Trainer with ModelPruning"),
     (toy, lambda: [MagnitudePruning(0.5, targets=[5])], {}, "targets: 5 is not a pattern"),
-    (toy, lambda: [MagnitudePruning(0.5, schedule=lambda p, a, b: float("nan"))], {}, "schedule gives nan at progress 0.0"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": 0}, "max_epochs=0 trains nothing; give a number from 1 up"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_steps": 0}, "max_steps=0 trains nothing; give a number from 1 up"),
+    (toy, lambda: [RandomSparsity(0.5)], {"limit_train_batches": 0}, "has nothing to train on: the training set gives no"),
+    (toy, lambda: [RandomSparsity(0.5)], {"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be a number from"),
+    (toy, lambda: [SNIP(0.5, batches=10**9)], {}, "batches=1000000000 is more than an epoch has; write at most 4."),
     (Embedded, lambda: [MagnitudePruning(0.5, targets=["type:Embedding"])], {}, "make the layer with sparse=False"),
     (toy, lambda: [MagnitudePruning(0.9999)], {}, "sparsity=0.9999 of 2,760 units leaves nothing"),
     (toy, lambda: [CKARegularization(layers=["net.9"])], {}, "layers: 'net.9' matches no layer; did you mean 'net.8'?"),
@@ -181,7 +186,6 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "'net.0.weight' (Conv2d) has 1 input, and structure='2:4'",
     ),
-    (toy, lambda: [RigL(0.9, drop_schedule=lambda p, a, b: float("nan"))], {}, "drop_schedule gives nan at progress 0.0"),
     (toy, lambda: [GraNet(0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
     (
         toy,

@@ -118,7 +118,7 @@ class Chooser(Callback):
         self.penalty, self.schedule = penalty, schedule
 
 
-CHOOSER = "--trainer.callbacks+=tests.test_cli.Chooser"
+CHOOSER = "--trainer.callbacks+=tests.cli.test_cli.Chooser"
 MISTAKES = [
     (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsitty=0.5"], "did you mean 'sparsity'"),
     (["--trainer.maximum_epochs=3"], "'trainer.maximum_epochs' is not an option; did you mean 'trainer.max_epochs'?"),
@@ -210,7 +210,7 @@ def test_a_mistake_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_help_lists_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["fit", "--trainer.callbacks.help=tests.test_cli.Chooser"])
+        main(["fit", "--trainer.callbacks.help=tests.cli.test_cli.Chooser"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--trainer.callbacks.penalty {l1,l2}" in said
     assert "Literal['cubic', 'linear']" in said
@@ -246,7 +246,7 @@ def test_refit_from_a_checkpoint(start: str, tmp_path: Path, capsys: pytest.Capt
     assert len(saved["state_dict"]) == 4, "two layers"
     with pytest.raises(SystemExit):
         main(["refit", *again, "--ckpt_path=nowhere.ckpt"])
-    assert "ckpt_path='nowhere.ckpt' is not a file; give a checkpoint" in capsys.readouterr().err
+    assert "ckpt_path='nowhere.ckpt' is not a file; give one that a run saved." in capsys.readouterr().err
     other = [*again, "--model.init_args.network.init_args.hidden=[5]", f"--ckpt_path={checkpoint}"]
     with pytest.raises(SystemExit):
         main(["refit", *other])
@@ -277,14 +277,17 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     broken.write_text("no checkpoint")
     torch.save({"weights": 1}, other)
     mistakes = [
-        (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; give one of the run to export."),
+        (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; "),
         ([f"--ckpt_path={broken}"], "cannot be read as a checkpoint ("),
-        ([f"--ckpt_path={other}"], "cannot be read as a checkpoint (KeyError: 'state_dict'); give one that a run saved."),
+        ([f"--ckpt_path={other}"], "holds a dict without a state_dict, not a checkpoint of Lightning; give one that a run"),
         ([f"--ckpt_path={checkpoint}", "--batch_size=0"], "batch_size=0 must be at least 1."),
         ([f"--ckpt_path={checkpoint}", "--recalibrate=-1"], "recalibrate=-1 must be a number of batches, or 0"),
         ([f"--ckpt_path={checkpoint}", "--device=gpu"], "device='gpu' cannot be used here ("),
-        ([f"--ckpt_path={alone}"], "has no config.yaml next to it or above; give the files of its run with --config."),
-        ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; give one of the run to export."),
+        (
+            [f"--ckpt_path={alone}"],
+            "has no config.yaml in the folder of its run; give the configuration of the run with --config",
+        ),
+        ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; "),
         ([f"--ckpt_path={checkpoint}", "--rungs=[smaller]"], "rungs='smaller' is unknown; choose from ['plain'"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[removed]", "--tolerance=0"], "tolerance=0.0 must be above 0"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[merged]"], "no layer acts linearly for all inputs, so none is merged;"),
