@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_sparse.cli.checkpoints import with_saved_config
 from lightning_sparse.cli.sparse_cli import SparseCLI
 from lightning_sparse.observe.report import find_reports, read_report, write_report
+from lightning_sparse.observe.views import save_dashboard
 
 __all__ = ["main"]
 
@@ -29,12 +30,25 @@ def report(args: list[str]) -> None:
     print(asked.output)
 
 
+def dashboard(args: list[str]) -> None:
+    """`lightning-sparse dashboard --project P`: a saved view and a report on Weights & Biases."""
+    parser = argparse.ArgumentParser("lightning-sparse dashboard", description="Arrange a project on Weights & Biases.")
+    parser.add_argument("--project", required=True, help="that the runs were logged to")
+    parser.add_argument("--entity", help="user or team (default: that of the account)")
+    parser.add_argument("--metric", default="val/accuracy", help="that runs are compared by (default: val/accuracy)")
+    asked = parser.parse_args(args)
+    print(*save_dashboard(asked.project, asked.entity, asked.metric), sep="\n")
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of `lightning-sparse`; what this package refuses ends in one sentence, not in a traceback."""
     given = sys.argv[1:] if args is None else args
     try:
         if given[:1] == ["report"]:
             report(given[1:])
+            return
+        if given[:1] == ["dashboard"]:
+            dashboard(given[1:])
             return
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python")

@@ -76,7 +76,7 @@ def test_the_dashboard_is_in_the_file_of_the_run(tmp_path: Path) -> None:
     [run] = records(tmp_path)
     assert sorted(curve(run, "sparsity/target")) == list(range(EPOCHS * BATCHES))
     ends = [BATCHES * (epoch + 1) - 1 for epoch in range(EPOCHS)]
-    assert {step: value for step, value in curve(run, "sparsity/actual").items() if step in ends} == pytest.approx(
+    assert {step: value for step, value in curve(run, "sparsity").items() if step in ends} == pytest.approx(
         dict(zip(ends, monitor.history.column("sparsity"), strict=True))
     )
     for name in ("net.0.weight", "net.8.weight"):
@@ -94,7 +94,7 @@ def test_the_dashboard_is_in_the_file_of_the_run(tmp_path: Path) -> None:
         "masks/net.0.weight",
         "charts/layers_over_time",
         "charts/layers",
-        "charts/accuracy_against_sparsity",
+        "charts/loss_against_sparsity",
         "charts/report",
     ):
         assert any(part in name for name in media), (part, media)
@@ -111,8 +111,7 @@ def test_every_section_goes_by_the_step_also_in_a_run_that_somebody_else_opened(
     [run] = records(tmp_path)
     assert definitions(run) == {STEP: "", **dict.fromkeys(board.SECTIONS, STEP)}
     logged = {key for row in history(run) for key in row if "/" in key and key != STEP}
-    unknown = {key for key in logged if not any(key.startswith(section[:-1]) for section in board.SECTIONS)}
-    assert {key.partition("/")[0] for key in unknown} <= {"final"}
+    assert not {key for key in logged if not any(key.startswith(section[:-1]) for section in board.SECTIONS)}
 
 
 def test_artifacts_know_their_sparsity_and_their_score(tmp_path: Path) -> None:
@@ -146,13 +145,71 @@ def test_a_dense_checkpoint_is_no_sparse_artifact(tmp_path: Path) -> None:
     assert "model" not in {record["artifact"]["type"] for record in run if record["type"] == "artifact"}
 
 
-def test_runs_have_groups_and_know_their_methods(tmp_path: Path) -> None:
-    train(tmp_path)
+def config_of(run: list[dict[str, Any]]) -> dict[str, Any]:
+    """The configuration that a run ends with."""
+    return dict(opened_as(run)["config"]["update"])
+
+
+def opened_as(run: list[dict[str, Any]]) -> dict[str, Any]:
+    return [record["run"] for record in run if record["type"] == "run"][-1]
+
+
+def test_a_run_is_named_by_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    train(tmp_path, logger=WandbLogger(save_dir=tmp_path, project="toy"))
     [run] = records(tmp_path)
-    [opened] = [record["run"] for record in run if record["type"] == "run"][:1]
-    assert opened["run_group"] == "seeds"
-    configs = json.dumps([record["config"] for record in run if record["type"] == "config"])
-    assert '"sparsity": 0.75' in configs
+    opened = opened_as(run)
+    assert opened["display_name"] == "MagnitudePruning 75% seed 3"
+    assert opened["tags"] == ["MagnitudePruning", "sparsity 75%"]
+
+
+def test_what_the_user_has_named_keeps_its_name(tmp_path: Path) -> None:
+    train(tmp_path, logger=WandbLogger(save_dir=tmp_path, name="mine", group="seeds", tags=["paper"]))
+    [run] = records(tmp_path)
+    opened = opened_as(run)
+    assert (opened["display_name"], opened["run_group"]) == ("mine", "seeds")
+    assert opened["tags"] == ["paper", "MagnitudePruning", "sparsity 75%"]
+
+
+def test_the_configuration_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    train(tmp_path, accumulate_grad_batches=2)
+    [run] = records(tmp_path)
+    config = config_of(run)
+    assert config["method"] == "MagnitudePruning"
+    assert config["seed"] == 3
+    assert config["model"]["class"] == "Toy"
+    assert config["data"] == {"batch_size": 8}
+    assert config["trainer"]["accumulate_grad_batches"] == 2
+    [optimizer] = config["optimizer"]
+    assert (optimizer["class"], optimizer["lr"], optimizer["momentum"]) == ("SGD", 0.05, 0.9)
+    assert config["methods"]["MagnitudePruning"]["sparsity"] == 0.75
+    assert config["methods"]["MagnitudePruning"]["allocation"]
+
+
+def test_the_summary_has_the_best_and_no_number_twice(tmp_path: Path) -> None:
+    monitor = train(tmp_path)
+    [run] = records(tmp_path)
+    logged = {key for row in history(run) for key in row}
+    assert {"sparsity", "sparsity/target", "best/val_loss", "best/epoch", "frontier/density"} <= logged
+    assert not {"sparsity/actual", "final/actual"} & logged
+    assert "charts/accuracy_against_sparsity_table" not in logged
+    assert list(curve(run, "frontier/density").values()) == pytest.approx([0.25])
+    assert next(iter(curve(run, "best/val_loss").values())) in monitor.history.rows[-1]["metrics"].values()
+
+
+def test_whoever_wants_to_know_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"has removed all of 'net\.6\.weight'"):
+        train(tmp_path / "dead", MagnitudePruning(0.99, targets=["net.6", "net.8"]))
+    wandb.finish()
+    with pytest.warns(UserWarning, match="ends at sparsity"):
+        train(tmp_path / "missed", MagnitudePruning(0.75, end=1.0), Stop())
+    told = [
+        [record["alert"]["title"] for record in run if record["type"] == "alert"]
+        for folder in ("dead", "missed")
+        for run in records(tmp_path / folder)
+    ]
+    assert told == [["A layer is dead"], ["The target was missed"]]
 
 
 class Stop(L.Callback):
@@ -178,7 +235,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
             ckpt_path=tmp_path / "all" / f"step={2 * BATCHES}.ckpt",
         )
     first, second = records(tmp_path / "run")
-    for key in ("sparsity/actual", "sparsity/churn", "layers/net.6.weight", "cost/macs", "val_loss"):
+    for key in ("sparsity", "sparsity/churn", "layers/net.6.weight", "cost/macs", "val_loss"):
         assert len(curve(whole, key)) >= EPOCHS
         assert {**curve(first, key), **curve(second, key)} == pytest.approx(curve(whole, key)), key
     steps = [row[STEP] for row in (*history(first), *history(second)) if STEP in row]
@@ -229,7 +286,13 @@ def test_the_command_line_stays_offline_by_itself(
     main(["fit", *configs, *quiet, "--trainer.max_epochs=2", "--trainer.limit_train_batches=10", "--seed_everything=0"])
     assert "Weights & Biases stays offline, because there is no API key" in capsys.readouterr().err
     [run] = records(tmp_path)
-    assert "final/val/accuracy" in {key for row in history(run) for key in row}
+    assert "best/val/accuracy" in {key for row in history(run) for key in row}
+    opened = opened_as(run)
+    assert (opened["display_name"], opened["run_group"]) == ("MagnitudePruning 90% seed 0", "MagnitudePruning 90%")
+    assert opened["config"]["update"]["data"]["class"] == "Digits"
+    asked = opened["config"]["update"]["command_line"]
+    assert asked["data"]["class_path"].endswith("Digits")
+    assert asked["trainer"]["max_epochs"] == 2
     [page] = tmp_path.rglob("report.html")
     assert "class_path: lightning_sparse.MagnitudePruning" in page.read_text(), "the resolved configuration"
 
