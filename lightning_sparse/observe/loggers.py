@@ -14,7 +14,7 @@ __all__ = ["LAYOUT", "conclude", "introduce", "log_export"]
 
 LAYOUT = {
     "lightning_sparse": {
-        "target against actual": ["Multiline", [r"^sparsity$", r"^sparsity/target$", r"^sparsity/zeros$"]],
+        "target against actual": ["Multiline", [r"^sparsity/actual$", r"^sparsity/target$", r"^sparsity/zeros$"]],
         "layers": ["Multiline", [r"^layers/.*"]],
         "churn": ["Multiline", [r"^sparsity/churn$"]],
         "dead outputs": ["Multiline", [r"^sparsity/dead_outputs$"]],

@@ -41,7 +41,7 @@ def make_view(entity: str, project: str, metric: str) -> Any:
     columns = [
         "run:displayName",
         "config:method",
-        "summary:sparsity",
+        "summary:sparsity/actual",
         f"summary:best/{metric}",
         "summary:cost/macs_fraction",
     ]
@@ -144,8 +144,8 @@ def _panels(metric: str) -> dict[str, Sequence[Any]]:
             over_time(metric, metric, **by_method),
         ],
         "Sparsity": [
-            over_time("target against actual", "sparsity", "sparsity/target"),
-            over_time("masks against exact zeros", "sparsity", "sparsity/zeros"),
+            over_time("target against actual", "sparsity/actual", "sparsity/target"),
+            over_time("masks against exact zeros", "sparsity/actual", "sparsity/zeros"),
             over_time("whole model", "sparsity/model"),
         ],
         "Layers": [

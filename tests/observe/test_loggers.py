@@ -32,8 +32,10 @@ def test_tensorboard_has_curves_a_page_of_charts_and_results_beside_the_configur
     monitor = train(logger)
     read = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
     scalars = read.Tags()["scalars"]
-    assert {"sparsity", "sparsity/target", "sparsity/churn", "layers/net.6.weight", "cost/macs", "val_loss"} <= set(scalars)
-    sparsity = {event.step: event.value for event in read.Scalars("sparsity")}
+    assert {"sparsity/actual", "sparsity/target", "sparsity/churn", "layers/net.6.weight", "cost/macs", "val_loss"} <= set(
+        scalars
+    )
+    sparsity = {event.step: event.value for event in read.Scalars("sparsity/actual")}
     assert sparsity[11] == pytest.approx(0.75)
 
     layout = layouts.Layout()
@@ -65,7 +67,7 @@ def test_mlflow_has_curves_and_the_configuration(tmp_path: Path, monkeypatch: py
     assert run.data.params["methods/MagnitudePruning/sparsity"] == "0.75"
     assert run.data.params["optimizer/class"] == "SGD"
     assert run.data.params["trainer/max_epochs"] == "3"
-    assert run.data.metrics["sparsity"] == pytest.approx(0.75)
+    assert run.data.metrics["sparsity/actual"] == pytest.approx(0.75)
     assert run.data.metrics["best/val_loss"] in [
         pytest.approx(row["metrics"]["val_loss"]) for row in monitor.history.rows if row["phase"] == "at target"
     ]
@@ -82,8 +84,8 @@ def test_a_csv_logger_keeps_the_configuration(tmp_path: Path) -> None:
 def test_any_logger_has_every_number_once_per_step() -> None:
     written = Written()
     train(written)
-    assert {"sparsity", "best/epoch", "frontier/density"} <= set(written.keys)
-    assert not [key for key in written.keys if key.startswith("final/") or key == "sparsity/actual"]
+    assert {"sparsity/actual", "best/epoch", "frontier/density"} <= set(written.keys)
+    assert not [key for key in written.keys if key.startswith("final/") or key == "sparsity"]
     assert written.configuration["methods"]["MagnitudePruning"]["sparsity"] == 0.75
     assert written.configuration["data"]["batch_size"] > 0
 

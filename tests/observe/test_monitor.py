@@ -60,9 +60,9 @@ def test_loggers_get_target_and_actual_sparsity_at_log_steps(first: bool, tmp_pa
     fit(toy(), *callbacks, zeros, logger=CSVLogger(tmp_path), log_every_n_steps=3)
     seen = logged(tmp_path)
     at = [2, 5, 8, 11]  # as Lightning counts
-    actual = {step: value for step, value in seen["sparsity"].items() if step in at}
+    actual = {step: value for step, value in seen["sparsity/actual"].items() if step in at}
     assert actual == pytest.approx({step: zeros.total(step) for step in at})
-    assert set(seen["sparsity"]) == {*at, 3, 7}, "and at the end of epochs"
+    assert set(seen["sparsity/actual"]) == {*at, 3, 7}, "and at the end of epochs"
     final = (0.75 * (72 + 576 + 2048) + 0.5 * 64) / 2760
     assert seen["sparsity/target"] == pytest.approx(dict.fromkeys(at, final))
     assert seen["sparsity/RandomSparsity(name='head')"] == dict.fromkeys(at, 0.5)
@@ -73,7 +73,7 @@ def test_loggers_get_target_and_actual_sparsity_at_log_steps(first: bool, tmp_pa
         assert seen[f"layers/{name}"] == pytest.approx({step: zeros.seen[step][name] for step in ends})
         assert set(seen[f"layer_targets/{name}"].values()) == {0.5 if name == "net.8.weight" else 0.75}
     assert seen["frontier/density"] == {11: pytest.approx(1 - zeros.total(11))}
-    assert not [name for name in seen if name.startswith("final/") or name == "sparsity/actual"], "no number twice"
+    assert not [name for name in seen if name.startswith("final/") or name == "sparsity"], "no number twice"
     phases, losses = monitor.history.column("phase"), [seen["val_loss"][step] for step in (3, 7, 11)]
     best = min(loss for loss, phase in zip(losses, phases, strict=True) if phase == phases[-1])
     assert seen["best/val_loss"] == {11: pytest.approx(best)}
@@ -176,7 +176,7 @@ def test_readings_go_on_after_a_resume(tmp_path: Path) -> None:
     for key in ("step", "sparsity", "zeros", "layers", "macs", "phase"):
         assert resumed.history.column(key) == whole.history.column(key)
     assert resumed.history.rows[0] == whole.history.rows[0], "from the checkpoint"
-    key = "sparsity"
+    key = "sparsity/actual"
     assert after[key] == {step: value for step, value in before[key].items() if step >= 2 * BATCHES}
 
 

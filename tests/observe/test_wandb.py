@@ -76,7 +76,7 @@ def test_the_dashboard_is_in_the_file_of_the_run(tmp_path: Path) -> None:
     [run] = records(tmp_path)
     assert sorted(curve(run, "sparsity/target")) == list(range(EPOCHS * BATCHES))
     ends = [BATCHES * (epoch + 1) - 1 for epoch in range(EPOCHS)]
-    assert {step: value for step, value in curve(run, "sparsity").items() if step in ends} == pytest.approx(
+    assert {step: value for step, value in curve(run, "sparsity/actual").items() if step in ends} == pytest.approx(
         dict(zip(ends, monitor.history.column("sparsity"), strict=True))
     )
     for name in ("net.0.weight", "net.8.weight"):
@@ -191,8 +191,8 @@ def test_the_summary_has_the_best_and_no_number_twice(tmp_path: Path) -> None:
     monitor = train(tmp_path)
     [run] = records(tmp_path)
     logged = {key for row in history(run) for key in row}
-    assert {"sparsity", "sparsity/target", "best/val_loss", "best/epoch", "frontier/density"} <= logged
-    assert not {"sparsity/actual", "final/actual"} & logged
+    assert {"sparsity/actual", "sparsity/target", "best/val_loss", "best/epoch", "frontier/density"} <= logged
+    assert not {"sparsity", "final/actual"} & logged
     assert "charts/accuracy_against_sparsity_table" not in logged
     assert list(curve(run, "frontier/density").values()) == pytest.approx([0.25])
     assert next(iter(curve(run, "best/val_loss").values())) in monitor.history.rows[-1]["metrics"].values()
@@ -235,7 +235,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
             ckpt_path=tmp_path / "all" / f"step={2 * BATCHES}.ckpt",
         )
     first, second = records(tmp_path / "run")
-    for key in ("sparsity", "sparsity/churn", "layers/net.6.weight", "cost/macs", "val_loss"):
+    for key in ("sparsity/actual", "sparsity/churn", "layers/net.6.weight", "cost/macs", "val_loss"):
         assert len(curve(whole, key)) >= EPOCHS
         assert {**curve(first, key), **curve(second, key)} == pytest.approx(curve(whole, key)), key
     steps = [row[STEP] for row in (*history(first), *history(second)) if STEP in row]
