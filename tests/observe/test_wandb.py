@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
@@ -17,9 +18,11 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+import lightning_sparse
 import lightning_sparse.observe.wandb as board
 from lightning_sparse import SET, MagnitudePruning, RandomSparsity
 from lightning_sparse.cli import main
+from lightning_sparse.loop import Sparsifier
 from lightning_sparse.observe import PatientWandbLogger, SparsityCheckpoint, SparsityMonitor
 from lightning_sparse.testing import BATCHES, fit, toy
 from tests.helpers.overlays import ROOT
@@ -317,6 +320,7 @@ def test_a_patient_logger_asks_nobody_who_has_chosen(monkeypatch: pytest.MonkeyP
 def test_a_process_that_knows_no_account_goes_on(tmp_path: Path) -> None:
     # wandb reads its settings once per process, so only a process of its own shows what a user meets
     script = """
+from lightning_sparse.loop import Sparsifier
 from lightning_sparse.observe import PatientWandbLogger
 logger = PatientWandbLogger(project="patience", save_dir=".")
 logger.log_metrics({"sparsity/actual": 0.5}, 1)
@@ -335,14 +339,25 @@ print(logger.experiment.settings.mode)
     assert "stays offline, because there is no API key" in done.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+SWEEPS = {path: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))}
+OF_SWEEPS = [
+    pytest.param(path, overlay, id=f"{path.stem}-{Path(str(overlay)).stem}")
+    for path, sweep in SWEEPS.items()
+    for overlay in sweep["parameters"].get("config", {}).get("values", [None])
+]
+
+
+@pytest.mark.parametrize(("path", "overlay"), OF_SWEEPS)
 def test_sweeps_make_commands_that_run(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, overlay: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
-    sweep = yaml.safe_load(path.read_text())
-    assert {"program", "method", "parameters"} <= set(sweep)
-    chosen = {name: {"value": spec["values"][-1]} for name, spec in sorted(sweep["parameters"].items())}
+    sweep = SWEEPS[path]
+    chosen = {
+        name: {"value": spec.get("values", [spec.get("min")])[-1]} for name, spec in sorted(sweep["parameters"].items())
+    }
+    if overlay is not None:
+        chosen["config"] = {"value": overlay}
     flags = utils.create_sweep_command_args({"args": chosen})["args"]
     command = [
         part for piece in utils.create_sweep_command(sweep["command"]) for part in (flags if piece == "${args}" else [piece])
@@ -354,6 +369,22 @@ def test_sweeps_make_commands_that_run(
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     last = config["trainer"]["callbacks"][-1]
-    assert last["class_path"].endswith("GraNet")
-    assert last["init_args"]["sparsity"] == chosen["trainer.callbacks.init_args.sparsity"]["value"]
+    source = ROOT / (overlay or next(part.partition("=")[2] for part in command if "configs/methods/" in part))
+    asked = yaml.safe_load(source.read_text())["trainer"]["callbacks+"][-1]["class_path"]
+    assert last["class_path"].rpartition(".")[2] == asked
+    for name, value in chosen.items():
+        if name.startswith("trainer.callbacks.init_args."):
+            assert last["init_args"][name.rpartition(".")[2]] == value["value"]
+    assert last["init_args"]["sparsity"] >= 0.95
     assert config["seed_everything"] == 2
+
+
+def test_the_sweep_of_methods_has_all_that_promise_a_sparsity() -> None:
+    swept = SWEEPS[ROOT / "configs" / "sweeps" / "sparsity_by_method.yaml"]["parameters"]["config"]["values"]
+    found = {yaml.safe_load((ROOT / path).read_text())["trainer"]["callbacks+"][-1]["class_path"] for path in swept}
+    promising = {
+        cls.__name__
+        for cls in vars(lightning_sparse).values()
+        if inspect.isclass(cls) and issubclass(cls, Sparsifier) and "sparsity" not in cls.refused
+    }
+    assert found == promising
