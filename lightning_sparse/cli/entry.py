@@ -12,6 +12,7 @@ from collections.abc import Callable
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.completion import completion
 from lightning_sparse.cli.configs import with_named_configs
+from lightning_sparse.cli.dashboard import dashboard
 from lightning_sparse.cli.init import init
 from lightning_sparse.cli.methods import methods
 from lightning_sparse.cli.refusals import sentence_of
@@ -31,6 +32,7 @@ RUN = {
 }
 OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "report": ("lay runs side by side in one page: report RUN...", report),
+    "dashboard": ("arrange a project on Weights & Biases: dashboard --project P", dashboard),
     "methods": ("list the methods, or what one takes: methods [NAME]", methods),
     "init": ("write configurations and a script to edit: init DIR", init),
     "completion": (

@@ -25,7 +25,8 @@ from lightning_sparse.cli.saved_config import SaveRunConfig
 from lightning_sparse.cli.trainer import SparseTrainer
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.observe import AtomicCheckpointIO, SparsityMonitor, SparsityTable
-from lightning_sparse.observe.wandb import stay_offline
+from lightning_sparse.observe.facts import group_of
+from lightning_sparse.observe.wandb import open_in_group, stay_offline
 
 __all__ = ["SparseCLI", "options"]
 
@@ -93,6 +94,8 @@ class SparseCLI(LightningCLI):
             raise ValueError("beside_dense needs a seed, so that both models start the same; set seed_everything.")
         if config.beside_dense and not is_overridden("test_step", self.model):
             raise ValueError(f"beside_dense tests both models, but {type(self.model).__name__} has no test_step; write one.")
+        for logger in self.trainer.loggers:
+            open_in_group(logger, group_of(self.trainer))
 
     def before_instantiate_classes(self) -> None:
         """A run that cannot be sent stays here, and the rest of it goes on."""
@@ -117,6 +120,7 @@ class SparseCLI(LightningCLI):
         config = self.config[self.subcommand]
         if not config.beside_dense:
             return
+        monitors = [c for c in self.trainer.callbacks if isinstance(c, SparsityMonitor)]  # type: ignore[attr-defined]
         sparse = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
         pl.seed_everything(config.seed_everything, workers=True)
         self.save_config_callback = None  # what the sparse run has written stands
@@ -127,6 +131,8 @@ class SparseCLI(LightningCLI):
         trainer = self.instantiate_trainer(callbacks=callbacks, **quiet)
         trainer.fit(self.model, datamodule=self.datamodule)
         dense = trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
+        for monitor in monitors:
+            monitor.beside_dense(dense)
         if trainer.is_global_zero:
             Console().print(side_by_side("Same recipe, same seed", sparse=sparse, dense=dense))
 

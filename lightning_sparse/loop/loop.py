@@ -369,7 +369,9 @@ class Loop:
         # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
         if masks and (first or kept != self._logged):
             sparsity = 1 - kept / sum([mask.total for mask in masks])
-            self.run.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
+            # One name for the bar, and one for loggers: some keep metrics as files, where `sparsity` cannot be a folder too.
+            self.run.module.log("sparsity", sparsity, prog_bar=True, logger=False, batch_size=1)
+            self.run.module.log("sparsity/actual", sparsity, batch_size=1)
             dropped = sum([mask.total for mask in masks]) - kept
             size = max(method.model_size for method in self._everyone)
             self.run.module.log("sparsity/model", dropped / size, batch_size=1)

@@ -2,6 +2,7 @@
 
 from lightning_sparse.observe.checkpoint import SparsityCheckpoint
 from lightning_sparse.observe.checkpoint_io import AtomicCheckpointIO
+from lightning_sparse.observe.loggers import log_export
 from lightning_sparse.observe.monitor import SparsityMonitor
 from lightning_sparse.observe.similarity import SimilarityMap
 from lightning_sparse.observe.table import SparsityTable
@@ -14,4 +15,5 @@ __all__ = [
     "SparsityCheckpoint",
     "SparsityMonitor",
     "SparsityTable",
+    "log_export",
 ]
