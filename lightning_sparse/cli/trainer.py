@@ -77,6 +77,7 @@ class SparseTrainer(pl.Trainer):
         recalibrate: int = 0,
         input_range: list[float] | None = None,
         rounds: int = 30,
+        compiled: bool = True,
         device: str = "cpu",
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         overwrite: bool = False,
@@ -96,6 +97,7 @@ class SparseTrainer(pl.Trainer):
             recalibrate: batch normalization on this many training batches before anything else; 0 for none.
             input_range: the least and largest input, by which the first layer may merge.
             rounds: how many calls the median latency is taken from.
+            compiled: measure the dense model and smaller networks under torch.compile too, half a minute each.
             device: to export for, such as cuda for 2:4.
             precision: of the weights.
             overwrite: files that are already in the folder.
@@ -142,6 +144,7 @@ class SparseTrainer(pl.Trainer):
             fold=fold,
             input_range=input_range,
             rounds=rounds,
+            compiled=compiled,
             evaluate=test if tests else None,
             overwrite=overwrite,
         )

@@ -18,7 +18,7 @@ from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
-from lightning_sparse.core.libraries import first_line, need
+from lightning_sparse.core.libraries import first_line, need, silenced
 from lightning_sparse.core.linear import (
     BATCH_NORMS,
     CHANNEL_NORMS,
@@ -141,6 +141,7 @@ __all__ = [
     "register_layer",
     "select_targets",
     "shared_parameters",
+    "silenced",
     "summarize",
     "tensors_in",
 ]
