@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.cli.checkpoints import load_weights
 from lightning_sparse.core import Call, callee, copy_model, first_line, is_linear, join
-from lightning_sparse.export import ExportReport, RungName, export_ladder, fresh_start, merge_layers
+from lightning_sparse.export import ExportReport, Quantization, RungName, export_ladder, fresh_start, merge_layers
 from lightning_sparse.export import recalibrate as recalibrate_norms
 from lightning_sparse.loop.dry_run import record_calls
 from lightning_sparse.methods import LayerSparsity
@@ -75,6 +75,8 @@ class SparseTrainer(pl.Trainer):
         tolerance: float = 1e-5,
         fold: bool = False,
         recalibrate: int = 0,
+        calibrate: int = 16,
+        int8_tolerance: float = 0.01,
         input_range: list[float] | None = None,
         rounds: int = 30,
         compiled: bool = True,
@@ -95,6 +97,8 @@ class SparseTrainer(pl.Trainer):
             tolerance: the largest change of an output, as a share of the largest.
             fold: batch normalization into the layers before it.
             recalibrate: batch normalization on this many training batches before anything else; 0 for none.
+            calibrate: int8 on this many training batches; 0 leaves it out.
+            int8_tolerance: the largest change of a test metric by int8, such as 0.01 for a point of accuracy.
             input_range: the least and largest input, by which the first layer may merge.
             rounds: how many calls the median latency is taken from.
             compiled: measure the dense model and smaller networks under torch.compile too, half a minute each.
@@ -112,6 +116,8 @@ class SparseTrainer(pl.Trainer):
             raise ValueError(
                 f"recalibrate={recalibrate} must be a number of batches, or 0 to leave the statistics as they are."
             )
+        if calibrate < 0:
+            raise ValueError(f"calibrate={calibrate} must be a number of batches, or 0 to leave int8 out.")
         load_weights(model, ckpt_path, "one of the run to export")
         model = model.eval()
         if recalibrate:
@@ -125,6 +131,8 @@ class SparseTrainer(pl.Trainer):
             calls.append(call)
             if sum(one.samples for one in calls) >= batch_size:
                 break
+        training = inputs_of(model, datamodule, "train", network) if calibrate else ()
+        few = [call for call, _ in zip(training, range(calibrate), strict=False)]
         try:
             model.to(device, getattr(torch, precision))
         except (AssertionError, RuntimeError) as error:
@@ -146,6 +154,7 @@ class SparseTrainer(pl.Trainer):
             rounds=rounds,
             compiled=compiled,
             evaluate=test if tests else None,
+            quantization=Quantization(few, tolerance=int8_tolerance) if few else None,
             overwrite=overwrite,
         )
         rank_zero_only(Console().print)(report.table())

@@ -20,17 +20,19 @@ from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
 from lightning_sparse.export.compare_models import difference, interleaved, runner
 from lightning_sparse.export.export_report import ExportReport, Rung, Runtime, dense_in
+from lightning_sparse.export.int8 import save_int8
 from lightning_sparse.export.kernel_choice import KernelChoice
 from lightning_sparse.export.kernels import choose_kernels
 from lightning_sparse.export.merge import merge_layers
 from lightning_sparse.export.merge_report import count_parameters
 from lightning_sparse.export.onnx import batch_sizes, compressed_size, onnx_runner, save_onnx
+from lightning_sparse.export.quantization import Elsewhere, Quantization, relative_error
 from lightning_sparse.export.removal import remove_dead
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
 __all__ = ["RUNGS", "RungName", "export_ladder"]
 
-RungName = Literal["plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx"]
+RungName = Literal["plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx", "int8"]
 
 
 @dataclass
@@ -46,6 +48,8 @@ class _Made:
     runtime: Runtime = "torch"
     compiles: bool = False
     """Whether it is a network of its own that torch.compile takes."""
+    rounds_off: bool = False
+    """Whether its outputs are those of the dense model up to what `Quantization` allows, not up to the tolerance."""
 
 
 class _Ladder:
@@ -57,6 +61,7 @@ class _Ladder:
         kind = next(self.dense.parameters()).dtype
         self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision rounds more than that
         self.base, self.blueprint = fold_norms(self.dense) if options["fold"] else (copy_model(self.dense), Blueprint())
+        self.quantization: Quantization | None = options["quantization"]
         self.choices: list[KernelChoice] = []
         self.zeros = _zeros(self.dense)
 
@@ -139,6 +144,18 @@ class _Ladder:
         parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
         return _Made(path.name, onnx_runner(path), note, parameters, macs, runtime="onnxruntime")
 
+    def int8(self) -> _Made:
+        """In eight bits, with all its zeros."""
+        if self.quantization is None:
+            raise ValueError("int8 is calibrated on training batches; give quantization=Quantization(batches).")
+        path = self.folder / "model-int8.onnx"
+        found = save_int8(self.base, self.inputs, path, self.quantization.calls)
+        note = f"{compressed_size(path):,} bytes compressed; {found.zeros:,} zeros of {found.weights:,} weights are all kept"
+        if found.left:
+            note += f"; {len(found.left)} weights stay float, such as '{found.left[0]}'"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        return _Made(path.name, onnx_runner(path), note, parameters, macs, runtime="onnxruntime", rounds_off=True)
+
     # ---- the dense model in every runtime ---------------------------------------------------------------------------------
 
     def dense_onnx(self) -> _Made:
@@ -193,6 +210,7 @@ RUNGS: dict[str, Callable[[_Ladder], _Made]] = {
     "kernels": _Ladder.kernels,
     "semi_structured": _Ladder.semi_structured,
     "onnx": _Ladder.onnx,
+    "int8": _Ladder.int8,
 }
 """In the order in which they are climbed."""
 
@@ -210,15 +228,18 @@ def export_ladder(
     rounds: int = 30,
     compiled: bool = True,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    quantization: Quantization | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Make every artifact that suits a sparse model, verify each against it, measure all beside it, and write them.
 
     `plain`: a state dict. `compact`: the same without zeros. `merged`: without layers that act linearly. `removed`: without
     dead neurons and filters; the rungs after it stand on it. `kernels`: linear layers in CSR or BSR where that is faster
-    here. `semi_structured`: 2:4, on the sparse tensor cores of a GPU. `onnx`. What is verified is what a file makes of the
-    model, and nothing is written before all are verified. A rung gains what it gains beside the dense model in its own
-    runtime, so each runtime has a dense row; what is slower than that and no smaller is left out unless `rungs` names it.
+    here. `semi_structured`: 2:4, on the sparse tensor cores of a GPU. `onnx`. `int8`: ONNX in eight bits.
+
+    What is verified is what a file makes of the model, and nothing is written before all are verified. A rung gains what it
+    gains beside the dense model in its own runtime, so each runtime has a dense row; what is slower than that and no smaller
+    is left out unless `rungs` names it.
 
     Args:
         model: trained, with exact zeros; it stays as it is.
@@ -233,6 +254,7 @@ def export_ladder(
         rounds: of calls by which latency is measured; 0 to not measure.
         compiled: measure the dense model and smaller networks under `torch.compile` too, which takes half a minute each.
         evaluate: metrics of a model, such as its accuracy on a test set.
+        quantization: how `int8` is calibrated and judged; None leaves it out.
         overwrite: files in the folder.
 
     Raises:
@@ -240,17 +262,19 @@ def export_ladder(
     """
     call = Call.of(inputs, network)
     names = _check(rungs, to, call, tolerance, input_range, rounds, overwrite)
+    options = {"fold": fold, "input_range": input_range, "tolerance": tolerance, "quantization": quantization}
     with tempfile.TemporaryDirectory() as folder:
-        ladder = _Ladder(model, call, Path(folder), {"fold": fold, "input_range": input_range, "tolerance": tolerance})
+        ladder = _Ladder(model, call, Path(folder), options)
         climb = _Climb(ladder, forced=rungs is not None)
         for name in names:
             climb.take(name)
+        if evaluate is not None:
+            climb.evaluate(evaluate)
+        climb.judge_what_rounds_off()
         if rounds:
             climb.compare_runtimes(compiled)
             climb.time(rounds)
             climb.leave_out_what_is_no_gain()
-        if evaluate is not None:
-            climb.evaluate(evaluate)
         climb.report.choices = ladder.choices
         climb.write(Path(to))
     return climb.report
@@ -276,6 +300,8 @@ class _Climb:
                 "tuple or a dictionary, or the network that takes them."
             ) from error
         self.made: dict[str, _Made] = {}
+        self.errors: dict[str, float] = {}
+        """Of outputs, as a share of them, where a rung rounds off."""
         self.timed: dict[str, Callable[[Call], Any]] = {"dense": partial(_call, callee(dense, call.network)[1])}
         """Everything that is measured, artifacts and dense rows."""
         self.report = ExportReport(kind, ladder.zeros, call.samples, torch.get_num_threads(), str(_device(dense)))
@@ -297,7 +323,10 @@ class _Climb:
                 raise ValueError(f"rung '{name}': {reason.rstrip('.')}. Nothing was written.") from None
             self.report.rungs[name] = Rung(note=reason)
             return
-        self.report.rungs[name] = _verified(name, rung, found, self.expected, self.ladder.tolerance, self.ladder.folder)
+        allowed = float("inf") if rung.rounds_off else self.ladder.tolerance
+        self.report.rungs[name] = _verified(name, rung, found, self.expected, allowed, self.ladder.folder)
+        if rung.rounds_off:
+            self.errors[name] = relative_error(self.expected, found)
         self.made[name], self.timed[name] = rung, rung.run
 
     def compare_runtimes(self, compiled: bool) -> None:
@@ -363,10 +392,31 @@ class _Climb:
                 del self.made[name]
 
     def evaluate(self, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> None:
-        """Metrics of everything that is a module."""
+        """Metrics of everything that is a module, or can stand in for one."""
         for name, module in {"dense": self.ladder.dense, **{n: m.module for n, m in self.made.items()}}.items():
             if module is not None:
                 self.report.rungs[name].metrics = dict(evaluate(module))
+        for name in self.errors:
+            elsewhere = Elsewhere(self.ladder.dense, self.ladder.inputs, self.made[name].run)
+            metrics = dict(evaluate(elsewhere.module))
+            if elsewhere.calls:
+                self.report.rungs[name].metrics = metrics
+            else:
+                self.report.rungs[name].note += "; evaluate does not call its network, so it has no metrics"
+
+    def judge_what_rounds_off(self) -> None:
+        """Metrics where there are some, else outputs, must be close enough to those of the dense model."""
+        for name, error in self.errors.items():
+            assert self.ladder.quantization is not None
+            rung = self.report.rungs[name]
+            reason = self.ladder.quantization.verdict(self.report.rungs["dense"].metrics, rung.metrics, error)
+            if not reason:
+                rung.note = f"outputs off by {error:.1%} (root mean square); {rung.note}"
+                continue
+            if self.forced:
+                raise ValueError(f"rung '{name}': {reason}. Nothing was written.")
+            self.report.rungs[name] = Rung(change=rung.change, largest=rung.largest, metrics=rung.metrics, note=f"{reason}.")
+            del self.made[name], self.timed[name]
 
     def write(self, to: Path) -> None:
         """The files and the report."""
