@@ -15,6 +15,7 @@ from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
 from lightning_sparse.export.quantization import Quantization
 from lightning_sparse.export.removal import Removal, remove_dead
 from lightning_sparse.export.semi_structured import choose_semi_structured
+from lightning_sparse.export.whole_weights import whole_weights
 
 __all__ = [
     "RUNGS",
@@ -52,4 +53,5 @@ __all__ = [
     "save_model",
     "save_onnx",
     "use_kernels",
+    "whole_weights",
 ]

@@ -32,6 +32,7 @@ the order of the callbacks: a penalty listed after a mask cannot wake a pruned e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -190,6 +191,14 @@ def _refuse_trainer(method: Method, trainer: pl.Trainer) -> None:
                 f"{method.label} does not support tensor parallelism, where a rank sees only some features of a layer; use "
                 "ModelParallelStrategy(tensor_parallel_size=1)."
             )
+    path = trainer.ckpt_path
+    if path is not None and (Path(path) / ".metadata").is_file() and not isinstance(strategy, ModelParallelStrategy):
+        raise ValueError(
+            f"ckpt_path='{path}' is a distributed checkpoint, which Lightning cannot load with strategy={kind}; resume with "
+            "ModelParallelStrategy, on any number of devices. To go on in one process, resume so with "
+            "save_distributed_checkpoint=False first, which writes a single file; for the weights alone there is "
+            "lightning_sparse.export.whole_weights."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelPruning):
             raise ValueError(
