@@ -4,6 +4,7 @@ from lightning_sparse.core import coupled_outputs
 from lightning_sparse.export.batch_norm import fold_norms, recalibrate
 from lightning_sparse.export.blueprint import Blueprint, Kept, carry_optimizer, load_model, save_model
 from lightning_sparse.export.compact import compact_size, load_compact, save_compact
+from lightning_sparse.export.edge import executorch_runner, save_ethos_u85, save_executorch
 from lightning_sparse.export.export_report import ExportReport, Rung
 from lightning_sparse.export.int8 import Int8Weights, save_int8
 from lightning_sparse.export.kernel_choice import KernelChoice
@@ -38,6 +39,7 @@ __all__ = [
     "compressed_size",
     "count_parameters",
     "coupled_outputs",
+    "executorch_runner",
     "export_ladder",
     "fold_norms",
     "fresh_start",
@@ -49,6 +51,8 @@ __all__ = [
     "recalibrate",
     "remove_dead",
     "save_compact",
+    "save_ethos_u85",
+    "save_executorch",
     "save_int8",
     "save_model",
     "save_onnx",

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from lightning_sparse.core import Call, callee, copy_model, count_macs, effectiv
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
 from lightning_sparse.export.compare_models import difference, interleaved, runner
+from lightning_sparse.export.edge import executorch_runner, save_ethos_u85, save_executorch
 from lightning_sparse.export.export_report import ExportReport, Rung, Runtime, dense_in
 from lightning_sparse.export.int8 import save_int8
 from lightning_sparse.export.kernel_choice import KernelChoice
@@ -32,7 +33,9 @@ from lightning_sparse.export.semi_structured import choose_semi_structured
 
 __all__ = ["RUNGS", "RungName", "export_ladder"]
 
-RungName = Literal["plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx", "int8"]
+RungName = Literal[
+    "plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx", "int8", "edge", "ethos_u85"
+]
 
 
 @dataclass
@@ -40,7 +43,8 @@ class _Made:
     """An artifact in the temporary folder, and what runs it."""
 
     file: str
-    run: Callable[[Call], Any]
+    run: Callable[[Call], Any] | None
+    """None if nothing here can run it."""
     note: str
     parameters: int | None = None
     macs: int | None = None
@@ -50,6 +54,7 @@ class _Made:
     """Whether it is a network of its own that torch.compile takes."""
     rounds_off: bool = False
     """Whether its outputs are those of the dense model up to what `Quantization` allows, not up to the tolerance."""
+    estimates: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Ladder:
@@ -146,15 +151,41 @@ class _Ladder:
 
     def int8(self) -> _Made:
         """In eight bits, with all its zeros."""
-        if self.quantization is None:
-            raise ValueError("int8 is calibrated on training batches; give quantization=Quantization(batches).")
         path = self.folder / "model-int8.onnx"
-        found = save_int8(self.base, self.inputs, path, self.quantization.calls)
+        found = save_int8(self.base, self.inputs, path, self._calibration())
         note = f"{compressed_size(path):,} bytes compressed; {found.zeros:,} zeros of {found.weights:,} weights are all kept"
         if found.left:
             note += f"; {len(found.left)} weights stay float, such as '{found.left[0]}'"
         parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
         return _Made(path.name, onnx_runner(path), note, parameters, macs, runtime="onnxruntime", rounds_off=True)
+
+    def edge(self) -> _Made:
+        """In eight bits for ExecuTorch on a CPU."""
+        path = self.folder / "model.pte"
+        left = save_executorch(self.base, self.inputs, path, self._calibration())
+        note = f"one sample at a time; {compressed_size(path):,} bytes compressed"
+        if left:
+            note += f"; not run by XNNPACK: {', '.join(left)}"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        run = executorch_runner(path)
+        return _Made(path.name, run, note, parameters, macs, runtime="executorch", rounds_off=True)
+
+    def ethos_u85(self) -> _Made:
+        """In eight bits for an accelerator that stores no zeros."""
+        path, beside = self.folder / "model-ethos-u85.pte", self.folder / "filled.pte"
+        estimates, left = save_ethos_u85(self.base, self.inputs, path, self._calibration())
+        without, _ = save_ethos_u85(_filled(self.base), self.inputs, beside, self._calibration())
+        estimates |= {f"{what} if no weight were zero": number for what, number in without.items()}
+        note = "for one sample at a time; outputs cannot be checked without Arm's simulator or the device"
+        if left:
+            note += f"; not run by it: {', '.join(left)}"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        return _Made(path.name, None, note, parameters, macs, runtime="ethos-u85", estimates=estimates)
+
+    def _calibration(self) -> list[Call]:
+        if self.quantization is None:
+            raise ValueError("int8 is calibrated on training batches; give quantization=Quantization(batches).")
+        return self.quantization.calls
 
     # ---- the dense model in every runtime ---------------------------------------------------------------------------------
 
@@ -166,6 +197,12 @@ class _Ladder:
             save_onnx(self.dense, self.inputs, path)
         note = f"{compressed_size(path):,} bytes compressed; for comparison, not written"
         return self._dense(path.name, onnx_runner(path), note, "onnxruntime")
+
+    def dense_executorch(self) -> _Made:
+        """The masked model as it was trained, in float32."""
+        path = self.folder / "dense.pte"
+        save_executorch(self.dense, self.inputs, path)
+        return self._dense(path.name, executorch_runner(path), "in float32; for comparison, not written", "executorch")
 
     def _dense(self, file: str, run: Callable[[Call], Any], note: str, runtime: Runtime) -> _Made:
         macs = sum(self.macs(self.dense).values())
@@ -211,6 +248,8 @@ RUNGS: dict[str, Callable[[_Ladder], _Made]] = {
     "semi_structured": _Ladder.semi_structured,
     "onnx": _Ladder.onnx,
     "int8": _Ladder.int8,
+    "edge": _Ladder.edge,
+    "ethos_u85": _Ladder.ethos_u85,
 }
 """In the order in which they are climbed."""
 
@@ -235,7 +274,8 @@ def export_ladder(
 
     `plain`: a state dict. `compact`: the same without zeros. `merged`: without layers that act linearly. `removed`: without
     dead neurons and filters; the rungs after it stand on it. `kernels`: linear layers in CSR or BSR where that is faster
-    here. `semi_structured`: 2:4, on the sparse tensor cores of a GPU. `onnx`. `int8`: ONNX in eight bits.
+    here. `semi_structured`: 2:4, on the sparse tensor cores of a GPU. `onnx`. `int8`: ONNX in eight bits. `edge`: a
+    program in eight bits for ExecuTorch on a CPU. `ethos_u85`: one for Arm's accelerator, which stores no zeros.
 
     What is verified is what a file makes of the model, and nothing is written before all are verified. A rung gains what it
     gains beside the dense model in its own runtime, so each runtime has a dense row; what is slower than that and no smaller
@@ -254,7 +294,7 @@ def export_ladder(
         rounds: of calls by which latency is measured; 0 to not measure.
         compiled: measure the dense model and smaller networks under `torch.compile` too, which takes half a minute each.
         evaluate: metrics of a model, such as its accuracy on a test set.
-        quantization: how `int8` is calibrated and judged; None leaves it out.
+        quantization: how rungs in eight bits are calibrated and judged; None leaves them out.
         overwrite: files in the folder.
 
     Raises:
@@ -321,7 +361,7 @@ class _Climb:
         """Make a rung and verify it, or note why there is none."""
         try:
             rung = RUNGS[name](self.ladder)
-            found = rung.run(self.ladder.inputs)
+            found = self.expected if rung.run is None else rung.run(self.ladder.inputs)
         except Exception as error:  # libraries and kernels have many ways to say that they cannot
             reason = str(error) if isinstance(error, ValueError) else f"it does not run ({first_line(error)})."
             if self.forced:
@@ -332,12 +372,18 @@ class _Climb:
         self.report.rungs[name] = _verified(name, rung, found, self.expected, allowed, self.ladder.folder)
         if rung.rounds_off:
             self.errors[name] = relative_error(self.expected, found)
-        self.made[name], self.timed[name] = rung, rung.run
+        if rung.run is None:
+            self.report.rungs[name].change = self.report.rungs[name].largest = None
+        self.made[name] = rung
+        if rung.run is not None:
+            self.timed[name] = rung.run
 
     def compare_runtimes(self, compiled: bool) -> None:
         """The dense model in every runtime that a rung needs, as a row of its own, and networks compiled, if wanted."""
         if any(rung.runtime == "onnxruntime" for rung in self.made.values()):
             self._add_dense("onnxruntime", self.ladder.dense_onnx)
+        if any(rung.runtime == "executorch" for rung in self.made.values()):
+            self._add_dense("executorch", self.ladder.dense_executorch)
         networks = {"dense": self.ladder.dense, **{n: m.module for n, m in self.made.items() if m.compiles}}
         worth_it = compiled and any(map(self.report.is_other_network, self.made))
         for name, network in networks.items() if worth_it else ():
@@ -350,6 +396,7 @@ class _Climb:
         row = dense_in(runtime)
         try:
             dense = make()
+            assert dense.run is not None
             dense.run(self.ladder.inputs)
         except Exception as error:
             self.report.rungs[row] = Rung(runtime=runtime, note=f"it does not run ({first_line(error)}).")
@@ -402,7 +449,7 @@ class _Climb:
             if module is not None:
                 self.report.rungs[name].metrics = dict(evaluate(module))
         for name in self.errors:
-            elsewhere = Elsewhere(self.ladder.dense, self.ladder.inputs, self.made[name].run)
+            elsewhere = Elsewhere(self.ladder.dense, self.ladder.inputs, self.timed[name])
             metrics = dict(evaluate(elsewhere.module))
             if elsewhere.calls:
                 self.report.rungs[name].metrics = metrics
@@ -472,7 +519,17 @@ def _verified(name: str, made: _Made, found: Any, expected: Any, tolerance: floa
             f"largest output is {largest:.3g}). Nothing was written."
         )
     size = (folder / made.file).stat().st_size
-    return Rung(made.file, size, made.parameters, made.macs, change, largest, note=made.note, runtime=made.runtime)
+    return Rung(
+        made.file,
+        size,
+        made.parameters,
+        made.macs,
+        change,
+        largest,
+        note=made.note,
+        runtime=made.runtime,
+        estimates=dict(made.estimates),
+    )
 
 
 @torch.no_grad()
@@ -483,6 +540,18 @@ def _call(called: nn.Module, call: Call) -> Any:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+@torch.no_grad()
+def _filled(model: nn.Module) -> nn.Module:
+    """A copy in which random numbers stand for the zeros of each weight, as large as its others."""
+    model = copy_model(model)
+    dice = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim > 1 and bool((kept := weight != 0).any()):
+            noise = torch.randn(weight.shape, generator=dice).to(weight) * weight[kept].square().mean().sqrt()
+            weight.copy_(torch.where(kept, weight, noise))
+    return model
 
 
 def _zeros(model: nn.Module) -> float:
