@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sparse.core import MaskSet, Remembered, RunLength, Target
+from lightning_sparse.core import MaskSet, Position, Remembered, RunLength, Target
 from lightning_sparse.functional import fake_quantize, round_symmetric
 from lightning_sparse.loop import Sparsifier, Step
 
@@ -59,6 +59,8 @@ class QuantizationAware(Sparsifier):
 
     dense = Remembered[dict[str, Tensor]](dict, over="entries")
     """What the optimizer moves."""
+    rounds = Remembered(bool)
+    """Whether the model shows rounded weights yet: masks read off the weights at the start see them as they came."""
 
     def __init__(
         self,
@@ -96,11 +98,18 @@ class QuantizationAware(Sparsifier):
 
     def begin(self) -> None:
         self.dense = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self._round(self.weights)
         self._listen()
 
     def resume(self) -> None:
         self._listen()
+
+    def before_batch(self, position: Position) -> None:
+        if not self.rounds:
+            self.rounds = True
+            for name, weight in self.weights.items():
+                self.dense[name].copy_(weight)
+            with torch.no_grad():
+                self._round(self.weights)
 
     def before_step(self, step: Step) -> None:
         for name, weight in step.weights.items():

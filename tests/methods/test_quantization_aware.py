@@ -139,6 +139,20 @@ def test_codes_come_out_of_the_export_as_they_were_trained(tmp_path: Path) -> No
     assert found.rounded == 0, "what is zero in int8 is zero in the checkpoint"
 
 
+def test_masks_that_are_read_off_a_sparse_model_are_its_zeros() -> None:
+    torch.manual_seed(0)
+    module = toy("sgd")
+    weights = {name: weight for name, weight in module.named_parameters() if weight.ndim > 1}
+    for weight in weights.values():
+        weight.data[torch.rand_like(weight) < 0.5] = 0
+        weight.data[weight.data.abs() < 0.1] *= 1e-3  # kept, and rounded to zero
+    zeros = {name: weight == 0 for name, weight in weights.items()}
+    share = sum(int(zero.sum()) for zero in zeros.values()) / sum(zero.numel() for zero in zeros.values())
+    frozen = MagnitudePruning(share, start=0, end=0)
+    fit(module, QuantizationAware(), frozen, max_steps=2)
+    assert all(torch.equal(frozen.masks.dropped(name), zero) for name, zero in zeros.items())
+
+
 # ---- what cannot be -----------------------------------------------------------------------------------------------------
 
 
