@@ -160,6 +160,7 @@ COST = (
     Measurements("export-resnet", whole(export.resnet)),
     Measurements("export-mlp", whole(export.mlp)),
     Measurements("export-carriers", whole(export.carriers)),
+    Measurements("export-structures", whole(export.structures)),
     Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness", robustness.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.cli.checkpoints import load_weights
 from lightning_sparse.core import Call, callee, copy_model, first_line, is_linear, join
-from lightning_sparse.export import ExportReport, RungName, export_ladder
+from lightning_sparse.export import ExportReport, Quantization, RungName, export_ladder
 from lightning_sparse.export import recalibrate as recalibrate_norms
 from lightning_sparse.loop.dry_run import record_calls
 
@@ -36,8 +36,11 @@ class Export(pl.Trainer):
         tolerance: float = 1e-5,
         fold: bool = False,
         recalibrate: int = 0,
+        calibrate: int = 16,
+        int8_tolerance: float = 0.01,
         input_range: list[float] | None = None,
         rounds: int = 30,
+        compiled: bool = True,
         device: str = "cpu",
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         overwrite: bool = False,
@@ -55,35 +58,27 @@ class Export(pl.Trainer):
             tolerance: the largest change of an output, as a share of the largest.
             fold: batch normalization into the layers before it.
             recalibrate: batch normalization on this many training batches before anything else; 0 for none.
+            calibrate: int8 on this many training batches; 0 leaves it out.
+            int8_tolerance: the largest change of a test metric by int8, such as 0.01 for a point of accuracy.
             input_range: the least and largest input, by which the first layer may merge.
             rounds: how many calls the median latency is taken from.
+            compiled: measure the dense model and smaller networks under torch.compile too, half a minute each.
             device: to export for, such as cuda for 2:4.
             precision: of the weights.
             overwrite: files that are already in the folder.
             network: the part of the model that is exported, by name. Its inputs are what it is called with in test_step, as
                 they are if a batch does not begin with a tensor; null takes the first tensor of a batch for the model.
         """
-        if not to:
-            raise ValueError("to='' names no folder; write --to FOLDER.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        if recalibrate < 0:
-            raise ValueError(
-                f"recalibrate={recalibrate} must be a number of batches, or 0 to leave the statistics as they are."
-            )
+        _check(to, batch_size, recalibrate, calibrate)
         load_weights(model, ckpt_path)
         model = model.eval()
         if recalibrate:
             batches = inputs_of(model, datamodule, "train", network)
             measured = recalibrate_norms(model, (x for x, _ in zip(batches, range(recalibrate), strict=False)))
             rank_zero_only(print)(f"batch normalization measured again: {measured} layers on up to {recalibrate} batches")
-        calls: list[Call] = []
-        for call in inputs_of(model, datamodule, "test", network):
-            if calls and _shapes(call) != _shapes(calls[0]):  # sequences of another length
-                break
-            calls.append(call)
-            if sum(one.samples for one in calls) >= batch_size:
-                break
+        inputs = _one_batch(inputs_of(model, datamodule, "test", network), batch_size)
+        training = inputs_of(model, datamodule, "train", network) if calibrate else ()
+        few = [call for call, _ in zip(training, range(calibrate), strict=False)]
         try:
             model.to(device, getattr(torch, precision))
         except (AssertionError, RuntimeError) as error:
@@ -96,14 +91,16 @@ class Export(pl.Trainer):
         tests = is_overridden("test_step", model) and precision == "float32"
         report = export_ladder(
             model,
-            join(calls).first(batch_size),
+            inputs,
             to,
             rungs=rungs,
             tolerance=tolerance,
             fold=fold,
             input_range=input_range,
             rounds=rounds,
+            compiled=compiled,
             evaluate=test if tests else None,
+            quantization=Quantization(few, tolerance=int8_tolerance) if few else None,
             overwrite=overwrite,
         )
         rank_zero_only(Console().print)(report.table())
@@ -129,6 +126,29 @@ def inputs_of(
         x = batch[0] if isinstance(batch, list | tuple) else batch
         plain = isinstance(x, Tensor) and network is None
         yield Call.of(x) if plain else _seen_call(model, batch, stage, network)
+
+
+def _check(to: str, batch_size: int, recalibrate: int, calibrate: int) -> None:
+    if not to:
+        raise ValueError("to='' names no folder; write --to FOLDER.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    if recalibrate < 0:
+        raise ValueError(f"recalibrate={recalibrate} must be a number of batches, or 0 to leave the statistics as they are.")
+    if calibrate < 0:
+        raise ValueError(f"calibrate={calibrate} must be a number of batches, or 0 to leave int8 out.")
+
+
+def _one_batch(calls: Iterable[Call], batch_size: int) -> Call:
+    """The first samples of calls whose shapes agree."""
+    taken: list[Call] = []
+    for call in calls:
+        if taken and _shapes(call) != _shapes(taken[0]):  # sequences of another length
+            break
+        taken.append(call)
+        if sum(one.samples for one in taken) >= batch_size:
+            break
+    return join(taken).first(batch_size)
 
 
 def _seen_call(model: pl.LightningModule, batch: Any, stage: Literal["train", "test"], network: str | None) -> Call:

@@ -33,7 +33,7 @@ from lightning_sparse.core.layout import (
     spread_over,
     total_over_ranks,
 )
-from lightning_sparse.core.libraries import first_line, need
+from lightning_sparse.core.libraries import first_line, need, silenced
 from lightning_sparse.core.linear import (
     BATCH_NORMS,
     CHANNEL_NORMS,
@@ -177,6 +177,7 @@ __all__ = [
     "register_layer",
     "select_targets",
     "shared_parameters",
+    "silenced",
     "spread_over",
     "summarize",
     "tensors_in",

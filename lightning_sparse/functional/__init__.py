@@ -68,6 +68,7 @@ from lightning_sparse.functional.merging import (
 )
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional.penalties import PENALTIES, Penalty
+from lightning_sparse.functional.quantization import fake_quantize, round_symmetric
 from lightning_sparse.functional.regrowth import DROP_SCHEDULES, drop_count, held, regrow
 from lightning_sparse.functional.schedules import SCHEDULES, constant, cosine, cubic, exponential, linear, piecewise_linear
 from lightning_sparse.functional.scores import (
@@ -153,6 +154,7 @@ __all__ = [
     "expand_channels",
     "expected_hoyer",
     "exponential",
+    "fake_quantize",
     "fold_batch_norm",
     "from_dual",
     "gradient_flow",
@@ -206,6 +208,7 @@ __all__ = [
     "regroup",
     "regrow",
     "relative_magnitude",
+    "round_symmetric",
     "shift_input",
     "similarity_penalty",
     "soft_threshold",

@@ -8,6 +8,7 @@ from lightning_sparse.methods.layer_sparsity import LayerSparsity
 from lightning_sparse.methods.lottery_ticket import LotteryTicket
 from lightning_sparse.methods.lp_sphere import LpSphere
 from lightning_sparse.methods.magnitude_pruning import MagnitudePruning
+from lightning_sparse.methods.quantization_aware import QuantizationAware
 from lightning_sparse.methods.random_sparsity import RandomSparsity
 from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.set import SET
@@ -30,6 +31,7 @@ __all__ = [
     "LotteryTicket",
     "LpSphere",
     "MagnitudePruning",
+    "QuantizationAware",
     "RandomSparsity",
     "RigL",
     "SparseConnectivityLearning",

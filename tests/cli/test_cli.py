@@ -255,6 +255,7 @@ def test_refit_from_a_checkpoint(start: str, tmp_path: Path, capsys: pytest.Capt
 
 def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("safetensors")
+    pytest.importorskip("onnxruntime")
     run = [f"--config={DIGITS}", f"--config={MLP}", f"--config={CONFIGS / 'methods' / 'magnitude.yaml'}", *SMALL]
     main(["fit", *run, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=2"])
     checkpoint = next(tmp_path.rglob("*.ckpt"))
@@ -267,6 +268,10 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "No rung is faster than dense at batch 40" in " ".join(said.split())
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["rungs"]["compact"]["metrics"]) == {"test/accuracy", "test/loss"}
+    int8 = [*quick[:2], "--rungs=[int8]", "--rounds=0", f"--ckpt_path={checkpoint}", f"--to={tmp_path / 'int8'}"]
+    main(["export", *int8, "--calibrate=2", "--int8_tolerance=0.1"])
+    report = json.loads((tmp_path / "int8" / "report.json").read_text())
+    assert set(report["rungs"]["int8"]["metrics"]) == {"test/accuracy", "test/loss"}
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     plain = torch.load(tmp_path / "out" / "plain.pt", weights_only=True)
     assert all(torch.equal(plain[name], tensor) for name, tensor in saved.items())
@@ -282,6 +287,10 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([f"--ckpt_path={other}"], "holds a dict without a state_dict, not a checkpoint of Lightning; give one that a run"),
         ([f"--ckpt_path={checkpoint}", "--batch_size=0"], "batch_size=0 must be at least 1."),
         ([f"--ckpt_path={checkpoint}", "--recalibrate=-1"], "recalibrate=-1 must be a number of batches, or 0"),
+        (
+            [f"--ckpt_path={checkpoint}", "--calibrate=-1"],
+            "calibrate=-1 must be a number of batches, or 0",
+        ),
         ([f"--ckpt_path={checkpoint}", "--device=gpu"], "device='gpu' cannot be used here ("),
         (
             [f"--ckpt_path={alone}"],
