@@ -37,6 +37,7 @@ import lightning_sparse
 from benchmarks.record import Options, Parts, Trainings
 from benchmarks.trainers import quiet, resumable
 from lightning_sparse import (
+    ACDC,
     SET,
     SNIP,
     CKARegularization,
@@ -76,6 +77,7 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "lottery ticket": lambda s: [LotteryTicket(s, rounds=3)],
     "one-shot + fine-tuning": lambda s: [MagnitudePruning(s, start=0.5, end=0.5)],
     "gradual": lambda s: [MagnitudePruning(s)],
+    "AC/DC": lambda s: [ACDC(s)],
     "SET": lambda s: [SET(s)],
     "RigL": lambda s: [RigL(s)],
     "GraNet": lambda s: [GraNet(s)],

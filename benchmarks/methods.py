@@ -31,6 +31,7 @@ from benchmarks.record import Options, Parts
 from benchmarks.trainers import Net, quiet, random_images
 from benchmarks.turns import Step, Turns, Way, growth, held, middle
 from lightning_sparse import (
+    ACDC,
     SET,
     SNIP,
     STR,
@@ -65,6 +66,7 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
     "GraSP": lambda: GraSP(0.9),
     "SynFlow": lambda: SynFlow(0.9),
     "HyperSparse": lambda: HyperSparse(0.9, strength=5e-6, pretrain=0, regularize=0.75),
+    "ACDC": lambda: ACDC(0.9, start=0.0, every=0.2),
     "LotteryTicket": lambda: LotteryTicket(0.9, rounds=2),
     "WeightPenalty(l1)": lambda: WeightPenalty(0.9, end=1.0),
     "WeightPenalty(hoyer)": lambda: WeightPenalty(0.9, penalty="hoyer", end=1.0),

@@ -5,6 +5,7 @@ from lightning_sparse.core import register_layer
 from lightning_sparse.export import merge_layers
 from lightning_sparse.loop import SparsityMixin
 from lightning_sparse.methods import (
+    ACDC,
     SET,
     SNIP,
     STR,
@@ -26,6 +27,7 @@ from lightning_sparse.methods import (
 from lightning_sparse.observe import SparsityCheckpoint, SparsityMonitor
 
 __all__ = [
+    "ACDC",
     "SET",
     "SNIP",
     "STR",

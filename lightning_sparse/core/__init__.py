@@ -35,7 +35,7 @@ from lightning_sparse.core.linear import (
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
 from lightning_sparse.core.memory import Memory, Remembered
-from lightning_sparse.core.moments import check_moments, clear_moments
+from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
 from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
@@ -122,6 +122,7 @@ __all__ = [
     "find_targets",
     "first_line",
     "fit_to",
+    "forget_moments",
     "format_table",
     "group_features",
     "in_count",

@@ -1,5 +1,6 @@
 """One paper each."""
 
+from lightning_sparse.methods.acdc import ACDC
 from lightning_sparse.methods.cka_regularization import CKARegularization
 from lightning_sparse.methods.granet import GraNet
 from lightning_sparse.methods.grasp import GraSP
@@ -19,6 +20,7 @@ from lightning_sparse.methods.trainable_threshold import TrainableThreshold
 from lightning_sparse.methods.weight_penalty import WeightPenalty
 
 __all__ = [
+    "ACDC",
     "SET",
     "SNIP",
     "STR",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_sparse import (
+    ACDC,
     SET,
     SNIP,
     STR,
@@ -169,6 +170,11 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: LotteryTicket(0.5, rounds=0), "rounds=0 must be a whole number from 1 up"),
     (lambda: LotteryTicket(0.5, rewind_to=500), "rewind_to=500 is not a span of time"),
     (lambda: LotteryTicket(0.5, rewind="all"), "rewind='all' is unknown; choose from ['weights', 'learning rate']"),
+    (lambda: ACDC(), "structure='unstructured' needs a sparsity; write sparsity=0.9"),
+    (lambda: ACDC(0.9, every=0), "every='0' must be longer than nothing"),
+    (lambda: ACDC(0.9, last_dense="0 epochs"), "last_dense='0 epochs' must be longer than nothing"),
+    (lambda: ACDC(0.9, end=85), "end=85 is not a span of time; write a fraction of the run from 0 to 1"),
+    (lambda: ACDC(structure="2:4", allocation="erk"), "leave allocation='erk' out"),
     (lambda: SNIP(1.5), "sparsity=1.5 must be in [0, 1)"),
     (lambda: SNIP(0.5, batches=0), "batches=0 must be a whole number from 1 up"),
     (lambda: GraSP(90), "for 90 % write 0.9"),

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
 from lightning_sparse import (
+    ACDC,
     SET,
     CKARegularization,
     GraNet,
@@ -124,6 +125,25 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [MagnitudePruning(0.5, end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
     (toy, lambda: [MagnitudePruning(0.5, end="99 steps")], {}, "end='99 steps' lies after the end of training (12 steps)"),
     (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
+    (toy, lambda: [ACDC(0.5)], {"max_epochs": -1}, "The length of this run is unknown, so no phases can be laid out"),
+    (
+        toy,
+        lambda: [ACDC(0.5)],
+        {},
+        "every='0.05' leaves a phase less than one of the run's 12 steps; give it more",
+    ),
+    (
+        toy,
+        lambda: [ACDC(0.5, every=0.1, end="12 steps")],
+        {},
+        "end='12 steps' leaves the last compressed phase less than one of the run's 12 steps",
+    ),
+    (
+        toy,
+        lambda: [ACDC(0.5, start=0.5, every=0.3, last_dense=0.2)],
+        {},
+        "leave no room for a compressed phase before the last dense one; start earlier, or take shorter phases",
+    ),
     (toy, lambda: [RandomSparsity(0.999, allocation="uniform")], {}, "leaves nothing of 'net.0.weight' (72 units)"),
     (toy, lambda: [RandomSparsity(0.99, allocation="erk+")], {}, "the layers with a sparsity of their own keep"),
     (

@@ -136,7 +136,7 @@ class LotteryTicket(Budgeted):
         if not self.moment and self.trainings.reached_start(position):
             self.moment.take(run.module, run.optimizers, schedulers)
             self._save("ticket")
-        due = self.trainings.count if self._ends_with_next_step else self.trainings.due(position)
+        due = self.trainings.count if run.ends_with_next_step else self.trainings.due(position)
         if due <= self.round:
             return
         self._save("trained")
@@ -151,16 +151,6 @@ class LotteryTicket(Budgeted):
             for average in average_models(run.trainer):
                 restart_average(average, run.module)
         self._save("ticket")
-
-    @property
-    def _ends_with_next_step(self) -> bool:
-        """Whether no step follows the one that the current batch begins to gather gradients for; False if not known."""
-        run, trainer = self.run, self.run.trainer
-        batches = trainer.num_training_batches
-        if trainer.max_epochs in (None, -1) or batches == float("inf") or not run.module.automatic_optimization:
-            return False
-        accumulated = run.batch_idx + 1 + run.accumulation(trainer.current_epoch)
-        return trainer.current_epoch + 1 == trainer.max_epochs and accumulated >= batches
 
     def _save(self, what: str) -> None:
         if self.save_to is not None:
