@@ -40,6 +40,7 @@ from lightning_sparse import (
     ACDC,
     SET,
     SNIP,
+    SRSTE,
     CKARegularization,
     GraNet,
     GraSP,
@@ -57,6 +58,9 @@ from lightning_sparse.data import Digits, ImageData
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.models import Classifier
 from lightning_sparse.observe import SimilarityMap
+
+FITTING = ["!:first"]
+"""Where structures need inputs that divide by four: images have one or three channels."""
 
 METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "dense": lambda s: [],
@@ -78,6 +82,11 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "one-shot + fine-tuning": lambda s: [MagnitudePruning(s, start=0.5, end=0.5)],
     "gradual": lambda s: [MagnitudePruning(s)],
     "AC/DC": lambda s: [ACDC(s)],
+    "gradual 2:4": lambda s: [MagnitudePruning(structure="2:4", targets=FITTING)],
+    "AC/DC 2:4": lambda s: [ACDC(structure="2:4", targets=FITTING)],
+    "SR-STE": lambda s: [SRSTE(targets=FITTING)],
+    "S-STE": lambda s: [SRSTE(soft=True, targets=FITTING)],
+    "SR-STE, transposable": lambda s: [SRSTE(structure="transposable 2:4", every="40 steps", targets=FITTING)],
     "SET": lambda s: [SET(s)],
     "RigL": lambda s: [RigL(s)],
     "GraNet": lambda s: [GraNet(s)],

@@ -34,6 +34,7 @@ from lightning_sparse import (
     ACDC,
     SET,
     SNIP,
+    SRSTE,
     STR,
     CKARegularization,
     GraNet,
@@ -56,6 +57,9 @@ EPOCHS = 4
 
 OFTEN: dict[str, Any] = {"start": 0.0, "end": 1.0, "every": "2 steps"}
 
+FITTING = ["!:first"]
+"""The first layer has three input channels, which do not divide by four."""
+
 METHODS: dict[str, Callable[[], Sparsifier]] = {
     "RandomSparsity": lambda: RandomSparsity(0.9),
     "MagnitudePruning": lambda: MagnitudePruning(0.9, **OFTEN),
@@ -72,6 +76,9 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
     "WeightPenalty(hoyer)": lambda: WeightPenalty(0.9, penalty="hoyer", end=1.0),
     "TrainableThreshold": TrainableThreshold,
     "STR": STR,
+    "SRSTE": lambda: SRSTE(targets=FITTING),
+    "SRSTE(soft)": lambda: SRSTE(soft=True, targets=FITTING),
+    "SRSTE(transposable)": lambda: SRSTE(structure="transposable 2:4", every="40 steps", targets=FITTING),
     "SparseConnectivityLearning": lambda: SparseConnectivityLearning(price=0.05, end=1.0),
     "LpSphere": lambda: LpSphere(p=1.3),
     "LpSphere(sparsity)": lambda: LpSphere(p=1.07, sparsity=0.9, **OFTEN),

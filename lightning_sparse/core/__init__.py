@@ -38,9 +38,11 @@ from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
 from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
 from lightning_sparse.core.patterns import as_patterns, matches_name
-from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
+from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured
+from lightning_sparse.core.structures import StructureName, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
 from lightning_sparse.core.targets import Candidate, Selection, Target, describe, find_targets, select_targets
+from lightning_sparse.core.transposable import Transposable
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "Structure",
     "StructureName",
     "Target",
+    "Transposable",
     "Unstructured",
     "Window",
     "analyze",

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_sparse.core.checks import check_choice, check_sparsity
 from lightning_sparse.core.coupling import Coupling
 from lightning_sparse.core.patterns import matches_name
-from lightning_sparse.core.structure import Coupled, Structure, Unstructured, parse_structure
+from lightning_sparse.core.structure import Coupled, Structure, Unstructured
+from lightning_sparse.core.structures import parse_structure
 from lightning_sparse.core.targets import Target
 from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, random_generator, random_score, top_k_masks
 

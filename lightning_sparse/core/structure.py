@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -15,10 +14,7 @@ from lightning_sparse.core.coupling import Coupling
 from lightning_sparse.core.targets import Target
 from lightning_sparse.functional import channel_score, expand_channels, n_m_mask
 
-__all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "StructureName", "Unstructured", "parse_structure"]
-
-StructureName = Literal["unstructured", "channel", "coupled", "2:4"] | str | int
-"""`unstructured`, `channel`, `coupled`, or any `n:m`; a number only because YAML reads an unquoted 2:4 as one."""
+__all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "Unstructured"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,6 @@ class Unstructured(Structure):
         return dict(kept)
 
 
-@final
 class NOfM(Structure):
     """At most n kept of every m consecutive inputs; `2:4` runs on sparse tensor cores.
 
@@ -119,23 +114,32 @@ class NOfM(Structure):
         self.n, self.m = n, m
 
     @property
+    def text(self) -> str:
+        """How users write it."""
+        return f"{self.n}:{self.m}"
+
+    @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
     def misfit(self, target: Target) -> str | None:
         if not target.layout_known:
-            return f"is of no known kind of layer, and structure='{self.n}:{self.m}' must know its inputs (register_layer)"
+            return f"is of no known kind of layer, and structure='{self.text}' must know its inputs (register_layer)"
         inputs = target.weight.shape[target.input_dim]
         if inputs % self.m:
             said = "1 input" if inputs == 1 else f"{inputs} inputs"
-            return f"has {said}, and structure='{self.n}:{self.m}' needs groups of {self.m}"
+            return f"has {said}, and structure='{self.text}' needs groups of {self.m}"
         return None
+
+    def best(self, score: Tensor, target: Target) -> Tensor:
+        """The mask that keeps the n best of each group."""
+        return n_m_mask(score, self.n, self.m, target.input_dim)
 
     def units(self, target: Target) -> int:
         return target.weight.numel()
 
     def score(self, score: Tensor, target: Target) -> Tensor:
-        return score.masked_fill(n_m_mask(score, self.n, self.m, target.input_dim), torch.inf)
+        return score.masked_fill(self.best(score, target), torch.inf)
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return kept
@@ -223,28 +227,3 @@ class Coupled(Channels):
                 channels = stay + sum(kept[index] for index in mine)
                 found[layer] = channels * target.weight.numel() // self.units(target)
         return found
-
-
-CHOICES = "write 'unstructured', 'channel', 'coupled' or 'n:m' such as '2:4'."
-
-
-def parse_structure(text: str | int) -> Structure:
-    """`unstructured`, `channel`, `coupled`, or `n:m`.
-
-    Raises:
-        ValueError: if it is none of them.
-    """
-    if not isinstance(text, str):
-        if isinstance(text, int) and text >= 60:
-            meant = f"{text // 60}:{text % 60}"
-            raise ValueError(f"structure={text} is how YAML reads {meant}; write '{meant}', in quotes.")
-        raise ValueError(f"structure={text!r} is unknown; {CHOICES}")
-    if text == "unstructured":
-        return Unstructured()
-    if text == "channel":
-        return Channels()
-    if text == "coupled":
-        return Coupled()
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        return NOfM(int(match[1]), int(match[2]))
-    raise ValueError(f"structure='{text}' is unknown; {CHOICES}")

@@ -79,6 +79,7 @@ from lightning_sparse.functional.scores import (
     random_generator,
     random_score,
 )
+from lightning_sparse.functional.soft_groups import group_soft_threshold, least_squares_scale
 from lightning_sparse.functional.sparse_connectivity_learning import (
     FEATURE_NORMS,
     STEP_PROXIES,
@@ -109,6 +110,7 @@ from lightning_sparse.functional.thresholds import (
     soft_threshold_slope,
     step_threshold_gradients,
 )
+from lightning_sparse.functional.transposable import transposable_mask, transposable_patterns
 
 __all__ = [
     "ALLOCATIONS",
@@ -156,6 +158,7 @@ __all__ = [
     "fold_batch_norm",
     "from_dual",
     "gradient_flow",
+    "group_soft_threshold",
     "growth_factor",
     "growth_score",
     "hashed_score",
@@ -173,6 +176,7 @@ __all__ = [
     "layer_penalty_gradient",
     "layer_prox_",
     "leaky_relu_proxy",
+    "least_squares_scale",
     "linear",
     "linear_cka",
     "linear_cka_matrix",
@@ -216,6 +220,8 @@ __all__ = [
     "step_threshold_gradients",
     "to_dual",
     "top_k_masks",
+    "transposable_mask",
+    "transposable_patterns",
     "uniform",
     "uniform_plus",
     "unit_step",

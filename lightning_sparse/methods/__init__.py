@@ -14,6 +14,7 @@ from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.set import SET
 from lightning_sparse.methods.snip import SNIP
 from lightning_sparse.methods.sparse_connectivity_learning import SparseConnectivityLearning
+from lightning_sparse.methods.srste import SRSTE
 from lightning_sparse.methods.str import STR
 from lightning_sparse.methods.synflow import SynFlow
 from lightning_sparse.methods.trainable_threshold import TrainableThreshold
@@ -23,6 +24,7 @@ __all__ = [
     "ACDC",
     "SET",
     "SNIP",
+    "SRSTE",
     "STR",
     "CKARegularization",
     "GraNet",

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_sparse import (
     ACDC,
     SET,
+    SRSTE,
     CKARegularization,
     GraNet,
     HyperSparse,
@@ -75,6 +76,11 @@ class Narrow(Toy):
         super().__init__(net=nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(256, 4)))
 
 
+class Six(Toy):
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 4)))
+
+
 class Diverged(Toy):
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +127,18 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         lambda: [MagnitudePruning(structure="2:4", targets=["net.0", "net.6"])],
         {},
         "'net.0.weight' (Conv2d) has 1 input, and structure='2:4' needs groups of 4; take another structure, or choose",
+    ),
+    (
+        toy,
+        lambda: [SRSTE(structure="2:4", targets=["net.0"])],
+        {},
+        "'net.0.weight' (Conv2d) has 1 input, and structure='2:4' needs groups of 4",
+    ),
+    (
+        Six,
+        lambda: [SRSTE(structure="transposable 2:4", targets=["net.1"])],
+        {},
+        "has 6 outputs, and structure='transposable 2:4' needs groups of 4 of them too",
     ),
     (toy, lambda: [MagnitudePruning(0.5, end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
     (toy, lambda: [MagnitudePruning(0.5, end="99 steps")], {}, "end='99 steps' lies after the end of training (12 steps)"),
