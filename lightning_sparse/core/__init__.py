@@ -1,6 +1,6 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
-from lightning_sparse.core.budget import AllocationName, Budget, Plan
+from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.chains import (
     Chains,
@@ -11,6 +11,7 @@ from lightning_sparse.core.chains import (
     find_chains,
     is_collapsed,
 )
+from lightning_sparse.core.channel_costs import ChannelCosts
 from lightning_sparse.core.checks import check_choice, check_number, check_sparsity, check_whole
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
@@ -59,9 +60,11 @@ __all__ = [
     "TRANSPOSED_CONVOLUTIONS",
     "AllocationName",
     "Budget",
+    "BudgetName",
     "Call",
     "Candidate",
     "Chains",
+    "ChannelCosts",
     "Channels",
     "Coupled",
     "CoupledVectors",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sparse.core.coupling import Coupling
 from lightning_sparse.core.targets import Target
-from lightning_sparse.functional import channel_score, expand_channels, n_m_mask
+from lightning_sparse.functional import channel_score, expand_channels, input_score, n_m_mask, normalized
 
 __all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "Unstructured"]
 
@@ -146,7 +146,11 @@ class NOfM(Structure):
 
 
 class Channels(Structure):
-    """Whole output channels: filters of a convolution, neurons of a linear layer."""
+    """Whole output channels: filters of a convolution, neurons of a linear layer.
+
+    The scores of a layer are divided by their mean before those of different layers compete: layers differ in width and in
+    the scale of their weights, and without it some of them lose all that is to go.
+    """
 
     text = "channel"
 
@@ -164,7 +168,7 @@ class Channels(Structure):
         return target.weight.shape[target.output_dim]
 
     def score(self, score: Tensor, target: Target) -> Tensor:
-        return channel_score(score, target.output_dim)
+        return normalized(channel_score(score, target.output_dim))
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return expand_channels(kept, target.weight, target.output_dim)
@@ -174,7 +178,7 @@ class Channels(Structure):
 class Coupled(Channels):
     """Output channels, each in all the layers that additions couple, with its biases and norms: these can leave a network.
 
-    Channels that cannot leave are kept.
+    A channel counts by what all the layers say that hold it or read it. Channels that cannot leave are kept.
 
     Args:
         coupling: which channels go together; None before the network is known.
@@ -202,18 +206,27 @@ class Coupled(Channels):
         return [Pool(tuple(places[name] for name in names), len(units)) for names, units in self.coupling.pools]
 
     def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
-        by_channel = {target.name: self.score(score, target) for score, target in zip(scores, targets, strict=True)}
-        mean = self.coupling.mean(by_channel)
+        by_channel, by_input = {}, {}
+        for score, target in zip(scores, targets, strict=True):
+            by_channel[target.name] = self.score(score, target)
+            if target.weight.shape[target.input_dim] == len(self.coupling.inputs.get(target.name, ())):
+                by_input[target.name] = normalized(input_score(score, target.input_dim))
+        mean = self.coupling.mean(by_channel, by_input)
         ranked = [mean[units.to(mean.device)] for _, units in self.coupling.pools]
         for score in ranked:
             score[score.argmax()] = torch.inf  # a layer without channels is none
         return ranked
 
     def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
-        whole = torch.ones(self.coupling.count, dtype=torch.bool, device=kept[0].device)
-        for mask, (_, units) in zip(kept, self.coupling.pools, strict=True):
-            whole[units.to(mask.device)] = mask
+        whole = self.together(kept)
         return [self.expand(self.coupling.spread(whole, target.name).to(target.weight.device), target) for target in targets]
+
+    def together(self, kept: Sequence[Tensor]) -> Tensor:
+        """The masks of all pools as one of all units, on the CPU."""
+        whole = torch.ones(self.coupling.count, dtype=torch.bool)
+        for mask, (_, units) in zip(kept, self.coupling.pools, strict=True):
+            whole[units] = mask.cpu()
+        return whole
 
     def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
         return [int((score > -torch.inf).count_nonzero()) for score in ranked]

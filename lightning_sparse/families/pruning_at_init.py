@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import AllocationName, StructureName, check_whole
+from lightning_sparse.core import AllocationName, BudgetName, StructureName, check_whole
 from lightning_sparse.families.budgeted import Budgeted
 from lightning_sparse.loop.dry_run import dry_run, loss_of, refuse_unrepeatable_data, size_of, training_outputs
 
@@ -31,6 +31,9 @@ class PruningAtInit(Budgeted):
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
@@ -53,7 +56,7 @@ class PruningAtInit(Budgeted):
         """Remove the lowest scores, one tensor of them per weight, in order."""
         self.check_scores(scores)
         by_name = dict(zip(self.weights, scores, strict=True))
-        self.prune(self.budget.sparsity, lambda name, weight: by_name[name])
+        self.prune(self.quota.sparsity, lambda name, weight: by_name[name])
 
     def check_scores(self, scores: Sequence[Tensor]) -> None:
         """Refuse scores that say nothing.
@@ -93,6 +96,8 @@ class PruningAtInitOnData(PruningAtInit):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -101,6 +106,8 @@ class PruningAtInitOnData(PruningAtInit):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )

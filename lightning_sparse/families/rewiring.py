@@ -116,7 +116,7 @@ class Rewiring(Budgeted):
         if not callable(drop_schedule):
             check_choice("drop_schedule", drop_schedule, DROP_SCHEDULES, " or give a function")
         check_seed(seed)
-        if isinstance(self.budget.structure, Channels):
+        if isinstance(self.quota.structure, Channels):
             raise ValueError(f"structure='{structure}' is not rewired; write 'unstructured' or 'n:m' such as '2:4'.")
         self.window = Window(start, end, every)
         self._reading = False

@@ -1,6 +1,7 @@
 """The mathematics: tensors in, tensors out; no modules, no state, no Lightning."""
 
 from lightning_sparse.functional.allocation import ALLOCATIONS, allocate, counts, er, erk, erk_plus, uniform, uniform_plus
+from lightning_sparse.functional.channels import input_score, normalized
 from lightning_sparse.functional.cka import (
     PAIR_WEIGHTS,
     cka_from_hsic,
@@ -169,6 +170,7 @@ __all__ = [
     "hypersparse_loss",
     "hypersparse_scale",
     "identity_proxy",
+    "input_score",
     "is_for_one_thread",
     "kth_smallest",
     "layer_density",
@@ -199,6 +201,7 @@ __all__ = [
     "negative_ratio",
     "nonzero_counts",
     "normalize_features_",
+    "normalized",
     "off_diagonal_mean",
     "over_parameterization_rate",
     "pack",

@@ -189,6 +189,27 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
         lambda: MagnitudePruning(0.9, structure="transposable 2:4"),
         "contradicts structure='transposable 2:4', which removes 0.5",
     ),
+    (
+        lambda: MagnitudePruning(0.5, budget="flops"),
+        "budget='flops' is unknown; choose from ['units', 'macs', 'parameters']",
+    ),
+    (
+        lambda: MagnitudePruning(0.5, budget="macs"),
+        "budget='macs' counts what leaves the network, and structure='unstructured' takes nothing out",
+    ),
+    (
+        lambda: MagnitudePruning(0.5, structure="coupled", budget="macs", layer_sparsity={"fc": 0.0}),
+        "layer_sparsity counts channels, and budget='macs' does not; choose layers with targets",
+    ),
+    (
+        lambda: SNIP(0.5, max_layer_sparsity=0),
+        "max_layer_sparsity=0 must be in (0, 1]: the largest share that a layer loses",
+    ),
+    (lambda: SNIP(0.9, max_layer_sparsity=0.8), "sparsity=0.9 is above max_layer_sparsity=0.8, which no layer may exceed"),
+    (
+        lambda: MagnitudePruning(0.5, allocation="erk", max_layer_sparsity=0.8),
+        "max_layer_sparsity=0.8 is for layers that compete; allocation='erk' says what each of them loses",
+    ),
     (lambda: SNIP(1.5), "sparsity=1.5 must be in [0, 1)"),
     (lambda: SNIP(0.5, batches=0), "batches=0 must be a whole number from 1 up"),
     (lambda: GraSP(90), "for 90 % write 0.9"),

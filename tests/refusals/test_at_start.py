@@ -130,6 +130,12 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (
         toy,
+        lambda: [MagnitudePruning(0.999, structure="coupled", budget="macs")],
+        {},
+        "macs cannot be reached: with the fewest channels in every layer",
+    ),
+    (
+        toy,
         lambda: [SRSTE(structure="2:4", targets=["net.0"])],
         {},
         "'net.0.weight' (Conv2d) has 1 input, and structure='2:4' needs groups of 4",
