@@ -1,6 +1,6 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
-from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan
+from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan, drawn
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.chains import (
     Chains,
@@ -17,8 +17,23 @@ from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effecti
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
 from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
+from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
+from lightning_sparse.core.layout import (
+    Layout,
+    Part,
+    is_cut,
+    layout_of,
+    least_over_ranks,
+    lent_gradients,
+    local,
+    owner_of,
+    part_of,
+    parts_of,
+    spread_over,
+    total_over_ranks,
+)
 from lightning_sparse.core.libraries import first_line, need
 from lightning_sparse.core.linear import (
     BATCH_NORMS,
@@ -35,14 +50,16 @@ from lightning_sparse.core.linear import (
 )
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
-from lightning_sparse.core.memory import Memory, Remembered
+from lightning_sparse.core.memory import Layouts, Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
 from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
 from lightning_sparse.core.patterns import as_patterns, matches_name
+from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured
 from lightning_sparse.core.structures import StructureName, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
-from lightning_sparse.core.targets import Candidate, Selection, Target, describe, find_targets, select_targets
+from lightning_sparse.core.target import Target
+from lightning_sparse.core.targets import Candidate, Selection, describe, find_targets, select_targets
 from lightning_sparse.core.transposable import Transposable
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
@@ -72,11 +89,14 @@ __all__ = [
     "Coverage",
     "Dependencies",
     "Exponents",
+    "FanIn",
     "FeatureLayer",
     "FeatureTap",
     "Group",
     "LayerKind",
     "LayerRow",
+    "Layout",
+    "Layouts",
     "Link",
     "LiveMasks",
     "MaskSet",
@@ -85,6 +105,8 @@ __all__ = [
     "Mold",
     "NOfM",
     "Network",
+    "Part",
+    "Piece",
     "Place",
     "Plan",
     "Position",
@@ -117,6 +139,7 @@ __all__ = [
     "coupled_outputs",
     "coverage",
     "describe",
+    "drawn",
     "effective_macs",
     "effective_pair",
     "exchange",
@@ -133,21 +156,35 @@ __all__ = [
     "group_features",
     "in_count",
     "is_collapsed",
+    "is_cut",
     "is_depthwise",
     "is_layer",
     "is_linear",
     "join",
     "kind_of",
+    "layout_of",
+    "least_over_ranks",
     "leaves",
+    "lent_gradients",
+    "like",
+    "local",
     "matches_name",
     "need",
     "out_count",
+    "owner_of",
     "padding_of",
     "parse_structure",
+    "part_of",
+    "parts_of",
+    "put_back_",
     "refuse_shorter_run",
     "register_layer",
     "select_targets",
     "shared_parameters",
+    "spread_over",
     "summarize",
     "tensors_in",
+    "to_cpu",
+    "total_over_ranks",
+    "whole",
 ]

@@ -14,13 +14,15 @@ from torch import Tensor
 from lightning_sparse.core.channel_costs import ChannelCosts
 from lightning_sparse.core.checks import check_choice, check_sparsity
 from lightning_sparse.core.coupling import Coupling
+from lightning_sparse.core.layout import spread_over
 from lightning_sparse.core.patterns import matches_name
 from lightning_sparse.core.structure import Coupled, Structure, Unstructured
 from lightning_sparse.core.structures import parse_structure
-from lightning_sparse.core.targets import Target
+from lightning_sparse.core.target import Target
 from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, random_generator, random_score, top_k_masks
+from lightning_sparse.functional.spread import Spread
 
-__all__ = ["AllocationName", "Budget", "BudgetName", "Plan"]
+__all__ = ["AllocationName", "Budget", "BudgetName", "Plan", "drawn"]
 
 AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+"]
 """`global` lets the scores of all layers compete; the others are the names in `functional.ALLOCATIONS`."""
@@ -254,7 +256,7 @@ class Plan:
         except ValueError:
             self._refuse_nan(scores)
             raise
-        spread = iter(self.structure.spread(chosen, self._layers))
+        spread = iter(self.structure.spread(chosen, self._layers, apart))
         return [
             target.restack([next(spread) for _ in matrices])
             for target, matrices in zip(self.targets, self._matrices, strict=True)
@@ -264,7 +266,8 @@ class Plan:
         """Masks of the pools, of the highest scores."""
         chosen: dict[int, Tensor] = {}
         for group, number in zip(self._groups, self._counts(sparsity, held), strict=True):
-            chosen.update(zip(group, top_k_masks([ranked[pool] for pool in group], number), strict=True))
+            masks = top_k_masks([ranked[pool] for pool in group], number, self._spread(group))
+            chosen.update(zip(group, masks, strict=True))
         return [chosen[pool] for pool in range(len(ranked))]
 
     def _affordable(
@@ -294,7 +297,8 @@ class Plan:
         if self.budget.max_layer_sparsity == 1:
             return ranked
         for pool in self._open:
-            ranked[pool] = ranked[pool].masked_fill(top_k_masks([ranked[pool]], self._least(pool))[0], torch.inf)
+            first = top_k_masks([ranked[pool]], self._least(pool), self._spread([pool]))[0]
+            ranked[pool] = ranked[pool].masked_fill(first, torch.inf)
         return ranked
 
     def _kept_apart(self, kept: Sequence[int], scores: Sequence[Tensor]) -> list[int]:
@@ -302,12 +306,23 @@ class Plan:
         counts: list[int] = []
         for count, matrices in zip(kept, self._matrices, strict=True):
             mine = scores[len(counts) : len(counts) + len(matrices)]
-            counts += [count] if len(matrices) == 1 else [int((score > -torch.inf).count_nonzero()) for score in mine]
+            counts += [count] if len(matrices) == 1 else self._ranked(mine, matrices)
         return counts
+
+    def _ranked(self, scores: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:
+        """How many entries of each matrix do not rank last."""
+        numbers = [(score > -torch.inf).count_nonzero() for score in scores]
+        spread = spread_over(matrix.layout for matrix in matrices)
+        return [int(number) for number in numbers] if spread is None else spread.sums(numbers)
+
+    def _spread(self, group: Sequence[int]) -> Spread | None:
+        """How the units of some pools are spread over ranks."""
+        layers = [layer for pool in group for layer in self._pools[pool].layers]
+        return spread_over(self.structure.layout(self._layers[layer]) for layer in layers)
 
     def random_masks(self, seed: int, sparsity: float | None = None) -> dict[str, Tensor]:
         """Masks by name, drawn at random; the same on every rank and device."""
-        scores = [random_score(target.weight, random_generator(seed, 0, target.name)) for target in self.targets]
+        scores = [drawn(target, random_generator(seed, 0, target.name)) for target in self.targets]
         masks = self.masks(scores, sparsity)
         return {target.name: mask.to(target.weight.device) for target, mask in zip(self.targets, masks, strict=True)}
 
@@ -334,7 +349,7 @@ class Plan:
         way = sparsity / self.budget.sparsity if self.budget.sparsity else 1.0
         own = {pool: 1 - value * way for pool, value in self._own.items()}
         if self.budget.allocation != "global":
-            shapes = [tuple(self._layers[pool.layers[0]].weight.shape) for pool in self._pools]
+            shapes = [self._layers[pool.layers[0]].shape for pool in self._pools]
             return ALLOCATIONS[self.budget.allocation](shapes, 1 - sparsity, own, self._sizes)
         left = (1 - sparsity) * self.units - sum([density * self._sizes[pool] for pool, density in own.items()])
         room = self._room[-1] if len(own) < len(self._groups) else 0
@@ -367,3 +382,11 @@ class Plan:
                     f"The score of '{target.name}' holds NaN, so nothing can be ranked; training has diverged, lower the "
                     "learning rate or clip gradients."
                 ) from None
+
+
+def drawn(target: Target, generator: torch.Generator) -> Tensor:
+    """A random score of each entry that this rank holds: all ranks draw the whole, and each takes its part."""
+    if target.layout is None:
+        return random_score(target.weight, generator)
+    whole = random_score(torch.empty(target.shape, device="meta"), generator)
+    return target.layout.local(whole).to(target.weight.device).contiguous()

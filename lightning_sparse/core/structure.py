@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.core.coupling import Coupling
-from lightning_sparse.core.targets import Target
+from lightning_sparse.core.layout import Layout
+from lightning_sparse.core.target import Target
 from lightning_sparse.functional import channel_score, expand_channels, input_score, n_m_mask, normalized
 
 __all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "Unstructured"]
@@ -33,6 +34,11 @@ class Pool:
 class Structure(ABC):
     """Turns scores of weights into scores of units, and masks of units into masks of weights."""
 
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """How users write it."""
+
     def misfit(self, target: Target) -> str | None:
         """Why this weight cannot have the structure, or None if it can."""
         return None
@@ -49,6 +55,26 @@ class Structure(ABC):
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         """The mask of the weight from the mask of its units."""
 
+    def layout(self, target: Target) -> Layout | None:
+        """Where the units lie that this rank holds of a weight; None where it holds all of them.
+
+        Raises:
+            ValueError: if ranks do not hold whole units.
+        """
+        if target.layout is None:
+            return None
+        raise ValueError("needs whole weights")
+
+    def unfit(self, target: Target) -> str | None:
+        """Why the part of this weight that a rank holds cannot have the structure, or None if it can."""
+        why = self.misfit(target)
+        if why is None and target.layout is not None:
+            try:
+                self.layout(target.matrices()[0])
+            except ValueError as error:
+                why = f"is cut into shards, and structure='{self.text}' {error}"
+        return why
+
     @property
     def sparsity(self) -> float | None:
         """The only sparsity the structure allows, or None if any."""
@@ -62,25 +88,33 @@ class Structure(ABC):
         """One score per unit of every pool, from one per entry of every weight."""
         return [self.score(score, target) for score, target in zip(scores, targets, strict=True)]
 
-    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
-        """The masks of the weights from those of the pools."""
+    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target], scores: Sequence[Tensor]) -> list[Tensor]:
+        """The masks of the weights from those of the pools.
+
+        Args:
+            kept: of every pool.
+            targets: the weights.
+            scores: of every entry of them, by which units were ranked.
+        """
         return [self.expand(mask, target) for mask, target in zip(kept, targets, strict=True)]
 
     def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
         """Units that every pool keeps so far, from the entries that every weight does; what is dropped is ranked last."""
-        return [count * self.units(target) // target.weight.numel() for count, target in zip(counts, targets, strict=True)]
+        return [count * self.units(target) // target.size for count, target in zip(counts, targets, strict=True)]
 
     def entries(self, kept: Mapping[int, int], targets: Sequence[Target]) -> dict[int, int]:
         """Entries that weights keep when pools keep so many units; of weights all of whose pools are given."""
-        return {layer: kept[layer] * targets[layer].weight.numel() // self.units(targets[layer]) for layer in kept}
+        return {layer: kept[layer] * targets[layer].size // self.units(targets[layer]) for layer in kept}
 
 
 @final
 class Unstructured(Structure):
     """Every weight by itself: scores are masks are weights, and nothing is to be translated."""
 
+    text = "unstructured"
+
     def units(self, target: Target) -> int:
-        return target.weight.numel()
+        return target.size
 
     def score(self, score: Tensor, target: Target) -> Tensor:
         return score
@@ -88,10 +122,13 @@ class Unstructured(Structure):
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return kept
 
+    def layout(self, target: Target) -> Layout | None:
+        return target.layout
+
     def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
         return list(scores)
 
-    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target], scores: Sequence[Tensor]) -> list[Tensor]:
         return list(kept)
 
     def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
@@ -115,7 +152,6 @@ class NOfM(Structure):
 
     @property
     def text(self) -> str:
-        """How users write it."""
         return f"{self.n}:{self.m}"
 
     @property
@@ -125,7 +161,7 @@ class NOfM(Structure):
     def misfit(self, target: Target) -> str | None:
         if not target.layout_known:
             return f"is of no known kind of layer, and structure='{self.text}' must know its inputs (register_layer)"
-        inputs = target.weight.shape[target.input_dim]
+        inputs = target.shape[target.input_dim]
         if inputs % self.m:
             said = "1 input" if inputs == 1 else f"{inputs} inputs"
             return f"has {said}, and structure='{self.text}' needs groups of {self.m}"
@@ -136,13 +172,18 @@ class NOfM(Structure):
         return n_m_mask(score, self.n, self.m, target.input_dim)
 
     def units(self, target: Target) -> int:
-        return target.weight.numel()
+        return target.size
 
     def score(self, score: Tensor, target: Target) -> Tensor:
         return score.masked_fill(self.best(score, target), torch.inf)
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return kept
+
+    def layout(self, target: Target) -> Layout | None:
+        if target.layout is not None and target.input_dim in target.layout.cut:
+            raise ValueError("needs all inputs of an output on one rank")
+        return target.layout
 
 
 class Channels(Structure):
@@ -165,13 +206,21 @@ class Channels(Structure):
         return None
 
     def units(self, target: Target) -> int:
-        return target.weight.shape[target.output_dim]
+        return target.shape[target.output_dim]
 
     def score(self, score: Tensor, target: Target) -> Tensor:
-        return normalized(channel_score(score, target.output_dim))
+        layout = self.layout(target)
+        return normalized(channel_score(score, target.output_dim), *(() if layout is None else (layout.total, layout.numel)))
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return expand_channels(kept, target.weight, target.output_dim)
+
+    def layout(self, target: Target) -> Layout | None:
+        if target.layout is None:
+            return None
+        if set(target.layout.cut) - {target.output_dim}:
+            raise ValueError("needs all inputs of an output on one rank")
+        return target.layout.along([target.output_dim])
 
 
 @final
@@ -201,6 +250,9 @@ class Coupled(Channels):
             return "is a stack of matrices, such as experts, whose channels nothing couples"
         return super().misfit(target)
 
+    def layout(self, target: Target) -> Layout | None:
+        return Structure.layout(self, target)
+
     def pools(self, targets: Sequence[Target]) -> list[Pool]:
         places = {target.name: layer for layer, target in enumerate(targets)}
         return [Pool(tuple(places[name] for name in names), len(units)) for names, units in self.coupling.pools]
@@ -209,7 +261,7 @@ class Coupled(Channels):
         by_channel, by_input = {}, {}
         for score, target in zip(scores, targets, strict=True):
             by_channel[target.name] = self.score(score, target)
-            if target.weight.shape[target.input_dim] == len(self.coupling.inputs.get(target.name, ())):
+            if target.shape[target.input_dim] == len(self.coupling.inputs.get(target.name, ())):
                 by_input[target.name] = normalized(input_score(score, target.input_dim))
         mean = self.coupling.mean(by_channel, by_input)
         ranked = [mean[units.to(mean.device)] for _, units in self.coupling.pools]
@@ -217,7 +269,7 @@ class Coupled(Channels):
             score[score.argmax()] = torch.inf  # a layer without channels is none
         return ranked
 
-    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target], scores: Sequence[Tensor]) -> list[Tensor]:
         whole = self.together(kept)
         return [self.expand(self.coupling.spread(whole, target.name).to(target.weight.device), target) for target in targets]
 
@@ -238,5 +290,5 @@ class Coupled(Channels):
             if all(index in kept for index in mine):
                 stay = int((self.coupling.units[target.name] < 0).count_nonzero())
                 channels = stay + sum(kept[index] for index in mine)
-                found[layer] = channels * target.weight.numel() // self.units(target)
+                found[layer] = channels * target.size // self.units(target)
         return found

@@ -6,8 +6,9 @@ from typing import final
 
 from torch import Tensor
 
+from lightning_sparse.core.layout import Layout
 from lightning_sparse.core.structure import NOfM
-from lightning_sparse.core.targets import Target
+from lightning_sparse.core.target import Target
 from lightning_sparse.functional import transposable_mask
 
 __all__ = ["Transposable"]
@@ -38,10 +39,15 @@ class Transposable(NOfM):
         reason = super().misfit(target)
         if reason is not None:
             return reason
-        outputs = target.weight.shape[target.output_dim]
+        outputs = target.shape[target.output_dim]
         if outputs % self.m:
             return f"has {outputs} outputs, and structure='{self.text}' needs groups of {self.m} of them too"
         return None
 
     def best(self, score: Tensor, target: Target) -> Tensor:
         return transposable_mask(score, self.n, self.m, (target.output_dim, target.input_dim))
+
+    def layout(self, target: Target) -> Layout | None:
+        if target.layout is not None and target.output_dim in target.layout.cut:
+            raise ValueError("needs all inputs and outputs on one rank")
+        return super().layout(target)

@@ -28,8 +28,8 @@ from lightning_sparse.core import (
 from lightning_sparse.core.dependencies import find_coupling
 from lightning_sparse.families.masked import Masked
 from lightning_sparse.loop import Step
+from lightning_sparse.loop.arguments import arguments
 from lightning_sparse.loop.dry_run import dry_run, example_inputs
-from lightning_sparse.loop.method import arguments
 
 __all__ = ["Budgeted"]
 
@@ -83,7 +83,7 @@ class Budgeted(Masked):
         self._costs: dict[str, ChannelCosts] = {}
 
     def misfit(self, target: Target) -> str | None:
-        return self.quota.structure.misfit(target)
+        return self.quota.structure.unfit(target)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         coupling = self._find_coupling() if isinstance(self.quota.structure, Coupled) else None
@@ -137,7 +137,7 @@ class Budgeted(Masked):
 
     def _find_coupling(self) -> Coupling:
         trainer, module = self.run.trainer, self.run.module
-        channels = {target.name: target.weight.shape[target.output_dim] for target in self.chosen}
+        channels = {target.name: target.shape[target.output_dim] for target in self.chosen}
         traced = self.known("traced", {})
         coupling, macs = Coupling.restore(traced, channels), traced.get("macs")
         if coupling is None or macs is None:

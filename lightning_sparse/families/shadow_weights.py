@@ -33,7 +33,7 @@ class ShadowWeights(Sparsifier):
     hidden_dtype: torch.dtype = torch.float32
     """Of the dense values of dropped entries; those of the weights themselves are never narrowed."""
 
-    hidden = Remembered[dict[str, Tensor]](dict)
+    hidden = Remembered[dict[str, Tensor]](dict, over="entries")
     """The dense values of dropped entries, zero where an entry is kept; in float32 or wider."""
 
     @abstractmethod

@@ -12,6 +12,7 @@ from lightning_sparse.functional.cka import (
     off_diagonal_mean,
     similarity_penalty,
 )
+from lightning_sparse.functional.fan_in import fan_in_mask, regrow_fan_in
 from lightning_sparse.functional.hypersparse import (
     HYPERSPARSE_ALIGNMENT,
     HyperSparseScale,
@@ -156,6 +157,7 @@ __all__ = [
     "expand_channels",
     "expected_hoyer",
     "exponential",
+    "fan_in_mask",
     "fold_batch_norm",
     "from_dual",
     "gradient_flow",
@@ -212,6 +214,7 @@ __all__ = [
     "random_score",
     "regroup",
     "regrow",
+    "regrow_fan_in",
     "relative_magnitude",
     "shift_input",
     "similarity_penalty",

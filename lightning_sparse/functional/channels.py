@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 __all__ = ["input_score", "normalized"]
 
 
-def normalized(score: Tensor) -> Tensor:
+def normalized(score: Tensor, total: Callable[[Tensor], Tensor] = lambda part: part, count: int | None = None) -> Tensor:
     r"""Scores divided by the mean of their sizes, so that layers of any width and scale compare.
 
     $$ s_i \leftarrow s_i \, / \, \frac{1}{n} \sum_j |s_j| $$
@@ -17,11 +19,16 @@ def normalized(score: Tensor) -> Tensor:
 
     Source: the normalizer `mean` of Torch-Pruning (Fang et al. 2023, https://arxiv.org/abs/2301.12900).
 
+    Args:
+        score: of one layer.
+        total: the sum over all ranks of what this one has, where it holds a part of the layer.
+        count: how many there are on all ranks together; by default those given.
+
     Example:
         >>> normalized(torch.tensor([3.0, 1.0, -torch.inf, 0.0]))
         tensor([3., 1., -inf, 0.])
     """
-    mean = score.abs().masked_fill(score.isinf(), 0).mean()
+    mean = total(score.abs().masked_fill(score.isinf(), 0).sum()) / (score.numel() if count is None else count)
     return score / torch.where(mean > 0, mean, torch.ones_like(mean))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,12 +39,17 @@ def group_soft_threshold(weight: Tensor, kept: Tensor, m: int, dim: int = 1) -> 
     return size.sub_(threshold).masked_fill_(~kept, 0).copysign_(weight).add_(0.0)
 
 
-def least_squares_scale(weight: Tensor, shown: Tensor) -> Tensor:
+def least_squares_scale(weight: Tensor, shown: Tensor, total: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
     r"""The factor by which something comes nearest to a weight: $\beta = w^\top s / s^\top s$; 1 if that is zero.
+
+    Args:
+        weight: w.
+        shown: s.
+        total: the sum over all ranks of what this one has, where it holds a part of the weight.
 
     Example:
         >>> least_squares_scale(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]))
         tensor(1.5000)
     """
-    norm = shown.square().sum()
-    return torch.where(norm > 0, (weight * shown).sum() / norm, torch.ones_like(norm))
+    norm = total(shown.square().sum())
+    return torch.where(norm > 0, total((weight * shown).sum()) / norm, torch.ones_like(norm))

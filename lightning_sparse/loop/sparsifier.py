@@ -40,8 +40,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_sparse.core import owner_of
+from lightning_sparse.loop.arguments import arguments
 from lightning_sparse.loop.loop import Loop
-from lightning_sparse.loop.method import Method, arguments
+from lightning_sparse.loop.method import Method
 from lightning_sparse.loop.rng import collect_rng, restore_rng
 from lightning_sparse.loop.run import Run
 
@@ -76,7 +78,7 @@ class Sparsifier(Method, Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.brought is not None:  # loaded, and training has not begun
             return dict(self.brought)
-        return {"config": self.config(), "memory": self.memorize() if self.shapes else None}
+        return {"config": self.config(), "memory": self.memorize(self.layouts) if self.shapes else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.brought = state_dict if state_dict.get("memory") else None
@@ -171,11 +173,23 @@ def sparsifiers(trainer: pl.Trainer) -> list[Sparsifier]:
 
 def _refuse_trainer(method: Method, trainer: pl.Trainer) -> None:
     strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+    kind = type(strategy).__name__
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ValueError(
-            f"{method.label} does not support strategy={type(strategy).__name__}, which cuts weights into shards; "
-            "use 'ddp' or a single device."
+            f"{method.label} does not support strategy={kind}, which flattens weights into pieces without rows; use "
+            "ModelParallelStrategy with fully_shard, 'ddp', or a single device."
         )
+    if isinstance(strategy, ModelParallelStrategy):
+        if method.shards == "none":
+            raise ValueError(
+                f"{method.label} does not support strategy={kind}, which cuts weights into shards, because it needs whole "
+                "weights; use 'ddp' or a single device."
+            )
+        if method.shards == "data" and strategy.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"{method.label} does not support tensor parallelism, where a rank sees only some features of a layer; use "
+                "ModelParallelStrategy(tensor_parallel_size=1)."
+            )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelPruning):
             raise ValueError(
@@ -192,7 +206,7 @@ def _refuse_optimizers(method: Method, optimizers: Sequence[Optimizer]) -> None:
             )
     owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for target in method.chosen:
-        if id(target.weight) not in owned:
+        if id(owner_of(target.weight)) not in owned:
             raise ValueError(
                 f"{method.label}: no optimizer updates '{target.name}'; return it from configure_optimizers or exclude it "
                 f"with targets=['!{target.name}']."

@@ -74,7 +74,7 @@ class SRSTE(ShadowWeights):
         0.5
     """
 
-    alive = Remembered[dict[str, Tensor]](dict)
+    alive = Remembered[dict[str, Tensor]](dict, over="entries")
     """The masks as they are now; True is shown."""
     window = Remembered[Window]()
     scales = Remembered[dict[str, Tensor]](dict)
@@ -124,7 +124,7 @@ class SRSTE(ShadowWeights):
     # ---- what is asked of it -----------------------------------------------------------------------------------------
 
     def misfit(self, target: Target) -> str | None:
-        return self.pattern.misfit(target)
+        return self.pattern.unfit(target)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         self.window.check(run, until, f"{self.label} chooses its last masks")
@@ -135,7 +135,7 @@ class SRSTE(ShadowWeights):
     @property
     def mask_set(self) -> LiveMasks:
         if self._masks.variables is not self.alive:
-            self._masks = LiveMasks(self.alive)
+            self._masks = LiveMasks(self.alive, self.layouts.get("entries"))
         return self._masks
 
     @property
@@ -149,7 +149,7 @@ class SRSTE(ShadowWeights):
             self.choose_mask(name, weight)
             if self.soft:
                 dense = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-                self.scales[name] = least_squares_scale(dense, self._softened(name, dense))
+                self.scales[name] = least_squares_scale(dense, self._softened(name, dense), self.total(name))
         super().begin()
 
     def resume(self) -> None:
@@ -236,6 +236,6 @@ class SRSTE(ShadowWeights):
 
     def numbers(self) -> Mapping[str, float | Tensor]:
         """The mean size of dropped weights, which the decay keeps small."""
-        sizes = [self._dropped(name).abs().sum() for name in self.weights]
-        counts = sum(masked.numel() for masked in self.alive.values()) - self.mask_set.kept
-        return {"dropped_size": torch.stack([size.to(sizes[0].device) for size in sizes]).sum() / max(counts, 1)}
+        sizes = [self.total(name)(self._dropped(name).abs().sum()) for name in self.weights]
+        together = torch.stack([size.to(sizes[0].device) for size in sizes]).sum()
+        return {"dropped_size": together / max(self.mask_set.total - self.mask_set.kept, 1)}
