@@ -82,6 +82,8 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "one-shot + fine-tuning": lambda s: [MagnitudePruning(s, start=0.5, end=0.5)],
     "gradual": lambda s: [MagnitudePruning(s)],
     "AC/DC": lambda s: [ACDC(s)],
+    "RigL, fan-in": lambda s: [RigL(s, structure="fan_in")],
+    "gradual, blocks of 4": lambda s: [MagnitudePruning(s, structure="block:4x4", targets=FITTING)],
     "gradual 2:4": lambda s: [MagnitudePruning(structure="2:4", targets=FITTING)],
     "AC/DC 2:4": lambda s: [ACDC(structure="2:4", targets=FITTING)],
     "SR-STE": lambda s: [SRSTE(targets=FITTING)],

@@ -1,5 +1,6 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
+from lightning_sparse.core.blocks import Blocks
 from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan, drawn
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.chains import (
@@ -76,6 +77,7 @@ __all__ = [
     "SUMS",
     "TRANSPOSED_CONVOLUTIONS",
     "AllocationName",
+    "Blocks",
     "Budget",
     "BudgetName",
     "Call",

@@ -23,6 +23,7 @@ class ChannelCosts:
         fixed: what no channel changes.
 
     Example:
+        >>> import torch
         >>> channels = [[("a", 0)], [("a", 1)]]
         >>> coupling = Coupling(channels, {"a": 2}, {}, {}, {"b": [("a", 0), ("a", 1)]})
         >>> costs = ChannelCosts(coupling, {"a": 10, "b": 100}, fixed=1)

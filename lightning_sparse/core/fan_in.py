@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sparse.core.structure import Structure
 from lightning_sparse.core.target import Target
-from lightning_sparse.functional import fan_in_mask
+from lightning_sparse.functional import drop_count, fan_in_mask, regrow_fan_in
 
 __all__ = ["FanIn"]
 
@@ -49,6 +49,11 @@ class FanIn(Structure):
             fan_in = max(1, _nearest(int(mask.count_nonzero()), alive))
             masks.append(fan_in_mask(score, fan_in, target.output_dim))
         return masks
+
+    def regrow(
+        self, target: Target, mask: Tensor, keep: Tensor, grow: Tensor, fraction: float, kept: int, min_salient: float
+    ) -> Tensor:
+        return regrow_fan_in(mask, keep, grow, drop_count(kept, fraction), min_salient, target.output_dim)
 
     def entries(self, kept: Mapping[int, int], targets: Sequence[Target]) -> dict[int, int]:
         outputs = {layer: targets[layer].shape[targets[layer].output_dim] for layer in kept}

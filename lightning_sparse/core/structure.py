@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.core.coupling import Coupling
-from lightning_sparse.core.layout import Layout
+from lightning_sparse.core.layout import Layout, spread_over
 from lightning_sparse.core.target import Target
-from lightning_sparse.functional import channel_score, expand_channels, input_score, n_m_mask, normalized
+from lightning_sparse.functional import channel_score, drop_count, expand_channels, input_score, n_m_mask, normalized, regrow
 
 __all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "Unstructured"]
 
@@ -97,6 +98,23 @@ class Structure(ABC):
             scores: of every entry of them, by which units were ranked.
         """
         return [self.expand(mask, target) for mask, target in zip(kept, targets, strict=True)]
+
+    def regrow(
+        self, target: Target, mask: Tensor, keep: Tensor, grow: Tensor, fraction: float, kept: int, min_salient: float
+    ) -> Tensor:
+        """The mask of a weight after a share of its connections has been dropped and as many grown.
+
+        Args:
+            target: the weight.
+            mask: as it is.
+            keep: how much each connection matters; the lowest are dropped.
+            grow: how much each entry would gain by becoming one; the highest are grown.
+            fraction: of the connections that is dropped.
+            kept: how many connections there are.
+            min_salient: the share of its connections below which an output is given up, where outputs have equal numbers.
+        """
+        protect, spread = partial(self.score, target=target), spread_over([target.layout])
+        return regrow(mask, keep, grow, drop_count(kept, fraction), kept, protect, spread)
 
     def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
         """Units that every pool keeps so far, from the entries that every weight does; what is dropped is ranked last."""

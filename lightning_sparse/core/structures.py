@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
+from lightning_sparse.core.blocks import Blocks
 from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured
 from lightning_sparse.core.transposable import Transposable
 
 __all__ = ["STRUCTURES", "StructureName", "parse_structure"]
 
-StructureName = Literal["unstructured", "channel", "coupled", "fan_in", "2:4", "transposable 2:4"] | str | int
+StructureName = Literal["unstructured", "channel", "coupled", "fan_in", "block:16x16", "2:4", "transposable 2:4"] | str | int
 """A line of `STRUCTURES`; a number only because YAML reads an unquoted 2:4 as one."""
 
 STRUCTURES: dict[str, tuple[str, Callable[..., Structure]]] = {
@@ -20,6 +21,7 @@ STRUCTURES: dict[str, tuple[str, Callable[..., Structure]]] = {
     "'channel'": ("channel", Channels),
     "'coupled'": ("coupled", Coupled),
     "'fan_in'": ("fan_in", FanIn),
+    "'block:RxC' such as 'block:16x16'": (r"block:(\d+)x(\d+)", Blocks),
     "'n:m' such as '2:4'": (r"(\d+):(\d+)", NOfM),
     "'transposable n:m'": (r"transposable (\d+):(\d+)", Transposable),
 }

@@ -4,6 +4,7 @@ from lightning_sparse.core import coupled_outputs
 from lightning_sparse.export.batch_norm import fold_norms, recalibrate
 from lightning_sparse.export.blueprint import Blueprint, Kept, carry_optimizer, load_model, save_model
 from lightning_sparse.export.compact import compact_size, load_compact, save_compact
+from lightning_sparse.export.condensed import CondensedLinear
 from lightning_sparse.export.export_report import ExportReport, Rung
 from lightning_sparse.export.kernel_choice import KernelChoice
 from lightning_sparse.export.kernels import SparseLinear, choose_kernels, use_kernels
@@ -17,6 +18,7 @@ from lightning_sparse.export.semi_structured import choose_semi_structured
 __all__ = [
     "RUNGS",
     "Blueprint",
+    "CondensedLinear",
     "ExportReport",
     "Kept",
     "KernelChoice",

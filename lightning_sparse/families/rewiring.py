@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ from lightning_sparse.core import (
     spread_over,
 )
 from lightning_sparse.families.budgeted import Budgeted
-from lightning_sparse.functional import DROP_SCHEDULES, drop_count, regrow, regrow_fan_in
+from lightning_sparse.functional import DROP_SCHEDULES, drop_count
 from lightning_sparse.functional.regrowth import DropScheduleName
 from lightning_sparse.functional.schedules import Schedule
 from lightning_sparse.loop import Step
@@ -58,8 +57,9 @@ class Rewiring(Budgeted):
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
         allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+` (first layer
             dense), or `global` (every weight has the same chance). With `n:m` every layer has the same share.
-        structure: `unstructured`; `n:m`: every group of m inputs keeps n connections at all times; or `fan_in`: every output
-            of a layer has the same number of connections (SRigL, Lasby et al. 2024, https://arxiv.org/abs/2305.02299).
+        structure: `unstructured`; `n:m`: every group of m inputs keeps n connections at all times; `fan_in`: every output of
+            a layer has the same number of connections (SRigL, Lasby et al. 2024, https://arxiv.org/abs/2305.02299); or
+            `block:RxC`: whole blocks move.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         min_salient: with `structure='fan_in'`: outputs of which less than this share of the fan-in survives or grows are
             ablated (published: 0.3 for convolutional networks, 0.95 for transformers), in [0, 1]; never those of the last
@@ -128,7 +128,8 @@ class Rewiring(Budgeted):
             raise ValueError(f"min_salient={share!r} must be in [0, 1]: the share of its fan-in that an output needs.")
         if isinstance(self.quota.structure, Channels):
             raise ValueError(
-                f"structure='{structure}' is not rewired; write 'unstructured', 'fan_in' or 'n:m' such as '2:4'."
+                f"structure='{structure}' is not rewired; write 'unstructured', 'fan_in', 'block:RxC' or 'n:m' such as "
+                "'2:4'."
             )
         self.window = Window(start, end, every)
         self._reading = False
@@ -258,13 +259,8 @@ class Rewiring(Budgeted):
         now = target.unstack(self.masks[target.name])
         parts = zip(now, self._kept(target, now, matrices), *map(target.unstack, (keep, grow)), matrices, strict=True)
         for mask, kept, keep_score, grow_score, matrix in parts:
-            if isinstance(self.plan.structure, FanIn):
-                count = drop_count(kept, fraction)
-                masks.append(regrow_fan_in(mask, keep_score, grow_score, count, least, matrix.output_dim))
-                continue
-            protect = partial(self.plan.structure.score, target=matrix)
-            spread = spread_over([matrix.layout])
-            masks.append(regrow(mask, keep_score, grow_score, drop_count(kept, fraction), kept, protect, spread))
+            structure = self.plan.structure
+            masks.append(structure.regrow(matrix, mask, keep_score, grow_score, fraction, kept, least))
         return target.restack(masks)
 
     def _kept(self, target: Target, masks: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:

@@ -1,6 +1,7 @@
 """The mathematics: tensors in, tensors out; no modules, no state, no Lightning."""
 
 from lightning_sparse.functional.allocation import ALLOCATIONS, allocate, counts, er, erk, erk_plus, uniform, uniform_plus
+from lightning_sparse.functional.blocks import block_score, expand_blocks
 from lightning_sparse.functional.channels import input_score, normalized
 from lightning_sparse.functional.cka import (
     PAIR_WEIGHTS,
@@ -134,6 +135,7 @@ __all__ = [
     "any_bits",
     "apply_bits_",
     "beyond",
+    "block_score",
     "channel_score",
     "check_exponent",
     "check_vectors",
@@ -154,6 +156,7 @@ __all__ = [
     "erk",
     "erk_plus",
     "exact_count",
+    "expand_blocks",
     "expand_channels",
     "expected_hoyer",
     "exponential",

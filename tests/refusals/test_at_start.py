@@ -143,6 +143,12 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         "sparsity=0.97 with allocation='uniform' leaves nothing of 'net.0.weight'",
     ),
     (
+        Six,
+        lambda: [MagnitudePruning(0.5, structure="block:4x4", targets=["net.1"])],
+        {},
+        "is 6 by 64 (outputs by inputs), which blocks of 4 by 4 do not divide",
+    ),
+    (
         toy,
         lambda: [SRSTE(structure="2:4", targets=["net.0"])],
         {},
