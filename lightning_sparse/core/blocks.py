@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lightning_sparse.core.structure import Structure
 from lightning_sparse.core.target import Target
-from lightning_sparse.functional import block_score, drop_count, expand_blocks, regrow
+from lightning_sparse.functional import block_score, drop_count, expand_blocks, normalized, regrow, top_k_masks
 
 __all__ = ["Blocks"]
 
 
 @final
 class Blocks(Structure):
-    """Blocks of consecutive outputs and inputs, of convolutions at one place of the kernel; a block counts by its mean.
+    """Blocks of consecutive outputs and inputs, of convolutions at one place of the kernel.
+
+    A block counts by the mean of its scores, divided by that of its layer, as channels do: means lie close together, and of
+    a layer with small weights nothing would be left. The best of each layer stays.
 
     Args:
         rows: outputs of a block.
         columns: inputs of a block.
     """
+
+    keeps_one = True
 
     def __init__(self, rows: int, columns: int) -> None:
         if rows < 1 or columns < 1 or rows * columns == 1:
@@ -46,7 +53,11 @@ class Blocks(Structure):
         return target.size // (self.rows * self.columns)
 
     def score(self, score: Tensor, target: Target) -> Tensor:
-        return block_score(score, self.rows, self.columns, (target.output_dim, target.input_dim))
+        return normalized(block_score(score, self.rows, self.columns, (target.output_dim, target.input_dim)))
+
+    def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+        ranked = super().rank(scores, targets)
+        return [score.masked_fill(top_k_masks([score], 1)[0], torch.inf) for score in ranked]
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return expand_blocks(kept, self.rows, self.columns, (target.output_dim, target.input_dim))

@@ -40,7 +40,7 @@ class Budget:
         sparsity: the fraction of units (weights, or channels) removed in the end, in [0, 1). May be None where the
             structure implies it.
         allocation: `global` (scores of all layers compete) or a name in `functional.ALLOCATIONS`.
-        structure: `unstructured`, `channel`, `coupled`, or `n:m`.
+        structure: a line of `STRUCTURES`, such as `channel` or `2:4`.
         layer_sparsity: layers with a sparsity of their own: glob over names -> sparsity. They count toward the total.
         usual: the allocation of a method about which nothing has been said; `n:m` takes no other.
         max_layer_sparsity: the largest share of its units that a layer loses, where layers compete.
@@ -175,10 +175,11 @@ class Plan:
             )
         if kept == 0:
             raise ValueError(f"sparsity={sparsity} of {self.units:,} units leaves nothing; lower it or choose more layers.")
-        if isinstance(self.structure, Coupled) and kept < len(self._pools):
+        if self.structure.keeps_one and kept < len(self._pools):
+            what = "groups of coupled layers" if isinstance(self.structure, Coupled) else "layers"
             raise ValueError(
-                f"sparsity={sparsity} keeps {kept} units, fewer than there are groups of coupled layers "
-                f"({len(self._pools)}), and each keeps one; lower it."
+                f"sparsity={sparsity} keeps {kept} units, fewer than there are {what} ({len(self._pools)}), and each keeps "
+                "one; lower it."
             )
         alone = self._kept_alone(self._final)
         for index, layer in enumerate(self._layers):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ class Pool:
 
 class Structure(ABC):
     """Turns scores of weights into scores of units, and masks of units into masks of weights."""
+
+    keeps_one: ClassVar[bool] = False
+    """Whether the best unit of each pool stays in any case."""
 
     @property
     @abstractmethod
@@ -252,6 +255,7 @@ class Coupled(Channels):
     """
 
     text = "coupled"
+    keeps_one = True
 
     def __init__(self, coupling: Coupling | None = None) -> None:
         self._coupling = coupling

@@ -28,7 +28,8 @@ class RandomSparsity(Budgeted):
         allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+`,
             or `global` (every weight has the same chance). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel`, `coupled` (channels, in all layers that additions couple, with
-            biases and norms, so that they can leave the network), or `n:m`.
+            biases and norms, so that they can leave the network), `fan_in`, `block:RxC`, `n:m` or
+            `transposable n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
         budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the

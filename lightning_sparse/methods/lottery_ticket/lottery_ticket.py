@@ -66,8 +66,8 @@ class LotteryTicket(Budgeted):
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as many
-            weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (of inputs and outputs).
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
         budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
