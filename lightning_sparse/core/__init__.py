@@ -3,6 +3,7 @@
 from lightning_sparse.core.blocks import Blocks
 from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan, drawn
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
+from lightning_sparse.core.census import changed_share, count_dead, count_nonzero
 from lightning_sparse.core.chains import (
     Chains,
     Link,
@@ -127,6 +128,7 @@ __all__ = [
     "analyze",
     "as_patterns",
     "callee",
+    "changed_share",
     "check_choice",
     "check_exponents",
     "check_moments",
@@ -136,7 +138,9 @@ __all__ = [
     "clear_moments",
     "convolution_of",
     "copy_model",
+    "count_dead",
     "count_macs",
+    "count_nonzero",
     "count_parameters",
     "coupled_outputs",
     "coverage",
