@@ -84,6 +84,10 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "AC/DC": lambda s: [ACDC(s)],
     "RigL, fan-in": lambda s: [RigL(s, structure="fan_in")],
     "gradual, blocks of 4": lambda s: [MagnitudePruning(s, structure="block:4x4", targets=FITTING)],
+    "channels, half of the MACs": lambda s: [MagnitudePruning(s, structure="coupled", budget="macs")],
+    "channels, half of the MACs, uniform": lambda s: [
+        MagnitudePruning(s, structure="coupled", budget="macs", allocation="uniform")
+    ],
     "gradual 2:4": lambda s: [MagnitudePruning(structure="2:4", targets=FITTING)],
     "AC/DC 2:4": lambda s: [ACDC(structure="2:4", targets=FITTING)],
     "SR-STE": lambda s: [SRSTE(targets=FITTING)],

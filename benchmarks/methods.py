@@ -1,6 +1,7 @@
 """What every method adds to a training step, and what it holds in memory.
 
     python -m benchmarks cost-methods          a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
+    python -m benchmarks cost-structures       the same for AC/DC and for SR-STE in its three forms
     python -m benchmarks memory-methods        peak memory of a training, each in a process of its own (on Linux)
 
 For every method one short training, in which it takes part in every other step; each of its steps is compared with the mean
@@ -87,6 +88,10 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
 }
 
 
+STRUCTURED = ("ACDC", "SRSTE", "SRSTE(soft)", "SRSTE(transposable)")
+"""Those of the suite `cost-structures`."""
+
+
 class EveryOther(Turns):
     """A method takes part in every other step, from the first on, and what it keeps is weighed."""
 
@@ -138,7 +143,14 @@ def peak(name: str, model: str, batch: int, device: str = "cpu") -> float:
 def takes(model: str) -> list[str]:
     """What can do something for a model: layers must be able to merge, or there must be two to compare."""
     unfit = {"LayerSparsity": model != "mlp", "CKARegularization": model == "quick"}
-    return [name for name in METHODS if not unfit.get(name)]
+    return [name for name in METHODS if not unfit.get(name) and name not in STRUCTURED]
+
+
+def structured(options: Options) -> Parts:
+    """The same for methods whose masks have a structure, or come in turns."""
+    for model, batch in places(options):
+        for name in STRUCTURED:
+            yield (f"{model}, batch {batch}", name), partial(measure, name, model, batch, options.times(12), options.device)
 
 
 def parts(options: Options) -> Parts:

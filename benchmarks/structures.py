@@ -2,6 +2,7 @@
 
 python -m benchmarks kernels-fan-in        a perceptron of three layers, 2048 wide: condensed, compiled, CSR, dense
 python -m benchmarks kernels-blocks        the same with blocks of 4, 8 and 16, 90 % of them gone: BSR, CSR, dense
+python -m benchmarks ladders-structures    the export ladder of one small network, trained under each structure
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
+from benchmarks.accuracy import have_data
+from benchmarks.export import BATCH, accuracy, ladder
 from benchmarks.record import Options
+from benchmarks.trainers import quiet
+from lightning_sparse import MagnitudePruning
+from lightning_sparse.data import Digits, FashionMNIST
 from lightning_sparse.export import use_kernels
 from lightning_sparse.export.compare_models import interleaved
 from lightning_sparse.functional import block_score, expand_blocks, fan_in_mask, top_k_masks
+from lightning_sparse.models import MLP, Classifier
 
 WIDTH, LAYERS = 2048, 3
 
@@ -92,3 +100,30 @@ def tenth_of_blocks(score: Tensor, size: int) -> Tensor:
     """The mask that keeps the best tenth of square blocks."""
     by_block = block_score(score, size, size)
     return expand_blocks(top_k_masks([by_block], round(0.1 * by_block.numel()))[0], size, size)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "unstructured": {"sparsity": 0.9, "allocation": "erk"},
+    "fan_in": {"sparsity": 0.9, "allocation": "erk"},
+    "block:8x8": {"sparsity": 0.9, "allocation": "uniform", "targets": ["!:last"]},
+    "2:4": {"targets": ["!:last"]},
+    "coupled": {"sparsity": 0.5, "budget": "macs"},
+}
+"""How the network is pruned under each structure; its last layer has ten outputs, which blocks of 8 do not divide."""
+
+
+def ladders(options: Options) -> dict[str, Any]:
+    """Gradual pruning by magnitude, then all rungs in turns: speed times dense, bytes, accuracy on every rung."""
+    have_data(FashionMNIST, options)
+    data: Any = Digits() if options.quick else FashionMNIST(root=options.data)
+    found = {}
+    for structure, how in SMALL.items():
+        L.seed_everything(0, verbose=False)
+        module = Classifier(partial(MLP, hidden=(1024, 1024)), data.num_classes, data.in_channels, data.image_size)
+        epochs = options.epochs or (1 if options.quick else 5)
+        pruning = MagnitudePruning(structure=structure, **how)
+        quiet([pruning], "cpu", max_epochs=epochs, limit_val_batches=0).fit(module, data)
+        data.setup("test")
+        inputs = next(iter(data.test_dataloader()))[0][:BATCH]
+        found[structure] = ladder(module.eval(), inputs, options, evaluate=lambda made: accuracy(made, data))
+    return found
