@@ -5,8 +5,10 @@ from lightning_sparse.core import register_layer
 from lightning_sparse.export import merge_layers
 from lightning_sparse.loop import SparsityMixin
 from lightning_sparse.methods import (
+    ACDC,
     SET,
     SNIP,
+    SRSTE,
     STR,
     CKARegularization,
     GraNet,
@@ -27,8 +29,10 @@ from lightning_sparse.methods import (
 from lightning_sparse.observe import AtomicCheckpointIO, SparsityCheckpoint, SparsityMonitor
 
 __all__ = [
+    "ACDC",
     "SET",
     "SNIP",
+    "SRSTE",
     "STR",
     "AtomicCheckpointIO",
     "CKARegularization",

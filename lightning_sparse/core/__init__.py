@@ -1,6 +1,7 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
-from lightning_sparse.core.budget import AllocationName, Budget, Plan, drawn
+from lightning_sparse.core.blocks import Blocks
+from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan, drawn
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.census import changed_share, count_dead, count_nonzero
 from lightning_sparse.core.chains import (
@@ -12,11 +13,13 @@ from lightning_sparse.core.chains import (
     find_chains,
     is_collapsed,
 )
+from lightning_sparse.core.channel_costs import ChannelCosts
 from lightning_sparse.core.checks import check_choice, check_number, check_schedule, check_sparsity, check_whole
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
 from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
+from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
 from lightning_sparse.core.layout import (
@@ -50,14 +53,16 @@ from lightning_sparse.core.linear import (
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
 from lightning_sparse.core.memory import Layouts, Memory, Remembered
-from lightning_sparse.core.moments import check_moments, clear_moments
+from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
 from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
-from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
+from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured
+from lightning_sparse.core.structures import StructureName, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
 from lightning_sparse.core.target import Target
 from lightning_sparse.core.targets import Candidate, Selection, describe, find_targets, select_targets
+from lightning_sparse.core.transposable import Transposable
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
 __all__ = [
@@ -73,10 +78,13 @@ __all__ = [
     "SUMS",
     "TRANSPOSED_CONVOLUTIONS",
     "AllocationName",
+    "Blocks",
     "Budget",
+    "BudgetName",
     "Call",
     "Candidate",
     "Chains",
+    "ChannelCosts",
     "Channels",
     "Coupled",
     "CoupledVectors",
@@ -84,6 +92,7 @@ __all__ = [
     "Coverage",
     "Dependencies",
     "Exponents",
+    "FanIn",
     "FeatureLayer",
     "FeatureTap",
     "Group",
@@ -113,6 +122,7 @@ __all__ = [
     "Structure",
     "StructureName",
     "Target",
+    "Transposable",
     "Unstructured",
     "Window",
     "analyze",
@@ -148,6 +158,7 @@ __all__ = [
     "find_targets",
     "first_line",
     "fit_to",
+    "forget_moments",
     "format_table",
     "group_features",
     "in_count",

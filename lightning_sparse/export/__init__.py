@@ -4,6 +4,7 @@ from lightning_sparse.core import coupled_outputs
 from lightning_sparse.export.batch_norm import fold_norms, recalibrate
 from lightning_sparse.export.blueprint import Blueprint, Kept, carry_optimizer, load_model, save_model
 from lightning_sparse.export.compact import compact_size, load_compact, save_compact
+from lightning_sparse.export.condensed import CondensedLinear
 from lightning_sparse.export.edge import executorch_runner, save_ethos_u85, save_executorch
 from lightning_sparse.export.export_report import ExportReport, Rung
 from lightning_sparse.export.int8 import Int8Weights, save_int8
@@ -21,6 +22,7 @@ from lightning_sparse.export.whole_weights import whole_weights
 __all__ = [
     "RUNGS",
     "Blueprint",
+    "CondensedLinear",
     "ExportReport",
     "Int8Weights",
     "Kept",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sparse.core import (
     AllocationName,
+    BudgetName,
     Position,
     Remembered,
     RunLength,
@@ -40,8 +41,12 @@ class Pruning(Budgeted):
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`. With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
@@ -59,6 +64,8 @@ class Pruning(Budgeted):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -67,6 +74,8 @@ class Pruning(Budgeted):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )
@@ -97,13 +106,13 @@ class Pruning(Budgeted):
     def planned_sparsity(self, progress: float) -> float:
         """What the schedule asks for so far through the window."""
         if progress >= 1:
-            return self.budget.sparsity
-        return min(max(self._scheduled(progress), 0.0), self.budget.sparsity)
+            return self.quota.sparsity
+        return min(max(self._scheduled(progress), 0.0), self.quota.sparsity)
 
     def _scheduled(self, progress: float) -> float:
         schedule = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
-        return float(schedule(progress, 0.0, self.budget.sparsity))
+        return float(schedule(progress, 0.0, self.quota.sparsity))
 
     def conclude(self) -> None:
         if not self.window.is_over:
-            rank_zero_warn(self.window.unfinished(self.label, self.masks.sparsity, self.budget.sparsity))
+            rank_zero_warn(self.window.unfinished(self.label, self.masks.sparsity, self.quota.sparsity))

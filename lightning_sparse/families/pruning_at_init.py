@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.core import (
     AllocationName,
+    BudgetName,
     RunLength,
     StructureName,
     check_whole,
@@ -37,8 +38,12 @@ class PruningAtInit(Budgeted):
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`. With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
@@ -61,7 +66,7 @@ class PruningAtInit(Budgeted):
         """Remove the lowest scores, one tensor of them per weight, in order."""
         self.check_scores(scores)
         by_name = dict(zip(self.weights, scores, strict=True))
-        self.prune(self.budget.sparsity, lambda name, weight: by_name[name])
+        self.prune(self.quota.sparsity, lambda name, weight: by_name[name])
 
     def check_scores(self, scores: Sequence[Tensor]) -> None:
         """Refuse scores that say nothing.
@@ -105,6 +110,8 @@ class PruningAtInitOnData(PruningAtInit):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -113,6 +120,8 @@ class PruningAtInitOnData(PruningAtInit):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )

@@ -1,6 +1,8 @@
 """The mathematics: tensors in, tensors out; no modules, no state, no Lightning."""
 
 from lightning_sparse.functional.allocation import ALLOCATIONS, allocate, counts, er, erk, erk_plus, uniform, uniform_plus
+from lightning_sparse.functional.blocks import block_score, expand_blocks
+from lightning_sparse.functional.channels import input_score, normalized
 from lightning_sparse.functional.cka import (
     PAIR_WEIGHTS,
     cka_from_hsic,
@@ -11,6 +13,7 @@ from lightning_sparse.functional.cka import (
     off_diagonal_mean,
     similarity_penalty,
 )
+from lightning_sparse.functional.fan_in import fan_in_mask, regrow_fan_in
 from lightning_sparse.functional.hypersparse import (
     HYPERSPARSE_ALIGNMENT,
     HyperSparseScale,
@@ -80,6 +83,7 @@ from lightning_sparse.functional.scores import (
     random_generator,
     random_score,
 )
+from lightning_sparse.functional.soft_groups import group_soft_threshold, least_squares_scale
 from lightning_sparse.functional.sparse_connectivity_learning import (
     FEATURE_NORMS,
     STEP_PROXIES,
@@ -110,6 +114,7 @@ from lightning_sparse.functional.thresholds import (
     soft_threshold_slope,
     step_threshold_gradients,
 )
+from lightning_sparse.functional.transposable import transposable_mask, transposable_patterns
 
 __all__ = [
     "ALLOCATIONS",
@@ -131,6 +136,7 @@ __all__ = [
     "any_bits",
     "apply_bits_",
     "beyond",
+    "block_score",
     "channel_score",
     "check_exponent",
     "check_vectors",
@@ -151,13 +157,16 @@ __all__ = [
     "erk",
     "erk_plus",
     "exact_count",
+    "expand_blocks",
     "expand_channels",
     "expected_hoyer",
     "exponential",
     "fake_quantize",
+    "fan_in_mask",
     "fold_batch_norm",
     "from_dual",
     "gradient_flow",
+    "group_soft_threshold",
     "growth_factor",
     "growth_score",
     "hashed_score",
@@ -168,6 +177,7 @@ __all__ = [
     "hypersparse_loss",
     "hypersparse_scale",
     "identity_proxy",
+    "input_score",
     "is_for_one_thread",
     "kth_smallest",
     "layer_density",
@@ -175,6 +185,7 @@ __all__ = [
     "layer_penalty_gradient",
     "layer_prox_",
     "leaky_relu_proxy",
+    "least_squares_scale",
     "linear",
     "linear_cka",
     "linear_cka_matrix",
@@ -197,6 +208,7 @@ __all__ = [
     "negative_ratio",
     "nonzero_counts",
     "normalize_features_",
+    "normalized",
     "off_diagonal_mean",
     "over_parameterization_rate",
     "pack",
@@ -207,6 +219,7 @@ __all__ = [
     "random_score",
     "regroup",
     "regrow",
+    "regrow_fan_in",
     "relative_magnitude",
     "round_symmetric",
     "shift_input",
@@ -219,6 +232,8 @@ __all__ = [
     "step_threshold_gradients",
     "to_dual",
     "top_k_masks",
+    "transposable_mask",
+    "transposable_patterns",
     "uniform",
     "uniform_plus",
     "unit_step",

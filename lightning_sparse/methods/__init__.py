@@ -1,5 +1,6 @@
 """One paper each."""
 
+from lightning_sparse.methods.acdc import ACDC
 from lightning_sparse.methods.cka_regularization import CKARegularization
 from lightning_sparse.methods.granet import GraNet
 from lightning_sparse.methods.grasp import GraSP
@@ -14,14 +15,17 @@ from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.set import SET
 from lightning_sparse.methods.snip import SNIP
 from lightning_sparse.methods.sparse_connectivity_learning import SparseConnectivityLearning
+from lightning_sparse.methods.srste import SRSTE
 from lightning_sparse.methods.str import STR
 from lightning_sparse.methods.synflow import SynFlow
 from lightning_sparse.methods.trainable_threshold import TrainableThreshold
 from lightning_sparse.methods.weight_penalty import WeightPenalty
 
 __all__ = [
+    "ACDC",
     "SET",
     "SNIP",
+    "SRSTE",
     "STR",
     "CKARegularization",
     "GraNet",

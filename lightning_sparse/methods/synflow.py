@@ -10,7 +10,16 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import AllocationName, Call, StructureName, check_whole, lent_gradients, local, tensors_in
+from lightning_sparse.core import (
+    AllocationName,
+    BudgetName,
+    Call,
+    StructureName,
+    check_whole,
+    lent_gradients,
+    local,
+    tensors_in,
+)
 from lightning_sparse.families import PruningAtInit
 from lightning_sparse.functional import connection_sensitivity, exponential
 from lightning_sparse.loop import Shards
@@ -49,8 +58,12 @@ class SynFlow(PruningAtInit):
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
 
@@ -71,6 +84,8 @@ class SynFlow(PruningAtInit):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -79,6 +94,8 @@ class SynFlow(PruningAtInit):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )
@@ -106,7 +123,7 @@ class SynFlow(PruningAtInit):
                 self.check_scores(scores)
             for score, mask in zip(scores, masks, strict=True):
                 score.masked_fill_(~mask, -torch.inf)
-            sparsity = exponential(iteration / self.iterations, 0.0, self.budget.sparsity)
+            sparsity = exponential(iteration / self.iterations, 0.0, self.quota.sparsity)
             numbers = [mask.count_nonzero() for mask in masks]
             kept = [int(number) for number in numbers] if self.spread is None else self.spread.sums(numbers)
             masks = self.plan.masks(scores, sparsity, kept)

@@ -171,7 +171,7 @@ def test_layers_without_a_sparse_kernel_say_why() -> None:
     layer = nn.Linear(6, 6)
     with pytest.raises(ValueError, match=r"kernel='bsr4' needs sizes that are multiples of 4, not \(6, 6\)"):
         SparseLinear(layer, "bsr4")
-    with pytest.raises(ValueError, match=r"kernel='coo' is unknown; choose csr, bsr4, bsr16, bsr32 or 2:4"):
+    with pytest.raises(ValueError, match=r"kernel='coo' is unknown; choose condensed, csr, bsr4, bsr8, bsr16, bsr32 or 2:4"):
         SparseLinear(layer, "coo")
     with pytest.raises(ValueError, match="'0' is a ReLU; only linear layers have sparse kernels"):
         use_kernels(nn.Sequential(nn.ReLU()), {"0": "csr"})

@@ -14,8 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
 from lightning_sparse import (
+    ACDC,
     SET,
     SNIP,
+    SRSTE,
     CKARegularization,
     GraNet,
     GraSP,
@@ -77,6 +79,11 @@ class Narrow(Toy):
         super().__init__(net=nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(256, 4)))
 
 
+class Six(Toy):
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 4)))
+
+
 class Diverged(Toy):
     def __init__(self) -> None:
         super().__init__()
@@ -124,9 +131,58 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "'net.0.weight' (Conv2d) has 1 input, and structure='2:4' needs groups of 4; take another structure, or choose",
     ),
+    (
+        toy,
+        lambda: [MagnitudePruning(0.999, structure="coupled", budget="macs")],
+        {},
+        "macs cannot be reached: with the fewest channels in every layer",
+    ),
+    (
+        toy,
+        lambda: [RandomSparsity(0.97, structure="fan_in", allocation="uniform")],
+        {},
+        "sparsity=0.97 with allocation='uniform' leaves nothing of 'net.0.weight'",
+    ),
+    (
+        Six,
+        lambda: [MagnitudePruning(0.5, structure="block:4x4", targets=["net.1"])],
+        {},
+        "is 6 by 64 (outputs by inputs), which blocks of 4 by 4 do not divide",
+    ),
+    (
+        toy,
+        lambda: [SRSTE(structure="2:4", targets=["net.0"])],
+        {},
+        "'net.0.weight' (Conv2d) has 1 input, and structure='2:4' needs groups of 4",
+    ),
+    (
+        Six,
+        lambda: [SRSTE(structure="transposable 2:4", targets=["net.1"])],
+        {},
+        "has 6 outputs, and structure='transposable 2:4' needs groups of 4 of them too",
+    ),
     (toy, lambda: [MagnitudePruning(0.5, end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
     (toy, lambda: [MagnitudePruning(0.5, end="99 steps")], {}, "end='99 steps' lies after the end of training (12 steps)"),
     (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
+    (toy, lambda: [ACDC(0.5)], {"max_epochs": -1}, "The length of this run is unknown, so no phases can be laid out"),
+    (
+        toy,
+        lambda: [ACDC(0.5)],
+        {},
+        "every='0.05' leaves a phase less than one of the run's 12 steps; give it more",
+    ),
+    (
+        toy,
+        lambda: [ACDC(0.5, every=0.1, end="12 steps")],
+        {},
+        "end='12 steps' leaves the last compressed phase less than one of the run's 12 steps",
+    ),
+    (
+        toy,
+        lambda: [ACDC(0.5, start=0.5, every=0.3, last_dense=0.2)],
+        {},
+        "leave no room for a compressed phase before the last dense one; start earlier, or take shorter phases",
+    ),
     (toy, lambda: [RandomSparsity(0.999, allocation="uniform")], {}, "leaves nothing of 'net.0.weight' (72 units)"),
     (toy, lambda: [RandomSparsity(0.99, allocation="erk+")], {}, "the layers with a sparsity of their own keep"),
     (
