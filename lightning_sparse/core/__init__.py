@@ -38,6 +38,7 @@ from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments
 from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
 from lightning_sparse.core.patterns import as_patterns, matches_name
+from lightning_sparse.core.sources import align_names, read_masks, read_tensors
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
 from lightning_sparse.core.targets import Candidate, Selection, Target, describe, find_targets, select_targets
@@ -94,6 +95,7 @@ __all__ = [
     "Target",
     "Unstructured",
     "Window",
+    "align_names",
     "analyze",
     "as_patterns",
     "callee",
@@ -137,6 +139,8 @@ __all__ = [
     "out_count",
     "padding_of",
     "parse_structure",
+    "read_masks",
+    "read_tensors",
     "refuse_shorter_run",
     "register_layer",
     "select_targets",

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.core import Masks, MaskSet, check_moments
 from lightning_sparse.loop.conflicts import refuse_rivals, refuse_shared_masks
 from lightning_sparse.loop.method import Method
+from lightning_sparse.loop.ownership import Ownership
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.replacements import Replacements
 from lightning_sparse.loop.run import Run
@@ -37,7 +38,7 @@ class Loop:
         self._closed = False
         self._handed_over = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
+        self._ownership = Ownership(methods)
         self._pending: dict[int, list[tuple[Method, Step]]] = {}
         self._depth: dict[int, int] = {}
         self._trusted: set[int] = set()
@@ -62,11 +63,6 @@ class Loop:
             method.check(begun, self.run.share(length, begun))
         refuse_rivals(self.methods)
         for optimizer in self.run.optimizers:
-            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            self._owned[id(optimizer)] = {
-                id(method): {name: weight for name, weight in method.weights.items() if id(weight) in owned}
-                for method in self.methods
-            }
             self._check_moments(optimizer)
         with torch.no_grad():
             for method in self.methods:
@@ -181,7 +177,7 @@ class Loop:
         self._pending[id(optimizer)] = steps
 
     def _steps(self, optimizer: Optimizer, scale: Tensor | None = None) -> list[tuple[Method, Step]]:
-        owned = self._owned[id(optimizer)]
+        owned = self._ownership.of(optimizer)
         return [(method, Step(optimizer, owned[id(method)], scale)) for method in self.methods]
 
     def _count(self) -> None:
@@ -196,7 +192,7 @@ class Loop:
         if id(optimizer) not in self._trusted:
             for method in self.methods:
                 if method.clears_moments:
-                    check_moments(optimizer, self._owned[id(optimizer)][id(method)].values())
+                    check_moments(optimizer, self._ownership.of(optimizer)[id(method)].values())
             if optimizer.state:
                 self._trusted.add(id(optimizer))
 

@@ -4,6 +4,7 @@ from lightning_sparse.methods.cka_regularization import CKARegularization
 from lightning_sparse.methods.granet import GraNet
 from lightning_sparse.methods.grasp import GraSP
 from lightning_sparse.methods.hypersparse import HyperSparse
+from lightning_sparse.methods.keep_sparsity import KeepSparsity
 from lightning_sparse.methods.layer_sparsity import LayerSparsity
 from lightning_sparse.methods.lottery_ticket import LotteryTicket
 from lightning_sparse.methods.lp_sphere import LpSphere
@@ -26,6 +27,7 @@ __all__ = [
     "GraNet",
     "GraSP",
     "HyperSparse",
+    "KeepSparsity",
     "LayerSparsity",
     "LotteryTicket",
     "LpSphere",
