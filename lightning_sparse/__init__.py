@@ -22,6 +22,7 @@ from lightning_sparse.methods import (
     SparseConnectivityLearning,
     SynFlow,
     TrainableThreshold,
+    Wanda,
     WeightPenalty,
 )
 from lightning_sparse.observe import SparsityCheckpoint, SparsityMonitor
@@ -47,6 +48,7 @@ __all__ = [
     "SparsityMonitor",
     "SynFlow",
     "TrainableThreshold",
+    "Wanda",
     "WeightPenalty",
     "__version__",
     "merge_layers",

@@ -17,6 +17,7 @@ from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
 from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
+from lightning_sparse.core.inputs import InputTap, as_matrix, from_matrix, input_rows, shows_inputs
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
 from lightning_sparse.core.libraries import first_line, need
 from lightning_sparse.core.linear import (
@@ -71,6 +72,7 @@ __all__ = [
     "FeatureLayer",
     "FeatureTap",
     "Group",
+    "InputTap",
     "LayerKind",
     "LayerRow",
     "Link",
@@ -97,6 +99,7 @@ __all__ = [
     "Window",
     "align_names",
     "analyze",
+    "as_matrix",
     "as_patterns",
     "callee",
     "check_choice",
@@ -125,8 +128,10 @@ __all__ = [
     "first_line",
     "fit_to",
     "format_table",
+    "from_matrix",
     "group_features",
     "in_count",
+    "input_rows",
     "is_collapsed",
     "is_depthwise",
     "is_layer",
@@ -145,6 +150,7 @@ __all__ = [
     "register_layer",
     "select_targets",
     "shared_parameters",
+    "shows_inputs",
     "summarize",
     "tensors_in",
 ]

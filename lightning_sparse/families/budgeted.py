@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -38,13 +38,16 @@ class Budgeted(Masked):
     Args:
         sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`. With `n:m` every layer has the same share.
+            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
+
+    has_scores: ClassVar[bool] = True
+    """Whether the method scores weights, by which `allocation='owl'` shares."""
 
     traced = Remembered[dict[str, Any]](dict)
     """Which channels are coupled; a resumed run may stand where its loader has no batch left to find it with."""
@@ -63,7 +66,7 @@ class Budgeted(Masked):
         self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
         self.layer_sparsity = layer_sparsity
         usual = arguments(type(self)).get("allocation", "global")
-        self.budget = Budget(sparsity, allocation, structure, layer_sparsity, usual)
+        self.budget = Budget(sparsity, allocation, structure, layer_sparsity, usual, self.has_scores)
         self._plan: Plan | None = None
         self.vectors: CoupledVectors | None = None
         self._coupled: Mapping[str, Any] = {}

@@ -30,7 +30,7 @@ class Pruning(Budgeted):
         schedule: how sparsity grows from 0: `constant` (all at once), `linear`, `cubic`, `cosine`, `exponential`, or a
             function of (progress, start value, end value).
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`. With `n:m` every layer has the same share.
+            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.

@@ -27,7 +27,7 @@ class PruningAtInit(Budgeted):
     Args:
         sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`. With `n:m` every layer has the same share.
+            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.

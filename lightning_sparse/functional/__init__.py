@@ -1,6 +1,17 @@
 """The mathematics: tensors in, tensors out; no modules, no state, no Lightning."""
 
-from lightning_sparse.functional.allocation import ALLOCATIONS, allocate, counts, er, erk, erk_plus, uniform, uniform_plus
+from lightning_sparse.functional.allocation import (
+    ALLOCATIONS,
+    allocate,
+    counts,
+    er,
+    erk,
+    erk_plus,
+    outlier_share,
+    owl,
+    uniform,
+    uniform_plus,
+)
 from lightning_sparse.functional.cka import (
     PAIR_WEIGHTS,
     cka_from_hsic,
@@ -110,6 +121,7 @@ from lightning_sparse.functional.thresholds import (
     soft_threshold_slope,
     step_threshold_gradients,
 )
+from lightning_sparse.functional.wanda import ria_score, row_ranks, wanda_score
 
 __all__ = [
     "ALLOCATIONS",
@@ -198,7 +210,9 @@ __all__ = [
     "nonzero_counts",
     "normalize_features_",
     "off_diagonal_mean",
+    "outlier_share",
     "over_parameterization_rate",
+    "owl",
     "pack",
     "part_",
     "piecewise_linear",
@@ -208,6 +222,8 @@ __all__ = [
     "regroup",
     "regrow",
     "relative_magnitude",
+    "ria_score",
+    "row_ranks",
     "shift_input",
     "similarity_penalty",
     "soft_threshold",
@@ -222,5 +238,6 @@ __all__ = [
     "uniform_plus",
     "unit_step",
     "unpack",
+    "wanda_score",
     "zero_fraction",
 ]

@@ -17,6 +17,7 @@ from lightning_sparse.methods.sparse_connectivity_learning import SparseConnecti
 from lightning_sparse.methods.str import STR
 from lightning_sparse.methods.synflow import SynFlow
 from lightning_sparse.methods.trainable_threshold import TrainableThreshold
+from lightning_sparse.methods.wanda import Wanda
 from lightning_sparse.methods.weight_penalty import WeightPenalty
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "SparseConnectivityLearning",
     "SynFlow",
     "TrainableThreshold",
+    "Wanda",
     "WeightPenalty",
 ]

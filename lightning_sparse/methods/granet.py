@@ -63,6 +63,7 @@ class GraNet(Rewiring):
         'GraNet'
     """
 
+    has_scores: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
         "pruning_end": "the final sparsity is reached at end, and regeneration ends at rewiring_end"
     }

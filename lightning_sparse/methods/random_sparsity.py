@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import ClassVar, final
 
 from lightning_sparse.core import AllocationName, Remembered, StructureName
 from lightning_sparse.families import Budgeted
@@ -34,6 +34,8 @@ class RandomSparsity(Budgeted):
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
+
+    has_scores: ClassVar[bool] = False
 
     drawn_seed = Remembered(int)
 

@@ -46,7 +46,7 @@ class SynFlow(PruningAtInit):
             for the first batch of the training set.
         network: the part of the module that is scored, by name; None is the innermost part with all trainable parameters.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`.
+            `erk+`, `owl` (more where scores have outliers).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.

@@ -15,6 +15,7 @@ from lightning_sparse import (
     GraNet,
     GraSP,
     HyperSparse,
+    KeepSparsity,
     LayerSparsity,
     LotteryTicket,
     LpSphere,
@@ -24,6 +25,7 @@ from lightning_sparse import (
     SparsityCheckpoint,
     SynFlow,
     TrainableThreshold,
+    Wanda,
     WeightPenalty,
 )
 from lightning_sparse import SparseConnectivityLearning as SCL
@@ -207,6 +209,13 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: SCL(0.9, freeze=0.5), "does not take freeze: when masks stop changing is called end"),
     (lambda: SCL(0.9, allocation="erk"), "does not take allocation: all connections pay one price"),
     (lambda: WeightPenalty(kind="l1"), "WeightPenalty does not take kind: the kind of penalty is called penalty"),
+    (lambda: KeepSparsity(min_sparsity=1.0), "min_sparsity=1.0 must be in [0, 1)"),
+    (lambda: KeepSparsity(sparsity=0.5), "does not take sparsity: it keeps the zeros that are there; to remove more, use"),
+    (lambda: Wanda(50), "for 50 % write 0.5"),
+    (lambda: Wanda(0.5, batches=0), "batches=0 must be a whole number from 1 up"),
+    (lambda: Wanda(0.5, compare="row"), "compare='row' is unknown; choose from ['output', 'layer']"),
+    (lambda: Wanda(0.5, allocation="global"), "compare='output' only those of one output; write compare='layer', or alloc"),
+    (lambda: RandomSparsity(0.5, allocation="owl"), "allocation='owl' is unknown; choose from ['global', 'uniform'"),
     (lambda: GraNet(0.9, pruning_end=0.5), "GraNet does not take pruning_end: the final sparsity is reached at end"),
     (lambda: GraNet(0.9, rewiring_end="soon"), "rewiring_end='soon' is not a span of time"),
     (
