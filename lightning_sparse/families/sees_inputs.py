@@ -20,7 +20,11 @@ from lightning_sparse.loop.dry_run import (
     training_batches,
 )
 
-__all__ = ["SeesInputs"]
+__all__ = ["Enough", "SeesInputs"]
+
+
+class Enough(Exception):
+    """Raised by whoever looks at inputs, when the rest of a batch does not matter."""
 
 
 class SeesInputs(Budgeted):
@@ -50,8 +54,10 @@ class SeesInputs(Budgeted):
         return {target.name: target for target in self.chosen}
 
     @contextmanager
-    def calibration(self) -> Iterator[tuple[pl.LightningModule, Callable[[], None]]]:
+    def calibration(self) -> Iterator[tuple[pl.LightningModule, Callable[..., None]]]:
         """A silent copy of the module, and a function that sends the same batches through it, as often as it is called.
+
+        The function may be given another, which is called after each batch.
 
         Raises:
             ValueError: if the data can be read only once, there are none, or `training_step` fails without gradients.
@@ -68,27 +74,29 @@ class SeesInputs(Budgeted):
                 )
             train_but_leaves(twin)
 
-            def send() -> None:
+            def send(after_batch: Callable[[], None] | None = None) -> None:
                 for index, batch in enumerate(batches):
                     try:
                         with trainer.precision_plugin.train_step_context():
                             take_step(twin, batch, index)
-                    except StopIteration:
+                    except Enough:
                         continue
+                    except torch.OutOfMemoryError:
+                        raise
                     except RuntimeError as error:
-                        if isinstance(error, torch.OutOfMemoryError):
-                            raise
                         raise ValueError(
                             f"{self.label} sends batches through a copy of {type(module).__name__} without gradients, and "
                             f"its training_step fails there ({first_line(error)}); prune by magnitude, or take no "
                             "gradients in it."
                         ) from error
+                    if after_batch is not None:
+                        after_batch()
 
             yield twin, send
 
     def everywhere(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks."""
-        total: Tensor = self.run.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
+        """The sum over ranks; may overwrite what it is given."""
+        total: Tensor = self.run.trainer.strategy.reduce(tensor, reduce_op="sum")
         return total
 
     def refuse_unreached(self, name: str) -> None:

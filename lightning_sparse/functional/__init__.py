@@ -105,6 +105,7 @@ from lightning_sparse.functional.sparse_connectivity_learning import (
     steer_price,
     unit_step,
 )
+from lightning_sparse.functional.sparsegpt import compensate, inverse_factor
 from lightning_sparse.functional.statistics import (
     dead_outputs,
     layer_density,
@@ -147,6 +148,7 @@ __all__ = [
     "check_exponent",
     "check_vectors",
     "cka_from_hsic",
+    "compensate",
     "compose",
     "connection_count",
     "connection_price",
@@ -180,6 +182,7 @@ __all__ = [
     "hypersparse_loss",
     "hypersparse_scale",
     "identity_proxy",
+    "inverse_factor",
     "is_for_one_thread",
     "kth_smallest",
     "layer_density",

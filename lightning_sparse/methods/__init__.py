@@ -14,6 +14,7 @@ from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.set import SET
 from lightning_sparse.methods.snip import SNIP
 from lightning_sparse.methods.sparse_connectivity_learning import SparseConnectivityLearning
+from lightning_sparse.methods.sparsegpt import SparseGPT
 from lightning_sparse.methods.str import STR
 from lightning_sparse.methods.synflow import SynFlow
 from lightning_sparse.methods.trainable_threshold import TrainableThreshold
@@ -36,6 +37,7 @@ __all__ = [
     "RandomSparsity",
     "RigL",
     "SparseConnectivityLearning",
+    "SparseGPT",
     "SynFlow",
     "TrainableThreshold",
     "Wanda",

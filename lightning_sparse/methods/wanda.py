@@ -164,7 +164,7 @@ class Wanda(SeesInputs, Pruning):
 
     def _measure(self) -> None:
         """The norms of all inputs, over rows and ranks, up to one factor for all."""
-        total = self.everywhere(self.seen)
+        total = self.everywhere(self.seen.clone())
         for name, target in self.targets_by_name.items():
             count, place = self._places[name]
             if float(total[count]) == 0:
