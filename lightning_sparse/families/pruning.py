@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.core import AllocationName, Position, Remembered, RunLength, StructureName, Window, check_choice
+from lightning_sparse.core import AllocationName, Position, Remembered, RunLength, StructureName, Window
 from lightning_sparse.families.budgeted import Budgeted
-from lightning_sparse.functional import SCHEDULES
+from lightning_sparse.families.ramp import Ramp
 from lightning_sparse.functional.schedules import Schedule, ScheduleName
 
 __all__ = ["Pruning"]
@@ -63,8 +62,7 @@ class Pruning(Budgeted):
             name=name,
         )
         self.start, self.end, self.every, self.schedule = start, end, every, schedule
-        if not callable(schedule):
-            check_choice("schedule", schedule, SCHEDULES, " or give a function")
+        self.ramp = Ramp(schedule, self.budget.sparsity)
         self.window = Window(start, end, every)
 
     @abstractmethod
@@ -72,9 +70,7 @@ class Pruning(Budgeted):
         """How much each entry matters; higher survives. Must be the same on all ranks."""
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        for progress in (0.0, 0.5, 1.0):
-            if not math.isfinite(value := self._scheduled(progress)):
-                raise ValueError(f"schedule gives {value} at progress {progress}; it must return a sparsity.")
+        self.ramp.check()
         self.window.check(run, until, f"{self.label} ends its schedule")
         super().check(run, until)
 
@@ -85,17 +81,7 @@ class Pruning(Budgeted):
     def evolve(self, position: Position) -> None:
         window = self.window
         if window.take(position):
-            self.prune(self.planned_sparsity(window.progress(position)), self.score)
-
-    def planned_sparsity(self, progress: float) -> float:
-        """What the schedule asks for so far through the window."""
-        if progress >= 1:
-            return self.budget.sparsity
-        return min(max(self._scheduled(progress), 0.0), self.budget.sparsity)
-
-    def _scheduled(self, progress: float) -> float:
-        schedule = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
-        return float(schedule(progress, 0.0, self.budget.sparsity))
+            self.prune(self.ramp(window.progress(position)), self.score)
 
     def conclude(self) -> None:
         if not self.window.is_over:

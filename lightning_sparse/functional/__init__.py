@@ -78,6 +78,7 @@ from lightning_sparse.functional.merging import (
     regroup,
     shift_input,
 )
+from lightning_sparse.functional.movement import MOVEMENT_SCORES, MovementScore
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional.penalties import PENALTIES, Penalty
 from lightning_sparse.functional.regrowth import DROP_SCHEDULES, drop_count, held, regrow
@@ -130,6 +131,7 @@ __all__ = [
     "FEATURE_NORMS",
     "HYPERSPARSE_ALIGNMENT",
     "LAYER_NORMS",
+    "MOVEMENT_SCORES",
     "PAIR_WEIGHTS",
     "PENALTIES",
     "SCHEDULES",
@@ -137,6 +139,7 @@ __all__ = [
     "Convolution",
     "HyperSparseScale",
     "LayerNorm",
+    "MovementScore",
     "Penalty",
     "above",
     "add_convolutions",

@@ -9,6 +9,7 @@ from lightning_sparse.methods.layer_sparsity import LayerSparsity
 from lightning_sparse.methods.lottery_ticket import LotteryTicket
 from lightning_sparse.methods.lp_sphere import LpSphere
 from lightning_sparse.methods.magnitude_pruning import MagnitudePruning
+from lightning_sparse.methods.movement_pruning import MovementPruning
 from lightning_sparse.methods.random_sparsity import RandomSparsity
 from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.set import SET
@@ -34,6 +35,7 @@ __all__ = [
     "LotteryTicket",
     "LpSphere",
     "MagnitudePruning",
+    "MovementPruning",
     "RandomSparsity",
     "RigL",
     "SparseConnectivityLearning",

@@ -20,6 +20,7 @@ from lightning_sparse import (
     LotteryTicket,
     LpSphere,
     MagnitudePruning,
+    MovementPruning,
     RandomSparsity,
     RigL,
     SparseGPT,
@@ -223,6 +224,10 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: SparseGPT(0.5, damping=0), "damping=0 must be a positive number, such as 0.01"),
     (lambda: SparseGPT(0.5, allocation="global"), "allocation='global' would compare scores of layers that are pruned one"),
     (lambda: SparseGPT(0.5, structure="channel"), "structure='channel' removes whole outputs, which no other weight of a"),
+    (lambda: MovementPruning(0.5, score="size"), "score='size' is unknown; choose from ['movement', 'taylor', 'fisher']"),
+    (lambda: MovementPruning(0.5, structure="coupled"), "structure='coupled' removes channels for good, but here what is"),
+    (lambda: MovementPruning(0.5, schedule="quartic"), "schedule='quartic' is unknown; choose from ['constant'"),
+    (lambda: MovementPruning(), "structure='unstructured' needs a sparsity; write sparsity=0.9"),
     (lambda: GraNet(0.9, pruning_end=0.5), "GraNet does not take pruning_end: the final sparsity is reached at end"),
     (lambda: GraNet(0.9, rewiring_end="soon"), "rewiring_end='soon' is not a span of time"),
     (
