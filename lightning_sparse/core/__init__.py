@@ -37,7 +37,7 @@ from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_expon
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
 from lightning_sparse.core.memory import Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments
-from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
+from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters, trained_part
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.sources import align_names, read_masks, read_tensors
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
@@ -153,4 +153,5 @@ __all__ = [
     "shows_inputs",
     "summarize",
     "tensors_in",
+    "trained_part",
 ]

@@ -22,6 +22,7 @@ from lightning_sparse.functional.cka import (
     off_diagonal_mean,
     similarity_penalty,
 )
+from lightning_sparse.functional.distillation import distillation_loss
 from lightning_sparse.functional.hypersparse import (
     HYPERSPARSE_ALIGNMENT,
     HyperSparseScale,
@@ -163,6 +164,7 @@ __all__ = [
     "dead_features",
     "dead_outputs",
     "density_error",
+    "distillation_loss",
     "drop_count",
     "er",
     "erk",

@@ -1,6 +1,7 @@
 """One paper each."""
 
 from lightning_sparse.methods.cka_regularization import CKARegularization
+from lightning_sparse.methods.distillation import Distillation
 from lightning_sparse.methods.granet import GraNet
 from lightning_sparse.methods.grasp import GraSP
 from lightning_sparse.methods.hypersparse import HyperSparse
@@ -27,6 +28,7 @@ __all__ = [
     "SNIP",
     "STR",
     "CKARegularization",
+    "Distillation",
     "GraNet",
     "GraSP",
     "HyperSparse",

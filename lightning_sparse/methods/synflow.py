@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import AllocationName, Call, StructureName, check_whole, tensors_in
+from lightning_sparse.core import AllocationName, Call, StructureName, check_whole, tensors_in, trained_part
 from lightning_sparse.families import PruningAtInit
 from lightning_sparse.functional import connection_sensitivity, exponential
 from lightning_sparse.loop.dry_run import dry_run, record_calls, refuse_unrepeatable_data, training_outputs
@@ -83,7 +83,7 @@ class SynFlow(PruningAtInit):
         check_whole("iterations", iterations, 1)
 
     def choose_masks(self) -> None:
-        path = self._path()
+        path = trained_part(self.run.module, self.network, self.label)
         ones = self._ones(path)
         with dry_run(self.run.trainer, self.run.module) as twin:
             dtype = torch.float32 if twin.device.type == "mps" else torch.float64  # R is a product over all layers
@@ -133,26 +133,6 @@ class SynFlow(PruningAtInit):
         if max(float(score.sum()) for score in scores) < _ROUNDING * torch.finfo(size.dtype).eps * float(size):
             return [torch.zeros_like(score) for score in scores]  # as behind a layer norm, which always has the same sum
         return scores
-
-    def _path(self) -> str:
-        """Which part of the module is scored."""
-        module = self.run.module
-        if self.network is not None:
-            names = dict(module.named_modules())
-            if self.network not in names:
-                raise ValueError(
-                    f"{self.label}: network='{self.network}' is no part of {type(module).__name__}; it has "
-                    f"{[name for name in names if name and '.' not in name]}."
-                )
-            return self.network
-        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        path = trained[0]
-        while path:
-            path = path.rpartition(".")[0]
-            callable_ = type(module.get_submodule(path)).forward is not nn.Module.forward  # a list of layers is not
-            if callable_ and all(name.startswith(f"{path}.") for name in trained):
-                break
-        return path
 
     def _ones(self, path: str) -> Call:
         """A call of the network: one sample, all ones but for integers."""
