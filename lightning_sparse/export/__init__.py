@@ -1,6 +1,7 @@
 """From trained weights to smaller and faster networks."""
 
 from lightning_sparse.core import coupled_outputs
+from lightning_sparse.export.adapters import AdapterRow, MergedAdapters, merge_adapters
 from lightning_sparse.export.batch_norm import fold_norms, recalibrate
 from lightning_sparse.export.blueprint import Blueprint, Kept, carry_optimizer, load_model, save_model
 from lightning_sparse.export.compact import compact_size, load_compact, save_compact
@@ -16,12 +17,14 @@ from lightning_sparse.export.semi_structured import choose_semi_structured
 
 __all__ = [
     "RUNGS",
+    "AdapterRow",
     "Blueprint",
     "ExportReport",
     "Kept",
     "KernelChoice",
     "LayerVerdict",
     "MergeReport",
+    "MergedAdapters",
     "Removal",
     "Rung",
     "RungName",
@@ -38,6 +41,7 @@ __all__ = [
     "fresh_start",
     "load_compact",
     "load_model",
+    "merge_adapters",
     "merge_layers",
     "onnx_runner",
     "pad_in_front",
