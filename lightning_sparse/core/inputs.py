@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_sparse.core.layers import kind_of
 from lightning_sparse.core.linear import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from lightning_sparse.core.targets import Target
+from lightning_sparse.core.target import Target
 
 __all__ = ["InputTap", "as_matrix", "from_matrix", "input_rows", "shows_inputs"]
 

@@ -24,6 +24,7 @@ from lightning_sparse.families import Rewiring
 from lightning_sparse.functional import ALLOCATIONS, cubic, magnitude
 from lightning_sparse.functional.regrowth import DropScheduleName
 from lightning_sparse.functional.schedules import Schedule
+from lightning_sparse.loop import Shards
 
 __all__ = ["GraNet"]
 
@@ -64,6 +65,8 @@ class GraNet(Rewiring):
     """
 
     has_scores: ClassVar[bool] = True
+    shards: ClassVar[Shards] = "any"
+
     refused: ClassVar[Mapping[str, str]] = {
         "pruning_end": "the final sparsity is reached at end, and regeneration ends at rewiring_end"
     }

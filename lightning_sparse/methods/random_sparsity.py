@@ -7,6 +7,7 @@ from typing import ClassVar, final
 
 from lightning_sparse.core import AllocationName, Remembered, StructureName
 from lightning_sparse.families import Budgeted
+from lightning_sparse.loop import Shards
 from lightning_sparse.loop.rng import check_seed, draw_seed
 
 __all__ = ["RandomSparsity"]
@@ -36,6 +37,7 @@ class RandomSparsity(Budgeted):
     """
 
     has_scores: ClassVar[bool] = False
+    shards: ClassVar[Shards] = "any"
 
     drawn_seed = Remembered(int)
 
@@ -69,4 +71,4 @@ class RandomSparsity(Budgeted):
         if self.rescale:
             for name, weight in self.weights.items():
                 kept = self.masks.counts[name] or 1
-                weight.mul_((weight.numel() / kept) ** 0.5)
+                weight.mul_((self.masks.numel(name) / kept) ** 0.5)

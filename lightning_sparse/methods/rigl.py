@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
 from lightning_sparse.families.rewiring import Rewiring
 from lightning_sparse.functional import magnitude
+from lightning_sparse.loop import Shards
 
 __all__ = ["RigL"]
 
@@ -30,6 +31,8 @@ class RigL(Rewiring):
         >>> RigL(sparsity=0.9).label
         'RigL'
     """
+
+    shards: ClassVar[Shards] = "any"
 
     takes_steps = True
 
