@@ -16,6 +16,7 @@ from benchmarks import (
     peers,
     rewiring,
     robustness,
+    sparsegpt,
     updates,
 )
 from benchmarks import sparse_connectivity_learning as scl
@@ -145,6 +146,7 @@ COST = (
     Measurements("cost-overhead", overhead.parts),
     Measurements("cost-methods", methods.parts),
     Measurements("cost-updates", updates.parts),
+    Measurements("cost-sparsegpt", sparsegpt.parts),
     Measurements("cost-rewiring", rewiring.parts),
     Measurements("cost-hypersparse", hypersparse.parts),
     Measurements("cost-sparse-connectivity-learning", scl.costs),
