@@ -21,6 +21,7 @@ from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
+from lightning_sparse.core.inputs import InputTap, as_matrix, from_matrix, input_rows, shows_inputs
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
 from lightning_sparse.core.layout import (
     Layout,
@@ -54,9 +55,10 @@ from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_expon
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
 from lightning_sparse.core.memory import Layouts, Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
-from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
+from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters, trained_part
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
+from lightning_sparse.core.sources import align_names, read_masks, read_tensors
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured
 from lightning_sparse.core.structures import StructureName, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
@@ -96,6 +98,7 @@ __all__ = [
     "FeatureLayer",
     "FeatureTap",
     "Group",
+    "InputTap",
     "LayerKind",
     "LayerRow",
     "Layout",
@@ -125,7 +128,9 @@ __all__ = [
     "Transposable",
     "Unstructured",
     "Window",
+    "align_names",
     "analyze",
+    "as_matrix",
     "as_patterns",
     "callee",
     "changed_share",
@@ -160,8 +165,10 @@ __all__ = [
     "fit_to",
     "forget_moments",
     "format_table",
+    "from_matrix",
     "group_features",
     "in_count",
+    "input_rows",
     "is_collapsed",
     "is_cut",
     "is_depthwise",
@@ -184,15 +191,19 @@ __all__ = [
     "part_of",
     "parts_of",
     "put_back_",
+    "read_masks",
+    "read_tensors",
     "refuse_shorter_run",
     "register_layer",
     "select_targets",
     "shared_parameters",
+    "shows_inputs",
     "silenced",
     "spread_over",
     "summarize",
     "tensors_in",
     "to_cpu",
     "total_over_ranks",
+    "trained_part",
     "whole",
 ]

@@ -19,13 +19,23 @@ from lightning_sparse.core.patterns import matches_name
 from lightning_sparse.core.structure import Coupled, Structure, Unstructured
 from lightning_sparse.core.structures import parse_structure
 from lightning_sparse.core.target import Target
-from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, random_generator, random_score, top_k_masks
+from lightning_sparse.functional import (
+    ALLOCATIONS,
+    counts,
+    exact_count,
+    outlier_share,
+    owl,
+    random_generator,
+    random_score,
+    top_k_masks,
+)
 from lightning_sparse.functional.spread import Spread
 
 __all__ = ["AllocationName", "Budget", "BudgetName", "Plan", "drawn"]
 
-AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+"]
-"""`global` lets the scores of all layers compete; the others are the names in `functional.ALLOCATIONS`."""
+AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+", "owl"]
+"""`global` lets the scores of all layers compete, `owl` weighs layers by the outliers among their scores; the others are the
+names in `functional.ALLOCATIONS`."""
 
 BudgetName = Literal["units", "macs", "parameters"]
 """What sparsity counts: what the structure removes, or, of the whole network, multiplications or parameters."""
@@ -39,12 +49,14 @@ class Budget:
     Args:
         sparsity: the fraction of units (weights, or channels) removed in the end, in [0, 1). May be None where the
             structure implies it.
-        allocation: `global` (scores of all layers compete) or a name in `functional.ALLOCATIONS`.
+        allocation: `global` (scores of all layers compete), `owl` (layers with more outliers among their scores keep more),
+            or a name in `functional.ALLOCATIONS`.
         structure: a line of `STRUCTURES`, such as `channel` or `2:4`.
         layer_sparsity: layers with a sparsity of their own: glob over names -> sparsity. They count toward the total.
         usual: the allocation of a method about which nothing has been said; `n:m` takes no other.
         max_layer_sparsity: the largest share of its units that a layer loses, where layers compete.
         measure: what sparsity counts, a `BudgetName`.
+        scored: whether the method has scores, by which alone `owl` can share.
 
     Raises:
         ValueError: for values out of range or in contradiction.
@@ -59,6 +71,7 @@ class Budget:
         usual: str = "global",
         max_layer_sparsity: float = 1.0,
         measure: str = "units",
+        scored: bool = True,
     ) -> None:
         self.structure = parse_structure(structure)
         check_choice("budget", measure, BUDGETS)
@@ -73,7 +86,7 @@ class Budget:
                 f"sparsity={self.sparsity} contradicts structure='{structure}', which removes {implied:g} of every layer; "
                 "leave sparsity out."
             )
-        check_choice("allocation", allocation, ["global", *ALLOCATIONS])
+        check_choice("allocation", allocation, ["global", *ALLOCATIONS, *(["owl"] if scored else [])])
         self.allocation = "uniform" if implied is not None else allocation
         if implied is not None and allocation not in (usual, "global", "uniform"):
             raise ValueError(f"structure='{structure}' fixes every layer's sparsity; leave allocation='{allocation}' out.")
@@ -230,7 +243,12 @@ class Plan:
 
     def _kept_alone(self, numbers: Sequence[int]) -> dict[int, int]:
         """Weights that remain in each matrix where scores have no say, from the units of every group."""
-        alone = {group[0]: number for group, number in zip(self._groups, numbers, strict=True) if len(group) == 1}
+        by_score = self.budget.allocation == "owl"
+        alone = {
+            group[0]: number
+            for group, number in zip(self._groups, numbers, strict=True)
+            if len(group) == 1 and not (by_score and group[0] not in self._own)
+        }
         return self.structure.entries(alone, self._layers)
 
     def masks(
@@ -266,7 +284,7 @@ class Plan:
     def _best(self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None) -> list[Tensor]:
         """Masks of the pools, of the highest scores."""
         chosen: dict[int, Tensor] = {}
-        for group, number in zip(self._groups, self._counts(sparsity, held), strict=True):
+        for group, number in zip(self._groups, self._counts(sparsity, held, ranked), strict=True):
             masks = top_k_masks([ranked[pool] for pool in group], number, self._spread(group))
             chosen.update(zip(group, masks, strict=True))
         return [chosen[pool] for pool in range(len(ranked))]
@@ -331,24 +349,35 @@ class Plan:
     def _final(self) -> list[int]:
         return self._counts(self.budget.sparsity)
 
-    def _counts(self, sparsity: float, held: Sequence[int] | None = None) -> list[int]:
+    def _counts(
+        self, sparsity: float, held: Sequence[int] | None = None, ranked: Sequence[Tensor] | None = None
+    ) -> list[int]:
         """Units to keep in every group of pools that compete with each other; most groups are single pools.
 
         Args:
             sparsity: at this moment.
             held: units that every pool keeps so far.
+            ranked: the scores of all units, where there are any.
         """
-        densities, total = self._densities(sparsity), self.kept_units(sparsity)
+        densities, total = self._densities(sparsity, ranked), self.kept_units(sparsity)
         if held is None:
             return counts(densities, self._room, total)
         high = [sum([held[pool] for pool in group]) for group in self._groups]
-        low = list(map(min, self._final, high)) if self.costs is None else [0] * len(high)
+        final = self._final if self.budget.allocation != "owl" else [self._final_of(group[0]) for group in self._groups]
+        low = list(map(min, final, high)) if self.costs is None else [0] * len(high)
         return counts(densities, self._room, min(total, sum(high)), low, high)
 
-    def _densities(self, sparsity: float) -> list[float]:
+    def _final_of(self, pool: int) -> int:
+        """The least that a pool keeps in the end, where the scores share: its own share, if it has been given one."""
+        return self._final[pool] if pool in self._own else 0
+
+    def _densities(self, sparsity: float, ranked: Sequence[Tensor] | None = None) -> list[float]:
         """What every group keeps. Layers with a sparsity of their own go along in proportion to the whole."""
         way = sparsity / self.budget.sparsity if self.budget.sparsity else 1.0
         own = {pool: 1 - value * way for pool, value in self._own.items()}
+        if self.budget.allocation == "owl":
+            shares = [0.0] * len(self._sizes) if ranked is None else [outlier_share(score) for score in ranked]
+            return owl(shares, 1 - sparsity, self._sizes, own)
         if self.budget.allocation != "global":
             shapes = [self._layers[pool.layers[0]].shape for pool in self._pools]
             return ALLOCATIONS[self.budget.allocation](shapes, 1 - sparsity, own, self._sizes)

@@ -1,6 +1,7 @@
 """From trained weights to smaller and faster networks."""
 
 from lightning_sparse.core import coupled_outputs
+from lightning_sparse.export.adapters import AdapterRow, MergedAdapters, merge_adapters
 from lightning_sparse.export.batch_norm import fold_norms, recalibrate
 from lightning_sparse.export.blueprint import Blueprint, Kept, carry_optimizer, load_model, save_model
 from lightning_sparse.export.compact import compact_size, load_compact, save_compact
@@ -21,6 +22,7 @@ from lightning_sparse.export.whole_weights import whole_weights
 
 __all__ = [
     "RUNGS",
+    "AdapterRow",
     "Blueprint",
     "CondensedLinear",
     "ExportReport",
@@ -29,6 +31,7 @@ __all__ = [
     "KernelChoice",
     "LayerVerdict",
     "MergeReport",
+    "MergedAdapters",
     "Quantization",
     "Removal",
     "Rung",
@@ -47,6 +50,7 @@ __all__ = [
     "fresh_start",
     "load_compact",
     "load_model",
+    "merge_adapters",
     "merge_layers",
     "onnx_runner",
     "pad_in_front",

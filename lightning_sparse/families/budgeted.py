@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -42,7 +42,7 @@ class Budgeted(Masked):
     Args:
         sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`. With `n:m` every layer has the same share.
+            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
             many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
@@ -56,6 +56,9 @@ class Budgeted(Masked):
 
     left = Remembered[dict[str, list[int]]](dict)
     """Of coupled channels, and of what they cost, how much is kept and how much there is."""
+    has_scores: ClassVar[bool] = True
+    """Whether the method scores weights, by which `allocation='owl'` shares."""
+
     traced = Remembered[dict[str, Any]](dict)
     """Which channels are coupled; a resumed run may stand where its loader has no batch left to find it with."""
 
@@ -76,7 +79,9 @@ class Budgeted(Masked):
         self.layer_sparsity = layer_sparsity
         usual = arguments(type(self)).get("allocation", "global")
         self.max_layer_sparsity, self.budget = max_layer_sparsity, budget
-        self.quota = Budget(sparsity, allocation, structure, layer_sparsity, usual, max_layer_sparsity, budget)
+        self.quota = Budget(
+            sparsity, allocation, structure, layer_sparsity, usual, max_layer_sparsity, budget, scored=self.has_scores
+        )
         """The budget of weights, or of what `budget` counts."""
         self._plan: Plan | None = None
         self.vectors: CoupledVectors | None = None
@@ -88,6 +93,11 @@ class Budgeted(Masked):
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         coupling = self._find_coupling() if isinstance(self.quota.structure, Coupled) else None
+        if self.quota.allocation == "owl" and self.layouts:
+            raise ValueError(
+                "allocation='owl' looks for outliers in whole layers, and weights are cut into shards here; write another "
+                "allocation, such as 'uniform'."
+            )
         self._costs = {} if coupling is None else self._costs_of(coupling)
         self._plan = self.quota.plan(self.chosen, coupling, self._costs.get(self.quota.measure))
         self._plan.check()

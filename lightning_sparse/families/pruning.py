@@ -8,19 +8,9 @@ from collections.abc import Mapping, Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.core import (
-    AllocationName,
-    BudgetName,
-    Position,
-    Remembered,
-    RunLength,
-    StructureName,
-    Window,
-    check_choice,
-    check_schedule,
-)
+from lightning_sparse.core import AllocationName, BudgetName, Position, Remembered, RunLength, StructureName, Window
 from lightning_sparse.families.budgeted import Budgeted
-from lightning_sparse.functional import SCHEDULES
+from lightning_sparse.families.ramp import Ramp
 from lightning_sparse.functional.schedules import Schedule, ScheduleName
 
 __all__ = ["Pruning"]
@@ -39,7 +29,7 @@ class Pruning(Budgeted):
         schedule: how sparsity grows from 0: `constant` (all at once), `linear`, `cubic`, `cosine`, `exponential`, or a
             function of (progress, start value, end value).
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`. With `n:m` every layer has the same share.
+            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
             many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
@@ -80,10 +70,7 @@ class Pruning(Budgeted):
             name=name,
         )
         self.start, self.end, self.every, self.schedule = start, end, every, schedule
-        if callable(schedule):
-            check_schedule("schedule", schedule, 0.0, self.budget.sparsity)
-        else:
-            check_choice("schedule", schedule, SCHEDULES, " or give a function")
+        self.ramp = Ramp(schedule, self.quota.sparsity)
         self.window = Window(start, end, every)
 
     @abstractmethod
@@ -101,17 +88,7 @@ class Pruning(Budgeted):
     def evolve(self, position: Position) -> None:
         window = self.window
         if window.take(position):
-            self.prune(self.planned_sparsity(window.progress(position)), self.score)
-
-    def planned_sparsity(self, progress: float) -> float:
-        """What the schedule asks for so far through the window."""
-        if progress >= 1:
-            return self.quota.sparsity
-        return min(max(self._scheduled(progress), 0.0), self.quota.sparsity)
-
-    def _scheduled(self, progress: float) -> float:
-        schedule = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
-        return float(schedule(progress, 0.0, self.quota.sparsity))
+            self.prune(self.ramp(window.progress(position)), self.score)
 
     def conclude(self) -> None:
         if not self.window.is_over:

@@ -71,6 +71,7 @@ class Rewiring(Budgeted):
         name: tells two callbacks of one class apart.
     """
 
+    has_scores: ClassVar[bool] = False
     reads_gradients: ClassVar[bool] = True
     """Whether scores need gradients; where not, none are kept."""
     takes_steps: ClassVar[bool] = False

@@ -1,6 +1,17 @@
 """The mathematics: tensors in, tensors out; no modules, no state, no Lightning."""
 
-from lightning_sparse.functional.allocation import ALLOCATIONS, allocate, counts, er, erk, erk_plus, uniform, uniform_plus
+from lightning_sparse.functional.allocation import (
+    ALLOCATIONS,
+    allocate,
+    counts,
+    er,
+    erk,
+    erk_plus,
+    outlier_share,
+    owl,
+    uniform,
+    uniform_plus,
+)
 from lightning_sparse.functional.blocks import block_score, expand_blocks
 from lightning_sparse.functional.channels import input_score, normalized
 from lightning_sparse.functional.cka import (
@@ -13,6 +24,7 @@ from lightning_sparse.functional.cka import (
     off_diagonal_mean,
     similarity_penalty,
 )
+from lightning_sparse.functional.distillation import distillation_loss
 from lightning_sparse.functional.fan_in import fan_in_mask, regrow_fan_in
 from lightning_sparse.functional.hypersparse import (
     HYPERSPARSE_ALIGNMENT,
@@ -52,6 +64,7 @@ from lightning_sparse.functional.masks import (
     apply_bits_,
     channel_score,
     expand_channels,
+    find_n_m,
     is_for_one_thread,
     mask_bits,
     n_m_mask,
@@ -69,6 +82,7 @@ from lightning_sparse.functional.merging import (
     regroup,
     shift_input,
 )
+from lightning_sparse.functional.movement import MOVEMENT_SCORES, MovementScore
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional.penalties import PENALTIES, Penalty
 from lightning_sparse.functional.quantization import fake_quantize, round_symmetric
@@ -98,6 +112,7 @@ from lightning_sparse.functional.sparse_connectivity_learning import (
     steer_price,
     unit_step,
 )
+from lightning_sparse.functional.sparsegpt import compensate, inverse_factor
 from lightning_sparse.functional.statistics import (
     dead_outputs,
     layer_density,
@@ -115,6 +130,7 @@ from lightning_sparse.functional.thresholds import (
     step_threshold_gradients,
 )
 from lightning_sparse.functional.transposable import transposable_mask, transposable_patterns
+from lightning_sparse.functional.wanda import ria_score, row_ranks, wanda_score
 
 __all__ = [
     "ALLOCATIONS",
@@ -122,6 +138,7 @@ __all__ = [
     "FEATURE_NORMS",
     "HYPERSPARSE_ALIGNMENT",
     "LAYER_NORMS",
+    "MOVEMENT_SCORES",
     "PAIR_WEIGHTS",
     "PENALTIES",
     "SCHEDULES",
@@ -129,6 +146,7 @@ __all__ = [
     "Convolution",
     "HyperSparseScale",
     "LayerNorm",
+    "MovementScore",
     "Penalty",
     "above",
     "add_convolutions",
@@ -141,6 +159,7 @@ __all__ = [
     "check_exponent",
     "check_vectors",
     "cka_from_hsic",
+    "compensate",
     "compose",
     "connection_count",
     "connection_price",
@@ -152,6 +171,7 @@ __all__ = [
     "dead_features",
     "dead_outputs",
     "density_error",
+    "distillation_loss",
     "drop_count",
     "er",
     "erk",
@@ -163,6 +183,7 @@ __all__ = [
     "exponential",
     "fake_quantize",
     "fan_in_mask",
+    "find_n_m",
     "fold_batch_norm",
     "from_dual",
     "gradient_flow",
@@ -178,6 +199,7 @@ __all__ = [
     "hypersparse_scale",
     "identity_proxy",
     "input_score",
+    "inverse_factor",
     "is_for_one_thread",
     "kth_smallest",
     "layer_density",
@@ -210,7 +232,9 @@ __all__ = [
     "normalize_features_",
     "normalized",
     "off_diagonal_mean",
+    "outlier_share",
     "over_parameterization_rate",
+    "owl",
     "pack",
     "part_",
     "piecewise_linear",
@@ -221,7 +245,9 @@ __all__ = [
     "regrow",
     "regrow_fan_in",
     "relative_magnitude",
+    "ria_score",
     "round_symmetric",
+    "row_ranks",
     "shift_input",
     "similarity_penalty",
     "soft_threshold",
@@ -238,5 +264,6 @@ __all__ = [
     "uniform_plus",
     "unit_step",
     "unpack",
+    "wanda_score",
     "zero_fraction",
 ]

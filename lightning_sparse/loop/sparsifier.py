@@ -233,7 +233,7 @@ def _refuse_optimizers(method: Method, optimizers: Sequence[Optimizer]) -> None:
             )
     owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for target in method.chosen:
-        if id(owner_of(target.weight)) not in owned:
+        if id(owner_of(target.weight)) not in owned and target.weight.requires_grad:
             raise ValueError(
                 f"{method.label}: no optimizer updates '{target.name}'; return it from configure_optimizers or exclude it "
                 f"with targets=['!{target.name}']."

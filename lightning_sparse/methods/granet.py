@@ -64,6 +64,7 @@ class GraNet(Rewiring):
         'GraNet'
     """
 
+    has_scores: ClassVar[bool] = True
     shards: ClassVar[Shards] = "any"
 
     refused: ClassVar[Mapping[str, str]] = {

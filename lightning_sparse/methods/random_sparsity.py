@@ -40,6 +40,7 @@ class RandomSparsity(Budgeted):
         name: tells two callbacks of one class apart.
     """
 
+    has_scores: ClassVar[bool] = False
     shards: ClassVar[Shards] = "any"
 
     drawn_seed = Remembered(int)

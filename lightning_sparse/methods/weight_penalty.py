@@ -54,7 +54,8 @@ class WeightPenalty(Pruning):
         end: when the penalty ends and the prune is made: a fraction of the run, `'n epochs'` or `'n steps'`; what is left of
             the run trains without it. Without a sparsity, `end=1.0` keeps the penalty on to the last step, and `proximal`
             needs that: its zeros last only as long as it does.
-        allocation: how sparsity is shared: `global` (all layers compete), `uniform`, `uniform+`, `er`, `erk`, `erk+`.
+        allocation: how sparsity is shared: `global` (all layers compete), `uniform`, `uniform+`, `er`, `erk`, `erk+`,
+            `owl` (more where there are outliers).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
             many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).

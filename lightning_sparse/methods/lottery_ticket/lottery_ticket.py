@@ -64,7 +64,7 @@ class LotteryTicket(Budgeted):
         save_to: a folder for every round's ticket: `round=i-ticket.ckpt`, the weights that the round begins with, and
             `round=i-trained.ckpt`, those it ends with; both load into the plain model. None saves nothing.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`.
+            `erk+`, `owl` (more where scores have outliers).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
             in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
             many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
