@@ -1,7 +1,7 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
 from lightning_sparse.core.blocks import Blocks
-from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan, drawn
+from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.census import changed_share, count_dead, count_nonzero
 from lightning_sparse.core.chains import (
@@ -151,7 +151,6 @@ __all__ = [
     "coupled_outputs",
     "coverage",
     "describe",
-    "drawn",
     "effective_macs",
     "effective_pair",
     "exchange",

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.core.channel_costs import ChannelCosts
-from lightning_sparse.core.checks import check_choice, check_sparsity
+from lightning_sparse.core.checks import check_choice, check_sparsity, refuse_nan
 from lightning_sparse.core.coupling import Coupling
 from lightning_sparse.core.layout import spread_over
 from lightning_sparse.core.patterns import matches_name
@@ -26,12 +26,11 @@ from lightning_sparse.functional import (
     outlier_share,
     owl,
     random_generator,
-    random_score,
     top_k_masks,
 )
 from lightning_sparse.functional.spread import Spread
 
-__all__ = ["AllocationName", "Budget", "BudgetName", "Plan", "drawn"]
+__all__ = ["AllocationName", "Budget", "BudgetName", "Plan"]
 
 AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+", "owl"]
 """`global` lets the scores of all layers compete, `owl` weighs layers by the outliers among their scores; the others are the
@@ -39,8 +38,6 @@ names in `functional.ALLOCATIONS`."""
 
 BudgetName = Literal["units", "macs", "parameters"]
 """What sparsity counts: what the structure removes, or, of the whole network, multiplications or parameters."""
-
-BUDGETS = ("units", "macs", "parameters")
 
 
 class Budget:
@@ -74,7 +71,7 @@ class Budget:
         scored: bool = True,
     ) -> None:
         self.structure = parse_structure(structure)
-        check_choice("budget", measure, BUDGETS)
+        check_choice("budget", measure, get_args(BudgetName))
         self.measure, self.max_layer_sparsity = measure, max_layer_sparsity
         implied = self.structure.sparsity
         if sparsity is None and implied is None:
@@ -205,8 +202,9 @@ class Plan:
     def _check_costs(self, costs: ChannelCosts) -> None:
         """Refuse what is not reached even with as few channels as layers may have."""
         sparsity, limited = self.budget.sparsity, "" if self.budget.max_layer_sparsity == 1 else " that the limit leaves"
+        assert isinstance(self.structure, Coupled)
         fewest = [torch.arange(size) < max(1, self._least(pool)) for pool, size in enumerate(self._sizes)]
-        cost = costs(self._units(fewest))
+        cost = costs(self.structure.together(fewest))
         if cost > (1 - sparsity) * costs.dense:
             raise ValueError(
                 f"sparsity={sparsity} of {costs.dense:,} {self.budget.measure} cannot be reached: with the fewest channels"
@@ -273,7 +271,7 @@ class Plan:
             ranked = self._limited(ranked)
             chosen = self._best(ranked, due, held) if self.costs is None else self._affordable(ranked, due, held, self.costs)
         except ValueError:
-            self._refuse_nan(scores)
+            refuse_nan(scores, [target.name for target in self.targets])
             raise
         spread = iter(self.structure.spread(chosen, self._layers, apart))
         return [
@@ -293,6 +291,7 @@ class Plan:
         self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None, costs: ChannelCosts
     ) -> list[Tensor]:
         """The same with as many units as the costs allow: one more would be too many."""
+        assert isinstance(self.structure, Coupled)
 
         def with_units(kept: int) -> list[Tensor]:
             return self._best(ranked, (self.units - kept) / self.units, held)
@@ -300,16 +299,11 @@ class Plan:
         low, high = len(self._sizes), self.units if held is None else sum(held)
         while low < high:
             middle = (low + high + 1) // 2
-            if costs(self._units(with_units(middle))) <= (1 - sparsity) * costs.dense:
+            if costs(self.structure.together(with_units(middle))) <= (1 - sparsity) * costs.dense:
                 low = middle
             else:
                 high = middle - 1
         return with_units(low)
-
-    def _units(self, chosen: Sequence[Tensor]) -> Tensor:
-        """The masks of all pools as one of all units of the coupling."""
-        assert isinstance(self.structure, Coupled)
-        return self.structure.together(chosen)
 
     def _limited(self, ranked: list[Tensor]) -> list[Tensor]:
         """Scores in which what a layer keeps in any case comes first."""
@@ -330,8 +324,7 @@ class Plan:
 
     def _ranked(self, scores: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:
         """How many entries of each matrix do not rank last."""
-        numbers = [(score > -torch.inf).count_nonzero() for score in scores]
-        spread = spread_over(matrix.layout for matrix in matrices)
+        numbers, spread = [(score > -torch.inf).count_nonzero() for score in scores], spread_over(m.layout for m in matrices)
         return [int(number) for number in numbers] if spread is None else spread.sums(numbers)
 
     def _spread(self, group: Sequence[int]) -> Spread | None:
@@ -341,7 +334,7 @@ class Plan:
 
     def random_masks(self, seed: int, sparsity: float | None = None) -> dict[str, Tensor]:
         """Masks by name, drawn at random; the same on every rank and device."""
-        scores = [drawn(target, random_generator(seed, 0, target.name)) for target in self.targets]
+        scores = [target.draw(random_generator(seed, 0, target.name)) for target in self.targets]
         masks = self.masks(scores, sparsity)
         return {target.name: mask.to(target.weight.device) for target, mask in zip(self.targets, masks, strict=True)}
 
@@ -404,19 +397,3 @@ class Plan:
                 raise ValueError(f"layer_sparsity: the glob '{pattern}' matches none of the chosen weights ({names}{more}).")
             own.update({index: value for index, pool in enumerate(self._pools) if hits & {*pool.layers}})
         return dict(sorted(own.items()))
-
-    def _refuse_nan(self, scores: Sequence[Tensor]) -> None:
-        for score, target in zip(scores, self.targets, strict=True):
-            if bool(score.isnan().any()):
-                raise ValueError(
-                    f"The score of '{target.name}' holds NaN, so nothing can be ranked; training has diverged, lower the "
-                    "learning rate or clip gradients."
-                ) from None
-
-
-def drawn(target: Target, generator: torch.Generator) -> Tensor:
-    """A random score of each entry that this rank holds: all ranks draw the whole, and each takes its part."""
-    if target.layout is None:
-        return random_score(target.weight, generator)
-    whole = random_score(torch.empty(target.shape, device="meta"), generator)
-    return target.layout.local(whole).to(target.weight.device).contiguous()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["check_choice", "check_number", "check_schedule", "check_sparsity", "check_whole"]
+from torch import Tensor
+
+__all__ = ["check_choice", "check_number", "check_schedule", "check_sparsity", "check_whole", "refuse_nan"]
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], more: str = "") -> None:
@@ -73,3 +75,17 @@ def check_schedule(name: str, schedule: Callable[..., Any], start: float, end: f
             raise ValueError(
                 f"{name}={label} gives {value!r} at progress {progress:g}; it must return a fraction from 0 to 1."
             )
+
+
+def refuse_nan(scores: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Name the first weight whose score holds NaN.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for score, name in zip(scores, names, strict=True):
+        if bool(score.isnan().any()):
+            raise ValueError(
+                f"The score of '{name}' holds NaN, so nothing can be ranked; training has diverged, lower the learning "
+                "rate or clip gradients."
+            ) from None

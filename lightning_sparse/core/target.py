@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.core.layers import LayerKind, kind_of
 from lightning_sparse.core.layout import Layout, Part, layout_of, owner_of
+from lightning_sparse.functional import random_score
 
 __all__ = ["Target"]
 
@@ -115,6 +116,13 @@ class Target:
             layouts = [self.layout.select(self.stack_dims, index) for index in self._indices]
             views = [Part.make(view, owner_of(self.weight), layout) for view, layout in zip(views, layouts, strict=True)]
         return [replace(alone, name=f"{self.name}[{index}]", weight=view) for index, view in enumerate(views)]
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A random score of each entry that this rank holds: all ranks draw the whole, and each takes its part."""
+        if self.layout is None:
+            return random_score(self.weight, generator)
+        whole = random_score(torch.empty(self.shape, device="meta"), generator)
+        return self.layout.local(whole).to(self.weight.device).contiguous()
 
     @property
     def _indices(self) -> list[tuple[int, ...]]:

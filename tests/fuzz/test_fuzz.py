@@ -23,7 +23,7 @@ from lightning_sparse.cli import main
 from lightning_sparse.cli.refusals import OURS
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.testing import Toy, fit
-from tests.fuzz.draws import command_lines, constructions, files
+from tests.helpers.draws import command_lines, constructions, files
 
 SEED, COMMANDS, METHODS = 0, 180, 120
 LINES = list(command_lines(COMMANDS, random.Random(SEED)))

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_sparse.core import Layout, MaskSet, Plan, Target, find_targets, part_of, spread_over, total_over_ranks
-from lightning_sparse.core.budget import Budget, drawn
+from lightning_sparse.core.budget import Budget
 from lightning_sparse.functional import hashed_score, kth_smallest, random_generator, random_score, regrow, top_k_masks
 from lightning_sparse.testing import run_on_ranks
 
@@ -91,7 +91,7 @@ def seen_on(rank: int, ranks: int, make: Callable[[int], nn.Module]) -> dict[str
         "kept": [gather(top_k_masks(sizes, keep, spread)) for keep in KEPT],
         "ranks": [float(kth_smallest(weights, k, spread=spread)) for k in KEPT[:-1]],
         "sizes": [float(kth_smallest(weights, k, magnitudes=True, spread=spread)) for k in KEPT[:-1]],
-        "random": gather([drawn(target, random_generator(1, 0, target.name)) for target in targets]),
+        "random": gather([target.draw(random_generator(1, 0, target.name)) for target in targets]),
         "hashed": gather([hashed_score(t.weight, random_generator(1, 2, t.name), t.layout.places()) for t in targets]),
     }
     masks, moved = top_k_masks(sizes, 30, spread), []

@@ -17,7 +17,6 @@ from lightning_sparse.core import (
     RunLength,
     Sphere,
     Window,
-    drawn,
     find_spheres,
     spread_over,
 )
@@ -189,7 +188,7 @@ class LpSphere(Masked):
         masks = {}
         for target in self.chosen:
             removed = min(math.ceil(share * target.size - 1e-6), target.size - 1)
-            score = drawn(target, random_generator(self.drawn_seed, 0, target.name))
+            score = target.draw(random_generator(self.drawn_seed, 0, target.name))
             masks[target.name] = self._best(target.name, score, target.size - removed).to(target.weight.device)
         self.set_masks(masks)
 

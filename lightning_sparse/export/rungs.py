@@ -1,0 +1,283 @@
+"""What an export makes: one function per artifact, each on what the ones before have left."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line
+from lightning_sparse.export.batch_norm import fold_norms
+from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
+from lightning_sparse.export.compare_models import runner
+from lightning_sparse.export.edge import executorch_runner, save_ethos_u85, save_executorch
+from lightning_sparse.export.export_report import Runtime
+from lightning_sparse.export.int8 import save_int8
+from lightning_sparse.export.kernel_choice import KernelChoice
+from lightning_sparse.export.kernels import choose_kernels
+from lightning_sparse.export.merge import merge_layers
+from lightning_sparse.export.merge_report import count_parameters
+from lightning_sparse.export.onnx import batch_sizes, compressed_size, onnx_runner, save_onnx
+from lightning_sparse.export.quantization import Quantization
+from lightning_sparse.export.removal import remove_dead
+from lightning_sparse.export.semi_structured import choose_semi_structured
+
+__all__ = ["RUNGS", "Ladder", "Made", "RungName", "call_with", "device_of"]
+
+RungName = Literal[
+    "plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx", "int8", "edge", "ethos_u85"
+]
+
+
+@dataclass
+class Made:
+    """An artifact in the temporary folder, and what runs it."""
+
+    file: str
+    run: Callable[[Call], Any] | None
+    """None if nothing here can run it."""
+    note: str
+    parameters: int | None = None
+    macs: int | None = None
+    module: nn.Module | None = None
+    runtime: Runtime = "torch"
+    compiles: bool = False
+    """Whether it is a network of its own that torch.compile takes."""
+    rounds_off: bool = False
+    """Whether its outputs are those of the dense model up to what `Quantization` allows, not up to the tolerance."""
+    estimates: Mapping[str, float] = field(default_factory=dict)
+
+
+class Ladder:
+    """What all rungs stand on."""
+
+    def __init__(self, model: nn.Module, inputs: Call, folder: Path, options: Mapping[str, Any]) -> None:
+        self.dense, self.inputs, self.folder = copy_model(model).eval(), inputs, folder
+        self.input_range = options["input_range"]
+        kind = next(self.dense.parameters()).dtype
+        self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision rounds more than that
+        self.base, self.blueprint = fold_norms(self.dense) if options["fold"] else (copy_model(self.dense), Blueprint())
+        self.quantization: Quantization | None = options["quantization"]
+        self.choices: list[KernelChoice] = []
+        self.zeros = _zeros(self.dense)
+
+    def macs(self, model: nn.Module) -> dict[str, int]:
+        """Multiply-accumulates per sample, by weight."""
+        return count_macs(model, runner(model, self.inputs), self.inputs.samples)
+
+    # ---- rungs ------------------------------------------------------------------------------------------------------------
+
+    def plain(self) -> Made:
+        """A state dict that loads strictly."""
+        path = self.folder / "plain.pt"
+        torch.save({name: tensor.cpu() for name, tensor in self.base.state_dict().items()}, path)
+        loaded = self.blueprint.apply(copy_model(self.dense))
+        loaded.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return self._made("plain.pt", loaded, self._no_faster())
+
+    def compact(self) -> Made:
+        """The same without its zeros."""
+        return self._saved("compact.safetensors", self.base, self.blueprint, f"smaller on disk only; {self._no_faster()}")
+
+    def merged(self) -> Made:
+        """Layers that act linearly, merged: a shallower network as a program of its own."""
+        model, report = merge_layers(self.dense, self.inputs, tolerance=0.0, input_range=self.input_range, rounds=0)
+        if not report.merged:
+            raise ValueError("no layer acts linearly for all inputs, so none is merged; train with LayerSparsity.")
+        called = callee(model, self.inputs.network)[1]
+        path = self.folder / "merged.pt2"
+        several = self.inputs.at_least_two().fit(called)
+        sizes = batch_sizes(called, several)
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                torch.export.save(
+                    torch.export.export(called, several.args, dict(several.kwargs), dynamic_shapes=sizes), path
+                )
+                program = torch.export.load(path).module()
+        except Exception as error:
+            text = f"the merged {type(model).__name__} cannot be exported by torch.export ({first_line(error)})."
+            raise ValueError(text) from None
+        note = f"{report.depth[0]} layers became {report.depth[1]}; torch.export.load reads it, without the model's code"
+        macs = sum(self.macs(model).values())
+        return Made(path.name, partial(call_with, program), note, report.parameters[1], macs, model, compiles=True)
+
+    def removed(self) -> Made:
+        """Without the channels that do nothing; what comes after stands on it."""
+        smaller, removal = remove_dead(self.base, self.inputs, tolerance=self.tolerance)
+        blueprint = replace(self.blueprint, kept=removal.blueprint.kept)
+        note = f"{sum(removal.removed.values()):,} outputs of {len(removal.removed)} layers are gone"
+        if removal.carriers:
+            note += f"; {sum(removal.carriers.values())} dead ones stay to carry a constant where zeros are padded"
+        if removal.refused:
+            name, reason = next(iter(removal.refused.items()))
+            note += f"; {len(removal.refused)} groups stay, such as '{name}': {reason}"
+        made = self._saved("removed.safetensors", smaller, blueprint, note)
+        made.compiles = True
+        self.base, self.blueprint = smaller, blueprint
+        return made
+
+    def kernels(self) -> Made:
+        """Linear layers in the layout that is fastest here."""
+        self.choices = choose_kernels(self.base, self.inputs)
+        return self._with_kernels("kernels.safetensors", self.base, self.choices)
+
+    def semi_structured(self) -> Made:
+        """Linear layers on the sparse tensor cores of a GPU."""
+        if device_of(self.dense).type != "cuda":
+            raise ValueError("2:4 needs the model on a CUDA device, in bfloat16 or float16.")
+        choices = choose_semi_structured(self.base, self.inputs)
+        self.choices += choices
+        return self._with_kernels("semi_structured.safetensors", self.base, choices)
+
+    def onnx(self) -> Made:
+        """For onnxruntime and everything else that reads ONNX."""
+        if (kind := next(self.base.parameters()).dtype) not in (torch.float32, torch.float64):
+            raise ValueError(f"onnxruntime would check it on the CPU, which does not support {kind}; use float32.")
+        path = self.folder / "model.onnx"
+        save_onnx(self.base, self.inputs, path)
+        note = f"{compressed_size(path):,} bytes compressed"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        return Made(path.name, onnx_runner(path), note, parameters, macs, runtime="onnxruntime")
+
+    def int8(self) -> Made:
+        """In eight bits, with all its zeros."""
+        path = self.folder / "model-int8.onnx"
+        found = save_int8(self.base, self.inputs, path, self._calibration())
+        note = f"{compressed_size(path):,} bytes compressed; {found.zeros:,} zeros of {found.weights:,} weights are all kept"
+        if found.left:
+            note += f"; {len(found.left)} weights stay float, such as '{found.left[0]}'"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        return Made(path.name, onnx_runner(path), note, parameters, macs, runtime="onnxruntime", rounds_off=True)
+
+    def edge(self) -> Made:
+        """In eight bits for ExecuTorch on a CPU."""
+        path = self.folder / "model.pte"
+        left = save_executorch(self.base, self.inputs, path, self._calibration())
+        note = f"one sample at a time; {compressed_size(path):,} bytes compressed"
+        if left:
+            note += f"; not run by XNNPACK: {', '.join(left)}"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        run = executorch_runner(path)
+        return Made(path.name, run, note, parameters, macs, runtime="executorch", rounds_off=True)
+
+    def ethos_u85(self) -> Made:
+        """In eight bits for an accelerator that stores no zeros."""
+        path, beside = self.folder / "model-ethos-u85.pte", self.folder / "filled.pte"
+        estimates, left = save_ethos_u85(self.base, self.inputs, path, self._calibration())
+        without, _ = save_ethos_u85(_filled(self.base), self.inputs, beside, self._calibration())
+        estimates |= {f"{what} if no weight were zero": number for what, number in without.items()}
+        note = "for one sample at a time; outputs cannot be checked without Arm's simulator or the device"
+        if left:
+            note += f"; not run by it: {', '.join(left)}"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        return Made(path.name, None, note, parameters, macs, runtime="ethos-u85", estimates=estimates)
+
+    def _calibration(self) -> list[Call]:
+        if self.quantization is None:
+            raise ValueError("int8 is calibrated on training batches; give quantization=Quantization(batches).")
+        return self.quantization.calls
+
+    # ---- the dense model in every runtime ---------------------------------------------------------------------------------
+
+    def dense_onnx(self) -> Made:
+        """The masked model as it was trained in onnxruntime: what that runtime does without a rung."""
+        path = self.folder / "model.onnx"
+        if self.blueprint != Blueprint() or not path.exists():
+            path = self.folder / "dense.onnx"
+            save_onnx(self.dense, self.inputs, path)
+        note = f"{compressed_size(path):,} bytes compressed; for comparison, not written"
+        return self._dense(path.name, onnx_runner(path), note, "onnxruntime")
+
+    def dense_executorch(self) -> Made:
+        """The masked model as it was trained, in float32."""
+        path = self.folder / "dense.pte"
+        save_executorch(self.dense, self.inputs, path)
+        return self._dense(path.name, executorch_runner(path), "in float32; for comparison, not written", "executorch")
+
+    def _dense(self, file: str, run: Callable[[Call], Any], note: str, runtime: Runtime) -> Made:
+        macs = sum(self.macs(self.dense).values())
+        return Made(file, run, note, count_parameters(self.dense), macs, runtime=runtime)
+
+    # ---- parts of rungs ---------------------------------------------------------------------------------------------------
+
+    def _with_kernels(self, file: str, model: nn.Module, choices: Sequence[KernelChoice]) -> Made:
+        kernels = {choice.layer: choice.chosen for choice in choices if choice.chosen != "dense"}
+        if not kernels:
+            reasons = "; ".join(f"'{c.layer}': {c.note or 'fastest dense'}" for c in choices[:3]) or "there is none"
+            raise ValueError(f"no linear layer is faster with a sparse kernel ({reasons}).")
+        named = ", ".join(f"{name} {kernel}" for name, kernel in kernels.items())
+        left = len(choices) - len(kernels)
+        note = f"{named}{f'; {left} linear layers stay dense' if left else ''}"
+        made = self._saved(file, model, replace(self.blueprint, kernels=kernels), note)
+        sparse = {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in kernels}
+        made.macs = sum(effective_macs(self.macs(model), sparse).values())
+        return made
+
+    def _saved(self, file: str, model: nn.Module, blueprint: Blueprint, note: str) -> Made:
+        """Write a model, and take what the file makes of the whole one: that is what will be loaded."""
+        save_model(model, self.folder / file, blueprint)
+        return self._made(file, load_model(copy_model(self.dense), self.folder / file), note, model)
+
+    def _made(self, file: str, model: nn.Module, note: str, like: nn.Module | None = None) -> Made:
+        """An artifact with the size of a model that is like it, but has no kernels that cannot be counted."""
+        like = like or model
+        macs = sum(self.macs(like).values())
+        return Made(
+            file, partial(call_with, callee(model, self.inputs.network)[1]), note, count_parameters(like), macs, model
+        )
+
+    def _no_faster(self) -> str:
+        folded = f"{len(self.blueprint.folded)} normalizations are folded; " if self.blueprint.folded else ""
+        return f"{folded}{self.zeros:.1%} zeros, which a dense kernel multiplies like any other number: no faster"
+
+
+RUNGS: dict[str, Callable[[Ladder], Made]] = {
+    "plain": Ladder.plain,
+    "compact": Ladder.compact,
+    "merged": Ladder.merged,
+    "removed": Ladder.removed,
+    "kernels": Ladder.kernels,
+    "semi_structured": Ladder.semi_structured,
+    "onnx": Ladder.onnx,
+    "int8": Ladder.int8,
+    "edge": Ladder.edge,
+    "ethos_u85": Ladder.ethos_u85,
+}
+"""In the order in which they are climbed."""
+
+
+@torch.no_grad()
+def call_with(called: nn.Module, call: Call) -> Any:
+    """What a network returns, without gradients, for a call that is fitted to its device and type."""
+    fitted = call.fit(called)
+    return called(*fitted.args, **fitted.kwargs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the weights of a model lie."""
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def _filled(model: nn.Module) -> nn.Module:
+    """A copy in which random numbers stand for the zeros of each weight, as large as its others."""
+    model = copy_model(model)
+    dice = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim > 1 and bool((kept := weight != 0).any()):
+            noise = torch.randn(weight.shape, generator=dice).to(weight) * weight[kept].square().mean().sqrt()
+            weight.copy_(torch.where(kept, weight, noise))
+    return model
+
+
+def _zeros(model: nn.Module) -> float:
+    """Share of zeros in all weights of two or more dimensions."""
+    weights = [p.detach() for p in model.parameters() if p.ndim > 1]
+    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
