@@ -33,7 +33,6 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-import lightning_sparse
 from benchmarks.record import Options, Parts, Trainings
 from benchmarks.trainers import quiet, resumable
 from lightning_sparse import (
@@ -78,6 +77,8 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "gradual": lambda s: [MagnitudePruning(s)],
     "SET": lambda s: [SET(s)],
     "RigL": lambda s: [RigL(s)],
+    "RigL, drop_fraction=0.1": lambda s: [RigL(s, drop_fraction=0.1)],
+    "RigL, growth_per_output=True": lambda s: [RigL(s, growth_per_output=True)],
     "GraNet": lambda s: [GraNet(s)],
     "L1-ART": lambda s: [HyperSparse(s, penalty="l1")],
     "HyperSparse": lambda s: [HyperSparse(s)],
@@ -180,10 +181,12 @@ def train(
     epochs: int | None = None,
     similarity: bool = False,
     checkpoint: Path | None = None,
+    stop: Path | None = None,
 ) -> dict[str, Any]:
     """One run; its numbers, with the mean similarity of layers on validation data before and after if asked for.
 
-    With `checkpoint`, some twenty times on the way its state goes there, and it goes on from what is there.
+    With `checkpoint`, some twenty times on the way its state goes there, and it goes on from what is there. While the file
+    `stop` is there, it waits.
     """
     L.seed_everything(seed, verbose=False)
     data = setting.images(root, seed)
@@ -202,7 +205,7 @@ def train(
             quiet([similarities]).validate(module, data, verbose=False)
     image = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
     work = Work(count_macs(module, lambda: module(image)))
-    saving, keeping, begun = resumable(checkpoint, length)
+    saving, keeping, begun = resumable(checkpoint, length, stop)
     trainer = quiet([*callbacks, *saving, work], max_epochs=max_epochs, precision=setting.precision, **keeping)
     start = perf_counter()
     trainer.fit(module, data, ckpt_path=begun)
@@ -260,13 +263,12 @@ class Comparison(Trainings):
     def parts(self, options: Options) -> Parts:
         """Whole seeds first."""
         setting = replace(self.setting, data=Large) if options.quick else self.setting
-        how = {"root": options.data, "similarity": self.similarity}
-        how["epochs"] = epochs = options.epochs or (3 if options.quick else setting.epochs)
+        epochs = options.epochs or (3 if options.quick else setting.epochs)
+        how = {"root": options.data, "similarity": self.similarity, "epochs": epochs, "stop": options.stop}
         pairs = [(method, sparsity) for method in self.methods for sparsity in self.sparsities_of(method)]
-        for place, (seed, (method, sparsity)) in enumerate(product(self.seeds[: 1 if options.quick else None], pairs)):
+        for seed, (method, sparsity) in product(self.seeds[: 1 if options.quick else None], pairs):
             key = {"seed": seed, "method": method, "sparsity": sparsity}
-            half = options.out / f"{self.name}.{epochs}-epochs.{lightning_sparse.__version__}.{place}.ckpt"
-            yield key, partial(train, setting, **key, **how, checkpoint=half)
+            yield key, partial(train, setting, **key, **how, checkpoint=self.checkpoint(options, key))
 
     def recipe(self, options: Options) -> dict[str, Any]:
         return self.setting.recipe() | {"epochs": options.epochs or self.setting.epochs}

@@ -72,6 +72,16 @@ DESK = (
     Layers("desk-layers-conv", CONV, 1),
 )
 
+TAMED = ("RigL, drop_fraction=0.1", "RigL, growth_per_output=True")
+CLAIMS = (
+    # RigL where it loses to static masks, and whether what helps there helps everywhere; static masks, and RigL as it is by
+    # default, are in the suites `desk-...` of the same settings.
+    Comparison("claim-rigl-resnet20", CIFAR, TAMED, (0.9, 0.98)),
+    Comparison("claim-rigl-lenet5", Setting(FashionMNIST, LeNet5, 5, 128, 0.05, **FAST), TAMED, MANY),
+    Comparison("claim-rigl-lenet300", Setting(FashionMNIST, LeNet300, 15, 128, 0.05), TAMED, MANY),
+)
+"""The central claim of each paper, where a CPU can decide it, in order of value."""
+
 ART = {"epochs": 220, "batch_size": 64, "weight_decay": 1e-4, "milestones": (140, 180), "val_fraction": 1e-5}
 """The published recipe of HyperSparse: 60 epochs, regularization until the pruned copy is as good, 160 epochs of fine-tuning
 (other methods: 60 + 160). All training images are used (the loader wants one for validation)."""
@@ -161,5 +171,9 @@ COST = (
     Measurements("robustness", robustness.parts, same=("lightning_sparse", "torch")),
 )
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *PAPER, *COST)}
-GROUPS = {name: tuple(suite.name for suite in suites) for name, suites in (("desk", DESK), ("paper", PAPER), ("cost", COST))}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *CLAIMS, *PAPER, *COST)}
+QUEUE = (*DESK, *CLAIMS, *PAPER)
+GROUPS = {
+    name: tuple(suite.name for suite in suites)
+    for name, suites in (("desk", DESK), ("claims", CLAIMS), ("paper", PAPER), ("cost", COST))
+}

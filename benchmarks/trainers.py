@@ -1,4 +1,4 @@
-"""One factory for what benchmarks train: quiet Trainers that can be killed, networks by name, random images."""
+"""One factory for what benchmarks train: quiet Trainers that can be killed or held, networks by name, random images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import lightning as L
@@ -36,10 +37,42 @@ class WholeFiles(TorchCheckpointIO):
         os.replace(f"{path}.part", path)
 
 
-def resumable(checkpoint: Path | None, epochs: int) -> tuple[list[L.Callback], dict[str, Any], Path | None]:
-    """Callbacks and options of a Trainer that leaves its state some twenty times on the way, and where it is to begin."""
+def wait_while(file: Path | None) -> None:
+    """Go on as soon as the file is not there."""
+    while file is not None and file.exists():
+        sleep(1.0)
+
+
+class Pause(L.Callback):
+    """Holds everything, after the step it is in and with a training's state on the disk, for as long as a file is there."""
+
+    def __init__(self, file: Path | None, checkpoint: Path | None = None) -> None:
+        self.file, self.checkpoint = file, checkpoint
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.checkpoint and self.file and self.file.exists():
+            trainer.save_checkpoint(self.checkpoint)
+        wait_while(self.file)
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        wait_while(self.file)
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        wait_while(self.file)
+
+
+def resumable(
+    checkpoint: Path | None, epochs: int, stop: Path | None = None
+) -> tuple[list[L.Callback], dict[str, Any], Path | None]:
+    """Callbacks and options of a Trainer that leaves its state some twenty times on the way, and where it is to begin.
+
+    Args:
+        checkpoint: where it leaves its state; None for nowhere.
+        epochs: of the training.
+        stop: a file that holds the training while it is there.
+    """
     if checkpoint is None:
-        return [], {}, None
+        return [Pause(stop)], {}, None
     saving = ModelCheckpoint(
         checkpoint.parent,
         checkpoint.stem,
@@ -48,7 +81,7 @@ def resumable(checkpoint: Path | None, epochs: int) -> tuple[list[L.Callback], d
         enable_version_counter=False,
     )
     options = {"enable_checkpointing": True, "plugins": [WholeFiles()]}
-    return [saving], options, checkpoint if checkpoint.exists() else None
+    return [Pause(stop, checkpoint), saving], options, checkpoint if checkpoint.exists() else None
 
 
 def perceptron(*sizes: int) -> nn.Module:

@@ -10,14 +10,14 @@ import lightning as L
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, lp_sphere, tables
+from benchmarks import accuracy, gpu, lp_sphere, queue, tables, trainers
 from benchmarks.__main__ import main
 from benchmarks.accuracy import METHODS, OPEN_ENDED, Comparison, Setting
 from benchmarks.competitors import PEERS, layers
 from benchmarks.growth import where
 from benchmarks.methods import EveryOther, compared
 from benchmarks.record import RESULTS, LeftOut, Measurements, Options, at_once
-from benchmarks.suites import DESK, PAPER, SUITES
+from benchmarks.suites import CLAIMS, DESK, PAPER, SUITES
 from benchmarks.trainers import Net
 from benchmarks.turns import Step, Turns, Way, growth, held, in_turns, ratios
 from lightning_sparse import SET, LpSphere, MagnitudePruning
@@ -27,6 +27,9 @@ from lightning_sparse.models import LeNet300
 
 DIGITS = Setting(Digits, LeNet300, 12, 64, 0.05)
 TOY = Comparison("toy", DIGITS, ("dense", "gradual"), (0.5, 0.9), (0, 1), published={"gradual": (70.5, 60.5)})
+
+
+NO_DATA = ("desk-layers-simulation", "claim-layers")
 
 
 class Made(list):
@@ -110,7 +113,7 @@ def test_no_run_goes_on_from_the_checkpoint_of_another_recipe(made, tmp_path):
     assert len(set(made.checkpoints)) == len(made.checkpoints) == 12
 
 
-@pytest.mark.parametrize("suite", [s for s in (*DESK, *PAPER) if s.name != "desk-layers-simulation"], ids=lambda s: s.name)
+@pytest.mark.parametrize("suite", [s for s in (*DESK, *CLAIMS, *PAPER) if s.name not in NO_DATA], ids=lambda s: s.name)
 def test_missing_data_are_a_sentence(suite, tmp_path):
     missing = str(tmp_path / "nowhere")
     with pytest.raises(SystemExit, match=f"is not in root='{missing}'; give its folder with --data, or add --download"):
@@ -132,6 +135,14 @@ def test_every_number_that_is_published_is_a_part_of_its_suite(suite):
             json.dumps({name: run.get(name) for name in key}) for key, _ in suite.parts(options) for run in content["runs"]
         }
         assert {json.dumps(key) for key, _ in suite.parts(options)} <= rows
+
+
+@pytest.mark.parametrize("suite", CLAIMS, ids=lambda s: s.name)
+def test_what_the_queue_has_brought_so_far_are_parts_of_their_suite(suite):
+    content = suite.content(RESULTS)
+    assert content.get("command", "").removesuffix(" --data DIR") in ("", f"python -m benchmarks {suite.name}")
+    parts = [key for key, _ in suite.parts(Options(out=RESULTS))]
+    assert all(any(key.items() <= run.items() for key in parts) for run in content.get("runs", []))
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -183,6 +194,79 @@ def test_a_training_on_spheres_that_was_killed_goes_on_from_its_checkpoint(monke
     assert resumed | {"seconds": 0} == whole | {"seconds": 0}
     assert begun == [0, 1, 1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_training_that_is_held_leaves_its_state_and_goes_on_from_that_step(monkeypatch, tmp_path):
+    stop, half, held = tmp_path / "stop", tmp_path / "half.ckpt", []
+
+    class Stopper(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 31 and not held:
+                stop.touch()
+
+    def hold(seconds):
+        held.append(torch.load(half, weights_only=False)["global_step"])
+        if len(held) == 2:
+            raise RuntimeError("killed while it waits")
+
+    how = (DIGITS, "gradual", 0.9, 0, "", 3)
+    whole = accuracy.train(*how)
+    monkeypatch.setattr(trainers, "sleep", hold)
+    monkeypatch.setitem(METHODS, "gradual", lambda s, make=METHODS["gradual"]: [*make(s), Stopper()])
+    with pytest.raises(RuntimeError, match="killed while it waits"):
+        accuracy.train(*how, checkpoint=half, stop=stop)
+    assert held == [32, 32], "the step it was in is finished"
+    stop.unlink()
+    assert accuracy.train(*how, checkpoint=half, stop=stop) | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_the_queue_does_what_is_missing_in_order_and_tells_what_it_cannot_do(made, monkeypatch, tmp_path, capsys):
+    made += [None] * 3
+    absent = Comparison("absent", replace(DIGITS, data=FashionMNIST), ("dense",), ())
+    other = replace(TOY, name="other", seeds=(0,), sparsities=(0.5,))
+    options = Options(data=str(tmp_path), out=tmp_path, work=tmp_path / "work")
+    other.write(options, {"seed": 0, "method": "dense", "sparsity": 0.0}, {"test": 1.0})
+    suites = [replace(TOY, seeds=(0,)), absent, other]
+    train = accuracy.train
+
+    def failing(setting, seed, method, sparsity, **how):
+        if sparsity == 0.9:
+            raise ValueError("it diverged")
+        return train(setting, seed, method, sparsity, **how)
+
+    monkeypatch.setattr(accuracy, "train", failing)
+    assert queue.run(options, suites) == 1
+    assert made[3:] == [(0, "dense", 0.0), (0, "gradual", 0.5), (0, "gradual", 0.5)]
+    said = capsys.readouterr().out
+    assert "absent is left out: FashionMNIST is not in root=" in said
+    assert "ValueError: it diverged" in said
+    monkeypatch.setattr(accuracy, "train", train)
+    assert queue.run(options, suites) == 0
+    assert made[6:] == [(0, "gradual", 0.9)], "only that is missing"
+
+
+def test_the_queue_waits_between_trainings_too(made, monkeypatch, tmp_path):
+    made += [None] * 3
+    stop, waits = tmp_path / "stop", []
+    stop.touch()
+    monkeypatch.setattr(trainers, "sleep", lambda seconds: (waits.append(len(made)), stop.unlink()))
+    queue.run(Options(out=tmp_path, stop=stop), [replace(TOY, seeds=(0,))])
+    assert waits == [3], "before the first one begins"
+    assert len(made) == 6
+
+
+def test_the_queue_has_every_training_and_nothing_that_takes_times(capsys, tmp_path):
+    assert {suite.name for suite in queue.QUEUE} == {s.name for s in SUITES.values() if not isinstance(s, Measurements)}
+    with pytest.raises(SystemExit):
+        queue.main(["cost-updates"])
+    assert "no suite 'cost-updates'; choose from desk-lenet300, " in capsys.readouterr().err
+    queue.main(["--list", "--out", str(tmp_path), "desk-cka", "desk-growth"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["desk-cka", "0", "of", "18", "parts", "are", "there"],
+        ["desk-growth", "0", "of", "9", "parts", "are", "there"],
+    ]
 
 
 def test_on_a_gpu_what_is_missing_runs_short_ones_of_first_seeds_first(monkeypatch, tmp_path, capsys):

@@ -82,9 +82,18 @@ class RigLByHand(ByHand):
     def step(self, number: int, gradients: dict[str, Tensor]) -> None:
         if number in self.updates:
             fraction = 0.15 * (1 + math.cos(math.pi * number / 9))
-            self.rewire(fraction, {name: gradient.abs() for name, gradient in gradients.items()})
+            self.rewire(fraction, {name: self.score(gradient) for name, gradient in gradients.items()})
         else:
             self.move(gradients)
+
+    def score(self, gradient: Tensor) -> Tensor:
+        return gradient.abs()
+
+
+class RigLPerOutputByHand(RigLByHand):
+    def score(self, gradient: Tensor) -> Tensor:
+        lengths = [math.sqrt(sum(float(entry) ** 2 for entry in row.flatten())) for row in gradient]
+        return torch.stack([row.abs() / (length or 1) for row, length in zip(gradient, lengths, strict=True)])
 
 
 class GraNetByHand(ByHand):
@@ -118,6 +127,7 @@ class GraNetByHand(ByHand):
 CASES: dict[str, tuple[type[ByHand], dict[str, Any]]] = {
     "SET": (SETByHand, {"every": "3 steps"}),
     "RigL": (RigLByHand, {"every": "3 steps"}),
+    "RigL, growth per output": (RigLPerOutputByHand, {"every": "3 steps", "growth_per_output": True}),
     "GraNet": (GraNetByHand, {"every": "2 steps"}),
 }
 
@@ -125,7 +135,7 @@ CASES: dict[str, tuple[type[ByHand], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_equals_the_loop_written_by_hand(case: str) -> None:
     cls, options = CASES[case]
-    method = METHODS[case](0.9, seed=5, **options)
+    method = METHODS[case.partition(",")[0]](0.9, seed=5, **options)
     module = double(Toy)
     diary = Diary(method)
     fit(module, method, diary)
