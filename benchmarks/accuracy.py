@@ -82,6 +82,8 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "GraNet": lambda s: [GraNet(s)],
     "L1-ART": lambda s: [HyperSparse(s, penalty="l1")],
     "HyperSparse": lambda s: [HyperSparse(s)],
+    "HyperSparse, 2 : 4 : 3": lambda s: [HyperSparse(s, pretrain=2 / 9, regularize=4 / 9)],
+    "L1-ART, 2 : 4 : 3": lambda s: [HyperSparse(s, penalty="l1", pretrain=2 / 9, regularize=4 / 9)],
     "SCL": lambda s: [SparseConnectivityLearning(sparsity=s)],
 }
 
@@ -130,8 +132,10 @@ class Setting:
         shape = data.num_classes, data.in_channels, data.image_size
         return Classifier(self.network, *shape, sgd, steps, annealing=annealing)
 
-    def read(self, module: nn.Module, callbacks: Sequence[L.Callback]) -> dict[str, Any]:
-        """What else is asked of a network that has been trained."""
+    def read(
+        self, module: Classifier, callbacks: Sequence[L.Callback], data: ImageData, stop: Path | None
+    ) -> dict[str, Any]:
+        """What else is asked of a network that has been trained; what takes long waits while the file is there."""
         return {}
 
 
@@ -229,9 +233,10 @@ def train(
     for callback in callbacks:
         if isinstance(callback, Sparsifier):
             numbers |= {key: value for key in ("stop_reason", "history") if (value := getattr(callback, key, None))}
+    numbers |= setting.read(module, callbacks, data, stop)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
-    return numbers | setting.read(module, callbacks)
+    return numbers
 
 
 @dataclass(frozen=True)

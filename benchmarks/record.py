@@ -123,7 +123,7 @@ class Suite(ABC):
                 print(f"{', '.join(words)} is left out: {reason}", flush=True)
                 continue
             self.write(options, key, value)
-            show(", ".join(words) or self.name, value)
+            show(", ".join(words) or self.name, f"{len(value)} rows" if isinstance(value, list) else value)
 
     def write(self, options: Options, key: Any, value: Any) -> None:
         """Add what a part gave to the file, which other processes may do too."""
