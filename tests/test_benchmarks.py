@@ -137,14 +137,6 @@ def test_every_number_that_is_published_is_a_part_of_its_suite(suite):
         assert {json.dumps(key) for key, _ in suite.parts(options)} <= rows
 
 
-@pytest.mark.parametrize("suite", CLAIMS, ids=lambda s: s.name)
-def test_what_the_queue_has_brought_so_far_are_parts_of_their_suite(suite):
-    content = suite.content(RESULTS)
-    assert content.get("command", "").removesuffix(" --data DIR") in ("", f"python -m benchmarks {suite.name}")
-    parts = [key for key, _ in suite.parts(Options(out=RESULTS))]
-    assert all(any(key.items() <= run.items() for key in parts) for run in content.get("runs", []))
-
-
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize(("method", "epochs"), [("RigL", 12), ("HyperSparse, as published", 1)])
 def test_a_training_that_was_killed_goes_on_from_its_checkpoint(method, epochs, monkeypatch, tmp_path):

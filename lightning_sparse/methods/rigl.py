@@ -25,8 +25,10 @@ class RigL(Rewiring):
     parameter of the optimizer moves. There the first update falls on the very first step, here one interval later. The
     paper updates every 100 steps of 32,000 (`every=0.003`); the default is rarer, so that short runs do well too.
 
-    A batch norm divides the gradients of an output without connections by the root of its `eps`, and growth goes there: in a
-    narrow ResNet-20 at 98 %, where outputs run dry, `SET` did better (docs/evidence.md).
+    A batch norm divides the gradients of an output without connections by the root of its `eps`, and growth goes there.
+    Where a layer has few connections per output (3.4 in a narrow ResNet-20 at 98 %), the default `drop_fraction` empties
+    outputs: in a pilot of two epochs static masks came to 39.9 and 41.1 %, RigL to 36.7 and 37.5 %, with `drop_fraction=0.1`
+    to 40.9 and 42.2 %, and with `growth_per_output` to 42.2 % (docs/evidence.md).
 
     For the arguments not listed see `Rewiring`.
 
