@@ -1,7 +1,8 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
-from lightning_sparse.core.budget import AllocationName, Budget, Plan
+from lightning_sparse.core.budget import AllocationName, Budget, Plan, drawn
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
+from lightning_sparse.core.census import changed_share, count_dead, count_nonzero
 from lightning_sparse.core.chains import (
     Chains,
     Link,
@@ -18,6 +19,20 @@ from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
+from lightning_sparse.core.layout import (
+    Layout,
+    Part,
+    is_cut,
+    layout_of,
+    least_over_ranks,
+    lent_gradients,
+    local,
+    owner_of,
+    part_of,
+    parts_of,
+    spread_over,
+    total_over_ranks,
+)
 from lightning_sparse.core.libraries import first_line, need
 from lightning_sparse.core.linear import (
     BATCH_NORMS,
@@ -34,13 +49,15 @@ from lightning_sparse.core.linear import (
 )
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
-from lightning_sparse.core.memory import Memory, Remembered
+from lightning_sparse.core.memory import Layouts, Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments
 from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
 from lightning_sparse.core.patterns import as_patterns, matches_name
+from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
-from lightning_sparse.core.targets import Candidate, Selection, Target, describe, find_targets, select_targets
+from lightning_sparse.core.target import Target
+from lightning_sparse.core.targets import Candidate, Selection, describe, find_targets, select_targets
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
 __all__ = [
@@ -72,6 +89,8 @@ __all__ = [
     "Group",
     "LayerKind",
     "LayerRow",
+    "Layout",
+    "Layouts",
     "Link",
     "LiveMasks",
     "MaskSet",
@@ -80,6 +99,8 @@ __all__ = [
     "Mold",
     "NOfM",
     "Network",
+    "Part",
+    "Piece",
     "Place",
     "Plan",
     "Position",
@@ -97,6 +118,7 @@ __all__ = [
     "analyze",
     "as_patterns",
     "callee",
+    "changed_share",
     "check_choice",
     "check_exponents",
     "check_moments",
@@ -106,11 +128,14 @@ __all__ = [
     "clear_moments",
     "convolution_of",
     "copy_model",
+    "count_dead",
     "count_macs",
+    "count_nonzero",
     "count_parameters",
     "coupled_outputs",
     "coverage",
     "describe",
+    "drawn",
     "effective_macs",
     "effective_pair",
     "exchange",
@@ -126,21 +151,35 @@ __all__ = [
     "group_features",
     "in_count",
     "is_collapsed",
+    "is_cut",
     "is_depthwise",
     "is_layer",
     "is_linear",
     "join",
     "kind_of",
+    "layout_of",
+    "least_over_ranks",
     "leaves",
+    "lent_gradients",
+    "like",
+    "local",
     "matches_name",
     "need",
     "out_count",
+    "owner_of",
     "padding_of",
     "parse_structure",
+    "part_of",
+    "parts_of",
+    "put_back_",
     "refuse_shorter_run",
     "register_layer",
     "select_targets",
     "shared_parameters",
+    "spread_over",
     "summarize",
     "tensors_in",
+    "to_cpu",
+    "total_over_ranks",
+    "whole",
 ]

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from lightning_sparse.core.checks import check_choice, check_sparsity
 from lightning_sparse.core.coupling import Coupling
+from lightning_sparse.core.layout import spread_over
 from lightning_sparse.core.patterns import matches_name
 from lightning_sparse.core.structure import Coupled, Structure, Unstructured, parse_structure
-from lightning_sparse.core.targets import Target
+from lightning_sparse.core.target import Target
 from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, random_generator, random_score, top_k_masks
+from lightning_sparse.functional.spread import Spread
 
-__all__ = ["AllocationName", "Budget", "Plan"]
+__all__ = ["AllocationName", "Budget", "Plan", "drawn"]
 
 AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+"]
 """`global` lets the scores of all layers compete; the others are the names in `functional.ALLOCATIONS`."""
@@ -173,7 +175,7 @@ class Plan:
         chosen: dict[int, Tensor] = {}
         for group, number in zip(self._groups, numbers, strict=True):
             try:
-                masks = top_k_masks([ranked[pool] for pool in group], number)
+                masks = top_k_masks([ranked[pool] for pool in group], number, self._spread(group))
             except ValueError:
                 self._refuse_nan(scores)
                 raise
@@ -189,12 +191,23 @@ class Plan:
         counts: list[int] = []
         for count, matrices in zip(kept, self._matrices, strict=True):
             mine = scores[len(counts) : len(counts) + len(matrices)]
-            counts += [count] if len(matrices) == 1 else [int((score > -torch.inf).count_nonzero()) for score in mine]
+            counts += [count] if len(matrices) == 1 else self._ranked(mine, matrices)
         return counts
+
+    def _ranked(self, scores: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:
+        """How many entries of each matrix do not rank last."""
+        numbers = [(score > -torch.inf).count_nonzero() for score in scores]
+        spread = spread_over(matrix.layout for matrix in matrices)
+        return [int(number) for number in numbers] if spread is None else spread.sums(numbers)
+
+    def _spread(self, group: Sequence[int]) -> Spread | None:
+        """How the units of some pools are spread over ranks."""
+        layers = [layer for pool in group for layer in self._pools[pool].layers]
+        return spread_over(self.structure.layout(self._layers[layer]) for layer in layers)
 
     def random_masks(self, seed: int, sparsity: float | None = None) -> dict[str, Tensor]:
         """Masks by name, drawn at random; the same on every rank and device."""
-        scores = [random_score(target.weight, random_generator(seed, 0, target.name)) for target in self.targets]
+        scores = [drawn(target, random_generator(seed, 0, target.name)) for target in self.targets]
         masks = self.masks(scores, sparsity)
         return {target.name: mask.to(target.weight.device) for target, mask in zip(self.targets, masks, strict=True)}
 
@@ -221,7 +234,7 @@ class Plan:
         way = sparsity / self.budget.sparsity if self.budget.sparsity else 1.0
         own = {pool: 1 - value * way for pool, value in self._own.items()}
         if self.budget.allocation != "global":
-            shapes = [tuple(self._layers[pool.layers[0]].weight.shape) for pool in self._pools]
+            shapes = [self._layers[pool.layers[0]].shape for pool in self._pools]
             return ALLOCATIONS[self.budget.allocation](shapes, 1 - sparsity, own, self._sizes)
         left = (1 - sparsity) * self.units - sum([density * self._sizes[pool] for pool, density in own.items()])
         room = self._room[-1] if len(own) < len(self._groups) else 0
@@ -254,3 +267,11 @@ class Plan:
                     f"The score of '{target.name}' holds NaN, so nothing can be ranked; training has diverged, lower the "
                     "learning rate or clip gradients."
                 ) from None
+
+
+def drawn(target: Target, generator: torch.Generator) -> Tensor:
+    """A random score of each entry that this rank holds: all ranks draw the whole, and each takes its part."""
+    if target.layout is None:
+        return random_score(target.weight, generator)
+    whole = random_score(torch.empty(target.shape, device="meta"), generator)
+    return target.layout.local(whole).to(target.weight.device).contiguous()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from lightning_sparse.core.patterns import as_patterns, matches_name
-from lightning_sparse.core.targets import Target, describe, find_targets
+from lightning_sparse.core.target import Target
+from lightning_sparse.core.targets import describe, find_targets
 from lightning_sparse.functional import check_exponent, check_vectors
 from lightning_sparse.functional.dims import Dims
 
@@ -63,8 +65,16 @@ def find_spheres(
                 f"'{target.name}' is a grouped transposed convolution, where one row serves several outputs; leave it free "
                 f"with free=[..., '{target.name}']."
             )
+        if target.parts_outputs:
+            raise ValueError(
+                f"'{target.name}' is cut into shards along its inputs, and a sphere needs all inputs of an output on one "
+                f"rank; leave it free with free=[..., '{target.name}'], or cut it along its outputs."
+            )
         check_vectors(
-            target.weight, f"'{target.name}'", f"leave it free with free=[..., '{target.name}']", target.output_dims
+            target.weight if target.layout is None else torch.empty(target.shape, device="meta"),
+            f"'{target.name}'",
+            f"leave it free with free=[..., '{target.name}']",
+            target.output_dims,
         )
     return [Sphere(target, value) for target, value in zip(found, _per_layer(p, found), strict=True)]
 

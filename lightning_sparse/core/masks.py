@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.core.layout import Layout, layout_of, spread_over
+from lightning_sparse.core.pieces import Piece, whole
 from lightning_sparse.functional import any_bits, apply_bits_, is_for_one_thread, mask_bits, pack, unpack
 
 __all__ = ["LiveMasks", "MaskSet", "Masks", "Mold"]
@@ -67,6 +69,26 @@ class Masks(ABC):
         sums = [zlib.crc32(pack(self[name]).cpu().numpy().tobytes()) for name in self]
         return torch.tensor(sums, dtype=torch.int64)
 
+    def whereabouts(self) -> Tensor:
+        """One number per mask, in order, for the block of the weight that this rank holds; ranks compare equal blocks."""
+        layouts = [self.layouts.get(name) for name in self]
+        blocks = [0 if it is None else zlib.crc32(repr((it.start, it.size)).encode()) for it in layouts]
+        return torch.tensor(blocks, dtype=torch.int64)
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """Where the parts lie that this rank holds; without the weights of which it holds all."""
+        return {}
+
+    def added_up(self, counts: Mapping[str, Tensor]) -> dict[str, int]:
+        """Counts of this rank's parts, for all ranks together; waits for the device once."""
+        layouts, numbers = self.layouts, list(counts.values())
+        spread = spread_over(layouts.get(name) for name in counts)
+        if spread is not None:
+            return dict(zip(counts, spread.sums(numbers), strict=True))
+        together = torch.stack([count.to(numbers[0].device) for count in numbers]).tolist() if numbers else []
+        return dict(zip(counts, together, strict=True))
+
 
 class MaskSet(Masks):
     """Masks that are stored: one bit of knowledge per weight, a byte in memory, a bit on disk.
@@ -86,7 +108,8 @@ class MaskSet(Masks):
             name: torch.full(weight.shape, -1, dtype=torch.int8, device=weight.device)
             for name, weight in (weights or {}).items()
         }
-        self._kept = {name: bits.numel() for name, bits in self._bits.items()}
+        self._layouts = _layouts(weights or {})
+        self._kept = {name: self.numel(name) for name in self._bits}
         self._total: int | None = None
         self.changes = 0
         """How often masks have been replaced or loaded."""
@@ -104,7 +127,11 @@ class MaskSet(Masks):
         return name in self._bits
 
     def numel(self, name: str) -> int:
-        return self._bits[name].numel()
+        return self._layouts[name].numel if name in self._layouts else self._bits[name].numel()
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        return self._layouts
 
     @property
     def counts(self) -> dict[str, int]:
@@ -117,7 +144,7 @@ class MaskSet(Masks):
     @property
     def total(self) -> int:
         if self._total is None:
-            self._total = sum([bits.numel() for bits in self._bits.values()])
+            self._total = sum([self.numel(name) for name in self._bits])
         return self._total
 
     def dropped(self, name: str) -> Tensor:
@@ -129,7 +156,7 @@ class MaskSet(Masks):
         Returns:
             For each weight whose mask is another one now, its unsettled entries: all but those kept before and after.
         """
-        unsettled = {}
+        unsettled, kept = {}, {}
         for name, mask in masks.items():
             old = self._bits[name]
             if mask.shape != old.shape or mask.dtype != torch.bool:
@@ -138,15 +165,16 @@ class MaskSet(Masks):
                     f"not {mask.dtype} of shape {tuple(mask.shape)}."
                 )
             bits = mask_bits(mask).to(old.device)
-            if not bits.equal(old):
+            if self._layouts or not bits.equal(old):  # with parts, all ranks must count the same weights
                 unsettled[name] = (bits & old) == 0
-                self._bits[name], self._kept[name] = bits, int(mask.count_nonzero())
+                self._bits[name], kept[name] = bits, mask.count_nonzero()
+        self._kept |= self.added_up(kept)
         self.changes += 1  # also where nothing has changed: all ranks must come to the comparison together
         return unsettled
 
     def bits(self, name: str, like: Tensor) -> Tensor | None:
         """The mask in the form that is applied, on the device of a tensor; None where nothing is dropped."""
-        if name not in self._bits or self._kept[name] == like.numel():
+        if name not in self._bits or self._kept[name] == self.numel(name):
             return None
         bits = self._bits[name]
         return bits if bits.device == like.device else bits.to(like.device)
@@ -167,18 +195,40 @@ class MaskSet(Masks):
         return next((name for name, flag in zip(names, together, strict=True) if flag), None)
 
     def to(self, weights: Mapping[str, Tensor]) -> None:
-        """Move each mask to the device of its weight."""
+        """Move each mask to the device of its weight; where that is a part, only the mask of the part stays."""
+        parts = {name: layout for name, layout in _layouts(weights).items() if name in self._bits}
+        for name, layout in parts.items():
+            if name not in self._layouts:
+                self._bits[name] = layout.local(self._bits[name]).clone()
+        self._layouts = parts
         self._bits = {name: bits.to(weights[name].device) for name, bits in self._bits.items()}
 
+    def pieces(self) -> dict[str, Any]:
+        """Masks at one bit per weight on the CPU, as far as this rank holds them."""
+        saved: dict[str, Any] = {}
+        for name, bits in self._bits.items():
+            layout = self._layouts.get(name)
+            if layout is None:
+                saved[name] = {"shape": list(bits.shape), "kept": pack(self[name]).cpu()}
+            else:
+                saved[name] = {"shape": list(layout.shape), "kept": Piece.of(self[name], layout)}
+        return saved
+
     def state_dict(self) -> dict[str, Any]:
-        """Masks at one bit per weight."""
-        return {name: {"shape": list(bits.shape), "kept": pack(self[name]).cpu()} for name, bits in self._bits.items()}
+        """Whole masks at one bit per weight; where weights are cut, all ranks must call it, and the first one gets them."""
+        saved: dict[str, Any] = whole(self.pieces())
+        return saved
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, on the CPU."""
-        masks = {name: unpack(saved["kept"], tuple(saved["shape"])) for name, saved in state.items()}
+        """Take over what `state_dict` or `pieces` returned, on the CPU."""
+        kept = {name: saved["kept"] for name, saved in state.items()}
+        self._layouts = {name: piece.layout for name, piece in kept.items() if isinstance(piece, Piece)}
+        masks = {
+            name: saved.part if isinstance(saved, Piece) else unpack(saved, tuple(state[name]["shape"]))
+            for name, saved in kept.items()
+        }
         self._bits = {name: mask_bits(mask) for name, mask in masks.items()}
-        self._kept, self._total = {name: int(mask.count_nonzero()) for name, mask in masks.items()}, None
+        self._kept, self._total = self.added_up({name: mask.count_nonzero() for name, mask in masks.items()}), None
         self.changes += 1
 
 
@@ -224,6 +274,7 @@ class LiveMasks(Masks):
 
     Args:
         variables: by name of the weight, in its shape; they may change in place.
+        layouts: of weights of which this rank holds a part.
 
     Example:
         >>> variables = {"fc.weight": torch.tensor([0.1, -0.1])}
@@ -235,8 +286,12 @@ class LiveMasks(Masks):
 
     live = True
 
-    def __init__(self, variables: Mapping[str, Tensor]) -> None:
-        self.variables = variables
+    def __init__(self, variables: Mapping[str, Tensor], layouts: Mapping[str, Layout] | None = None) -> None:
+        self.variables, self._layouts = variables, layouts or {}
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        return self._layouts
 
     def __getitem__(self, name: str) -> Tensor:
         return self.variables[name] > 0
@@ -245,10 +300,12 @@ class LiveMasks(Masks):
         return iter(self.variables)
 
     def numel(self, name: str) -> int:
-        return self.variables[name].numel()
+        return self._layouts[name].numel if name in self._layouts else self.variables[name].numel()
 
     @property
     def counts(self) -> dict[str, int]:
-        kept = [(variable > 0).sum() for variable in self.variables.values()]
-        together = torch.stack([count.to(kept[0].device) for count in kept]).tolist() if kept else []  # waits once
-        return dict(zip(self.variables, together, strict=True))
+        return self.added_up({name: (variable > 0).sum() for name, variable in self.variables.items()})
+
+
+def _layouts(weights: Mapping[str, Tensor]) -> dict[str, Layout]:
+    return {name: layout for name, weight in weights.items() if (layout := layout_of(weight)) is not None}

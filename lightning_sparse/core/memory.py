@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from lightning_sparse.core.layout import Layout, total_over_ranks
 from lightning_sparse.functional import pack, unpack
 
-__all__ = ["Memory", "Remembered"]
+__all__ = ["Layouts", "Memory", "Remembered"]
 
 T = TypeVar("T")
+Layouts = Mapping[str, Mapping[str, Layout]]
+"""By what tensors hold (see `Remembered`), then by name of the weight."""
 
 
 @runtime_checkable
@@ -32,6 +35,9 @@ class Remembered(Generic[T]):
         create: makes the value that a fresh start has. Without it, the constructor of the class sets the value, which has a
             `reset` besides, for a fresh start.
         averaged: tensors of which every rank holds a part of its own; a checkpoint has their mean over ranks.
+        over: what tensors keyed by weight names hold where weights are cut into shards, and ranks hold parts: `entries` (a
+            number per entry), `outputs` (a number per output, and 1 in place of all other dimensions), or `sums` (added up
+            over ranks). Checkpoints have whole tensors. None: every rank holds the same.
 
     Example:
         >>> class Counter(Memory):
@@ -43,8 +49,14 @@ class Remembered(Generic[T]):
         2
     """
 
-    def __init__(self, create: Callable[[], T] | None = None, *, averaged: bool = False) -> None:
-        self.create, self.averaged = create, averaged
+    def __init__(
+        self,
+        create: Callable[[], T] | None = None,
+        *,
+        averaged: bool = False,
+        over: Literal["entries", "outputs", "sums"] | None = None,
+    ) -> None:
+        self.create, self.averaged, self.over = create, averaged, over
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -94,9 +106,18 @@ class Memory:
         """The names of attributes of which every rank holds a part."""
         return [name for name in cls.remembered() if getattr(cls, name).averaged]
 
-    def memorize(self) -> dict[str, Any]:
-        """Everything as numbers, strings, lists, dictionaries and CPU tensors; boolean tensors at one bit each."""
-        return {name: _encode(getattr(self, name)) for name in self.remembered()}
+    def memorize(self, layouts: Layouts | None = None) -> dict[str, Any]:
+        """Everything as numbers, strings, lists, dictionaries and CPU tensors; boolean tensors at one bit each.
+
+        Args:
+            layouts: where weights are cut into shards; then all ranks must call it, and the first one gets whole tensors.
+        """
+        return {name: _encode(_gather(getattr(self, name), layouts, self._over(name))) for name in self.remembered()}
+
+    @classmethod
+    def _over(cls, name: str) -> str | None:
+        over: str | None = getattr(cls, name).over
+        return over
 
     def recall(self, saved: Mapping[str, Any]) -> None:
         """Take over what `memorize` returned; all or nothing.
@@ -115,14 +136,45 @@ class Memory:
             else:
                 setattr(self, name, _decode(saved[name]))
 
-    def place(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        """Move tensors to the device of the weight they are named after, or to `device`."""
+    def place(self, weights: Mapping[str, Tensor], device: torch.device, layouts: Layouts | None = None) -> None:
+        """Move tensors to the device of the weight they are named after, or to `device`.
+
+        Args:
+            weights: by name.
+            device: of all else.
+            layouts: where weights are cut into shards; of whole tensors, parts stay.
+        """
         for name in self.remembered():
             value = getattr(self, name)
             if isinstance(value, _Stateful):
                 value.to(weights)  # type: ignore[attr-defined]
             else:
-                setattr(self, name, _place(value, weights, device))
+                setattr(self, name, _place(_cut(value, layouts, self._over(name)), weights, device))
+
+
+def _gather(value: Any, layouts: Layouts | None, over: str | None) -> Any:
+    """Whole tensors from the parts that ranks hold."""
+    if not layouts or over is None:
+        return value
+    if over == "sums":
+        return {name: total_over_ranks(tensor) for name, tensor in value.items()}
+    return {
+        name: tensor if tensor is None or tensor.ndim == 0 else layouts[over][name].gather(tensor)
+        for name, tensor in value.items()
+    }
+
+
+def _cut(value: Any, layouts: Layouts | None, over: str | None) -> Any:
+    """The parts that this rank holds of whole tensors."""
+    if not layouts or over is None:
+        return value
+    if over == "sums":  # one rank goes on with the sum, and the others begin with nothing
+        first = distributed.get_rank() == 0
+        return {name: tensor if first else torch.zeros_like(tensor) for name, tensor in value.items()}
+    return {
+        name: tensor if tensor is None or tensor.ndim == 0 else layouts[over][name].local(tensor).clone()
+        for name, tensor in value.items()
+    }
 
 
 def _encode(value: Any) -> Any:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sparse.core.layout import local, owner_of
+
 __all__ = ["check_moments", "clear_moments"]
 
 MAPS = {"state1": "qmap1", "state2": "qmap2"}
@@ -28,14 +30,14 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) 
 
     Args:
         optimizer: which owns the parameter.
-        parameter: whose state is cleared.
+        parameter: whose state is cleared, or this rank's part of it.
         where: a boolean tensor of its shape; True entries are cleared.
 
     Raises:
         ValueError: for a memory in which zero is not known; nothing has been cleared.
     """
-    for memory, zero in list(_memories(optimizer, parameter)):
-        memory.masked_fill_(where.to(memory.device), zero)
+    for memory, zero in list(_memories(optimizer, owner_of(parameter))):
+        local(memory).masked_fill_(where.to(memory.device), zero)
 
 
 def check_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -49,7 +51,7 @@ def check_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> N
         ValueError: naming the optimizer, the memory and its type.
     """
     for parameter in parameters:
-        for _ in _memories(optimizer, parameter):
+        for _ in _memories(optimizer, owner_of(parameter)):
             pass
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.core.coupling import Coupling
-from lightning_sparse.core.targets import Target
+from lightning_sparse.core.layout import Layout
+from lightning_sparse.core.target import Target
 from lightning_sparse.functional import channel_score, expand_channels, n_m_mask
 
 __all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "StructureName", "Unstructured", "parse_structure"]
@@ -53,6 +54,16 @@ class Structure(ABC):
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         """The mask of the weight from the mask of its units."""
 
+    def layout(self, target: Target) -> Layout | None:
+        """Where the units lie that this rank holds of a weight; None where it holds all of them.
+
+        Raises:
+            ValueError: if ranks do not hold whole units.
+        """
+        if target.layout is None:
+            return None
+        raise ValueError("needs whole weights")
+
     @property
     def sparsity(self) -> float | None:
         """The only sparsity the structure allows, or None if any."""
@@ -72,11 +83,11 @@ class Structure(ABC):
 
     def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
         """Units that every pool keeps so far, from the entries that every weight does; what is dropped is ranked last."""
-        return [count * self.units(target) // target.weight.numel() for count, target in zip(counts, targets, strict=True)]
+        return [count * self.units(target) // target.size for count, target in zip(counts, targets, strict=True)]
 
     def entries(self, kept: Mapping[int, int], targets: Sequence[Target]) -> dict[int, int]:
         """Entries that weights keep when pools keep so many units; of weights all of whose pools are given."""
-        return {layer: kept[layer] * targets[layer].weight.numel() // self.units(targets[layer]) for layer in kept}
+        return {layer: kept[layer] * targets[layer].size // self.units(targets[layer]) for layer in kept}
 
 
 @final
@@ -84,13 +95,16 @@ class Unstructured(Structure):
     """Every weight by itself: scores are masks are weights, and nothing is to be translated."""
 
     def units(self, target: Target) -> int:
-        return target.weight.numel()
+        return target.size
 
     def score(self, score: Tensor, target: Target) -> Tensor:
         return score
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return kept
+
+    def layout(self, target: Target) -> Layout | None:
+        return target.layout
 
     def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
         return list(scores)
@@ -125,20 +139,25 @@ class NOfM(Structure):
     def misfit(self, target: Target) -> str | None:
         if not target.layout_known:
             return f"is of no known kind of layer, and structure='{self.n}:{self.m}' must know its inputs (register_layer)"
-        inputs = target.weight.shape[target.input_dim]
+        inputs = target.shape[target.input_dim]
         if inputs % self.m:
             said = "1 input" if inputs == 1 else f"{inputs} inputs"
             return f"has {said}, and structure='{self.n}:{self.m}' needs groups of {self.m}"
         return None
 
     def units(self, target: Target) -> int:
-        return target.weight.numel()
+        return target.size
 
     def score(self, score: Tensor, target: Target) -> Tensor:
         return score.masked_fill(n_m_mask(score, self.n, self.m, target.input_dim), torch.inf)
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return kept
+
+    def layout(self, target: Target) -> Layout | None:
+        if target.layout is not None and target.input_dim in target.layout.cut:
+            raise ValueError("needs all inputs of an output on one rank")
+        return target.layout
 
 
 class Channels(Structure):
@@ -157,13 +176,20 @@ class Channels(Structure):
         return None
 
     def units(self, target: Target) -> int:
-        return target.weight.shape[target.output_dim]
+        return target.shape[target.output_dim]
 
     def score(self, score: Tensor, target: Target) -> Tensor:
         return channel_score(score, target.output_dim)
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return expand_channels(kept, target.weight, target.output_dim)
+
+    def layout(self, target: Target) -> Layout | None:
+        if target.layout is None:
+            return None
+        if set(target.layout.cut) - {target.output_dim}:
+            raise ValueError("needs all inputs of an output on one rank")
+        return target.layout.along([target.output_dim])
 
 
 @final
@@ -193,6 +219,9 @@ class Coupled(Channels):
             return "is a stack of matrices, such as experts, whose channels nothing couples"
         return super().misfit(target)
 
+    def layout(self, target: Target) -> Layout | None:
+        return Structure.layout(self, target)
+
     def pools(self, targets: Sequence[Target]) -> list[Pool]:
         places = {target.name: layer for layer, target in enumerate(targets)}
         return [Pool(tuple(places[name] for name in names), len(units)) for names, units in self.coupling.pools]
@@ -221,7 +250,7 @@ class Coupled(Channels):
             if all(index in kept for index in mine):
                 stay = int((self.coupling.units[target.name] < 0).count_nonzero())
                 channels = stay + sum(kept[index] for index in mine)
-                found[layer] = channels * target.weight.numel() // self.units(target)
+                found[layer] = channels * target.size // self.units(target)
         return found
 
 

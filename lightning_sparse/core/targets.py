@@ -3,93 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_sparse.core.computed import why_computed
-from lightning_sparse.core.layers import LayerKind, kind_of
+from lightning_sparse.core.layers import kind_of
+from lightning_sparse.core.layout import is_cut, part_of, total_over_ranks
 from lightning_sparse.core.patterns import as_patterns, check_syntax, covering, matches_name
+from lightning_sparse.core.target import Target
 
-__all__ = ["Candidate", "Candidates", "Selection", "Target", "describe", "find_targets", "select_targets"]
+__all__ = ["Candidate", "Candidates", "Selection", "describe", "find_targets", "select_targets"]
 
 FROZEN = "frozen (requires_grad=False)"
-
-
-@dataclass(frozen=True)
-class Target:
-    """One weight that a method works on.
-
-    Args:
-        name: as in the module's state dict.
-        weight: the parameter itself, or one matrix of it.
-        output_dim: the dimension that counts outputs.
-        input_dim: the dimension that counts inputs.
-        groups: of a convolution, else 1.
-        stack_dims: dimensions that count independent matrices, such as experts.
-        layout_known: whether the dimensions come from a known kind of layer, and are not only assumed.
-    """
-
-    name: str
-    weight: nn.Parameter
-    output_dim: int = 0
-    input_dim: int = 1
-    groups: int = 1
-    stack_dims: tuple[int, ...] = ()
-    layout_known: bool = True
-
-    @classmethod
-    def of(cls, name: str, weight: nn.Parameter, layer: nn.Module) -> Target:
-        """The weight of a layer, laid out as its kind is."""
-        kind = kind_of(layer, name.rpartition(".")[2])
-        known = kind is not None
-        kind = kind or LayerKind(nn.Module)
-        groups = int(getattr(layer, "groups", 1))
-        return cls(name, weight, kind.output_dim, kind.input_dim, groups, kind.stack_dims, known)
-
-    @property
-    def shares_rows(self) -> bool:
-        """Whether one row serves several outputs, as in a grouped transposed convolution."""
-        return self.output_dim != 0 and self.groups > 1
-
-    @property
-    def output_dims(self) -> tuple[int, ...]:
-        """The dimensions that tell outputs apart: that of outputs, and those of stacks."""
-        return (*self.stack_dims, self.output_dim)
-
-    @property
-    def outputs(self) -> int:
-        """How many outputs there are, over all matrices."""
-        return math.prod(self.weight.shape[dim] for dim in self.output_dims)
-
-    def unstack(self, tensor: Tensor) -> list[Tensor]:
-        """Of a tensor of the weight's shape, the views that belong to single matrices."""
-        if not self.stack_dims:
-            return [tensor]
-        first = tensor.movedim(self.stack_dims, tuple(range(len(self.stack_dims))))
-        return list(first.flatten(0, len(self.stack_dims) - 1).unbind(0))
-
-    def restack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensor of the weight's shape from those of single matrices."""
-        if not self.stack_dims:
-            return tensors[0]
-        sizes = [self.weight.shape[dim] for dim in self.stack_dims]
-        together = torch.stack(list(tensors))
-        return together.view(*sizes, *together.shape[1:]).movedim(tuple(range(len(sizes))), self.stack_dims).contiguous()
-
-    def matrices(self) -> list[Target]:
-        """The same weight, as one target for each of its matrices."""
-        if not self.stack_dims:
-            return [self]
-        left = [dim for dim in range(self.weight.ndim) if dim not in self.stack_dims]
-        alone = replace(self, stack_dims=(), output_dim=left.index(self.output_dim), input_dim=left.index(self.input_dim))
-        views = [nn.Parameter(view, requires_grad=False) for view in self.unstack(self.weight.detach())]
-        return [replace(alone, name=f"{self.name}[{index}]", weight=view) for index, view in enumerate(views)]
 
 
 @dataclass(frozen=True)
@@ -176,9 +106,11 @@ def select_targets(
             obstacles[id(parameter)] = f"is {FROZEN}; unfreeze it"
             selection.frozen[parameter.name] = parameter.weight
     usable = [parameter for parameter in chosen if id(parameter) not in obstacles]
-    _check_usable(usable)
+    cut = is_cut(module)
+    _check_usable(usable, cut)
     for parameter in usable:
-        target = Target.of(parameter.name, parameter.weight, parameter.layer)
+        weight = part_of(parameter.weight) if cut else parameter.weight
+        target = Target.of(parameter.name, weight, parameter.layer)
         why = None if misfit is None else misfit(target)
         if why is None:
             selection.targets.append(target)
@@ -342,23 +274,26 @@ def _check_patterns(patterns: list[str], parameters: list[_Parameter]) -> None:
         raise ValueError(f"targets: '{pattern}' matches nothing in the model; {hint}")
 
 
-def _check_usable(chosen: list[_Parameter]) -> None:
-    for trouble, names in _troubles(chosen):
+def _check_usable(chosen: list[_Parameter], cut: bool) -> None:
+    for trouble, names in _troubles(chosen, cut):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             remedy = covering(names, [p.name for p in chosen])
             raise ValueError(f"'{names[0]}'{more}: {trouble}, or exclude with targets={remedy}.")
 
 
-def _troubles(chosen: list[_Parameter]) -> Iterator[tuple[str, list[str]]]:
+def _troubles(chosen: list[_Parameter], cut: bool) -> Iterator[tuple[str, list[str]]]:
     yield (
         "with sparse gradients; make the layer with sparse=False",
         [p.name for p in chosen if getattr(p.layer, "sparse", False)],
     )
     unshaped = [p.name for p in chosen if isinstance(p.weight, UninitializedParameter)]
     yield "without a shape yet; run one batch through the lazy layer", unshaped
-    bad = [p.name for p in chosen if not (p.weight.is_meta or bool(p.weight.detach().isfinite().all()))]
-    yield "not finite (NaN or infinite); start from other weights", bad
+    shaped = [p for p in chosen if not p.weight.is_meta]
+    flags = [~(part_of(p.weight) if cut else p.weight).detach().isfinite().all() for p in shaped]
+    if cut and flags:
+        flags = list(total_over_ranks(torch.stack(flags).long()))  # or one rank alone would stop here
+    yield "not finite (NaN or infinite); start from other weights", [p.name for p, f in zip(shaped, flags, strict=True) if f]
 
 
 def _refuse_computed(name: str, layer: nn.Module, patterns: list[str]) -> None:

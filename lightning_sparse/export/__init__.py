@@ -13,6 +13,7 @@ from lightning_sparse.export.merge_report import LayerVerdict, MergeReport, coun
 from lightning_sparse.export.onnx import compressed_size, onnx_runner, save_onnx
 from lightning_sparse.export.removal import Removal, remove_dead
 from lightning_sparse.export.semi_structured import choose_semi_structured
+from lightning_sparse.export.whole_weights import whole_weights
 
 __all__ = [
     "RUNGS",
@@ -47,4 +48,5 @@ __all__ = [
     "save_model",
     "save_onnx",
     "use_kernels",
+    "whole_weights",
 ]

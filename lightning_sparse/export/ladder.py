@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line
+from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line, is_cut
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
 from lightning_sparse.export.compare_models import difference, interleaved, runner
@@ -217,6 +217,11 @@ def export_ladder(
     Raises:
         ValueError: if a rung is unknown, one that was named is not possible, or one fails its verification.
     """
+    if is_cut(model):
+        raise ValueError(
+            f"{type(model).__name__} is cut into shards, and an export needs whole weights; save a checkpoint, and give the "
+            "plain model after model.load_state_dict(whole_weights(path))."
+        )
     call = Call.of(inputs, network)
     names = _check(rungs, to, call, tolerance, input_range, rounds, overwrite)
     with tempfile.TemporaryDirectory() as folder:

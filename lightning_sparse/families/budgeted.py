@@ -24,8 +24,8 @@ from lightning_sparse.core import (
 from lightning_sparse.core.dependencies import find_coupling
 from lightning_sparse.families.masked import Masked
 from lightning_sparse.loop import Step
+from lightning_sparse.loop.arguments import arguments
 from lightning_sparse.loop.dry_run import dry_run, example_inputs
-from lightning_sparse.loop.method import arguments
 
 __all__ = ["Budgeted"]
 
@@ -69,7 +69,13 @@ class Budgeted(Masked):
         self._coupled: Mapping[str, Any] = {}
 
     def misfit(self, target: Target) -> str | None:
-        return self.budget.structure.misfit(target)
+        why = self.budget.structure.misfit(target)
+        if why is None and target.layout is not None:
+            try:
+                self.budget.structure.layout(target.matrices()[0])
+            except ValueError as error:
+                why = f"is cut into shards, and structure='{self.structure}' {error}"
+        return why
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         coupling = self._find_coupling() if isinstance(self.budget.structure, Coupled) else None
@@ -121,7 +127,7 @@ class Budgeted(Masked):
 
     def _find_coupling(self) -> Coupling:
         trainer, module = self.run.trainer, self.run.module
-        channels = {target.name: target.weight.shape[target.output_dim] for target in self.chosen}
+        channels = {target.name: target.shape[target.output_dim] for target in self.chosen}
         coupling = Coupling.restore(self.known("traced", {}), channels)
         if coupling is None:
             with dry_run(trainer, module) as twin:

@@ -33,11 +33,11 @@ class LearnedThreshold(ShadowWeights):
         "thresholds are learned, so layers and sparsity come out as they come; more strength is sparser",
     )
 
-    sources = Remembered[dict[str, Tensor]](dict)
+    sources = Remembered[dict[str, Tensor]](dict, over="outputs")
     """What makes the thresholds, by weight; in float32 or wider."""
-    velocity = Remembered[dict[str, Tensor]](dict)
+    velocity = Remembered[dict[str, Tensor]](dict, over="outputs")
     """Its momentum."""
-    alive = Remembered[dict[str, Tensor]](dict)
+    alive = Remembered[dict[str, Tensor]](dict, over="entries")
     """The masks as they are now; True is beyond the threshold."""
 
     def __init__(
@@ -85,7 +85,7 @@ class LearnedThreshold(ShadowWeights):
     @property
     def mask_set(self) -> LiveMasks:
         if self._masks.variables is not self.alive:
-            self._masks = LiveMasks(self.alive)
+            self._masks = LiveMasks(self.alive, self.layouts.get("entries"))
         return self._masks
 
     def begin(self) -> None:
@@ -131,4 +131,12 @@ class LearnedThreshold(ShadowWeights):
         super().after_step(step)
 
     def numbers(self) -> Mapping[str, float | Tensor]:
-        return {"threshold": torch.stack([self.threshold(name).mean() for name in self.weights]).mean()}
+        """The mean over layers of their mean thresholds."""
+        means = [self._mean(name, self.threshold(name)) for name in self.weights]
+        return {"threshold": torch.stack(means).mean()}
+
+    def _mean(self, name: str, threshold: Tensor) -> Tensor:
+        layout = self.layouts.get("outputs", {}).get(name)
+        if layout is None or threshold.ndim == 0:
+            return threshold.mean()
+        return self.total(name)(threshold.sum()) / layout.numel

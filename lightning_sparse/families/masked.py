@@ -60,6 +60,7 @@ class Masked(Sparsifier):
             masks: by name; True = kept. Masks left out stay.
         """
         weights, mine = self.weights, self.masks
+        before = mine.counts
         self._molds.clear()  # they hold the old masks
         unsettled = mine.replace(masks)
         for optimizer in self.run.optimizers:
@@ -68,7 +69,7 @@ class Masked(Sparsifier):
         for copy in (weights, *self.run.averages()):
             mine.apply_({name: copy[name] for name in unsettled})
         for name, kept in mine.counts.items():
-            if kept == 0 and name in unsettled:
+            if kept == 0 and before[name]:
                 self.warn_of_empty(name, "Use a lower sparsity, allocation='erk', or give the layer its own layer_sparsity.")
 
     def clean(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import AllocationName, StructureName, check_whole
+from lightning_sparse.core import AllocationName, StructureName, check_whole, lent_gradients, owner_of, parts_of
 from lightning_sparse.families.budgeted import Budgeted
 from lightning_sparse.loop.dry_run import dry_run, loss_of, refuse_unrepeatable_data, size_of, training_outputs
 
@@ -46,7 +46,7 @@ class PruningAtInit(Budgeted):
 
     def twin_weights(self, twin: nn.Module) -> list[nn.Parameter]:
         """The chosen weights of a copy of the module, in order."""
-        parameters = dict(twin.named_parameters())
+        parameters = parts_of(twin)
         return [parameters[name] for name in self.weights]
 
     def keep_best(self, scores: Sequence[Tensor]) -> None:
@@ -61,17 +61,21 @@ class PruningAtInit(Budgeted):
         Raises:
             ValueError: if one is infinite or NaN, or all are zero.
         """
-        for name, score in zip(self.weights, scores, strict=True):
-            if not bool(score.isfinite().all()):
+        for name, bad in zip(self.weights, self._anywhere([~score.isfinite().all() for score in scores]), strict=True):
+            if bad:
                 raise ValueError(
                     f"{self.label}: the score of '{name}' at initialization is not finite; initialize smaller weights, or "
                     "prune by magnitude."
                 )
-        if not any(bool(score.any()) for score in scores):
+        if not any(self._anywhere([score.any() for score in scores])):
             raise ValueError(
                 f"{self.label}: every score at initialization is zero, so nothing flows through the network; initialize no "
                 "layer with zeros, or prune by magnitude."
             )
+
+    def _anywhere(self, flags: Sequence[Tensor]) -> list[bool]:
+        """Whether each flag is true on any rank that holds a part of the weight."""
+        return [bool(flag) for flag in flags] if self.spread is None else [n > 0 for n in self.spread.sums(flags)]
 
 
 class PruningAtInitOnData(PruningAtInit):
@@ -126,6 +130,8 @@ class PruningAtInitOnData(PruningAtInit):
         count = 0
         for twin, loss, size in self._losses():
             count += size
+            if self.spread is not None:  # the ranks' gradients are averaged before anybody sees them
+                loss, size = loss * size, 1
             for total, tensor in zip(sums, derivatives(twin, loss), strict=True):
                 total.add_(tensor.detach(), alpha=size)
         strategy = self.run.trainer.strategy
@@ -134,6 +140,8 @@ class PruningAtInitOnData(PruningAtInit):
             raise ValueError(
                 f"{self.label} scores weights on batches of the training set, and it gave none; check the train_dataloader."
             )
+        if self.spread is not None:  # gradients are means over ranks already
+            return [total.mul_(self.run.trainer.world_size / everywhere) for total in sums]
         return [strategy.reduce(total, reduce_op="sum").div_(everywhere) for total in sums]
 
     def gradient(self, twin: LightningModule, loss: Tensor) -> list[Tensor]:
@@ -142,9 +150,13 @@ class PruningAtInitOnData(PruningAtInit):
         Raises:
             ValueError: if the loss does not depend on one of them.
         """
-        twin.zero_grad()
+        # Where weights are cut, the twin is the module itself, and shows other parameters between forward and backward.
+        for weight in self.weights.values() if self.layouts else twin.parameters():
+            owner_of(weight).grad = None
         loss.backward()  # type: ignore[no-untyped-call] # not autograd.grad: checkpointed activations refuse that
-        gradients = [weight.grad for weight in self.twin_weights(twin)]
+        weights = dict(zip(self.weights, self.twin_weights(twin), strict=True))
+        with lent_gradients(weights):
+            gradients = [weight.grad for weight in weights.values()]
         for name, gradient in zip(self.weights, gradients, strict=True):
             if gradient is None:
                 raise ValueError(

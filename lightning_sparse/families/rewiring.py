@@ -24,9 +24,10 @@ from lightning_sparse.core import (
     Target,
     Window,
     check_choice,
+    spread_over,
 )
 from lightning_sparse.families.budgeted import Budgeted
-from lightning_sparse.functional import DROP_SCHEDULES, drop_count, over_parameterization_rate, regrow
+from lightning_sparse.functional import DROP_SCHEDULES, drop_count, regrow
 from lightning_sparse.functional.regrowth import DropScheduleName
 from lightning_sparse.functional.schedules import Schedule
 from lightning_sparse.loop import Step
@@ -77,7 +78,7 @@ class Rewiring(Budgeted):
     window = Remembered[Window]()
     last_update = Remembered(int)
     """The step that followed the last update."""
-    gradients = Remembered[dict[str, Tensor | None]](dict)
+    gradients = Remembered[dict[str, Tensor | None]](dict, over="entries")
     """Dense ones of the step after which an update is due."""
 
     def __init__(
@@ -171,7 +172,7 @@ class Rewiring(Budgeted):
     @property
     def explored_rate(self) -> float | None:
         """The fraction of weights that have ever been active; None where it is not tracked."""
-        return over_parameterization_rate(self.explored[name] for name in self.explored) if len(self.explored) else None
+        return self.explored.kept / self.explored.total if len(self.explored) else None
 
     # ---- updates -----------------------------------------------------------------------------------------------------
 
@@ -239,13 +240,26 @@ class Rewiring(Budgeted):
 
     def _rewired(self, target: Target, keep: Tensor, grow: Tensor, fraction: float) -> Tensor:
         """The new mask of a weight; each matrix of a stack keeps its own number of connections."""
-        masks = []
-        parts = zip(*map(target.unstack, (self.masks[target.name], keep, grow)), target.matrices(), strict=True)
-        for mask, keep_score, grow_score, matrix in parts:
-            kept = self.masks.counts[target.name] if not target.stack_dims else int(mask.count_nonzero())
+        matrices, masks = target.matrices(), []
+        now = target.unstack(self.masks[target.name])
+        parts = zip(now, self._kept(target, now, matrices), *map(target.unstack, (keep, grow)), matrices, strict=True)
+        for mask, kept, keep_score, grow_score, matrix in parts:
             protect = partial(self.plan.structure.score, target=matrix)
-            masks.append(regrow(mask, keep_score, grow_score, drop_count(kept, fraction), kept, protect))
+            spread = spread_over([matrix.layout])
+            masks.append(regrow(mask, keep_score, grow_score, drop_count(kept, fraction), kept, protect, spread))
         return target.restack(masks)
+
+    def _kept(self, target: Target, masks: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:
+        """How many connections each matrix of a weight has."""
+        if not target.stack_dims:
+            return [self.masks.counts[target.name]]
+        numbers, spread = [mask.count_nonzero() for mask in masks], spread_over(matrix.layout for matrix in matrices)
+        return [int(number) for number in numbers] if spread is None else spread.sums(numbers)
+
+    def places(self, name: str) -> Tensor | None:
+        """Where the entries of this rank's part lie in the whole weight; None where it holds the whole."""
+        layout = self.layouts.get("entries", {}).get(name)
+        return None if layout is None else layout.places()
 
     def fraction_dropped(self, position: Position) -> float:
         """The share of connections that an update here drops; 0 from the end on."""

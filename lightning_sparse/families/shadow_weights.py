@@ -30,7 +30,7 @@ class ShadowWeights(Sparsifier):
     a gradient that is not to be applied if the step is skipped.
     """
 
-    hidden = Remembered[dict[str, Tensor]](dict)
+    hidden = Remembered[dict[str, Tensor]](dict, over="entries")
     """The dense values of dropped entries, zero where an entry is kept; in float32 or wider."""
 
     @abstractmethod

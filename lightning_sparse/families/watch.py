@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_sparse.core import owner_of
 from lightning_sparse.loop import Step
 
 __all__ = ["Watch"]
@@ -47,11 +48,11 @@ class Watch:
 
     def note(self, step: Step) -> None:
         """All that has been written to the weights of a step up to now is known."""
-        self._versions[id(step.optimizer)] = [weight._version for weight in step.weights.values()]
+        self._versions[id(step.optimizer)] = _versions(step)
 
     def written(self, step: Step) -> bool:
         """Whether anybody has written to the weights of a step since they were noted; edits of `.data` do not show."""
-        return self._versions.get(id(step.optimizer)) != [weight._version for weight in step.weights.values()]
+        return self._versions.get(id(step.optimizer)) != _versions(step)
 
     def sample(self, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """One weight of them, another one each time."""
@@ -62,3 +63,8 @@ class Watch:
     @staticmethod
     def _key(optimizer: Optimizer, changes: int) -> Hashable:
         return changes, tuple([len(group["params"]) for group in optimizer.param_groups])
+
+
+def _versions(step: Step) -> list[int]:
+    """Of a part, that of the parameter: whoever writes to one need not be seen on the other."""
+    return [owner_of(weight)._version for weight in step.weights.values()]

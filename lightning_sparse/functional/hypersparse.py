@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.functional.order import kth_smallest
+from lightning_sparse.functional.spread import Spread
 
 __all__ = [
     "HYPERSPARSE_ALIGNMENT",
@@ -53,7 +54,11 @@ class HyperSparseScale(NamedTuple):
 
 
 def hypersparse_scale(
-    weights: Sequence[Tensor], sparsity: float, alignment: float = HYPERSPARSE_ALIGNMENT, max_pull: float = math.inf
+    weights: Sequence[Tensor],
+    sparsity: float,
+    alignment: float = HYPERSPARSE_ALIGNMENT,
+    max_pull: float = math.inf,
+    spread: Spread | None = None,
 ) -> HyperSparseScale:
     r"""The scale of the penalty for the current weights of the whole network.
 
@@ -67,22 +72,25 @@ def hypersparse_scale(
         sparsity: in (0, 1).
         alignment: x*.
         max_pull: cap on P, which grows without bound when the quantile goes to zero.
+        spread: how weights are spread over ranks; None if this rank holds all of them.
 
     Raises:
         ValueError: if sparsity is not in (0, 1).
     """
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be in (0, 1) for the adaptive penalty; without sparsity leave it out.")
-    total = sum(weight.numel() for weight in weights)
-    quantile = kth_smallest(weights, quantile_rank(sparsity, total), magnitudes=True).to(_wide(weights[0]))
+    total = sum(weight.numel() for weight in weights) if spread is None else spread.numel
+    quantile = kth_smallest(weights, quantile_rank(sparsity, total), magnitudes=True, spread=spread).to(_wide(weights[0]))
     # If more weights are exactly zero than the quantile, the boundary is at zero: then nothing is pulled.
     largest = torch.finfo(quantile.dtype).max / 4  # twice it is still finite
     slope = torch.where(quantile > 0, alignment / quantile, 0.0).clamp(max=largest)
     norm, saturation = torch.zeros_like(quantile), torch.zeros_like(quantile)
-    for weight in weights:
+    for weight in weights if spread is None else spread.counted(weights):
         size = weight.detach().abs().to(quantile.dtype)
         norm += size.sum()
         saturation += size.mul_(slope).tanh_().sum()
+    if spread is not None:
+        norm, saturation = spread.total(torch.stack([norm, saturation])).unbind()
     pull = torch.where(saturation > 0, slope * norm / saturation, 0.0).clamp(max=min(max_pull, largest))
     return HyperSparseScale(quantile, slope, pull)
 

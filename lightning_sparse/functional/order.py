@@ -5,6 +5,7 @@ find the exact value of any rank (a radix selection): the first says which 65,53
 line holds it, the second which value in there; a float64 number takes four. Chunks small enough for the cache make it
 several times faster than `torch.kthvalue` on a CPU; on a GPU nothing is read back to the host.
 A few thousand entries are sorted, which is faster than two histograms.
+Where every rank holds a part of each tensor, histograms are added up over ranks, and nothing else is sent.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.spread import Spread
+
 __all__ = ["exact_count", "kth_smallest", "top_k_masks"]
 
 _FEW = 1 << 13  # entries: up to here a sort is faster
 _BINS = 1 << 16
 _CHUNK = 1 << 22  # bytes: stays in the cache between the passes over one chunk
 _CUDA_CHUNK = 1 << 24  # a histogram on a GPU counts in float32, which is exact up to here
+_PLACE_BITS = 12  # per pass over the places of ties: three passes of 16 KiB reach 64 billion entries
 
 
 def exact_count(fraction: float, total: int) -> int:
@@ -32,7 +36,7 @@ def exact_count(fraction: float, total: int) -> int:
     return int(fraction * total + 0.5)
 
 
-def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False) -> Tensor:
+def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False, spread: Spread | None = None) -> Tensor:
     r"""The value of rank k (0-based) among all entries of all tensors, as a 0-d tensor on their device.
 
     Exact: it returns one of the given values, as sorting them all and taking the k-th would; it does not
@@ -42,6 +46,7 @@ def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False) -> 
         values: tensors of one floating dtype on one device; NaN is not allowed.
         k: from 0 to the number of entries - 1.
         magnitudes: rank the absolute values, without a copy of them all.
+        spread: how they are spread over ranks; None if this rank holds all of them.
 
     Raises:
         ValueError: if there is no entry of that rank.
@@ -50,10 +55,10 @@ def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False) -> 
         >>> kth_smallest([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 1)
         tensor(2.)
     """
-    total = sum([value.numel() for value in values])
+    total = sum([value.numel() for value in values]) if spread is None else spread.numel
     if not 0 <= k < total:
         raise ValueError(f"k={k} is not a rank among {total} values; give 0 <= k < {total}.")
-    if total <= _FEW:
+    if total <= _FEW and spread is None:
         entries = torch.cat([value.detach().reshape(-1) for value in values])
         return (entries.abs() if magnitudes else entries).sort().values[k]
     dtype = values[0].dtype
@@ -63,8 +68,10 @@ def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False) -> 
     for shift in range(width - 16, -1, -16):
         first = shift == width - 16
         counts = torch.zeros_like(bins)
-        for bits in _chunks(values, magnitudes, floats, ints):
+        for bits in _chunks(values if spread is None else spread.counted(values), magnitudes, floats, ints):
             counts += _histogram(bits >> shift if shift else bits, None if first else bits >> (shift + 16) == prefix)
+        if spread is not None:
+            counts = _summed(counts, spread)
         # Bit patterns of non-negative floats order like their values; those of negative floats, which are the upper half of
         # the first bins, order the other way round. So the bins are put in order, not the entries.
         if first:
@@ -79,7 +86,7 @@ def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False) -> 
     return prefix.to(ints).view(floats).to(dtype)
 
 
-def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
+def top_k_masks(scores: Sequence[Tensor], keep: int, spread: Spread | None = None) -> list[Tensor]:
     """Boolean masks that keep exactly the `keep` highest scores over all tensors together.
 
     Among equal scores the earlier entry survives: earlier tensor first, then earlier position.
@@ -87,23 +94,28 @@ def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     Args:
         scores: tensors on one device; higher survives. -inf never survives while anything else can.
         keep: from 0 to the number of entries.
+        spread: how scores are spread over ranks; None if this rank holds all of them. Positions are those in the whole.
 
     Raises:
-        ValueError: if `keep` is out of range or a score is NaN.
+        ValueError: if `keep` is out of range or a score is NaN; on all ranks, if it is so on one.
 
     Example:
         >>> top_k_masks([torch.tensor([1.0, 5.0]), torch.tensor([1.0])], 2)
         [tensor([True, True]), tensor([False])]
     """
-    total = sum([score.numel() for score in scores])
+    total = sum([score.numel() for score in scores]) if spread is None else spread.numel
     if not 0 <= keep <= total:
         raise ValueError(f"keep={keep} is impossible among {total} entries; give 0 <= keep <= {total}.")
-    if any([bool(score.amax().isnan()) for score in scores if score.numel()]):  # noqa: C419 - one call, not one per tensor
+    flags = [score.amax().isnan() if score.numel() else torch.zeros((), device=score.device).bool() for score in scores]
+    if any([bool(flag) for flag in flags]) if spread is None else spread.any(flags):  # noqa: C419 - faster than a generator
         raise ValueError("A score is NaN, so nothing can be ranked; look for a diverged loss or a bad weight.")
     if keep in (0, total):
         return [torch.full_like(score, keep > 0, dtype=torch.bool) for score in scores]
-    threshold = kth_smallest(scores, total - keep)
+    threshold = kth_smallest(scores, total - keep, spread=spread)
     masks = [(score > threshold).contiguous() for score in scores]
+    if spread is not None:
+        _add_ties(masks, [score == threshold for score in scores], keep, spread)
+        return masks
     missing = keep - sum([int(mask.count_nonzero()) for mask in masks])
     for score, mask in zip(scores, masks, strict=True):
         if missing == 0:
@@ -112,6 +124,44 @@ def top_k_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
         mask.view(-1)[ties] = True
         missing -= ties.numel()
     return masks
+
+
+def _add_ties(masks: Sequence[Tensor], ties: Sequence[Tensor], keep: int, spread: Spread) -> None:
+    """Fill masks up to `keep` entries of all ranks together with the earliest ties."""
+    sums = spread.sums([part.count_nonzero() for pair in zip(masks, ties, strict=True) for part in pair])
+    missing = keep - sum(sums[::2])
+    for mask, tie, share, number in zip(masks, ties, spread.shares, sums[1::2], strict=True):
+        if missing == 0:
+            return
+        if number <= missing:
+            mask |= tie
+            missing -= number
+            continue
+        # The cut falls into this tensor: the place in the whole decides.
+        entries = tie.flatten().nonzero().squeeze(1)
+        places = share.places(entries)
+        last = _kth_place(places if share.counts else places[:0], missing - 1, share.numel, spread)
+        mask.view(-1)[entries[places <= last]] = True
+        return
+
+
+def _kth_place(places: Tensor, k: int, numel: int, spread: Spread) -> Tensor:
+    """The place of rank k among those of all ranks, which differ from each other."""
+    bins, passes = 1 << _PLACE_BITS, max(1, -(-(numel - 1).bit_length() // _PLACE_BITS))
+    prefix, rank = places.new_zeros(()), places.new_full((), k)
+    for shift in range((passes - 1) * _PLACE_BITS, -1, -_PLACE_BITS):
+        here = places[places >> (shift + _PLACE_BITS) == prefix]
+        counts = _summed(torch.bincount((here >> shift) & (bins - 1), minlength=bins), spread)
+        below = counts.cumsum(0)
+        digit = torch.searchsorted(below, rank, right=True)
+        rank = rank - (below[digit] - counts[digit])
+        prefix = (prefix << _PLACE_BITS) | digit
+    return prefix
+
+
+def _summed(counts: Tensor, spread: Spread) -> Tensor:
+    """A histogram over all ranks; four bytes per bin are sent where that is enough."""
+    return spread.total(counts.int() if spread.numel < 1 << 31 else counts).long()
 
 
 def _chunks(values: Sequence[Tensor], magnitudes: bool, floats: torch.dtype, ints: torch.dtype) -> Iterator[Tensor]:

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional.dims import Dims, count_along, others
+from lightning_sparse.functional.dims import Dims, others
 
 __all__ = ["PENALTIES", "Penalty"]
+
+
+Total = Callable[[Tensor], Tensor]
+"""Makes sums over a whole weight of sums over the part of it that is given; rows of outputs are never parted."""
+
+
+def alone(sums: Tensor) -> Tensor:
+    """The part is the whole."""
+    return sums
 
 
 @dataclass(frozen=True)
@@ -22,24 +31,24 @@ class Penalty:
     r"""A penalty R and its derivatives.
 
     Args:
-        value: R(w), a 0-d tensor.
-        gradient: dR/dw, one of the subgradients where R has a kink: zero for what is zero.
+        value: R(w), a 0-d tensor, given (w, dim, total).
+        gradient: dR/dw, given the same, one of the subgradients where R has a kink: zero for what is zero.
         proximal_: moves w in place to $\arg\min_u \frac12 \|u - w\|^2 + t\,R(u)$, given (w, t, dim); None where this has
             no closed form. With t = learning rate x strength after a gradient step on the loss alone it is one step of
             proximal gradient descent, which makes exact zeros if the penalty has a kink there.
     """
 
-    value: Callable[[Tensor, Dims], Tensor]
-    gradient: Callable[[Tensor, Dims], Tensor]
+    value: Callable[[Tensor, Dims, Total], Tensor]
+    gradient: Callable[[Tensor, Dims, Total], Tensor]
     proximal_: Callable[[Tensor, float | Tensor, Dims], None] | None = None
 
 
-def l1(weight: Tensor, dim: Dims = 0) -> Tensor:
+def l1(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
     """The sum of magnitudes."""
-    return _wide(weight).abs().sum()
+    return total(_wide(weight).abs().sum())
 
 
-def l1_gradient(weight: Tensor, dim: Dims = 0) -> Tensor:
+def l1_gradient(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
     """The sign."""
     return weight.sign()
 
@@ -57,12 +66,12 @@ def soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: Dims = 0) ->
     weight.sub_(weight.clamp(-threshold, threshold))
 
 
-def l2(weight: Tensor, dim: Dims = 0) -> Tensor:
+def l2(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
     """Half the squared norm, whose gradient is the weight: weight decay."""
-    return _wide(weight).square().sum() / 2
+    return total(_wide(weight).square().sum()) / 2
 
 
-def l2_gradient(weight: Tensor, dim: Dims = 0) -> Tensor:
+def l2_gradient(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
     """The weight itself."""
     return weight.clone()
 
@@ -72,16 +81,16 @@ def shrink_(weight: Tensor, threshold: float | Tensor, dim: Dims = 0) -> None:
     weight.div_(1 + threshold)
 
 
-def group_lasso(weight: Tensor, dim: Dims = 0) -> Tensor:
+def group_lasso(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
     r"""The norms of all output channels, each times the root of its size: $\sum_c \sqrt{n} \, \|w_c\|_2$.
 
     Source: Yuan and Lin 2006, "Model selection and estimation in regression with grouped variables",
     https://doi.org/10.1111/j.1467-9868.2005.00532.x.
     """
-    return _root_size(weight, dim) * _norms(weight, dim).sum()
+    return _root_size(weight, dim) * total(_norms(weight, dim).sum())
 
 
-def group_lasso_gradient(weight: Tensor, dim: Dims = 0) -> Tensor:
+def group_lasso_gradient(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
     """Each channel as a unit vector, times the root of its size; zero for a channel that is zero."""
     norms = _norms(weight, dim)
     scale = torch.where(norms > 0, _root_size(weight, dim) / norms, 0.0)
@@ -103,22 +112,22 @@ def group_soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: Dims =
     weight.mul_(torch.where(norms > reach, 1 - reach / norms, 0.0).to(weight.dtype))
 
 
-def hoyer(weight: Tensor, dim: Dims = 0) -> Tensor:
+def hoyer(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
     r"""Hoyer-Square: $(\sum_i |w_i|)^2 / \sum_i w_i^2$, between 1 (one entry left) and n (all alike), whatever the scale.
 
     Source: Yang, Wen and Li 2020, "DeepHoyer: Learning Sparser Neural Network with Differentiable Scale-Invariant
     Sparsity Measures", https://arxiv.org/abs/1908.09979.
     """
     weight = _wide(weight)
-    energy = weight.square().sum()
-    return torch.where(energy > 0, weight.abs().sum().square() / energy, 0.0)
+    size, energy = total(torch.stack([weight.abs().sum(), weight.square().sum()])).unbind()
+    return torch.where(energy > 0, size.square() / energy, 0.0)
 
 
-def hoyer_gradient(weight: Tensor, dim: Dims = 0) -> Tensor:
+def hoyer_gradient(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
     r"""With $r = \sum |w| / \sum w^2$, $2 r \,(sign(w) - r\,w)$: entries below 1/r shrink, those above it grow."""
     wide = _wide(weight)
-    energy = wide.square().sum()
-    ratio = torch.where(energy > 0, wide.abs().sum() / energy, 0.0)
+    size, energy = total(torch.stack([wide.abs().sum(), wide.square().sum()])).unbind()
+    ratio = torch.where(energy > 0, size / energy, 0.0)
     return wide.sign().sub_(ratio * wide).mul_(2 * ratio).to(weight.dtype)
 
 
@@ -133,7 +142,7 @@ def _norms(weight: Tensor, dim: Dims) -> Tensor:
 
 
 def _root_size(weight: Tensor, dim: Dims) -> float:
-    return math.sqrt(weight.numel() // count_along(weight, dim))
+    return math.sqrt(math.prod(weight.shape[d] for d in others(weight, dim)))
 
 
 PENALTIES: dict[str, Penalty] = {

@@ -13,6 +13,7 @@ from lightning_sparse.functional.dims import Dims
 from lightning_sparse.functional.lp_sphere import lp_normalize
 from lightning_sparse.functional.order import top_k_masks
 from lightning_sparse.functional.schedules import Schedule, cosine
+from lightning_sparse.functional.spread import Spread
 
 __all__ = ["DROP_SCHEDULES", "DropScheduleName", "drop_count", "growth_score", "held", "regrow"]
 
@@ -69,6 +70,7 @@ def regrow(
     count: int,
     kept: int | None = None,
     protect: Callable[[Tensor], Tensor] | None = None,
+    spread: Spread | None = None,
 ) -> Tensor:
     """The mask after `count` connections have been dropped and as many grown.
 
@@ -83,9 +85,10 @@ def regrow(
         keep: how much each connection matters, of the mask's shape.
         grow: how much each entry would gain by becoming one, finite.
         count: from 0 to the number of connections.
-        kept: that number, where it is known.
+        kept: that number, where it is known; of all ranks together.
         protect: gives the score inf to entries that a structure such as n of m cannot do without; called with `grow`, in
             which survivors have that score already.
+        spread: how these tensors are spread over ranks; None if this rank holds all of them.
 
     Raises:
         ValueError: if the count is out of range, a score is NaN, or `grow` is infinite.
@@ -95,14 +98,18 @@ def regrow(
         >>> regrow(mask, torch.tensor([3.0, 1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 2.0, 3.0]), 1)
         tensor([ True, False,  True, False,  True])
     """
-    kept = int(mask.count_nonzero()) if kept is None else kept
+    if kept is None:
+        kept = int(mask.count_nonzero()) if spread is None else spread.sums([mask.count_nonzero()])[0]
     if not 0 <= count <= kept:
         raise ValueError(f"count={count} connections cannot be dropped where there are {kept}; give 0 <= count <= {kept}.")
     if count == 0:
         return mask.clone()
-    if not bool(torch.stack(grow.aminmax()).isfinite().all()):  # a NaN is both the smallest and the largest
+    # A NaN is both the smallest and the largest.
+    bad = ~torch.stack(grow.aminmax()).isfinite().all() if grow.numel() else torch.zeros((), device=grow.device).bool()
+    if bool(bad) if spread is None else spread.any([bad]):
         raise ValueError("A growth score is NaN or infinite, so nothing can be ranked; look for a diverged loss.")
     # Only what is kept is ranked for staying: at 90 % sparsity a tenth of all.
-    survivors = torch.zeros_like(mask).masked_scatter_(mask, top_k_masks([keep[mask]], kept - count)[0])
+    candidates = None if spread is None else spread.chosen([mask], [kept])
+    survivors = torch.zeros_like(mask).masked_scatter_(mask, top_k_masks([keep[mask]], kept - count, candidates)[0])
     order = grow.masked_fill(survivors, torch.inf)
-    return top_k_masks([order if protect is None else protect(order)], kept)[0]
+    return top_k_masks([order if protect is None else protect(order)], kept, spread)[0]

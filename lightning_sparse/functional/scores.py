@@ -52,16 +52,24 @@ def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(weight.shape, generator=generator, dtype=torch.float64)
 
 
-def hashed_score(weight: Tensor, generator: torch.Generator) -> Tensor:
+def hashed_score(weight: Tensor, generator: torch.Generator, places: Tensor | None = None) -> Tensor:
     """Random numbers in the shape of the weight, computed where it lies from two numbers that the generator draws.
 
     Whole-number arithmetic, so that devices agree as they do on `random_score`, without drawing every number on the CPU:
     each entry's index and the two keys go through a hash (C. Wellons, "Prospecting for Hash Functions", lowbias32,
     https://nullprogram.com/blog/2018/07/31/). Float32 with 2^24 different values: enough to choose by, too coarse for more
     than a choice.
+
+    Args:
+        weight: whose shape and device count.
+        generator: that draws the keys.
+        places: the index of each entry, flat, where the tensor is a part of a weight; by default the entries in order.
     """
     first, second = torch.randint(-(1 << 31), 1 << 31, (2,), generator=generator).tolist()
-    value = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device).add_(first)
+    if places is None:
+        value = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device).add_(first)
+    else:
+        value = places.to(torch.int32).add(first)
     # The shifts of a signed type carry the sign along; the masks take it away again.
     value ^= (value >> 16) & 0xFFFF
     value *= 0x7FEB352D

@@ -7,7 +7,7 @@ import functools
 import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lightning_sparse.core import Call, callee, first_line
+from lightning_sparse.core import Call, callee, first_line, is_cut
+from lightning_sparse.loop.in_place import in_place
 from lightning_sparse.loop.privates import combined_loader, compiler_context, forget_iterator
 
 __all__ = [
@@ -38,7 +39,8 @@ def dry_run(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.Ligh
     """A copy of a module that logs nothing and steps nothing; all generators are put back in the end.
 
     The copy knows the trainer, so `self.trainer` and `self.current_epoch` work in its `training_step`, but its `log` is
-    silent, and its `optimizers()` are stand-ins.
+    silent, and its `optimizers()` are stand-ins. Where weights are cut into shards nothing can be copied: then it is the
+    module itself, and all that it holds is put back in the end. All ranks must try together.
 
     Args:
         trainer: that is fitting.
@@ -48,7 +50,8 @@ def dry_run(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.Ligh
     states = [generator.get_state() for generator in generators]
     with isolate_rng():
         try:
-            yield _quiet_copy(trainer, module)
+            with in_place(module) if is_cut(module) else nullcontext():
+                yield _quiet(trainer, module)
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
@@ -201,20 +204,8 @@ def size_of(batch: Any) -> int:
     return 1
 
 
-def _quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule:
-    # Hooks may be methods of callbacks, and callbacks lead to everything else: these stay the same objects.
-    known = [trainer, *trainer.callbacks, compiler_context(module)]  # type: ignore[attr-defined]
-    try:
-        twin = copy.deepcopy(module, {id(item): item for item in known})
-    except Exception as error:
-        raise ValueError(
-            f"{type(module).__name__} cannot be copied with copy.deepcopy ({error}), which is needed to try out a pruned "
-            "model; keep what cannot be copied outside the module."
-        ) from error
-    # Compiled or wrapped methods are functions on the instance, and still those of the original.
-    for name in [name for name, value in vars(twin).items() if isinstance(value, types.FunctionType)]:
-        if hasattr(type(twin), name):
-            delattr(twin, name)
+def _quiet(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule:
+    twin = module if is_cut(module) else _copy(trainer, module)
     optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0) for _ in trainer.optimizers]
     schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizers[0], 1.0) for _ in trainer.lr_scheduler_configs]
     silent: dict[str, Any] = {
@@ -229,6 +220,23 @@ def _quiet_copy(trainer: pl.Trainer, module: pl.LightningModule) -> pl.Lightning
         "lr_schedulers": lambda: schedulers if len(schedulers) > 1 else next(iter(schedulers), None),
     }
     vars(twin).update(silent)
+    return twin
+
+
+def _copy(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule:
+    # Hooks may be methods of callbacks, and callbacks lead to everything else: these stay the same objects.
+    known = [trainer, *trainer.callbacks, compiler_context(module)]  # type: ignore[attr-defined]
+    try:
+        twin = copy.deepcopy(module, {id(item): item for item in known})
+    except Exception as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be copied with copy.deepcopy ({error}), which is needed to try out a pruned "
+            "model; keep what cannot be copied outside the module."
+        ) from error
+    # Compiled or wrapped methods are functions on the instance, and still those of the original.
+    for name in [name for name, value in vars(twin).items() if isinstance(value, types.FunctionType)]:
+        if hasattr(type(twin), name):
+            delattr(twin, name)
     return twin
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse.core import Masks, MaskSet, check_moments
+from lightning_sparse.core import check_moments, lent_gradients, owner_of
+from lightning_sparse.loop.agreement import Agreement
 from lightning_sparse.loop.conflicts import refuse_rivals, refuse_shared_masks
 from lightning_sparse.loop.method import Method
 from lightning_sparse.loop.phase import phase_of
@@ -41,7 +43,8 @@ class Loop:
         self._pending: dict[int, list[tuple[Method, Step]]] = {}
         self._depth: dict[int, int] = {}
         self._trusted: set[int] = set()
-        self._compared: dict[int, int] = {}
+        self._agreement = Agreement(run)
+        self._parts: dict[int, dict[str, nn.Parameter]] = {}
         self._seen: tuple[Any, Any] = (None, None)
         self._epoch = -1
         self._logged = -1
@@ -52,6 +55,7 @@ class Loop:
 
     def open(self) -> None:
         """Check every method, then start every method, then hook in: a refusal leaves all as it was."""
+        self.run.reshard()
         length = self.run.length()
         for method in self.methods:
             method.enter(self.run)
@@ -64,13 +68,16 @@ class Loop:
         for optimizer in self.run.optimizers:
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             self._owned[id(optimizer)] = {
-                id(method): {name: weight for name, weight in method.weights.items() if id(weight) in owned}
+                id(method): {name: weight for name, weight in method.weights.items() if id(owner_of(weight)) in owned}
                 for method in self.methods
             }
+            mine = self._owned[id(optimizer)].values()
+            self._parts[id(optimizer)] = {name: w for m in mine for name, w in m.items() if owner_of(w) is not w}
             self._check_moments(optimizer)
         with torch.no_grad():
             for method in self.methods:
                 method.begin_or_resume(length)
+        self.run.reshard()
         for optimizer in self.run.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._direct_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -78,7 +85,7 @@ class Loop:
         self._wrap_optimizer_step()
         self._wrap_progress_bar()
         self._wrap_save()
-        self._compare_ranks()
+        self._agreement.compare(self.methods)
 
     def close(self) -> None:
         """Take everything away that `open` has attached; safe to call again."""
@@ -92,14 +99,17 @@ class Loop:
             self._undo(optimizer)  # interrupted between the two halves of a step
         self._replacements.restore()
         for method in self._everyone:
-            method.release()
+            with lent_gradients(method.weights):
+                method.release()
 
     # ---- epochs and batches ------------------------------------------------------------------------------------------
 
     def epoch_start(self) -> None:
         self._epoch = self.run.trainer.current_epoch
+        self.run.reshard()
         with torch.no_grad():
             self._evolve(epoch_start=True)
+        self.run.reshard()
 
     def batch_start(self, batch_idx: int) -> None:
         run, trainer = self.run, self.run.trainer
@@ -117,9 +127,11 @@ class Loop:
         with torch.no_grad():
             for method in self.methods:
                 if method.answers(Method.before_batch):  # it takes longer to say where the run is than to do nothing
+                    run.reshard()
                     method.before_batch(method.position())
+                    run.reshard()
         if run.fresh:
-            self._compare_ranks()
+            self._agreement.compare(self.methods)
         run.batch_idx, run.fresh, self._handed_over = batch_idx, False, False
         self._depth.clear()
 
@@ -146,12 +158,13 @@ class Loop:
         self.settle()
         for method in self.methods:
             self._log_numbers(method, method.epoch_end())
-        self._compare_ranks(live=True)  # after every step it would take too long
+        self._agreement.compare(self.methods, live=True)  # after every step it would take too long
 
     @torch.no_grad()
     def settle(self) -> None:
         for method in self.methods:
             method.settle()
+        self.run.reshard()
 
     def conclude(self) -> None:
         for method in self.methods:
@@ -161,7 +174,7 @@ class Loop:
         for method in self.methods:
             if method.answers(Method.evolve):
                 method.evolve(method.position(epoch_start, under_way))
-        self._compare_ranks()
+        self._agreement.compare(self.methods)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -169,16 +182,21 @@ class Loop:
         self._undo(optimizer)
         self._count()
         steps = self._steps(optimizer, self.run.gradient_scale(optimizer))
-        with torch.no_grad():
+        with torch.no_grad(), self._lent(optimizer):
             for method, step in steps:
                 step.add_gradients(method.weight_penalty(step))
             for method, step in steps:
                 method.before_step(step)
             for method, step in steps:
                 method.silence(step)
-            if any(step.replaced for _, step in steps):
-                self._withhold_gradients(optimizer)
+        if any(step.replaced for _, step in steps):
+            self._withhold_gradients(optimizer)
         self._pending[id(optimizer)] = steps
+
+    def _lent(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """While methods act, the parts of weights that they see have gradients."""
+        parts = self._parts[id(optimizer)]
+        return lent_gradients(parts) if parts else nullcontext()
 
     def _steps(self, optimizer: Optimizer, scale: Tensor | None = None) -> list[tuple[Method, Step]]:
         owned = self._owned[id(optimizer)]
@@ -227,11 +245,12 @@ class Loop:
         prepared = self._pending.pop(id(optimizer), None)
         steps = self._steps(optimizer)
         self._count()
-        for method, step in steps:
-            if prepared is not None:
-                method.after_step(step)
-            else:  # past Lightning and with a closure: nobody could see the gradients
-                method.after_unseen_step(step)
+        with self._lent(optimizer):
+            for method, step in steps:
+                if prepared is not None:
+                    method.after_step(step)
+                else:  # past Lightning and with a closure: nobody could see the gradients
+                    method.after_unseen_step(step)
         for method, step in steps:
             method.project(step)
         if len(self.run.optimizers) == 1:
@@ -246,7 +265,7 @@ class Loop:
         """A step was prepared and never made: the gradient scaler has skipped it."""
         steps = self._pending.pop(id(optimizer), None)
         if steps is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self._lent(optimizer):
                 for method, step in steps:
                     method.undo_step(step)
 
@@ -355,40 +374,6 @@ class Loop:
             size = max(method.model_size for method in self._everyone)
             self.run.module.log("sparsity/model", dropped / size, batch_size=1)
             self._logged, self._phase = kept, phase_of(self.methods)
-
-    # ---- ranks -------------------------------------------------------------------------------------------------------
-
-    def _compare_ranks(self, live: bool = False) -> None:
-        """After a change of masks: every rank must hold the same ones.
-
-        Args:
-            live: compare masks that move with every step too.
-
-        Raises:
-            RuntimeError: naming the first weight whose masks differ.
-        """
-        for method, masks in self.to_compare(live):
-            if self.run.trainer.world_size == 1:
-                continue
-            mine = masks.fingerprint().to(self.run.trainer.strategy.root_device)
-            everyone = self.run.trainer.strategy.all_gather(mine)
-            wrong = (everyone != everyone[0]).any(0).nonzero().flatten().tolist()
-            if wrong:
-                raise RuntimeError(
-                    f"{method.label}: the ranks hold different masks of '{list(masks)[wrong[0]]}'; a score or a random "
-                    "choice was made from data of one rank only."
-                )
-
-    def to_compare(self, live: bool) -> Iterator[tuple[Method, Masks]]:
-        """Masks that have changed since the ranks were compared last."""
-        for method in self.methods:
-            masks = method.mask_set
-            if isinstance(masks, MaskSet):
-                if masks.changes != self._compared.get(id(method)):
-                    self._compared[id(method)] = masks.changes
-                    yield method, masks
-            elif masks is not None and live:
-                yield method, masks
 
 
 def _detached(output: Any) -> Any:

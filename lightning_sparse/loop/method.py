@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_sparse.core import (
     LayerRow,
+    Layout,
     Masks,
     Memory,
     Position,
@@ -21,8 +21,12 @@ from lightning_sparse.core import (
     as_patterns,
     count_parameters,
     select_targets,
+    spread_over,
     summarize,
 )
+from lightning_sparse.functional.penalties import alone
+from lightning_sparse.functional.spread import Spread
+from lightning_sparse.loop.arguments import arguments, plain, refuse_words
 from lightning_sparse.loop.run import Run
 from lightning_sparse.loop.selection import tell_selection
 from lightning_sparse.loop.step import Step
@@ -30,7 +34,11 @@ from lightning_sparse.loop.step import Step
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Method", "arguments"]
+__all__ = ["Method", "Shards"]
+
+
+Shards = Literal["none", "data", "any"]
+"""Which weights that are cut into shards a method works on."""
 
 
 class Method(Memory, ABC):
@@ -43,6 +51,8 @@ class Method(Memory, ABC):
 
     removes_weights: ClassVar[bool] = True
     """Whether the chosen weights become sparse; then whoever trains learns which ones are left out."""
+    shards: ClassVar[Shards] = "none"
+    """Weights cut into shards that the method works on: `data` if each rank must see whole features (FSDP2), or `any`."""
     refused: ClassVar[Mapping[str, str]] = {}
     """Arguments that the method does not take, though other methods or earlier versions do, and what to do instead."""
 
@@ -59,7 +69,7 @@ class Method(Memory, ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuse words of other methods and earlier versions with what to write instead."""
-        _refuse_words(cls, args, kwargs)
+        refuse_words(cls, cls.refused, args, kwargs)
         return super().__new__(cls)
 
     def __init__(self, *, targets: str | Sequence[str] = ("*",), name: str | None = None) -> None:
@@ -70,6 +80,8 @@ class Method(Memory, ABC):
         """The state that a checkpoint has brought, until training begins."""
         self.model_size = 0
         """How many numbers the whole model holds, shared ones once."""
+        self.layouts: dict[str, dict[str, Layout]] = {}
+        """Where weights are cut into shards: by what a tensor holds (see `core.Remembered`), then by name of the weight."""
         self._frozen: list[str] = []
         self._run: Run | None = None
 
@@ -204,8 +216,23 @@ class Method(Memory, ABC):
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
-        """The weights this method works on, by name; empty outside training."""
+        """The weights this method works on, by name, as far as this rank holds them; empty outside training."""
         return {target.name: target.weight for target in self.chosen}
+
+    @property
+    def spread(self) -> Spread | None:
+        """How these weights are spread over ranks; None where every rank holds all of them."""
+        return spread_over(target.layout for target in self.chosen)
+
+    def counts(self, name: str) -> bool:
+        """Whether this rank's part of a weight is counted; of copies on several ranks only one is."""
+        layout = self.layouts.get("entries", {}).get(name)
+        return layout is None or layout.counts
+
+    def total(self, name: str) -> Callable[[Tensor], Tensor]:
+        """What makes sums over a whole weight of sums over the part of it that this rank holds; all ranks must call it."""
+        layout = self.layouts.get("entries", {}).get(name)
+        return alone if layout is None else layout.total
 
     @property
     def output_dims(self) -> dict[str, tuple[int, ...]]:
@@ -257,7 +284,7 @@ class Method(Memory, ABC):
 
     def config(self) -> dict[str, Any]:
         """The arguments this callback was made with, as plain values."""
-        return {name: _plain(getattr(self, name)) for name in arguments(type(self)) if name != "name"}
+        return {name: plain(getattr(self, name)) for name in arguments(type(self)) if name != "name"}
 
     def choose(self, module: nn.Module, goes_on: bool = False) -> None:
         """Find the weights in a module.
@@ -270,6 +297,10 @@ class Method(Memory, ABC):
         selection = select_targets(module, self.targets, misfit=self.misfit)
         self.chosen = [target for target in selection.targets if target.name not in before]
         self._frozen = [*selection.frozen]
+        cut = {target.name: (layout, target) for target in self.chosen if (layout := target.layout) is not None}
+        by_output = {name: layout.flattened(target.output_dims) for name, (layout, target) in cut.items()}
+        entries = {name: layout for name, (layout, _) in cut.items()}
+        self.layouts = {"entries": entries, "outputs": by_output} if cut else {}
         self.model_size = count_parameters(module)
         if self.removes_weights:
             tell_selection(self.label, module, self.targets, selection)
@@ -299,7 +330,7 @@ class Method(Memory, ABC):
         if self.brought is None:
             return
         mine = self.config()
-        defaults = {name: _plain(value) for name, value in arguments(type(self)).items()}
+        defaults = {name: plain(value) for name, value in arguments(type(self)).items()}
         theirs = {**{name: defaults[name] for name in mine}, **self.brought["config"]}  # of a version with fewer arguments
         drift = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if drift:
@@ -326,7 +357,7 @@ class Method(Memory, ABC):
         if self.brought is not None:
             self.recall(self.brought["memory"])
             self.brought = None
-            self.place(self.weights, self.run.module.device)
+            self.place(self.weights, self.run.module.device, self.layouts)
             self.resume()
         elif self.goes_on:
             self.resume()
@@ -343,47 +374,4 @@ class Method(Memory, ABC):
 
     @property
     def _chosen_shapes(self) -> dict[str, list[int]]:
-        return {target.name: list(target.weight.shape) for target in self.chosen}
-
-
-def arguments(cls: type) -> dict[str, Any]:
-    """All arguments that a method is made with, those it hands on to its base included, and their defaults."""
-    names: dict[str, Any] = {}
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-            names.update({p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)})
-            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-                break
-    names.pop("self", None)
-    return names
-
-
-def _refuse_words(cls: type[Method], given: Sequence[Any], named: Mapping[str, Any]) -> None:
-    for name in named:
-        if name in cls.refused:
-            raise ValueError(f"{cls.__name__} does not take {name}: {cls.refused[name]}.")
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if any(p.kind == p.VAR_POSITIONAL for p in parameters) or len(given) <= len(by_position):
-        return
-    value = given[len(by_position)]
-    if by_position:
-        first = ", ".join(p.name for p in by_position)
-        raise ValueError(f"{cls.__name__} takes {first} without a name and all else with one; say what {value!r} is.")
-    keyword = next((p.name for p in parameters if p.kind == p.KEYWORD_ONLY), "name")
-    raise ValueError(
-        f"{cls.__name__} promises no sparsity, so {value!r} needs a name; write {keyword}={value!r} if that is what it is."
-    )
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Tensor) and hasattr(value, "item"):
-        return value.item()  # a number of NumPy, which would keep the checkpoint from loading with weights_only
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Callable):  # type: ignore[arg-type]
-        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return value
+        return {target.name: list(target.shape) for target in self.chosen}

@@ -8,10 +8,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_sparse.core import Position, RunLength
+from lightning_sparse.core import Position, RunLength, parts_of
 from lightning_sparse.loop.privates import average_models, unscales_itself
 
 __all__ = ["Run"]
@@ -32,11 +33,20 @@ class Run:
         self.fresh = True
         """Whether no gradients of earlier batches wait for a step."""
         self._unscaled: set[int] = set()
+        self._shards = [part for part in module.modules() if isinstance(part, FSDPModule)]
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """The plain optimizers."""
         return self.trainer.optimizers
+
+    def reshard(self) -> None:
+        """Let every layer of FSDP2 gather its weights anew: after validation some still hold them as they were before.
+
+        Called around all that reads or changes weights outside a step; costs nothing where nothing is cut.
+        """
+        for part in self._shards:
+            part.reshard()
 
     # ---- how long it is, and where it is ----------------------------------------------------------------------------
 
@@ -133,7 +143,7 @@ class Run:
 
         An entry that is pruned must leave the average too: there it would fade but never become zero.
         """
-        return [dict(_averaged(model).named_parameters()) for model in average_models(self.trainer)]
+        return [parts_of(_averaged(model)) for model in average_models(self.trainer)]
 
 
 def _averaged(model: nn.Module) -> nn.Module:

@@ -32,6 +32,7 @@ the order of the callbacks: a penalty listed after a mask cannot wake a pruned e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,8 +41,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_sparse.core import owner_of
+from lightning_sparse.loop.arguments import arguments
 from lightning_sparse.loop.loop import Loop
-from lightning_sparse.loop.method import Method, arguments
+from lightning_sparse.loop.method import Method
 from lightning_sparse.loop.rng import collect_rng, restore_rng
 from lightning_sparse.loop.run import Run
 
@@ -76,7 +79,7 @@ class Sparsifier(Method, Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.brought is not None:  # loaded, and training has not begun
             return dict(self.brought)
-        return {"config": self.config(), "memory": self.memorize() if self.shapes else None}
+        return {"config": self.config(), "memory": self.memorize(self.layouts) if self.shapes else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.brought = state_dict if state_dict.get("memory") else None
@@ -171,10 +174,30 @@ def sparsifiers(trainer: pl.Trainer) -> list[Sparsifier]:
 
 def _refuse_trainer(method: Method, trainer: pl.Trainer) -> None:
     strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+    kind = type(strategy).__name__
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ValueError(
-            f"{method.label} does not support strategy={type(strategy).__name__}, which cuts weights into shards; "
-            "use 'ddp' or a single device."
+            f"{method.label} does not support strategy={kind}, which flattens weights into pieces without rows; use "
+            "ModelParallelStrategy with fully_shard, 'ddp', or a single device."
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        if method.shards == "none":
+            raise ValueError(
+                f"{method.label} does not support strategy={kind}, which cuts weights into shards, because it needs whole "
+                "weights; use 'ddp' or a single device."
+            )
+        if method.shards == "data" and strategy.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"{method.label} does not support tensor parallelism, where a rank sees only some features of a layer; use "
+                "ModelParallelStrategy(tensor_parallel_size=1)."
+            )
+    path = trainer.ckpt_path
+    if path is not None and (Path(path) / ".metadata").is_file() and not isinstance(strategy, ModelParallelStrategy):
+        raise ValueError(
+            f"ckpt_path='{path}' is a distributed checkpoint, which Lightning cannot load with strategy={kind}; resume with "
+            "ModelParallelStrategy, on any number of devices. To go on in one process, resume so with "
+            "save_distributed_checkpoint=False first, which writes a single file; for the weights alone there is "
+            "lightning_sparse.export.whole_weights."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelPruning):
@@ -192,7 +215,7 @@ def _refuse_optimizers(method: Method, optimizers: Sequence[Optimizer]) -> None:
             )
     owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for target in method.chosen:
-        if id(target.weight) not in owned:
+        if id(owner_of(target.weight)) not in owned:
             raise ValueError(
                 f"{method.label}: no optimizer updates '{target.name}'; return it from configure_optimizers or exclude it "
                 f"with targets=['!{target.name}']."

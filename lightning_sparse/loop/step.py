@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sparse.core import owner_of
+
 __all__ = ["Step"]
 
 
@@ -17,7 +19,7 @@ class Step:
 
     Args:
         optimizer: that is about to move, or has moved.
-        weights: those of the method's weights that this optimizer owns.
+        weights: those of the method's weights that this optimizer owns, as far as this rank holds them.
         gradient_scale: the factor that gradients carry now, where the optimizer itself unscales them (fused optimizers
             in 16-bit mixed precision), else None.
         replaced: whether the method takes this step for itself; then the optimizer finds no gradients, and no weight, no
@@ -31,7 +33,7 @@ class Step:
 
     def learning_rate(self, name: str) -> float | Tensor:
         """The current learning rate of one weight."""
-        weight = self.weights[name]
+        weight = owner_of(self.weights[name])
         for group in self.optimizer.param_groups:
             if any(parameter is weight for parameter in group["params"]):
                 return group["lr"]  # type: ignore[no-any-return]

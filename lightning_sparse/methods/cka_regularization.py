@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_sparse.core import FeatureLayer, FeatureTap, Position, RunLength, check_choice, feature_layers, group_features
 from lightning_sparse.functional import PAIR_WEIGHTS, linear_cka_matrix, off_diagonal_mean, similarity_penalty
-from lightning_sparse.loop import Sparsifier
+from lightning_sparse.loop import Shards, Sparsifier
 
 __all__ = ["CKARegularization"]
 
@@ -61,6 +61,8 @@ class CKARegularization(Sparsifier):
     Raises:
         ValueError: for layers that cannot be compared, at the start of fit, or in the first batch where only that shows it.
     """
+
+    shards: ClassVar[Shards] = "data"
 
     removes_weights = False
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(

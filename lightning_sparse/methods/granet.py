@@ -24,6 +24,7 @@ from lightning_sparse.families import Rewiring
 from lightning_sparse.functional import ALLOCATIONS, cubic, magnitude
 from lightning_sparse.functional.regrowth import DropScheduleName
 from lightning_sparse.functional.schedules import Schedule
+from lightning_sparse.loop import Shards
 
 __all__ = ["GraNet"]
 
@@ -62,6 +63,8 @@ class GraNet(Rewiring):
         >>> GraNet(sparsity=0.9).label
         'GraNet'
     """
+
+    shards: ClassVar[Shards] = "any"
 
     refused: ClassVar[Mapping[str, str]] = {
         "pruning_end": "the final sparsity is reached at end, and regeneration ends at rewiring_end"

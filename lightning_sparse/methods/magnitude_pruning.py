@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
 from lightning_sparse.families.pruning import Pruning
 from lightning_sparse.functional import magnitude
+from lightning_sparse.loop import Shards
 
 __all__ = ["MagnitudePruning"]
 
@@ -26,6 +27,8 @@ class MagnitudePruning(Pruning):
         >>> MagnitudePruning(sparsity=0.9).label
         'MagnitudePruning'
     """
+
+    shards: ClassVar[Shards] = "any"
 
     def score(self, name: str, weight: Tensor) -> Tensor:
         return magnitude(weight)

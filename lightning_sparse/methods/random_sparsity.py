@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import ClassVar, final
 
 from lightning_sparse.core import AllocationName, Remembered, StructureName
 from lightning_sparse.families import Budgeted
+from lightning_sparse.loop import Shards
 from lightning_sparse.loop.rng import check_seed, draw_seed
 
 __all__ = ["RandomSparsity"]
@@ -34,6 +35,8 @@ class RandomSparsity(Budgeted):
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
+
+    shards: ClassVar[Shards] = "any"
 
     drawn_seed = Remembered(int)
 
@@ -67,4 +70,4 @@ class RandomSparsity(Budgeted):
         if self.rescale:
             for name, weight in self.weights.items():
                 kept = self.masks.counts[name] or 1
-                weight.mul_((weight.numel() / kept) ** 0.5)
+                weight.mul_((self.masks.numel(name) / kept) ** 0.5)

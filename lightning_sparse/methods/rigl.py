@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
-from lightning_sparse.core import AllocationName, StructureName
+from lightning_sparse.core import AllocationName, StructureName, Target
 from lightning_sparse.families.rewiring import Rewiring
 from lightning_sparse.functional import growth_score, magnitude
 from lightning_sparse.functional.regrowth import DropScheduleName
 from lightning_sparse.functional.schedules import Schedule
+from lightning_sparse.loop import Shards
 
 __all__ = ["RigL"]
 
@@ -56,6 +57,8 @@ class RigL(Rewiring):
         'RigL'
     """
 
+    shards: ClassVar[Shards] = "any"
+
     takes_steps = True
 
     def __init__(
@@ -94,6 +97,11 @@ class RigL(Rewiring):
             name=name,
         )
         self.growth_per_output = growth_per_output
+
+    def misfit(self, target: Target) -> str | None:
+        if self.growth_per_output and target.parts_outputs:
+            return "is cut into shards along its inputs, and growth_per_output needs all inputs of an output on one rank"
+        return super().misfit(target)
 
     def keep_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
         return magnitude(weight)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
 from lightning_sparse.families.rewiring import Rewiring
 from lightning_sparse.functional import hashed_score, magnitude, random_generator
+from lightning_sparse.loop import Shards
 
 __all__ = ["SET"]
 
@@ -29,10 +30,12 @@ class SET(Rewiring):
         'SET'
     """
 
+    shards: ClassVar[Shards] = "any"
+
     reads_gradients = False
 
     def keep_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
         return magnitude(weight)
 
     def grow_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
-        return hashed_score(weight, random_generator(self.drawn_seed, self.updates, name))
+        return hashed_score(weight, random_generator(self.drawn_seed, self.updates, name), self.places(name))

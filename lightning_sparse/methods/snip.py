@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 from lightning_sparse.families.pruning_at_init import PruningAtInitOnData
 from lightning_sparse.functional import connection_sensitivity
+from lightning_sparse.loop import Shards
 
 __all__ = ["SNIP"]
 
@@ -28,6 +29,8 @@ class SNIP(PruningAtInitOnData):
         >>> SNIP(sparsity=0.9, batches=4).label
         'SNIP'
     """
+
+    shards: ClassVar[Shards] = "any"
 
     def choose_masks(self) -> None:
         gradients = self.mean_over_data(self.gradient)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_sparse.core import Target, check_number
 from lightning_sparse.families.learned_threshold import LearnedThreshold
 from lightning_sparse.functional import apply_bits_, mask_bits, soft_threshold, soft_threshold_slope
+from lightning_sparse.loop import Shards
 
 __all__ = ["STR"]
 
@@ -48,6 +49,8 @@ class STR(LearnedThreshold):
         'STR'
     """
 
+    shards: ClassVar[Shards] = "any"
+
     refused: ClassVar[Mapping[str, str]] = {
         **LearnedThreshold.refused,
         "decay": "the weight decay of s is called strength, like every factor of a penalty",
@@ -78,7 +81,7 @@ class STR(LearnedThreshold):
     def differentiate(self, name: str, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         threshold = self.threshold(name)
         slope = soft_threshold_slope(weight, threshold)
-        by_threshold = gradient.mul_(slope).sum() * threshold * (1 - threshold)
+        by_threshold = self.total(name)(gradient.mul_(slope).sum()) * threshold * (1 - threshold)
         return gradient.mul_(slope), by_threshold  # the square of the slope is the mask
 
     def pull(self, name: str) -> Tensor:

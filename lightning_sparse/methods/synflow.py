@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import AllocationName, Call, StructureName, check_whole, tensors_in
+from lightning_sparse.core import AllocationName, Call, StructureName, check_whole, lent_gradients, local, tensors_in
 from lightning_sparse.families import PruningAtInit
 from lightning_sparse.functional import connection_sensitivity, exponential
+from lightning_sparse.loop import Shards
 from lightning_sparse.loop.dry_run import dry_run, record_calls, refuse_unrepeatable_data, training_outputs
 
 __all__ = ["SynFlow"]
@@ -58,6 +59,8 @@ class SynFlow(PruningAtInit):
         'SynFlow'
     """
 
+    shards: ClassVar[Shards] = "any"
+
     def __init__(
         self,
         sparsity: float | None = None,
@@ -86,13 +89,15 @@ class SynFlow(PruningAtInit):
         path = self._path()
         ones = self._ones(path)
         with dry_run(self.run.trainer, self.run.module) as twin:
-            dtype = torch.float32 if twin.device.type == "mps" else torch.float64  # R is a product over all layers
-            twin.to(dtype).eval()
+            if self.spread is None:
+                twin.to(torch.float32 if twin.device.type == "mps" else torch.float64)  # R is a product over all layers
+            twin.eval()
             for tensor in itertools.chain(twin.parameters(), twin.buffers()):
-                tensor.data.abs_()
-            self._iterate(twin, lambda: ones(twin))
+                local(tensor).data.abs_()
+            masks = self._iterate(twin, lambda: ones(twin))
+        self.set_masks(dict(zip(self.weights, masks, strict=True)))  # not before all that was tried is undone
 
-    def _iterate(self, twin: LightningModule, flow: Callable[[], Any]) -> None:
+    def _iterate(self, twin: LightningModule, flow: Callable[[], Any]) -> list[Tensor]:
         weights = self.twin_weights(twin)
         masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
         for iteration in range(1, self.iterations + 1):
@@ -102,11 +107,12 @@ class SynFlow(PruningAtInit):
             for score, mask in zip(scores, masks, strict=True):
                 score.masked_fill_(~mask, -torch.inf)
             sparsity = exponential(iteration / self.iterations, 0.0, self.budget.sparsity)
-            kept = [int(mask.count_nonzero()) for mask in masks]
+            numbers = [mask.count_nonzero() for mask in masks]
+            kept = [int(number) for number in numbers] if self.spread is None else self.spread.sums(numbers)
             masks = self.plan.masks(scores, sparsity, kept)
             for weight, mask in zip(weights, masks, strict=True):
                 weight.data.mul_(mask)
-        self.set_masks(dict(zip(self.weights, masks, strict=True)))
+        return masks
 
     def _scores(self, twin: LightningModule, weights: Sequence[nn.Parameter], flow: Callable[[], Any]) -> list[Tensor]:
         twin.zero_grad()
@@ -120,17 +126,21 @@ class SynFlow(PruningAtInit):
             ) from error
         torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
         reduce = self.run.trainer.strategy.reduce
-        scores = []
-        for name, weight in zip(self.weights, weights, strict=True):
-            if weight.grad is None:
-                raise ValueError(
-                    f"{self.label}: nothing flows through '{name}'; exclude it with targets=['!{name}'], or give the "
-                    "network that it belongs to."
-                )
-            scores.append(connection_sensitivity(weight, reduce(weight.grad, reduce_op="mean")))
-            weight.grad = None  # a number in 64 bits for every weight, which nobody needs any more
+        scores, named = [], dict(zip(self.weights, weights, strict=True))
+        with lent_gradients(named):
+            for name, weight in named.items():
+                if weight.grad is None:
+                    raise ValueError(
+                        f"{self.label}: nothing flows through '{name}'; exclude it with targets=['!{name}'], or give the "
+                        "network that it belongs to."
+                    )
+                # Parts of a gradient are means over ranks already.
+                gradient = weight.grad if self.layouts else reduce(weight.grad, reduce_op="mean")
+                scores.append(connection_sensitivity(weight, gradient))
+                weight.grad = None  # a number in 64 bits for every weight, which nobody needs any more
         size = reduce(torch.stack([output.detach().abs().sum() for output in outputs]).sum(), reduce_op="mean")
-        if max(float(score.sum()) for score in scores) < _ROUNDING * torch.finfo(size.dtype).eps * float(size):
+        sums = [float(self.total(name)(score.sum())) for name, score in zip(named, scores, strict=True)]
+        if max(sums) < _ROUNDING * torch.finfo(size.dtype).eps * float(size):
             return [torch.zeros_like(score) for score in scores]  # as behind a layer norm, which always has the same sum
         return scores
 

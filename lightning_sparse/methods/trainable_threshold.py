@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_sparse.core import Target, check_number
 from lightning_sparse.families.learned_threshold import LearnedThreshold
 from lightning_sparse.functional import step_threshold_gradients
+from lightning_sparse.loop import Shards
 
 __all__ = ["TrainableThreshold"]
 
@@ -46,6 +47,8 @@ class TrainableThreshold(LearnedThreshold):
         'TrainableThreshold'
     """
 
+    shards: ClassVar[Shards] = "any"
+
     def __init__(
         self,
         *,
@@ -59,6 +62,11 @@ class TrainableThreshold(LearnedThreshold):
         self.strength = strength
         check_number("strength", strength)
 
+    def misfit(self, target: Target) -> str | None:
+        if target.parts_outputs:
+            return "is cut into shards along its inputs, and the threshold of an output needs all of them on one rank"
+        return super().misfit(target)
+
     @property
     def dropped_learn(self) -> bool:
         return True
@@ -66,7 +74,7 @@ class TrainableThreshold(LearnedThreshold):
     def initial(self, target: Target) -> Tensor:
         shape = [1] * target.weight.ndim
         for dim in target.output_dims:
-            shape[dim] = target.weight.shape[dim]
+            shape[dim] = target.weight.shape[dim]  # of this rank's part
         return torch.zeros(shape)
 
     def threshold(self, name: str) -> Tensor:
@@ -80,5 +88,5 @@ class TrainableThreshold(LearnedThreshold):
         return -self.strength * torch.exp(-self.sources[name])
 
     def thresholds_moved(self, name: str, dense: Tensor) -> None:
-        kept = self.shown(name, dense).count_nonzero()
-        self.sources[name].masked_fill_(kept <= 0.01 * dense.numel(), 0)
+        kept, size = self.total(name)(self.shown(name, dense).count_nonzero()), self.mask_set.numel(name)
+        self.sources[name].masked_fill_(kept <= 0.01 * size, 0)

@@ -14,13 +14,14 @@ from lightning_sparse.core import (
     Position,
     RunLength,
     StructureName,
+    Target,
     check_choice,
     check_number,
     parse_structure,
 )
 from lightning_sparse.families import Pruning
 from lightning_sparse.functional import PENALTIES, magnitude
-from lightning_sparse.loop import Step
+from lightning_sparse.loop import Shards, Step
 
 __all__ = ["WeightPenalty"]
 
@@ -67,6 +68,8 @@ class WeightPenalty(Pruning):
         'WeightPenalty'
     """
 
+    shards: ClassVar[Shards] = "any"
+
     refused: ClassVar[Mapping[str, str]] = {
         "kind": "the kind of penalty is called penalty",
         "start": "the penalty pulls from the first step on",
@@ -112,6 +115,11 @@ class WeightPenalty(Pruning):
     def score(self, name: str, weight: Tensor) -> Tensor:
         return magnitude(weight)
 
+    def misfit(self, target: Target) -> str | None:
+        if self.penalty == "group_lasso" and target.parts_outputs:
+            return "is cut into shards along its inputs, and penalty='group_lasso' needs all inputs of an output on one rank"
+        return super().misfit(target)
+
     @property
     def mask_set(self) -> MaskSet | None:
         return self.masks if self.prunes else None
@@ -146,7 +154,10 @@ class WeightPenalty(Pruning):
         if self.pulls and not self.proximal:
             dims = self.output_dims
             for name, weight in step.weights.items():
-                yield name, PENALTIES[self.penalty].gradient(weight.detach(), dims[name]).mul_(self.strength)
+                yield (
+                    name,
+                    PENALTIES[self.penalty].gradient(weight.detach(), dims[name], self.total(name)).mul_(self.strength),
+                )
 
     def project(self, step: Step) -> None:
         move = PENALTIES[self.penalty].proximal_
@@ -161,7 +172,7 @@ class WeightPenalty(Pruning):
         if not self.pulls:
             return {}
         dims, value = self.output_dims, PENALTIES[self.penalty].value
-        values = [value(weight, dims[name]) for name, weight in self.weights.items()]
+        values = [value(weight, dims[name], self.total(name)) for name, weight in self.weights.items()]
         return {"penalty": self.strength * torch.stack(values).sum()}
 
     def conclude(self) -> None:

@@ -19,8 +19,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_sparse.core import Call, Masks, Target, count_macs, describe, effective_macs
-from lightning_sparse.functional import dead_outputs, mask_churn, nonzero_counts
+from lightning_sparse.core import (
+    Call,
+    Masks,
+    Target,
+    changed_share,
+    count_dead,
+    count_macs,
+    count_nonzero,
+    describe,
+    effective_macs,
+    is_cut,
+    parts_of,
+)
 from lightning_sparse.loop.dry_run import dry_run, size_of, take_step, train_but_leaves
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.privates import logged_step
@@ -85,7 +96,7 @@ class SparsityMonitor(Callback):
             self.history = History()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._begun and trainer.is_global_zero:  # now all methods have
+        if not self._begun and (trainer.is_global_zero or is_cut(pl_module)):  # now all methods have
             self._begun = True
             self._begin(trainer, pl_module, batch)
 
@@ -102,7 +113,10 @@ class SparsityMonitor(Callback):
             )
             return
         self._before = self._masks(trainer)
-        self.macs = self.macs or _dense_macs(trainer, pl_module, batch)
+        if is_cut(pl_module):
+            rank_zero_info("SparsityMonitor: MACs are left out, because weights are cut into shards.")
+        else:
+            self.macs = self.macs or _dense_macs(trainer, pl_module, batch)
         config = {method.label: method.config() for method in sparsifiers(trainer)}
         self._boards = [Dashboard(logger, config) for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         plain = [type(logger).__name__ for logger in trainer.loggers if not isinstance(logger, WandbLogger | DummyLogger)]
@@ -128,13 +142,13 @@ class SparsityMonitor(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._before = {}
-        if not (self._begun and self.history.rows):  # no batch, nothing to see, or another rank
+        if not (self._begun and self.history.rows):  # no batch, nothing to see, or a rank that need not help
             return
         row = self.history.rows[-1]
         metric = choose_metric(row["metrics"], self.metric)
         final = {f"final/{key.partition('/')[2]}": value for key, value in self._numbers(row).items()}
         self._log(trainer, final | ({f"final/{metric}": row["metrics"][metric]} if metric else {}), row["step"])
-        if self.table:
+        if self.table and trainer.is_global_zero:
             for method in sparsifiers(trainer):
                 if isinstance(masks := method.mask_set, Masks) and len(masks):
                     Console().print("", render(method.summary(), title=method.label))
@@ -145,6 +159,8 @@ class SparsityMonitor(Callback):
         """The report, for those with a browser; the same for those with a dashboard."""
         folder = run_folder(trainer)
         run, page = self._describe(trainer, pl_module, folder), folder / FILE
+        if not trainer.is_global_zero:
+            return
         if self.report:
             write_report(page, run)
             rank_zero_info(f"SparsityMonitor: see {page}")
@@ -154,6 +170,11 @@ class SparsityMonitor(Callback):
             if best and self.artifacts:
                 board.checkpoint(best, run)
         self._boards = []
+
+    def _whole(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The masks that are drawn; where they are cut, all ranks must call it, and the first one gets them."""
+        layouts = {name: self._targets[name].layout for name in list(masks)[:PICTURES]}
+        return {name: masks[name] if layout is None else layout.gather(masks[name]) for name, layout in layouts.items()}
 
     # ---- readings ----------------------------------------------------------------------------------------------------
 
@@ -166,25 +187,23 @@ class SparsityMonitor(Callback):
         """Everything there is to know now."""
         methods, masks = sparsifiers(trainer), self._masks(trainer)
         weights = {name: target.weight for name, target in self._targets.items()}
-        nonzero = nonzero_counts(weights)
-        kept = {**nonzero, **nonzero_counts(masks)}
-        total = sum(weight.numel() for weight in weights.values())
-        dead = {
-            name: dead_outputs(masks.get(name, weight), self._targets[name].output_dims) for name, weight in weights.items()
-        }
+        nonzero = count_nonzero(weights, self._targets)
+        kept = {**nonzero, **count_nonzero(masks, self._targets)}
+        total = sum(target.size for target in self._targets.values())
+        dead = count_dead({name: masks.get(name, weight) for name, weight in weights.items()}, self._targets)
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "step": logged_step(trainer) - 1,  # that of the epoch's last batch, which Lightning logs epochs at
             "phase": phase_of(methods),
             "sparsity": 1 - sum(kept.values()) / total,
             "zeros": 1 - sum(nonzero.values()) / total,
-            "dead_outputs": sum(nonzero_counts(dead).values()),
+            "dead_outputs": sum(dead.values()),
             "parameters": sum(p.numel() for p in pl_module.parameters()) - total + sum(kept.values()),
             "layers": list(kept.values()),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items() if name != "sparsity"},
         }
         if masks:
-            row["churn"] = mask_churn(self._before.values(), masks.values())
+            row["churn"] = changed_share(self._before, masks, self._targets)
             self._before = masks
         if self.macs:
             row["macs"] = sum(effective_macs(self.macs, masks or weights).values())
@@ -200,7 +219,7 @@ class SparsityMonitor(Callback):
 
     def _layers(self, row: Mapping[str, Any], methods: list[Sparsifier]) -> dict[str, float]:
         """The sparsity of each layer, and what it is to be where that is known."""
-        sizes = {name: target.weight.numel() for name, target in self._targets.items()}
+        sizes = {name: target.size for name, target in self._targets.items()}
         actual = {f"layers/{name}": 1 - kept / sizes[name] for name, kept in zip(sizes, row["layers"], strict=True)}
         goals = {name: kept for method in methods for name, kept in method.goal["layers"].items()}
         return actual | {f"layer_targets/{name}": 1 - kept / sizes[name] for name, kept in goals.items()}
@@ -213,8 +232,11 @@ class SparsityMonitor(Callback):
             return
         weights = {name: target.weight.detach() for name, target in self._targets.items()}
         survivors = {name: weight[weight != 0] for name, weight in weights.items()}
-        masks = {name: corner(mask) for name, mask in list(self._masks(trainer).items())[:PICTURES]}
-        sizes = [weight.numel() for weight in weights.values()]
+        whole = self._whole(self._masks(trainer))
+        if not trainer.is_global_zero:
+            return
+        masks = {name: corner(mask) for name, mask in whole.items()}
+        sizes = [target.size for target in self._targets.values()]
         columns = [[1 - kept / size for kept, size in zip(row["layers"], sizes, strict=True)] for row in self.history.rows]
         for board in self._boards:
             board.pictures(row["step"], survivors, masks, columns)
@@ -225,14 +247,15 @@ class SparsityMonitor(Callback):
         rows = self.history.rows
         goals = {name: kept for method in methods for name, kept in method.goal["layers"].items()}
         totals = [method.goal["total"] for method in methods if method.mask_set is not None]
-        sizes = {name: target.weight.numel() for name, target in self._targets.items()}
+        sizes = {name: target.size for name, target in self._targets.items()}
         known = totals and None not in totals
+        dead = count_dead({name: masks.get(name, target.weight) for name, target in self._targets.items()}, self._targets)
         layers = [
             {
                 "name": name,
                 "size": sizes[name],
                 "outputs": target.outputs,
-                "dead": int(dead_outputs(masks.get(name, target.weight), target.output_dims).count_nonzero()),
+                "dead": dead[name],
                 "target": goals.get(name),
             }
             for name, target in self._targets.items()
@@ -252,7 +275,7 @@ class SparsityMonitor(Callback):
             "dense": {"parameters": sum(p.numel() for p in pl_module.parameters()), "macs": sum(self.macs.values())},
             "layers": layers,
             "rows": rows,
-            "pictures": {name: picture(masks[name]) for name in list(masks)[:PICTURES]},
+            "pictures": {name: picture(mask) for name, mask in self._whole(masks).items() if mask.numel()},
             "config": _config(trainer, pl_module),
             "machine": describe_machine(),
         }
@@ -298,8 +321,8 @@ def _config(trainer: pl.Trainer, module: pl.LightningModule) -> str:
 def _weights_of(module: nn.Module) -> list[Target]:
     """What methods would choose by default, frozen or not."""
     names = [candidate.name for candidate in describe(module, ["*"], frozen=True) if candidate.chosen]
-    layers = [module.get_submodule(name.rpartition(".")[0]) for name in names]
-    return [Target.of(name, module.get_parameter(name), layer) for name, layer in zip(names, layers, strict=True)]
+    layers, parts = [module.get_submodule(name.rpartition(".")[0]) for name in names], parts_of(module)
+    return [Target.of(name, parts[name], layer) for name, layer in zip(names, layers, strict=True)]
 
 
 def _sparsities(methods: list[Sparsifier]) -> dict[str, float]:

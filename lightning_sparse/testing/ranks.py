@@ -30,8 +30,8 @@ __all__ = ["agrees_on_all_ranks", "fit_on_ranks", "run_on_ranks"]
 RANKS = 2
 
 
-def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call `function(rank, *args)` in two new processes that form a gloo group.
+def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.0, ranks: int = RANKS) -> list[Any]:
+    """Call `function(rank, *args)` in several new processes that form a gloo group.
 
     Processes are forked from this one, so that anything can be handed over, classes of test modules and closures too.
     Where there is an accelerator, torch does not allow that, and they are started anew: then the function and what it is
@@ -41,6 +41,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.
         function: what it returns must load with `weights_only=True`.
         args: for it.
         timeout: seconds until the processes are ended.
+        ranks: how many processes.
 
     Returns:
         What each rank has returned.
@@ -51,7 +52,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.
     forks = not torch.accelerator.is_available()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(folder, rank, function, args)) for rank in range(RANKS)]
+        processes = [context.Process(target=_rank, args=(folder, rank, ranks, function, args)) for rank in range(ranks)]
         try:
             with warnings.catch_warnings():
                 # Children of a process with threads may wait for a lock that nobody holds; these compute on one thread.
@@ -71,20 +72,20 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.
                 process.join()
         failures = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
         require(not failures, "\n".join(["A rank has failed.", *failures]))
-        wanting = [rank for rank in range(RANKS) if not Path(folder, f"{rank}.pt").exists()]
+        wanting = [rank for rank in range(ranks) if not Path(folder, f"{rank}.pt").exists()]
         codes = [process.exitcode for process in processes]
         require(not wanting, f"Ranks {wanting} did not end within {timeout:g} s, or died (exit codes {codes}).")
-        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
 
-def _rank(folder: str, rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(folder: str, rank: int, ranks: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """One of the processes; writes what the function has returned, or how it has failed."""
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else a name server may be asked for this machine's address
     torch.set_num_threads(1)
     try:
-        distributed.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=60), rank=rank, world_size=RANKS)
+        distributed.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=60), rank=rank, world_size=ranks)
         with quiet():
             warnings.simplefilter("ignore")  # of Lightning, on two processes; those of one process are seen elsewhere
             result = function(rank, *args)

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from lightning_sparse import STR, TrainableThreshold
 from lightning_sparse.core import Target
 from lightning_sparse.families.learned_threshold import LearnedThreshold
-from lightning_sparse.loop import Loop, Run
+from lightning_sparse.loop import Run
+from lightning_sparse.loop.agreement import Agreement
 from lightning_sparse.testing import BATCHES, Toy, Watcher, fit, loader, network, toy
 from tests.helpers.oracles import BinaryStep
 from tests.helpers.steps import PlainSGD, Scaled, SelfUnscaling, SkippedSteps
@@ -223,14 +224,14 @@ def test_a_layer_that_keeps_more_than_a_hundredth_stays_as_it_is() -> None:
 
 def test_ranks_compare_masks_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
-    to_compare = Loop.to_compare
+    changed = Agreement.changed
 
-    def note(loop: Loop, live: bool) -> Any:
-        for method, masks in to_compare(loop, live):
-            compared.append(loop.run.trainer.global_step)
+    def note(agreement: Agreement, methods: Any, live: bool) -> Any:
+        for method, masks in changed(agreement, methods, live):
+            compared.append(agreement.run.trainer.global_step)
             yield method, masks
 
-    monkeypatch.setattr(Loop, "to_compare", note)
+    monkeypatch.setattr(Agreement, "changed", note)
     fit(toy(), STR())
     assert compared == [BATCHES, 2 * BATCHES, 3 * BATCHES]
 

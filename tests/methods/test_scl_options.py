@@ -89,14 +89,14 @@ def test_the_controller_has_nearly_arrived_when_masks_are_settled() -> None:
 
 
 def test_the_controller_acts_by_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_sparse.methods.sparse_connectivity_learning.STEERING", 0.125)
+    monkeypatch.setattr(f"{SCL.__module__}.STEERING", 0.125)
     elapsed: list[float] = []
 
     def steer(memory: float, error: float, time: float) -> tuple[float, float]:
         elapsed.append(time)
         return steer_price(memory, error, time)
 
-    monkeypatch.setattr("lightning_sparse.methods.sparse_connectivity_learning.steer_price", steer)
+    monkeypatch.setattr(f"{SCL.__module__}.steer_price", steer)
     method = SCL(sparsity=0.8)
     diary = Diary(method)
     fit(toy(), method, diary, max_epochs=8)

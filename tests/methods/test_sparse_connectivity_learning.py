@@ -18,7 +18,7 @@ from lightning_sparse import LpSphere
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.core import LiveMasks, count_macs, effective_macs
 from lightning_sparse.functional import unit_step
-from lightning_sparse.loop import Loop
+from lightning_sparse.loop.agreement import Agreement
 from lightning_sparse.observe import SparsityTable
 from lightning_sparse.testing import BATCHES, Toy, differences, fit, network, toy
 from tests.helpers.oracles import by_loop
@@ -463,14 +463,14 @@ def test_connections_are_counted_as_often_as_lightning_logs(
 
 def test_ranks_compare_masks_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
-    to_compare = Loop.to_compare
+    changed = Agreement.changed
 
-    def note(loop: Loop, live: bool) -> Any:
-        for method, masks in to_compare(loop, live):
-            compared.append(loop.run.trainer.global_step)
+    def note(agreement: Agreement, methods: Any, live: bool) -> Any:
+        for method, masks in changed(agreement, methods, live):
+            compared.append(agreement.run.trainer.global_step)
             yield method, masks
 
-    monkeypatch.setattr(Loop, "to_compare", note)
+    monkeypatch.setattr(Agreement, "changed", note)
     fit(toy(), SCL(price=0.2, end=1.0))
     assert compared == [BATCHES, 2 * BATCHES, 3 * BATCHES]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from lightning_sparse import (
     SET,
     CKARegularization,
     GraNet,
+    GraSP,
     HyperSparse,
     LayerSparsity,
     LotteryTicket,
@@ -282,14 +284,47 @@ def test_at_the_start_of_fit(
     )
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharding_strategies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+FLAT = "flattens weights into pieces without rows; use ModelParallelStrategy"
+SHARDED: list[tuple[str, Callable[[], L.Callback], int, str]] = [
+    (
+        "FSDPStrategy",
+        lambda: MagnitudePruning(0.5),
+        1,
+        f"MagnitudePruning does not .* which {FLAT}",
+    ),
+    ("DeepSpeedStrategy", lambda: RigL(0.5), 1, f"RigL does not support strategy=DeepSpeed.* {FLAT}"),
+    (
+        "ModelParallelStrategy",
+        lambda: GraSP(0.5),
+        1,
+        "GraSP does not support .* whole weights; use 'ddp'",
+    ),
+    (
+        "ModelParallelStrategy",
+        lambda: SCL(0.5),
+        2,
+        "Learning does not support tensor parallelism, where",
+    ),
+    (
+        "ModelParallelStrategy",
+        CKARegularization,
+        2,
+        "CKARegularization does not support tensor parallelism",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "wide", "sentence"), SHARDED)
+def test_sharding_strategies(
+    name: str, make: Callable[[], L.Callback], wide: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stand-in, for these strategies need several devices to be made."""
     cls = getattr(L.pytorch.strategies, name)
-    runner = trainer()
-    monkeypatch.setattr(type(runner), "strategy", property(lambda self: cls.__new__(cls)))
-    with pytest.raises(ValueError, match=f"does not support strategy={name}.* use 'ddp' or a single device"):
-        MagnitudePruning(0.5).setup(runner, toy(), "fit")
+    runner, strategy = trainer(), cls.__new__(cls)
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: wide)}
+    monkeypatch.setattr(type(runner), "strategy", property(lambda self: strategy))
+    with pytest.raises(ValueError, match=sentence):
+        make().setup(runner, toy(), "fit")
 
 
 RESUMED: list[tuple[Callable[[], L.Callback], Callable[[], L.LightningModule], str]] = [

@@ -12,17 +12,25 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse.core import MaskSet, Position, Remembered, RunLength, Span, check_choice, check_sparsity, check_whole
-from lightning_sparse.families.masked import Masked
-from lightning_sparse.functional import (
-    HYPERSPARSE_ALIGNMENT,
-    hypersparse_gradient,
-    hypersparse_scale,
-    quantile_rank,
-    top_k_masks,
+from lightning_sparse.core import (
+    MaskSet,
+    Piece,
+    Position,
+    Remembered,
+    RunLength,
+    Span,
+    check_choice,
+    check_sparsity,
+    check_whole,
+    parts_of,
+    put_back_,
+    to_cpu,
 )
-from lightning_sparse.loop import Step
+from lightning_sparse.families.masked import Masked
+from lightning_sparse.functional import HYPERSPARSE_ALIGNMENT, quantile_rank, top_k_masks
+from lightning_sparse.loop import Shards, Step
 from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, train_but_leaves, training_outputs
+from lightning_sparse.methods.hypersparse.pull import PENALTIES
 from lightning_sparse.methods.hypersparse.stop_rule import Attempt, StopRule
 from lightning_sparse.methods.hypersparse.training_score import TrainingScore
 
@@ -90,6 +98,8 @@ class HyperSparse(Masked):
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
+
+    shards: ClassVar[Shards] = "any"
 
     phase = Remembered[str](lambda: PHASES[0])
     """`pretrain`, `regularize` or `finetune`."""
@@ -171,7 +181,7 @@ class HyperSparse(Masked):
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         refuse_unrepeatable_data(self.run.trainer, self.run.module, self.label)
-        total = sum(weight.numel() for weight in self.weights.values())
+        total = sum(target.size for target in self.chosen)
         if self._kept(total) < 1:
             raise ValueError(
                 f"sparsity={self.sparsity} of {total:,} weights leaves nothing; lower it or choose more layers."
@@ -265,7 +275,7 @@ class HyperSparse(Masked):
                 "rate or the strength."
             )
         attained = attained if math.isfinite(attained) else -math.inf  # worse than any other
-        reason = self.stop_rule.add(Attempt(epoch, attained, state, masks.state_dict()), dense)
+        reason = self.stop_rule.add(Attempt(epoch, attained, state, masks.pieces()), dense)
         entry = {"epoch": epoch, "strength": self.strength_in(epoch), "pruned": attained, "dense": dense}
         if self.scale:
             entry |= {"quantile": float(self.scale[0]), "pull": float(self.scale[1])}
@@ -273,13 +283,13 @@ class HyperSparse(Masked):
         self.history.append(entry | {"best": self.stop_rule.best.epoch, "mean": self.stop_rule.mean})
         return reason
 
-    def _score_copy(self, masks: MaskSet, set_mode: Callable[[nn.Module], Any]) -> tuple[dict[str, Tensor], Tensor]:
+    def _score_copy(self, masks: MaskSet, set_mode: Callable[[nn.Module], Any]) -> tuple[dict[str, Tensor | Piece], Tensor]:
         """The state of a pruned copy, and what it scores on the training set: the sum, and the number of samples."""
         pruned = torch.zeros_like(self.dense)
         with dry_run(self.run.trainer, self.run.module) as twin:
-            masks.apply_(dict(twin.named_parameters()))
+            masks.apply_(parts_of(twin))
             set_mode(twin)
-            state = {name: value.to("cpu", copy=True) for name, value in twin.state_dict().items()}
+            state = {name: to_cpu(value) for name, value in twin.state_dict().items()}
             for batch, output in training_outputs(self.run.trainer, twin):
                 pruned += self._score.weighted(output, batch)
         return state, pruned
@@ -287,7 +297,7 @@ class HyperSparse(Masked):
     def _magnitude_masks(self) -> MaskSet:
         sizes = [weight.detach().abs() for weight in self.weights.values()]
         masks = MaskSet(self.weights)
-        masks.replace(dict(zip(self.weights, top_k_masks(sizes, self._kept(masks.total)), strict=True)))
+        masks.replace(dict(zip(self.weights, top_k_masks(sizes, self._kept(masks.total), self.spread), strict=True)))
         return masks
 
     def _prune(self, epoch: int, reason: str) -> None:
@@ -304,10 +314,14 @@ class HyperSparse(Masked):
         else:
             verb = "has caught up with" if reason == "fresh" else "is the best when the phase ends; compare"
             rank_zero_info(f"{self.label} goes on with {what}, which {verb} {scores}.")
-        self.run.module.load_state_dict(best.state)
+        if self.layouts:
+            put_back_(best.state, self.run.module.state_dict())
+        else:
+            self.run.module.load_state_dict(best.state)
         restored = MaskSet()
         restored.load_state_dict(best.masks)
-        self.set_masks({name: restored[name].to(weight.device) for name, weight in self.weights.items()})
+        restored.to(self.weights)
+        self.set_masks({name: restored[name] for name in self.weights})
         for optimizer in self.run.optimizers:
             optimizer.state.clear()
         self.stop_reason, self.phase, self.phase_start = reason, "finetune", epoch
@@ -384,17 +398,3 @@ class HyperSparse(Masked):
                 f"{self.label} ends dense: training stopped in phase '{self.phase}', before pruning. Train on, or shorten "
                 "the phases before."
             )
-
-
-def _adaptive(method: HyperSparse) -> Callable[[Tensor], Tensor]:
-    scale = hypersparse_scale(list(method.weights.values()), method.sparsity, method.alignment, method.max_pull)
-    method.scale = [scale.quantile, scale.pull]
-    return lambda weight: hypersparse_gradient([weight], method.sparsity, scale)[0]
-
-
-PENALTIES: dict[str, Callable[[HyperSparse], Callable[[Tensor], Tensor]]] = {
-    "hypersparse": _adaptive,
-    "l1": lambda method: torch.sign,
-    "l2": lambda method: lambda weight: 2 * weight,
-}
-"""By name: what makes the gradient of one layer."""

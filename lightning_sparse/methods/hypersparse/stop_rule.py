@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_sparse.core import Piece, whole
+
 __all__ = ["Attempt", "StopRule"]
 
 
@@ -19,12 +21,12 @@ class Attempt:
         epoch: after which it was taken.
         score: of its predictions; higher is better.
         state: its whole state dict.
-        masks: what `MaskSet.state_dict` returns.
+        masks: what `MaskSet.pieces` returns.
     """
 
     epoch: int
     score: float
-    state: dict[str, Tensor]
+    state: dict[str, Tensor | Piece]
     masks: dict[str, Any]
 
 
@@ -77,10 +79,18 @@ class StopRule:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for a checkpoint; an attempt that is the best and in the window shares its tensors."""
+        """Everything, for a checkpoint; an attempt that is the best and in the window shares its tensors.
+
+        Where weights are cut, all ranks must call it.
+        """
         attempts = [*self.window, *([] if self.best is None or self.best in self.window else [self.best])]
         best = None if self.best is None else next(i for i, one in enumerate(attempts) if one is self.best)
-        return {"attempts": [vars(one) for one in attempts], "window": len(self.window), "best": best, "mean": self.mean}
+        return {
+            "attempts": [whole(vars(one)) for one in attempts],
+            "window": len(self.window),
+            "best": best,
+            "mean": self.mean,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_sparse.core import (
 )
 from lightning_sparse.families import Budgeted
 from lightning_sparse.functional import exponential, magnitude
+from lightning_sparse.loop import Shards
 from lightning_sparse.loop.privates import average_models
 from lightning_sparse.methods.lottery_ticket.rounds import Rounds
 from lightning_sparse.methods.lottery_ticket.snapshot import Snapshot, restart_average
@@ -76,6 +77,8 @@ class LotteryTicket(Budgeted):
         >>> LotteryTicket(sparsity=0.9, rewind_to="2 epochs").trainings.count
         11
     """
+
+    shards: ClassVar[Shards] = "any"
 
     round = Remembered(int)
     """Which training this is; 0 is the dense one."""

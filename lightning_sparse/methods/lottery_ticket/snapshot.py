@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_sparse.core import Piece, like, put_back_, to_cpu, whole
+
 __all__ = ["Snapshot", "restart_average"]
 
 
@@ -57,10 +59,7 @@ class Snapshot:
     @torch.no_grad()
     def restore_weights(self, module: nn.Module) -> None:
         """Put all parameters and buffers back, in place."""
-        saved = self._taken["tensors"]
-        for name, tensor in _tensors(module):
-            if name in saved:
-                tensor.copy_(saved[name])
+        put_back_(self._taken["tensors"], dict(_tensors(module)))
 
     def restore_optimizers(
         self, optimizers: Sequence[Optimizer], schedulers: Sequence[_Scheduler], moments: bool = True
@@ -81,7 +80,7 @@ class Snapshot:
                     "them in configure_optimizers."
                 )
             # A copy, because an optimizer takes over tensors that are on its device and then changes them in place.
-            state = copy.deepcopy(saved["state"]) if moments else current["state"]
+            state = _moments(optimizer, saved["state"]) if moments else current["state"]
             settings = [{**now, **copy.deepcopy(then)} for now, then in groups]
             optimizer.load_state_dict({"state": state, "param_groups": settings})
         for scheduler, (kind, state) in zip(schedulers, self._taken["schedulers"], strict=False):
@@ -95,8 +94,8 @@ class Snapshot:
         return self._state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, without a copy: nothing of it is ever changed."""
-        return {} if self._state is None else dict(self._state)
+        """Everything, without a copy: nothing of it is ever changed. Where weights are cut, all ranks must call it."""
+        return {} if self._state is None else dict(whole(self._state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
@@ -121,9 +120,21 @@ def _tensors(module: nn.Module) -> itertools.chain[tuple[str, Tensor]]:
     return itertools.chain(module.named_parameters(), module.named_buffers())
 
 
+def _moments(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """What an optimizer remembers, cut as its weights are."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return {
+        index: {
+            name: like(value, weights[index]) if isinstance(value, Tensor | Piece) else value
+            for name, value in memory.items()
+        }
+        for index, memory in copy.deepcopy(saved).items()
+    }
+
+
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return to_cpu(value)
     if type(value) is dict:
         return {key: _on_cpu(item) for key, item in value.items()}
     if type(value) in (list, tuple):

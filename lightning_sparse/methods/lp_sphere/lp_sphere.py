@@ -17,10 +17,9 @@ from lightning_sparse.core import (
     RunLength,
     Sphere,
     Window,
-    check_choice,
-    check_exponents,
-    check_sparsity,
+    drawn,
     find_spheres,
+    spread_over,
 )
 from lightning_sparse.families import Masked
 from lightning_sparse.functional import (
@@ -34,18 +33,16 @@ from lightning_sparse.functional import (
     lp_sgd_,
     piecewise_linear,
     random_generator,
-    random_score,
     relative_magnitude,
     to_dual,
     top_k_masks,
 )
-from lightning_sparse.loop import Step
-from lightning_sparse.loop.rng import check_seed, draw_seed
+from lightning_sparse.loop import Shards, Step
+from lightning_sparse.loop.rng import draw_seed
+from lightning_sparse.methods.lp_sphere.checks import check_arguments
 from lightning_sparse.methods.lp_sphere.mixing import Knots, read_knots
 
 __all__ = ["LpSphere"]
-
-MODES = ("official", "feedback")
 
 
 @final
@@ -102,9 +99,11 @@ class LpSphere(Masked):
         'LpSphere'
     """
 
-    duals = Remembered[dict[str, Tensor]](dict)
+    shards: ClassVar[Shards] = "any"
+
+    duals = Remembered[dict[str, Tensor]](dict, over="entries")
     """v of every constrained weight, what masks have removed included."""
-    momenta = Remembered[dict[str, Tensor]](dict)
+    momenta = Remembered[dict[str, Tensor]](dict, over="entries")
     growth = Remembered[float](lambda: 0.95)
     """How many connections return at the next update for each that falls, in the official mode."""
     drawn_seed = Remembered(int)
@@ -144,24 +143,7 @@ class LpSphere(Masked):
         self.initial_sparsity, self.drop_threshold, self.growth_margin = initial_sparsity, drop_threshold, growth_margin
         self.start, self.end, self.every = start, end, every
         self.of_all_parameters, self.seed, self.free = of_all_parameters, seed, free
-        check_exponents(p)
-        if sparsity is not None:
-            check_sparsity("sparsity", sparsity)
-        check_sparsity("initial_sparsity", initial_sparsity)
-        if not 0 < mixing <= 1:
-            raise ValueError(f"mixing={mixing} must be in (0, 1]: how much of the new direction a step mixes in.")
-        for label, value in (("momentum", momentum), ("growth_margin", growth_margin)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{label}={value} must be in [0, 1).")
-        if drop_threshold < 0:
-            raise ValueError(f"drop_threshold={drop_threshold} must not be negative: a fraction of an output's mean.")
-        check_choice("mode", mode, MODES)
-        check_seed(seed)
-        if str(every).strip().endswith(("epoch", "epochs")):
-            raise ValueError(
-                f"every={every!r} falls before the first batch of an epoch, where there is no gradient to grow by; write a "
-                "fraction of the run, or 'n steps'."
-            )
+        check_arguments(self)
         self.knots = read_knots(mixing_schedule, mixing)
         self.window = Window(start, end, every)
         self.spheres: dict[str, Sphere] = {}
@@ -206,10 +188,10 @@ class LpSphere(Masked):
         self.drawn_seed = draw_seed(self.run.trainer, self.seed)
         share = min(self.initial_sparsity, self.sparsity)
         masks = {}
-        for name, weight in self.weights.items():
-            score = random_score(weight, random_generator(self.drawn_seed, 0, name))
-            removed = min(math.ceil(share * weight.numel() - 1e-6), weight.numel() - 1)
-            masks[name] = top_k_masks([score], weight.numel() - removed)[0].to(weight.device)
+        for target in self.chosen:
+            removed = min(math.ceil(share * target.size - 1e-6), target.size - 1)
+            score = drawn(target, random_generator(self.drawn_seed, 0, target.name))
+            masks[target.name] = self._best(target.name, score, target.size - removed).to(target.weight.device)
         self.set_masks(masks)
 
     def resume(self) -> None:
@@ -323,9 +305,9 @@ class LpSphere(Masked):
         threshold, masks = self._threshold(progress), {}
         for name, score in self._growth_scores().items():
             kept = self.masks[name] & (self._relative(name) >= threshold)
-            left = int(kept.count_nonzero())
-            returning = min(int((self.masks.counts[name] - left) * self.growth), kept.numel() - left)
-            masks[name] = kept | top_k_masks([score.masked_fill(kept, -torch.inf)], returning)[0]
+            [left] = self._counts({name: kept})
+            returning = min(int((self.masks.counts[name] - left) * self.growth), self.masks.numel(name) - left)
+            masks[name] = kept | self._best(name, score.masked_fill(kept, -torch.inf), returning)
         self.set_masks(masks)
         sparsity = self._removed() / self._counted()
         if self.sparsity:
@@ -339,21 +321,30 @@ class LpSphere(Masked):
         relative = {name: self._relative(name) for name in self.weights}
         # A layer without a gradient in this batch gives only what the count demands.
         kept = {name: self.masks[name] & (r >= threshold if name in scores else True) for name, r in relative.items()}
-        left = [int(mask.count_nonzero()) for mask in kept.values()]
+        left = self._counts(kept)
         if sum(left) >= wanted:
             ranked = [r.masked_fill(~kept[name], -torch.inf) for name, r in relative.items()]
-            self.set_masks(dict(zip(kept, top_k_masks(ranked, wanted), strict=True)))
+            self.set_masks(dict(zip(kept, top_k_masks(ranked, wanted, self.spread), strict=True)))
             return
         fallen = [self.masks.counts[name] - n for name, n in zip(kept, left, strict=True)]
         missing = wanted - sum(left)
         if sum(fallen) < missing:
-            fallen = [mask.numel() - n if name in scores else 0 for (name, mask), n in zip(kept.items(), left, strict=True)]
+            fallen = [self.masks.numel(name) - n if name in scores else 0 for name, n in zip(kept, left, strict=True)]
         missing = min(missing, sum(fallen))
         returning = counts([missing / max(sum(fallen), 1)] * len(fallen), fallen, missing)
         for (name, mask), number in zip(kept.items(), returning, strict=True):
             if number:
-                kept[name] = mask | top_k_masks([scores[name].masked_fill(mask, -torch.inf)], number)[0]
+                kept[name] = mask | self._best(name, scores[name].masked_fill(mask, -torch.inf), number)
         self.set_masks(kept)
+
+    def _counts(self, masks: Mapping[str, Tensor]) -> list[int]:
+        """How many entries masks keep on all ranks together, in order."""
+        counted = self.masks.added_up({name: mask.count_nonzero() for name, mask in masks.items()})
+        return list(counted.values())
+
+    def _best(self, name: str, score: Tensor, number: int) -> Tensor:
+        """The mask of the best entries of a weight."""
+        return top_k_masks([score], number, spread_over([self.layouts.get("entries", {}).get(name)]))[0]
 
     def _threshold(self, progress: float) -> float:
         return self.drop_threshold * (1 + math.cos(math.pi * progress)) / 2
@@ -365,7 +356,7 @@ class LpSphere(Masked):
         return {name: growth_score(gradient, self.output_dims[name]) for name, gradient in self._dense.items()}
 
     def _weights_in_all(self) -> int:
-        return sum(weight.numel() for weight in self.weights.values())
+        return sum(target.size for target in self.chosen)
 
     def _counted(self) -> int:
         """What `sparsity` is a fraction of."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import ClassVar, Literal, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse.core import (
     Budget,
@@ -17,14 +16,14 @@ from lightning_sparse.core import (
     Position,
     Remembered,
     RunLength,
-    Span,
+    Target,
     Window,
-    check_choice,
+    least_over_ranks,
+    owner_of,
     refuse_shorter_run,
 )
 from lightning_sparse.families import ShadowWeights
 from lightning_sparse.functional import (
-    FEATURE_NORMS,
     STEP_PROXIES,
     above,
     connection_price,
@@ -34,7 +33,8 @@ from lightning_sparse.functional import (
     normalize_features_,
     steer_price,
 )
-from lightning_sparse.loop import Step
+from lightning_sparse.loop import Shards, Step
+from lightning_sparse.methods.sparse_connectivity_learning.checks import check_arguments
 
 __all__ = ["SparseConnectivityLearning"]
 
@@ -48,8 +48,6 @@ STEERING = 0.005
 
 FIRST_PRICE = 0.01
 """Where the controller starts; a hundredth of the typical normalized gradient."""
-
-FEATURES = ("filter", "layer")
 
 
 @final
@@ -100,16 +98,18 @@ class SparseConnectivityLearning(ShadowWeights):
         (0.95, None)
     """
 
-    variables = Remembered[dict[str, Tensor]](dict)
+    shards: ClassVar[Shards] = "data"
+
+    variables = Remembered[dict[str, Tensor]](dict, over="entries")
     """One per connection, in float32 or wider; positive is kept."""
-    velocity = Remembered[dict[str, Tensor]](dict)
+    velocity = Remembered[dict[str, Tensor]](dict, over="entries")
     """Their momentum; the price is part of it."""
     cost = Remembered(float)
     """The price now."""
     window = Remembered[Window]()
     _steering = Remembered[dict[str, float]](lambda: {"memory": math.asinh(1.0), "progress": 0.0})
     _full_rates = Remembered[dict[str, float]](dict)
-    _regrown = Remembered[dict[str, Tensor]](dict)
+    _regrown = Remembered[dict[str, Tensor]](dict, over="sums")
     _kept_before = Remembered[dict[str, int]](dict)
     _emptied = Remembered[list[str]](list)
 
@@ -143,7 +143,7 @@ class SparseConnectivityLearning(ShadowWeights):
         self.proxy, self.norm, self.feature = proxy, norm, feature
         self.initial, self.learning_rate, self.momentum = initial, learning_rate, momentum
         self.warmup, self.end, self.min_kept = warmup, end, min_kept
-        self._check_arguments()
+        check_arguments(self)
         self.budget = None if sparsity is None else Budget(sparsity)
         self.rise = Window(0.0, warmup, STEERING, "warmup")
         self.window = Window(0.0, end, STEERING)
@@ -152,10 +152,15 @@ class SparseConnectivityLearning(ShadowWeights):
 
     # ---- what is asked of it -----------------------------------------------------------------------------------------
 
+    def misfit(self, target: Target) -> str | None:
+        if target.parts_outputs:
+            return "is cut into shards along its inputs, and the gradient of a filter is normalized over all of them"
+        return super().misfit(target)
+
     @property
     def mask_set(self) -> LiveMasks:
         if self._masks.variables is not self.variables:
-            self._masks = LiveMasks(self.variables)
+            self._masks = LiveMasks(self.variables, self.layouts.get("entries"))
         return self._masks
 
     def shown(self, name: str, dense: Tensor) -> Tensor:
@@ -168,11 +173,17 @@ class SparseConnectivityLearning(ShadowWeights):
                     f"{self.label}: the optimizer does not step '{target.name}', whose learning rate is 0; give it one, or "
                     f"exclude it with targets=['!{target.name}']."
                 )
-            if target.weight.numel() < self.min_kept:
+            if target.size < self.min_kept:
                 raise ValueError(
-                    f"min_kept={self.min_kept} is more than '{target.name}' has ({target.weight.numel():,}); lower it, or "
+                    f"min_kept={self.min_kept} is more than '{target.name}' has ({target.size:,}); lower it, or "
                     f"exclude the layer with targets=['!{target.name}']."
                 )
+        if self.layouts and (self.min_kept or (self.feature == "layer" and self.norm != "none")):
+            given = f"min_kept={self.min_kept}" if self.min_kept else f"feature='{self.feature}'"
+            raise ValueError(
+                f"{self.label}: {given} would make ranks talk about every layer in every step where weights are cut into "
+                "shards; write min_kept=0 and feature='filter'."
+            )
         if self.warmup:
             self.rise.resolve(run)
         if self.freezes:
@@ -188,7 +199,7 @@ class SparseConnectivityLearning(ShadowWeights):
         self.velocity = {name: torch.zeros_like(variable) for name, variable in self.variables.items()}
         self._full_rates = {name: self._full_rate(weight) for name, weight in self.weights.items()}
         self._regrown = {name: variable.new_zeros((), dtype=torch.int64) for name, variable in self.variables.items()}
-        self._kept_before = {name: variable.numel() for name, variable in self.variables.items()}
+        self._kept_before = {target.name: target.size for target in self.chosen}
         self.cost = self._first_price
         if self.budget is not None:
             self.promise(self.budget.plan(self.chosen).kept_units())
@@ -224,7 +235,7 @@ class SparseConnectivityLearning(ShadowWeights):
             rates = {id(weight): group["lr"] for group in step.optimizer.param_groups for weight in group["params"]}
             for name, weight in step.weights.items():
                 if weight.grad is not None:
-                    self._learn(name, self.learning_rate * float(rates[id(weight)]) / self._full_rates[name])
+                    self._learn(name, self.learning_rate * float(rates[id(owner_of(weight))]) / self._full_rates[name])
         super().after_step(step)
         self._now = {}
 
@@ -245,7 +256,8 @@ class SparseConnectivityLearning(ShadowWeights):
             least = variable.flatten().topk(self.min_kept).values[-1]
             variable.copy_(torch.where(variable >= least, variable.clamp(min=torch.finfo(variable.dtype).tiny), variable))
         self._now[name] = above(variable)
-        self._regrown[name].add_((self._now[name] > kept).count_nonzero())
+        if self.counts(name):
+            self._regrown[name].add_((self._now[name] > kept).count_nonzero())
 
     # ---- the price and the freeze ------------------------------------------------------------------------------------
 
@@ -307,13 +319,13 @@ class SparseConnectivityLearning(ShadowWeights):
     def epoch_end(self) -> Mapping[str, float | Tensor]:
         counts, dims = self.mask_set.counts, self.output_dims
         self._warn_of_empty_layers(counts)
-        regrown = sum(int(count) for count in self._regrown.values())
+        regrown, dead, smallest = self._told(dims)
         numbers = {
             "kept": sum(counts.values()),
             "regrown": regrown,
             "pruned": regrown - sum(counts.values()) + sum(self._kept_before.values()),
-            "dead_filters": sum(int(dead_features(self.variables[name], dims[name])) for name in counts),
-            "smallest_variable": min(float(variable.min()) for variable in self.variables.values()),
+            "dead_filters": dead,
+            "smallest_variable": smallest,
             "cost": self.cost,
             **{f"kept/{name}": count for name, count in counts.items()},
         }
@@ -321,6 +333,15 @@ class SparseConnectivityLearning(ShadowWeights):
             count.zero_()
         self._kept_before = counts
         return {key: float(value) for key, value in numbers.items()}
+
+    def _told(self, dims: Mapping[str, tuple[int, ...]]) -> tuple[int, int, float]:
+        """Connections that have come back, features without any, and the smallest variable; of all ranks together."""
+        dead = [dead_features(variable, dims[name]) for name, variable in self.variables.items()]
+        smallest = torch.stack([v.min() if v.numel() else v.new_full((), math.inf) for v in self.variables.values()]).min()
+        if self.spread is None:
+            return sum(map(int, self._regrown.values())), sum(map(int, dead)), float(smallest)
+        sums = self.spread.sums([*self._regrown.values()]), self.spread.sums(dead)
+        return sum(sums[0]), sum(sums[1]), float(least_over_ranks(smallest))
 
     def _warn_of_empty_layers(self, counts: dict[str, int]) -> None:
         empty = [name for name, count in counts.items() if count == 0 and name not in self._emptied]
@@ -334,46 +355,13 @@ class SparseConnectivityLearning(ShadowWeights):
     def _first_price(self) -> float:
         return FIRST_PRICE if self.price is None else float(self.price)
 
-    def _full_rate(self, weight: Tensor) -> float:
+    def _full_rate(self, weight: nn.Parameter) -> float:
         """The learning rate that schedules start from or rise to, of the group that a weight is in."""
         for optimizer in self.run.optimizers:
             for group in optimizer.param_groups:
-                if any(parameter is weight for parameter in group["params"]):
+                if any(parameter is owner_of(weight) for parameter in group["params"]):
                     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
         return 0.0
-
-    def _check_arguments(self) -> None:
-        if self.price is None and self.sparsity is None:
-            raise ValueError(
-                f"{type(self).__name__} needs a sparsity, such as sparsity=0.95, or the price of a connection, such as "
-                "price=0.05."
-            )
-        limits = {  # whether zero is allowed, what it must be below, in words
-            "price": (False, math.inf, "a positive number"),
-            "initial": (False, math.inf, "a positive number"),
-            "learning_rate": (True, math.inf, "a number, 0 (masks stay dense) or more"),
-            "momentum": (True, 1, "a number in [0, 1)"),
-            "min_kept": (True, math.inf, "a whole number, 0 or more"),
-        }
-        for name, (zero, below, meaning) in limits.items():
-            value = getattr(self, name)
-            number = float(value) if isinstance(value, Real) else -1.0
-            fits = (number > 0 or (zero and number == 0)) and number < below
-            fits &= name != "min_kept" or number % 1 == 0
-            if not fits and not (name == "price" and value is None):
-                raise ValueError(f"{name}={value!r} must be {meaning}.")
-        check_choice("proxy", self.proxy, STEP_PROXIES)
-        check_choice("norm", self.norm, FEATURE_NORMS)
-        check_choice("feature", self.feature, FEATURES)
-        if self.sparsity == 0:
-            raise ValueError("sparsity=0 removes nothing; leave the callback out.")
-        warms_up = Span.parse(self.warmup, "warmup").value > 0
-        if self.sparsity is not None and warms_up:
-            raise ValueError(
-                f"warmup={self.warmup!r} is for a price; with a sparsity the controller sets it, leave warmup out."
-            )
-        if not Span.parse(self.end, "end").value:
-            raise ValueError(f"end={self.end!r} leaves no time to learn; end later, or leave it out.")
 
     def _check_target(self, budget: Budget, until: float) -> None:
         plan = budget.plan(self.chosen)
