@@ -100,7 +100,7 @@ def tamed() -> list[Row]:
 
 
 def unfavorable() -> list[Row]:
-    """Weight decay and the penalty, each of the strength that is best on validation data; and the refits."""
+    """Weight decay, and the penalty at that, each of the strength that is best on validation data; and the refits."""
     rows = []
     for setting in SUITES["claim-layers"].settings:
         found = pick(runs("claim-layers"), setting=setting)
@@ -115,12 +115,12 @@ def unfavorable() -> list[Row]:
         labels = {
             "plain": "plain",
             "weight decay": "weight decay alone, tuned",
-            "layer penalty": "`LayerSparsity`, tuned, merged",
+            "layer penalty": "and `LayerSparsity`, tuned, merged",
             "refit, warm": "the same, trained on without it (warm)",
             "refit, fresh": "the same, trained anew (fresh)",
         }
         for fit, label in labels.items() if seeds else ():
-            left = [run["depth"][1] for run in chosen[fit].values() if run["depth"]]
+            left = [run["depth"][1] for run in chosen[fit].values() if run.get("depth")]
             cells = beside(error[fit], error["weight decay"], 3, 1) if fit != "weight decay" else [str(len(seeds)), "", ""]
             depth = f"{statistics.mean(left):.1f} of {chosen[fit][seeds[0]]['depth'][0]}" if left else ""
             rows.append([setting, label, cells[0], values(error[fit], 3, 1), depth, *cells[1:]])

@@ -359,6 +359,8 @@ def draw_features(epochs: Mapping[str, Mapping[str, Sequence[float]]], file: Pat
             axis.plot(shares, values, color=color, linewidth=1.4, label=epoch)
         axis.set_title(layer.removeprefix("network.").removesuffix(".weight"), fontsize=8)
         axis.set_yscale("log")
+        axis.set_xlim(0, 100)
+        axis.set_ylim(bottom=1e-7)
         axis.tick_params(labelsize=6.5)
         axis.spines[["top", "right"]].set_visible(False)
     axes.flat[0].legend(fontsize=6.5, frameon=False)

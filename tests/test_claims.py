@@ -64,7 +64,7 @@ def come(name, folder):
          "narrow ResNet-20|98 %|`RigL, drop_fraction=0.1`|2|55.00 ± 7.07|55.00 ± 7.07|56.50 ± 7.78|+1.50 ± 0.71|"
          "does not decide|+1.50 ± 0.71|does not decide"),
         ("unfavorable", 15,
-         "width 40|`LayerSparsity`, tuned, merged|2|0.350 ± 0.000|4.0 of 8|-0.050 ± 0.000|decides: better"),
+         "width 40|and `LayerSparsity`, tuned, merged|2|0.350 ± 0.000|4.0 of 8|-0.050 ± 0.000|decides: better"),
         ("norms", 12, 'LeNet-5|98 %|`norm="rms"`|2|55.00 ± 7.07|56.50 ± 7.78|0.01 and 0.01|+1.50 ± 0.71|does not decide'),
         ("imbalance", 6, "ResNet-8|last epoch|10|9|1|9.1 %"),
         ("forms", 14,
