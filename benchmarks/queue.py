@@ -1,10 +1,10 @@
 """In the background: what is missing of all suites of trainings, in order of value.
 
     setsid nohup nice -n 19 python -m benchmarks.queue --data DIR --work DIR --stop FILE > LOG 2>&1 &
-    touch FILE                                the training finishes its step, leaves its state and waits
-    rm FILE                                   it goes on
-    kill PID                                  and the same command again goes on from the last checkpoint
-    python -m benchmarks.queue --data DIR --list
+    touch FILE      the training finishes its step, leaves its state and waits
+    rm FILE         it goes on
+    kill PID        the same, and ends; the same command goes on from there (after `kill -9` from one of the last epochs)
+    python -m benchmarks.queue --list
 
 It runs at the lowest priority. Results go into `benchmarks/results` as they come, one training after the other; states of
 trainings into `--work`. A suite whose data are missing, or whose results are of another version, is left out with its

@@ -44,21 +44,31 @@ def wait_while(file: Path | None) -> None:
 
 
 class Pause(L.Callback):
-    """Holds everything, after the step it is in and with a training's state on the disk, for as long as a file is there."""
+    """Lets a training finish the step it is in and leave its state, when it is to wait or to end.
+
+    Args:
+        file: everything waits while it is there.
+        checkpoint: where the state goes, then and when the process is asked to end (SIGTERM).
+    """
 
     def __init__(self, file: Path | None, checkpoint: Path | None = None) -> None:
         self.file, self.checkpoint = file, checkpoint
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if self.checkpoint and self.file and self.file.exists():
+        if self.checkpoint and (self.waits(trainer) or trainer.received_sigterm):
             trainer.save_checkpoint(self.checkpoint)
-        wait_while(self.file)
+        self.on_validation_batch_end(trainer)
 
-    def on_validation_batch_end(self, *args: Any) -> None:
-        wait_while(self.file)
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        while self.waits(trainer):
+            sleep(1.0)
 
-    def on_test_batch_end(self, *args: Any) -> None:
-        wait_while(self.file)
+    def on_test_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.on_validation_batch_end(trainer)
+
+    def waits(self, trainer: L.Trainer) -> bool:
+        """The Trainer ends by itself after a step in which it was asked to."""
+        return self.file is not None and self.file.exists() and not trainer.received_sigterm
 
 
 def resumable(

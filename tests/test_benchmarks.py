@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, lp_sphere, queue, tables, trainers
+from benchmarks import accuracy, gpu, lp_sphere, tables
 from benchmarks.__main__ import main
 from benchmarks.accuracy import METHODS, OPEN_ENDED, Comparison, Setting
 from benchmarks.competitors import PEERS, layers
@@ -186,79 +186,6 @@ def test_a_training_on_spheres_that_was_killed_goes_on_from_its_checkpoint(monke
     assert resumed | {"seconds": 0} == whole | {"seconds": 0}
     assert begun == [0, 1, 1]
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_training_that_is_held_leaves_its_state_and_goes_on_from_that_step(monkeypatch, tmp_path):
-    stop, half, held = tmp_path / "stop", tmp_path / "half.ckpt", []
-
-    class Stopper(L.Callback):
-        def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == 31 and not held:
-                stop.touch()
-
-    def hold(seconds):
-        held.append(torch.load(half, weights_only=False)["global_step"])
-        if len(held) == 2:
-            raise RuntimeError("killed while it waits")
-
-    how = (DIGITS, "gradual", 0.9, 0, "", 3)
-    whole = accuracy.train(*how)
-    monkeypatch.setattr(trainers, "sleep", hold)
-    monkeypatch.setitem(METHODS, "gradual", lambda s, make=METHODS["gradual"]: [*make(s), Stopper()])
-    with pytest.raises(RuntimeError, match="killed while it waits"):
-        accuracy.train(*how, checkpoint=half, stop=stop)
-    assert held == [32, 32], "the step it was in is finished"
-    stop.unlink()
-    assert accuracy.train(*how, checkpoint=half, stop=stop) | {"seconds": 0} == whole | {"seconds": 0}
-
-
-def test_the_queue_does_what_is_missing_in_order_and_tells_what_it_cannot_do(made, monkeypatch, tmp_path, capsys):
-    made += [None] * 3
-    absent = Comparison("absent", replace(DIGITS, data=FashionMNIST), ("dense",), ())
-    other = replace(TOY, name="other", seeds=(0,), sparsities=(0.5,))
-    options = Options(data=str(tmp_path), out=tmp_path, work=tmp_path / "work")
-    other.write(options, {"seed": 0, "method": "dense", "sparsity": 0.0}, {"test": 1.0})
-    suites = [replace(TOY, seeds=(0,)), absent, other]
-    train = accuracy.train
-
-    def failing(setting, seed, method, sparsity, **how):
-        if sparsity == 0.9:
-            raise ValueError("it diverged")
-        return train(setting, seed, method, sparsity, **how)
-
-    monkeypatch.setattr(accuracy, "train", failing)
-    assert queue.run(options, suites) == 1
-    assert made[3:] == [(0, "dense", 0.0), (0, "gradual", 0.5), (0, "gradual", 0.5)]
-    said = capsys.readouterr().out
-    assert "absent is left out: FashionMNIST is not in root=" in said
-    assert "ValueError: it diverged" in said
-    monkeypatch.setattr(accuracy, "train", train)
-    assert queue.run(options, suites) == 0
-    assert made[6:] == [(0, "gradual", 0.9)], "only that is missing"
-
-
-def test_the_queue_waits_between_trainings_too(made, monkeypatch, tmp_path):
-    made += [None] * 3
-    stop, waits = tmp_path / "stop", []
-    stop.touch()
-    monkeypatch.setattr(trainers, "sleep", lambda seconds: (waits.append(len(made)), stop.unlink()))
-    queue.run(Options(out=tmp_path, stop=stop), [replace(TOY, seeds=(0,))])
-    assert waits == [3], "before the first one begins"
-    assert len(made) == 6
-
-
-def test_the_queue_has_every_training_and_nothing_that_takes_times(capsys, tmp_path):
-    assert {suite.name for suite in queue.QUEUE} == {s.name for s in SUITES.values() if not isinstance(s, Measurements)}
-    with pytest.raises(SystemExit):
-        queue.main(["cost-updates"])
-    assert "no suite 'cost-updates'; choose from desk-lenet300, " in capsys.readouterr().err
-    queue.main(["--list", "--out", str(tmp_path), "desk-cka", "desk-growth"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [
-        ["desk-cka", "0", "of", "18", "parts", "are", "there"],
-        ["desk-growth", "0", "of", "9", "parts", "are", "there"],
-    ]
 
 
 def test_on_a_gpu_what_is_missing_runs_short_ones_of_first_seeds_first(monkeypatch, tmp_path, capsys):

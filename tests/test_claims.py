@@ -85,6 +85,11 @@ def test_the_table_of_a_claim_pairs_seeds(monkeypatch, tmp_path, name, count, ro
     assert row in ["|".join(cells) for cells in rows]
 
 
+def test_only_seeds_that_both_have_are_compared():
+    assert claims.beside({0: 0.9, 1: 0.5, 2: 0.25}, {1: 0.25, 2: 0.5, 3: 0.9}) == ["2", "+0.00 ± 35.36", "does not decide"]
+    assert claims.beside({0: 0.5}, {1: 0.5}) == ["0", "", "does not decide"]
+
+
 @pytest.mark.parametrize(
     ("differences", "lower", "expected"),
     [
