@@ -159,6 +159,8 @@ class Sparsifier(Method, Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leave()
+        if isinstance(exception, IsADirectoryError):
+            _explain_folder(trainer, exception)
 
     def _leave(self) -> None:
         if self.loop is not None:
@@ -191,19 +193,22 @@ def _refuse_trainer(method: Method, trainer: pl.Trainer) -> None:
                 f"{method.label} does not support tensor parallelism, where a rank sees only some features of a layer; use "
                 "ModelParallelStrategy(tensor_parallel_size=1)."
             )
-    path = trainer.ckpt_path
-    if path is not None and (Path(path) / ".metadata").is_file() and not isinstance(strategy, ModelParallelStrategy):
-        raise ValueError(
-            f"ckpt_path='{path}' is a distributed checkpoint, which Lightning cannot load with strategy={kind}; resume with "
-            "ModelParallelStrategy, on any number of devices. To go on in one process, resume so with "
-            "save_distributed_checkpoint=False first, which writes a single file; for the weights alone there is "
-            "lightning_sparse.export.whole_weights."
-        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelPruning):
             raise ValueError(
                 f"{method.label} cannot share a Trainer with ModelPruning, which renames weights; keep one of them."
             )
+
+
+def _explain_folder(trainer: pl.Trainer, error: IsADirectoryError) -> None:
+    """No hook is asked before Lightning loads a checkpoint, so what it says of a distributed one is put right afterwards."""
+    if trainer.ckpt_path is not None and (Path(trainer.ckpt_path) / ".metadata").is_file():
+        raise ValueError(
+            f"ckpt_path='{trainer.ckpt_path}' is a distributed checkpoint, which Lightning cannot load with strategy="
+            f"{type(trainer.strategy).__name__}; resume with ModelParallelStrategy, on any number of devices. To go on in one "
+            "process, resume so with save_distributed_checkpoint=False first, which writes a single file; for the weights "
+            "alone there is lightning_sparse.export.whole_weights."
+        ) from error
 
 
 def _refuse_optimizers(method: Method, optimizers: Sequence[Optimizer]) -> None:

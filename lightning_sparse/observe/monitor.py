@@ -148,10 +148,12 @@ class SparsityMonitor(Callback):
         metric = choose_metric(row["metrics"], self.metric)
         final = {f"final/{key.partition('/')[2]}": value for key, value in self._numbers(row).items()}
         self._log(trainer, final | ({f"final/{metric}": row["metrics"][metric]} if metric else {}), row["step"])
-        if self.table and trainer.is_global_zero:
+        if self.table:
             for method in sparsifiers(trainer):
                 if isinstance(masks := method.mask_set, Masks) and len(masks):
-                    Console().print("", render(method.summary(), title=method.label))
+                    rows = method.summary()  # all ranks count together
+                    if trainer.is_global_zero:
+                        Console().print("", render(rows, title=method.label))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._conclude(trainer, pl_module, row["step"])
 

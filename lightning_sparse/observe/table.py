@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -32,8 +31,9 @@ class SparsityTable(Callback):
     Finds every callback of the Trainer that owns masks.
     """
 
-    @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(masks := getattr(callback, "mask_set", None), Masks) and len(masks):
-                Console().print("", render(callback.summary(), title=callback.label))  # the progress bar may still stand
+                rows = callback.summary()  # where weights are cut into shards, all ranks count together
+                if trainer.is_global_zero:
+                    Console().print("", render(rows, title=callback.label))  # the progress bar may still stand

@@ -225,7 +225,8 @@ class LpSphere(Masked):
             self.run.unscale(step.optimizer)
         for name in moving:
             self._hidden[name] = step.weights[name].grad  # type: ignore[assignment]
-            step.weights[name].grad = None
+            # A distributed checkpoint cannot be loaded where an optimizer remembers nothing of a weight.
+            step.weights[name].grad = torch.zeros_like(self._hidden[name]) if self.layouts else None
 
     def after_step(self, step: Step) -> None:
         for name in self._constrained(step):
