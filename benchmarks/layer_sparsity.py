@@ -109,7 +109,9 @@ class Fits:
             return module.cpu(), row | errors(module, data)
 
         found.append(fitted("plain", None, None)[1])
-        found += [fitted("weight decay", decay, 0.0)[1] for decay in self.decays[: 1 if quick else None]]
+        for decay in self.decays[: 1 if quick else None]:
+            module, row = fitted("weight decay", decay, 0.0)
+            found.append(row | {"depth": merge_layers(module, x, allow_growth=self.allow_growth)[1].depth})
         decay = min(found[1:], key=itemgetter("val"))["decay"] if self.tuned else DECAY
         merges: list[tuple[L.LightningModule, dict[str, Any]]] = []
         for strength in self.strengths[: 1 if quick else None]:
