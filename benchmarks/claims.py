@@ -120,9 +120,10 @@ def unfavorable() -> list[Row]:
             "refit, fresh": "the same, trained anew (fresh)",
         }
         for fit, label in labels.items() if seeds else ():
-            left = [run["depth"][1] for run in chosen[fit].values() if run.get("depth")]
+            depths = [run["depth"] for run in chosen[fit].values() if run.get("depth")]
             cells = beside(error[fit], error["weight decay"], 3, 1) if fit != "weight decay" else [str(len(seeds)), "", ""]
-            depth = f"{statistics.mean(left):.1f} of {chosen[fit][seeds[0]]['depth'][0]}" if left else ""
+            depth = f"{statistics.mean(left for _, left in depths):.1f} of {depths[0][0]}" if depths else ""
+            depth += f" ({len(depths)} seeds)" if 0 < len(depths) < len(seeds) else ""
             rows.append([setting, label, cells[0], values(error[fit], 3, 1), depth, *cells[1:]])
     return [["teacher", "fit", "n", "error", "layers left", "to weight decay", ""], *rows]
 

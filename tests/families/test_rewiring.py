@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import SET, GraNet, RandomSparsity, RigL
+from lightning_sparse.core import Layout, Part, Target
 from lightning_sparse.families import Rewiring
 from lightning_sparse.functional import hashed_score, over_parameterization_rate, random_generator
 from lightning_sparse.testing import BATCHES, Toy, fit, loader, toy
@@ -150,6 +151,14 @@ def test_a_training_equals_the_loop_written_by_hand(case: str) -> None:
 
 
 # ---- counts, times, states ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cut", "per_output", "fits"), [((1,), True, False), ((1,), False, True), ((0,), True, True)])
+def test_growth_per_output_needs_all_inputs_of_an_output(cut: tuple[int, ...], per_output: bool, fits: bool) -> None:
+    size = (1, 4) if cut == (0,) else (2, 2)
+    part = Part.make(torch.ones(size), torch.nn.Parameter(torch.ones(2, 4)), Layout((2, 4), (0, 0), size, cut))
+    why = RigL(0.5, growth_per_output=per_output).misfit(Target("weight", part))
+    assert why is None if fits else "growth_per_output needs all inputs of an output on one rank" in str(why)
 
 
 @pytest.mark.parametrize("cls", [SET, RigL])
