@@ -36,8 +36,10 @@ from torch import Tensor, nn
 from benchmarks.record import Options, Parts, Trainings
 from benchmarks.trainers import quiet, resumable
 from lightning_sparse import (
+    ACDC,
     SET,
     SNIP,
+    SRSTE,
     CKARegularization,
     GraNet,
     GraSP,
@@ -55,6 +57,9 @@ from lightning_sparse.data import Digits, ImageData
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.models import Classifier
 from lightning_sparse.observe import SimilarityMap
+
+FITTING = ["!:first"]
+"""Where structures need inputs that divide by four: images have one or three channels."""
 
 METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "dense": lambda s: [],
@@ -75,6 +80,18 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "lottery ticket": lambda s: [LotteryTicket(s, rounds=3)],
     "one-shot + fine-tuning": lambda s: [MagnitudePruning(s, start=0.5, end=0.5)],
     "gradual": lambda s: [MagnitudePruning(s)],
+    "AC/DC": lambda s: [ACDC(s)],
+    "RigL, fan-in": lambda s: [RigL(s, structure="fan_in")],
+    "gradual, blocks of 4": lambda s: [MagnitudePruning(s, structure="block:4x4", targets=FITTING)],
+    "channels, half of the MACs": lambda s: [MagnitudePruning(s, structure="coupled", budget="macs")],
+    "channels, half of the MACs, uniform": lambda s: [
+        MagnitudePruning(s, structure="coupled", budget="macs", allocation="uniform")
+    ],
+    "gradual 2:4": lambda s: [MagnitudePruning(structure="2:4", targets=FITTING)],
+    "AC/DC 2:4": lambda s: [ACDC(structure="2:4", targets=FITTING)],
+    "SR-STE": lambda s: [SRSTE(targets=FITTING)],
+    "S-STE": lambda s: [SRSTE(soft=True, targets=FITTING)],
+    "SR-STE, transposable": lambda s: [SRSTE(structure="transposable 2:4", every="40 steps", targets=FITTING)],
     "SET": lambda s: [SET(s)],
     "RigL": lambda s: [RigL(s)],
     "RigL, drop_fraction=0.1": lambda s: [RigL(s, drop_fraction=0.1)],

@@ -4,15 +4,18 @@ python -m benchmarks export-resnet --data DIR    ResNet-20 trained on CIFAR-10 w
 python -m benchmarks export-resnet --quick       the same on the digits of scikit-learn, for an epoch
 python -m benchmarks export-mlp                  three linear layers, 2048 wide, 95 % of the weights masked at random
 python -m benchmarks export-carriers             what it costs that dead channels emit something, random weights
+python -m benchmarks export-structures           what each structure gains on each target, as the table of the guide
 python -m benchmarks export-vit                  2:4 linear layers of ViT-B in bfloat16, on a CUDA device
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import lightning as L
@@ -21,11 +24,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.accuracy import have_data
-from benchmarks.record import Options
+from benchmarks.record import Options, markdown
 from benchmarks.trainers import quiet
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import CIFAR10, Digits
-from lightning_sparse.export import export_ladder, fold_norms, remove_dead
+from lightning_sparse.export import Quantization, export_ladder, fold_norms, remove_dead
 from lightning_sparse.export.compare_models import interleaved
 from lightning_sparse.models import MLP, Classifier, ResNet
 
@@ -49,7 +52,8 @@ def resnet(options: Options) -> dict[str, Any]:
     module = module.to(memory_format=torch.contiguous_format)
     data.setup("test")
     inputs = next(iter(data.test_dataloader()))[0][:BATCH]
-    both = {"evaluate": lambda made: accuracy(made, data)}
+    calibration = [x for (x, _), _ in zip(data.train_dataloader(), range(16), strict=False)]
+    both = {"evaluate": lambda made: accuracy(made, data), "quantization": Quantization(calibration)}
     return {
         "as trained": ladder(module, inputs, options, **both),
         "normalization folded": ladder(module, inputs, options, fold=True, **both),
@@ -65,22 +69,90 @@ def mlp(options: Options) -> dict[str, Any]:
         if isinstance(layer, nn.Linear) and layer.out_features == 2048:
             layer.weight.data[torch.rand_like(layer.weight) < 0.95] = 0
             nn.init.normal_(layer.bias, std=0.1)
-    return ladder(net, torch.randn(BATCH, 1, 28, 28), options) | {
+    inputs = torch.randn(BATCH, 1, 28, 28)
+    return ladder(net, inputs, options, quantization=Quantization([inputs])) | {
         "trained": "not at all: random weights, 95 % of the wide layers masked at random, seed 0; times count"
     }
 
 
 def ladder(module: nn.Module, inputs: Tensor, options: Options, **more: Any) -> dict[str, Any]:
+    start = perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        more["compiled"] = not options.quick
         report = export_ladder(module, inputs, Path(folder) / "out", rounds=options.times(50), **more)
+    seconds = perf_counter() - start
     Console(width=200).print(report.table())
     for choice in report.choices:
         print(choice)
     dense = report.rungs["dense"].parameters or 1
     return report.to_json() | {
+        "seconds": seconds,
+        "outcome": {name: report.outcome(name) for name, rung in report.rungs.items() if rung.file},
+        "gain": {name: {b: report.gain(name, b) for b in r.latency} for name, r in report.rungs.items() if r.latency},
+        "bytes, of dense": {name: share for name in report.rungs if (share := report.share(name)) is not None},
         "speed": {name: {b: report.speed(name, b) for b in r.latency} for name, r in report.rungs.items() if r.latency},
         "parameters, of dense": {name: r.parameters / dense for name, r in report.rungs.items() if r.parameters},
     }
+
+
+def structured(structure: str) -> nn.Module:
+    """Two hidden layers of 1024 with random weights, under one structure."""
+    torch.manual_seed(0)
+    net = MLP(10, 1, 28, hidden=(1024, 1024), kaiming=True).eval()
+    hidden: list[nn.Linear] = [layer for layer in net if isinstance(layer, nn.Linear) and layer.out_features == 1024]
+    for layer in hidden:
+        weight = layer.weight.data
+        if structure == "unstructured, 95 %":
+            weight[torch.rand_like(weight) < 0.95] = 0
+        elif structure == "2:4":
+            groups = weight.view(len(weight), -1, 4)
+            groups.scatter_(-1, groups.abs().topk(2, largest=False).indices, 0)
+        elif structure == "blocks of 16 x 16, 90 %":
+            kept = (torch.rand(64, weight.shape[1] // 16) < 0.1).repeat_interleave(16, 0).repeat_interleave(16, 1)
+            weight.mul_(kept)
+        elif structure == "channels, half":
+            weight[:512] = 0
+            layer.bias.data[:512] = 0
+    return net
+
+
+def structures(options: Options) -> dict[str, Any]:
+    """What each structure gains on each target; the table of the guide is printed."""
+    inputs = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    names = ("dense", "unstructured, 95 %", "2:4", "blocks of 16 x 16, 90 %", "channels, half")
+    found = {n: ladder(structured(n), inputs, options, quantization=Quantization([inputs], error=1)) for n in names}
+    print(structure_table(found))
+    return found
+
+
+def structure_table(found: Mapping[str, Any]) -> str:
+    """A row for each structure and a column for each target: bytes of dense in its runtime, and how many times as fast."""
+    targets = ("compact", "removed", "kernels", "onnx", "int8", "edge", "ethos_u85")
+    rows = [["structure", *(f"`{target}`" for target in targets)]]
+    for structure, numbers in found.items():
+        cells = []
+        for target in targets:
+            rung = numbers["rungs"].get(target, {})
+            if not rung.get("file"):
+                cells.append("no")
+                continue
+            estimates = rung["estimates"]
+            if estimates:
+                share = estimates["encoded weight bytes"] / estimates["encoded weight bytes if no weight were zero"]
+                cycles = estimates["cycles if no weight were zero"] / estimates["cycles"]
+                cells.append(f"{share:.2f} of the encoded weights; {cycles:.2f} times as fast (estimates)")
+                continue
+            gain = numbers["gain"].get(target, {}).get(BATCH)
+            faster = "" if gain is None else "no faster" if "faster" not in _pace(numbers, target) else f"{gain:.1f} times"
+            share = numbers["bytes, of dense"].get(target)
+            cells.append("; ".join(filter(None, ["" if share is None else f"{share:.2f}", faster])))
+        rows.append([structure, *cells])
+    return markdown(rows)
+
+
+def _pace(numbers: Mapping[str, Any], target: str) -> str:
+    said: str = numbers["outcome"][target]
+    return "" if said.endswith("no faster") else said
 
 
 def carriers(options: Options) -> dict[str, Any]:

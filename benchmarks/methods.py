@@ -1,6 +1,7 @@
 """What every method adds to a training step, and what it holds in memory.
 
     python -m benchmarks cost-methods          a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
+    python -m benchmarks cost-structures       the same for AC/DC and for SR-STE in its three forms
     python -m benchmarks memory-methods        peak memory of a training, each in a process of its own (on Linux)
 
 For every method one short training, in which it takes part in every other step; each of its steps is compared with the mean
@@ -31,8 +32,10 @@ from benchmarks.record import Options, Parts
 from benchmarks.trainers import Net, quiet, random_images
 from benchmarks.turns import Step, Turns, Way, growth, held, middle
 from lightning_sparse import (
+    ACDC,
     SET,
     SNIP,
+    SRSTE,
     STR,
     CKARegularization,
     GraNet,
@@ -55,6 +58,9 @@ EPOCHS = 4
 
 OFTEN: dict[str, Any] = {"start": 0.0, "end": 1.0, "every": "2 steps"}
 
+FITTING = ["!:first"]
+"""The first layer has three input channels, which do not divide by four."""
+
 METHODS: dict[str, Callable[[], Sparsifier]] = {
     "RandomSparsity": lambda: RandomSparsity(0.9),
     "MagnitudePruning": lambda: MagnitudePruning(0.9, **OFTEN),
@@ -65,17 +71,25 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
     "GraSP": lambda: GraSP(0.9),
     "SynFlow": lambda: SynFlow(0.9),
     "HyperSparse": lambda: HyperSparse(0.9, strength=5e-6, pretrain=0, regularize=0.75),
+    "ACDC": lambda: ACDC(0.9, start=0.0, every=0.2),
     "LotteryTicket": lambda: LotteryTicket(0.9, rounds=2),
     "WeightPenalty(l1)": lambda: WeightPenalty(0.9, end=1.0),
     "WeightPenalty(hoyer)": lambda: WeightPenalty(0.9, penalty="hoyer", end=1.0),
     "TrainableThreshold": TrainableThreshold,
     "STR": STR,
+    "SRSTE": lambda: SRSTE(targets=FITTING),
+    "SRSTE(soft)": lambda: SRSTE(soft=True, targets=FITTING),
+    "SRSTE(transposable)": lambda: SRSTE(structure="transposable 2:4", every="40 steps", targets=FITTING),
     "SparseConnectivityLearning": lambda: SparseConnectivityLearning(price=0.05, end=1.0),
     "LpSphere": lambda: LpSphere(p=1.3),
     "LpSphere(sparsity)": lambda: LpSphere(p=1.07, sparsity=0.9, **OFTEN),
     "LayerSparsity": LayerSparsity,
     "CKARegularization": lambda: CKARegularization(every_n_batches=2),
 }
+
+
+STRUCTURED = ("ACDC", "SRSTE", "SRSTE(soft)", "SRSTE(transposable)")
+"""Those of the suite `cost-structures`."""
 
 
 class EveryOther(Turns):
@@ -129,7 +143,14 @@ def peak(name: str, model: str, batch: int, device: str = "cpu") -> float:
 def takes(model: str) -> list[str]:
     """What can do something for a model: layers must be able to merge, or there must be two to compare."""
     unfit = {"LayerSparsity": model != "mlp", "CKARegularization": model == "quick"}
-    return [name for name in METHODS if not unfit.get(name)]
+    return [name for name in METHODS if not unfit.get(name) and name not in STRUCTURED]
+
+
+def structured(options: Options) -> Parts:
+    """The same for methods whose masks have a structure, or come in turns."""
+    for model, batch in places(options):
+        for name in STRUCTURED:
+            yield (f"{model}, batch {batch}", name), partial(measure, name, model, batch, options.times(12), options.device)
 
 
 def parts(options: Options) -> Parts:

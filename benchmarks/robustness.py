@@ -5,7 +5,8 @@
 
 Each training is a process that checkpoints every few steps and, when it is started, goes on from the newest checkpoint that
 can be read. The end is the same if every weight, every buffer and every moment of the optimizer has the same bits. All
-methods prune to 90 %; ModelPruning removes the same share in three steps. Data: scikit-learn's digits, on the CPU.
+methods prune to 90 %; ModelPruning removes the same share in three steps. Data: scikit-learn's digits, on the CPU. Kills in
+the middle of a write, and full disks, are in `writes.py`.
 """
 
 from __future__ import annotations
@@ -77,6 +78,14 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def bits(trainer: L.Trainer) -> str:
+    """A fingerprint of every weight, every buffer and every moment of the optimizer."""
+    moments = (state for optimizer in trainer.optimizers for state in optimizer.state_dict()["state"].values())
+    states = [trainer.lightning_module.state_dict(), *moments]
+    tensors = [tensor for state in states for _, tensor in sorted(state.items()) if isinstance(tensor, Tensor)]
+    return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
 def train(name: str, folder: Path) -> None:
     """In the process that is killed: begin, or go on, and write down the end."""
     warnings.filterwarnings("ignore")
@@ -90,10 +99,8 @@ def train(name: str, folder: Path) -> None:
     trainer.fit(module, data, ckpt_path=newest(folder), weights_only=False)
     weights = [target.weight for target in find_targets(module)]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    states = [module.state_dict(), *(s for o in trainer.optimizers for s in o.state_dict()["state"].values())]
-    tensors = [tensor for state in states for _, tensor in sorted(state.items()) if isinstance(tensor, Tensor)]
     end = {
-        "bits": hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest(),
+        "bits": bits(trainer),
         "zeros": round(zeros, 5),
         "accuracy": round(trainer.test(module, data, verbose=False)[0]["test/accuracy"], 4),
         "steps": trainer.global_step,

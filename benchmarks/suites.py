@@ -16,14 +16,18 @@ from benchmarks import (
     peers,
     rewiring,
     robustness,
+    sharded,
+    sparsegpt,
+    structures,
     updates,
+    writes,
 )
 from benchmarks import sparse_connectivity_learning as scl
 from benchmarks.accuracy import Comparison, Setting
 from benchmarks.cka_regularization import FORMS, STRENGTHS, Dissimilar, Prunable, with_and_without
 from benchmarks.growth import Watched
 from benchmarks.layer_sparsity import CONV, FASHION, SIGNED, SIMULATION, Layers
-from benchmarks.record import Measurements, Suite, whole
+from benchmarks.record import Measurements, Suite, Trainings, whole
 from lightning_sparse.data import CIFAR10, CIFAR100, FashionMNIST
 from lightning_sparse.models import VGG, LeNet5, LeNet300, ResNet
 
@@ -189,6 +193,8 @@ COST = (
     Measurements("cost-overhead", overhead.parts),
     Measurements("cost-methods", methods.parts),
     Measurements("cost-updates", updates.parts),
+    Measurements("cost-sharded", sharded.parts),
+    Measurements("cost-sparsegpt", sparsegpt.parts),
     Measurements("cost-rewiring", rewiring.parts),
     Measurements("cost-hypersparse", hypersparse.parts),
     Measurements("cost-sparse-connectivity-learning", scl.costs),
@@ -201,12 +207,30 @@ COST = (
     Measurements("export-resnet", whole(export.resnet)),
     Measurements("export-mlp", whole(export.mlp)),
     Measurements("export-carriers", whole(export.carriers)),
+    Measurements("export-structures", whole(export.structures)),
     Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness", robustness.parts, same=("lightning_sparse", "torch")),
+    Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
 )
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *CLAIMS, *PAPER, *COST)}
-QUEUE = (*DESK, *CLAIMS, *PAPER)
+CHANNELS = ("channels, half of the MACs", "channels, half of the MACs, uniform")
+STRUCTURED = (
+    *("dense", "gradual", "RigL", "AC/DC", "RigL, fan-in", "gradual, blocks of 4"),
+    *("gradual 2:4", "AC/DC 2:4", "SR-STE", "S-STE", "SR-STE, transposable"),  # at half, whatever the sparsity
+)
+COMING = (
+    Comparison("desk-structures-lenet300", Setting(FashionMNIST, LeNet300, 15, 128, 0.05), STRUCTURED, (0.9,)),
+    Comparison("desk-structures-resnet20", CIFAR, STRUCTURED, (0.9,)),
+    Comparison("desk-channels-resnet20", CIFAR, ("dense", *CHANNELS), (0.5,)),
+    Measurements("cost-structures", methods.structured),
+    Measurements("kernels-fan-in", whole(structures.fan_in)),
+    Measurements("kernels-blocks", whole(structures.blocks)),
+    Measurements("ladders-structures", whole(structures.ladders)),
+)
+"""Whose numbers have not been measured on a quiet machine yet; nothing of them is published."""
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *CLAIMS, *PAPER, *COST, *COMING)}
+QUEUE = (*DESK, *CLAIMS, *(suite for suite in COMING if isinstance(suite, Trainings)), *PAPER)
 GROUPS = {
     name: tuple(suite.name for suite in suites)
     for name, suites in (("desk", DESK), ("claims", CLAIMS), ("paper", PAPER), ("cost", COST))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -14,11 +13,11 @@ import lightning as L
 import torch
 import torchvision
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from lightning_sparse import AtomicCheckpointIO
 from lightning_sparse.models import ResNet
 
 
@@ -27,14 +26,6 @@ def quiet(callbacks: Sequence[L.Callback] = (), device: str = "auto", **options:
     how: dict[str, Any] = {"accelerator": "gpu" if device == "cuda" else device, "devices": 1, "logger": False}
     how |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(callbacks=list(callbacks), **how | options)
-
-
-class WholeFiles(TorchCheckpointIO):
-    """A checkpoint takes the place of the last one when it is complete."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        super().save_checkpoint(checkpoint, f"{path}.part", storage_options)
-        os.replace(f"{path}.part", path)
 
 
 def wait_while(file: Path | None) -> None:
@@ -90,7 +81,7 @@ def resumable(
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-    options = {"enable_checkpointing": True, "plugins": [WholeFiles()]}
+    options = {"enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
     return [Pause(stop, checkpoint), saving], options, checkpoint if checkpoint.exists() else None
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
-import lightning_sparse
-from lightning_sparse.loop import Sparsifier
+from lightning_sparse.cli.methods import METHODS, Argument, arguments
 
 PAGE = Path(__file__).parent / "guide.md"
 PLACE = re.compile(r"(?<=<!-- arguments -->\n).*(?=\n<!-- end of arguments -->)", flags=re.DOTALL)
-EXPORTS = [getattr(lightning_sparse, name) for name in lightning_sparse.__all__]
-METHODS = [export for export in EXPORTS if inspect.isclass(export) and issubclass(export, Sparsifier)]
 
 
-class Argument(NamedTuple):
+class Row(NamedTuple):
     """One argument of one method."""
 
     name: str
@@ -27,46 +22,18 @@ class Argument(NamedTuple):
     meaning: str
 
 
-def choices(hint: Any) -> list[str]:
-    """All strings that a type lists, in order; none where it takes any other string too."""
-    if get_origin(hint) is Literal:
-        return [choice for choice in get_args(hint) if isinstance(choice, str)]
-    parts = get_args(hint)
-    return [] if str in parts else [choice for part in parts for choice in choices(part)]
-
-
-def described(method: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each argument; the first to mention it counts."""
-    found: dict[str, str] = {}
-    for base in method.__mro__:
-        section = re.search(r"^Args:\n((?: .*\n?|\n)+)", inspect.cleandoc(base.__doc__ or ""), flags=re.M)
-        entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section[1], flags=re.M) if section else []
-        found = dict(entries) | found
-    return {name: " ".join(text.split()) for name, text in found.items()}
-
-
 def brief(text: str, width: int = 100) -> str:
     """The first sentence, or only what stands before its semicolon if it is long."""
     sentence = re.split(r"(?<!\.)\.(?= [A-Z`]|$)", text)[0]
     return sentence if len(sentence) <= width else re.split(r";(?![^(]*\))", sentence)[0]
 
 
-def arguments(method: type) -> Iterator[Argument]:
-    """The arguments of a method, in order."""
-    hints, texts = get_type_hints(method.__init__), described(method)
-    for name, parameter in inspect.signature(method).parameters.items():
-        meaning = brief(texts[name])
-        listed = [f"`{choice}`" for choice in choices(hints[name])]
-        if not all(choice in meaning for choice in listed):
-            meaning += f" (choices: {', '.join(listed)})"
-        yield Argument(name, method.__name__, shown(parameter.default), meaning.replace("|", "\\|"))
-
-
-def shown(default: Any) -> str:
-    """A default as it is written in Python, with few digits."""
-    if default is inspect.Parameter.empty:
-        return "required"
-    return f"`{default:.4g}`" if isinstance(default, float) else f"`{default!r}`".replace("'", '"')
+def row(method: str, argument: Argument) -> Row:
+    """An argument of a method as it is listed."""
+    meaning, listed = brief(argument.meaning), [f"`{choice}`" for choice in argument.choices]
+    if not all(choice in meaning for choice in listed):
+        meaning += f" (choices: {', '.join(listed)})"
+    return Row(argument.name, method, argument.default, meaning.replace("|", "\\|"))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -76,7 +43,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *body])
 
 
-def shared(found: list[Argument]) -> str:
+def shared(found: list[Row]) -> str:
     """Arguments that several methods have: `sparsity` first, then those of most methods; one row per meaning and default."""
     methods: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, method, default, meaning in found:
@@ -92,7 +59,7 @@ def shared(found: list[Argument]) -> str:
     return table(["argument", "default", "methods", "meaning"], rows)
 
 
-def own(found: list[Argument]) -> str:
+def own(found: list[Row]) -> str:
     """Arguments that one method has, by method."""
     rows = [[f"`{method}`", f"`{name}`", default, meaning] for name, method, default, meaning in found]
     return table(["method", "argument", "default", "meaning"], rows)
@@ -100,7 +67,7 @@ def own(found: list[Argument]) -> str:
 
 def tables() -> str:
     """Both tables, as they belong into the guide."""
-    found = [argument for method in METHODS for argument in arguments(method)]
+    found = [row(method.__name__, argument) for method in METHODS for argument in arguments(method)]
     names = [argument.name for argument in found]
     common = [argument for argument in found if names.count(argument.name) > 1]
     rest = [argument for argument in found if names.count(argument.name) == 1]

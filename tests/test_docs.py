@@ -52,7 +52,8 @@ def test_the_guide_lists_the_arguments_as_they_are() -> None:
 
 
 def test_an_argument_is_told_by_its_signature_and_docstring() -> None:
-    assert [tuple(argument) for argument in ARGUMENTS["arguments"](Child)] == [
+    rows = [ARGUMENTS["row"]("Child", argument) for argument in ARGUMENTS["arguments"](Child)]
+    assert [tuple(row) for row in rows] == [
         ("kind", "Child", '`"a"`', "of penalty, `a` if it matters (choices: `a`, `b`)"),
         ("start", "Child", "`0.3333`", "when it starts, e.g. here (a; b)"),
         ("every", "Child", "required", "how often"),
@@ -61,7 +62,7 @@ def test_an_argument_is_told_by_its_signature_and_docstring() -> None:
 
 def test_a_shared_argument_has_a_row_per_meaning_and_default() -> None:
     uses = [("end", "A", "1", "m"), ("sparsity", "A", "0", "s"), ("end", "B", "2", "m"), ("end", "C", "2", "m")]
-    rows = ARGUMENTS["shared"]([ARGUMENTS["Argument"](*use) for use in uses]).splitlines()[2:]
+    rows = ARGUMENTS["shared"]([ARGUMENTS["Row"](*use) for use in uses]).splitlines()[2:]
     assert rows == ["| `sparsity` | 0 | `A` | s |", "| `end` | 2 | `B`, `C` | m |", "|  | 1 | `A` | m |"]
 
 

@@ -1,6 +1,6 @@
-"""The command line: `lightning-sparse fit|refit|export|validate|test|predict --config FILE ...`, and `report RUN...`."""
+"""The command line: `lightning-sparse COMMAND`; `lightning-sparse --help` lists the commands."""
 
 from lightning_sparse.cli.entry import main
-from lightning_sparse.cli.sparse_cli import SparseCLI
+from lightning_sparse.cli.run import SparseCLI
 
 __all__ = ["SparseCLI", "main"]

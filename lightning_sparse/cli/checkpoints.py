@@ -1,72 +1,121 @@
-"""Checkpoints on the command line: their weights, and the configuration of the run that each is from."""
+"""Checkpoints on the command line: what is wrong with one is said before anything else is done."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
-from lightning_sparse.core import first_line
+from lightning_sparse.observe.checkpoint_io import newest_readable, why_unreadable
 
-__all__ = ["load_weights", "readable", "with_saved_config"]
+__all__ = ["check_fit", "load_weights", "usable"]
+
+BY_NAME = ("last", "best", "hpc")
+"""What Lightning looks for by itself."""
 
 
-def load_weights(model: pl.LightningModule, ckpt_path: str, which: str) -> None:
+def usable(ckpt_path: str, resume: bool = False) -> str:
+    """The checkpoint to work with. A run goes on from the newest that can be read, if the one that is given cannot.
+
+    Args:
+        ckpt_path: as it is given.
+        resume: whether a training goes on from it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no checkpoint of Lightning, or holds too little.
+    """
+    if ckpt_path in BY_NAME or ":" in ckpt_path:  # a remote file, or one of a registry
+        return ckpt_path
+    path = Path(ckpt_path)
+    if path.is_dir() and why_unreadable(path):
+        inside = newest_readable(path) or newest_readable(path / "checkpoints")
+        such = f", such as '{inside}'" if inside else ", one that a run saved"
+        raise ValueError(f"ckpt_path='{ckpt_path}' is a folder; give a file in it{such}.")
+    if not path.exists():
+        beside = newest_readable(path.parent)
+        such = f"; the newest beside it is '{beside}'." if beside else "; give one that a run saved."
+        raise FileNotFoundError(f"ckpt_path='{ckpt_path}' is not a file{such}")
+    if (reason := why_unreadable(path)) is not None:
+        before = newest_readable(path.parent, leave_out=[path])
+        broken = f"ckpt_path='{ckpt_path}' cannot be read as a checkpoint ({reason})"
+        if not (resume and before):
+            such = f"the newest beside it that can is '{before}'" if before else "give one that a run saved"
+            raise ValueError(f"{broken}; {such}.")
+        rank_zero_warn(f"{broken}; the run goes on from '{before}', the newest beside it that can.")
+        return usable(str(before), resume)
+    if path.is_file():
+        _check_content(ckpt_path, resume)
+    return ckpt_path
+
+
+def _check_content(ckpt_path: str, resume: bool) -> None:
+    try:
+        content = _read(ckpt_path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"ckpt_path='{ckpt_path}' holds objects beside weights and plain values, which the command line does not load; "
+            "load it from Python with weights_only=False, if you trust it."
+        ) from error
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        tensors = isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())
+        holds = "a bare state dict" if tensors else f"a {type(content).__name__} without a state_dict"
+        raise ValueError(f"ckpt_path='{ckpt_path}' holds {holds}, not a checkpoint of Lightning; give one that a run saved.")
+    if resume and not {"loops", "optimizer_states"} <= set(content):
+        raise ValueError(
+            f"ckpt_path='{ckpt_path}' holds weights only, from which no training can go on; give one that was saved without "
+            "save_weights_only."
+        )
+
+
+def _read(ckpt_path: str) -> Any:
+    return torch.load(ckpt_path, map_location="cpu", weights_only=True)
+
+
+def check_fit(model: pl.LightningModule, ckpt_path: str) -> None:
+    """Refuse a checkpoint of another network.
+
+    Raises:
+        ValueError: naming a weight that does not fit.
+    """
+    if not Path(ckpt_path).is_file() or is_overridden("configure_model", model) or not model.strict_loading:
+        return
+    if is_overridden("on_load_checkpoint", model):  # who may put right what does not fit
+        return
+    _compare(model, _read(ckpt_path)["state_dict"], ckpt_path)
+
+
+def _compare(model: pl.LightningModule, weights: Mapping[str, Any], ckpt_path: str) -> None:
+    ours = model.state_dict()
+    said = [f"'{name}' is missing in the file" for name in ours if name not in weights]
+    said += [f"the model has no '{name}'" for name in weights if name not in ours]
+    said += [
+        f"'{name}' is {list(weights[name].shape)} in the file and {list(tensor.shape)} in the model"
+        for name, tensor in ours.items()
+        if name in weights and isinstance(tensor, Tensor) and weights[name].shape != tensor.shape
+    ]
+    if said:
+        more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+        raise ValueError(
+            f"ckpt_path='{ckpt_path}' does not fit the model that is configured: {said[0]}{more}; configure the model as it "
+            "was in that run."
+        )
+
+
+def load_weights(model: pl.LightningModule, ckpt_path: str) -> None:
     """Give a model the weights of a checkpoint.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is no checkpoint, or holds another model.
     """
-    if not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"ckpt_path='{ckpt_path}' is not a file; give {which}.")
-    with readable(ckpt_path):
-        weights = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise ValueError(f"ckpt_path='{ckpt_path}' does not fit the model that is configured: {reason}.") from None
-
-
-@contextmanager
-def readable(ckpt_path: str) -> Iterator[None]:
-    """Has a sentence for a file that is no checkpoint.
-
-    Raises:
-        ValueError: if reading it fails.
-    """
-    try:
-        yield
-    except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(
-            f"ckpt_path='{ckpt_path}' cannot be read as a checkpoint ({said}); give one that a run saved."
-        ) from None
-
-
-def with_saved_config(args: list[str], folder: str) -> list[str]:
-    """Arguments of an export with the model and data of the run its checkpoint is from, unless they name a configuration.
-
-    Raises:
-        FileNotFoundError: if there is no checkpoint.
-        ValueError: if none lies beside the checkpoint or above it.
-    """
-    given = [arg.partition("=")[0] for arg in args]
-    if args[:1] != ["export"] or {"-c", "--config", "--model", "-h", "--help"} & set(given) or "--ckpt_path" not in given:
-        return args
-    position = given.index("--ckpt_path")
-    checkpoint = args[position].partition("=")[2] or "".join(args[position + 1 : position + 2])
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"ckpt_path='{checkpoint}' is not a file; give one of the run to export.")
-    found = next((f for f in (p / "config.yaml" for p in Path(checkpoint).resolve().parents[:4]) if f.is_file()), None)
-    if found is None:
-        raise ValueError(f"'{checkpoint}' has no config.yaml next to it or above; give the files of its run with --config.")
-    saved = yaml.safe_load(found.read_text())
-    kept = Path(folder) / "config.yaml"
-    kept.write_text(yaml.safe_dump({key: saved[key] for key in ("seed_everything", "model", "data") if key in saved}))
-    return ["export", f"--config={kept}", "--trainer.logger=false", *args[1:]]
+    weights = _read(usable(ckpt_path))["state_dict"]
+    _compare(model, weights, ckpt_path)
+    model.load_state_dict(weights)

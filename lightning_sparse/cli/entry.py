@@ -1,68 +1,99 @@
-"""The entry point: `main` runs a subcommand, and what this package refuses ends in one sentence."""
+"""The entry point: `main` runs a command, and what cannot be done ends in one sentence and exit status 2."""
 
 from __future__ import annotations
 
-import argparse
-import re
+import difflib
+import os
 import sys
 import tempfile
-import traceback
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-from lightning_sparse.cli.checkpoints import with_saved_config
-from lightning_sparse.cli.sparse_cli import SparseCLI
-from lightning_sparse.observe.report import find_reports, read_report, write_report
+from lightning_sparse._version import __version__
+from lightning_sparse.cli.completion import completion
+from lightning_sparse.cli.configs import with_named_configs
+from lightning_sparse.cli.dashboard import dashboard
+from lightning_sparse.cli.init import init
+from lightning_sparse.cli.methods import methods
+from lightning_sparse.cli.refusals import sentence_of
+from lightning_sparse.cli.report import report
+from lightning_sparse.cli.run import SparseCLI
+from lightning_sparse.cli.saved_config import with_saved_config
 
 __all__ = ["main"]
 
-
-def report(args: list[str]) -> None:
-    """`lightning-sparse report RUN...`: one page about several runs."""
-    parser = argparse.ArgumentParser("lightning-sparse report", description="Lay runs side by side in one page.")
-    parser.add_argument("runs", nargs="+", help="folders of runs, or their report.html")
-    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="the page (default: comparison.html)")
-    asked = parser.parse_args(args)
-    write_report(asked.output, *(run for file in find_reports(asked.runs) for run in read_report(file)))
-    print(asked.output)
+RUN = {
+    "fit": "train what a configuration describes: fit --config quickstart",
+    "validate": "validate a checkpoint: validate --ckpt_path FILE",
+    "test": "test a checkpoint",
+    "predict": "predict with a checkpoint",
+    "refit": "merge the linear layers of a checkpoint, and train on",
+    "export": "smaller and faster files: export --ckpt_path FILE --to DIR",
+}
+OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "report": ("lay runs side by side in one page: report RUN...", report),
+    "dashboard": ("arrange a project on Weights & Biases: dashboard --project P", dashboard),
+    "methods": ("list the methods, or what one takes: methods [NAME]", methods),
+    "init": ("write configurations and a script to edit: init DIR", init),
+    "completion": (
+        "complete commands and options: completion bash|zsh|fish",
+        lambda args: completion(args, [*RUN, *OTHERS]),
+    ),
+}
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of `lightning-sparse`; what this package refuses ends in one sentence, not in a traceback."""
-    given = sys.argv[1:] if args is None else args
+    """Entry point of `lightning-sparse`; what cannot be done ends in one sentence, not in a traceback.
+
+    With LIGHTNING_SPARSE_TRACEBACK=1 in the environment the traceback is shown.
+    """
+    given = list(sys.argv[1:] if args is None else args)
     try:
-        if given[:1] == ["report"]:
-            report(given[1:])
-            return
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python")
-            SparseCLI(with_saved_config(given, folder))
+        _run(given)
+    except BrokenPipeError:  # who read along has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        refusal = _our_refusal(error)
-        if refusal is None:
+        said = sentence_of(error)
+        if said is None or os.environ.get("LIGHTNING_SPARSE_TRACEBACK", "0") != "0":
             raise
-        print(f"lightning-sparse: {refusal}", file=sys.stderr)
+        print(f"lightning-sparse: {said}", file=sys.stderr)
         sys.exit(2)
 
 
-def _our_refusal(error: BaseException | None) -> str | None:
-    """What this package has refused, if that is what an error comes from."""
-    if isinstance(error, MisconfigurationException):
-        return " ".join(str(error).split())
-    while error is not None:
-        *_, (last, _) = traceback.walk_tb(error.__traceback__)
-        if isinstance(error, ValueError | FileNotFoundError) and str(last.f_globals.get("__package__")).startswith(
-            "lightning_sparse"
-        ):
-            return str(error)
-        if (
-            isinstance(error, ValueError)
-            and error.__context__ is None
-            and last.f_globals["__name__"].startswith("jsonargparse")
-        ):
-            causes = re.findall(r"^\s*- (\w+=.+)$", str(error), flags=re.M)  # older versions keep only the text of a refusal
-            return causes[0] if causes else None
-        error = error.__cause__ or error.__context__
-    return None
+def _run(given: list[str]) -> None:
+    command = given[0] if given else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+    elif command == "--version":
+        print(f"lightning-sparse {__version__}")
+    elif command in OTHERS:
+        OTHERS[command][1](given[1:])
+    elif command not in RUN and not command.startswith("-"):
+        near = difflib.get_close_matches(command, [*RUN, *OTHERS], n=1, cutoff=0.5)
+        remedy = f"did you mean '{near[0]}'?" if near else "`lightning-sparse --help` lists them."
+        raise ValueError(f"'{command}' is not a command; {remedy}")
+    else:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python")
+            SparseCLI(with_named_configs(with_saved_config(given, folder)))
+
+
+def _help() -> str:
+    commands = {**RUN, **{name: line for name, (line, _) in OTHERS.items()}}
+    wide = max(map(len, commands)) + 2
+    lines = [f"  {name:{wide}s}{line}" for name, line in commands.items()]
+    return "\n".join(
+        [
+            "usage: lightning-sparse COMMAND ...",
+            "",
+            "Sparse training from the command line.",
+            "",
+            *lines,
+            "",
+            f"  {'--version':{wide}s}the version",
+            f"  {'--help':{wide}s}this page; after a command, its own: fit --help",
+            "",
+            "test, validate, predict, refit and export find the configuration of a checkpoint",
+            "in the folder of its run.",
+        ]
+    )

@@ -1,24 +1,15 @@
-"""The parser of the command line, and its sentences: what is wrong, and what to write instead."""
+"""The parser of the command line."""
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
-import re
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-import lightning_sparse
-import lightning_sparse.data
-import lightning_sparse.models
-import lightning_sparse.observe
+from lightning_sparse.cli.hints import explain
 
-__all__ = ["SparseParser", "explain"]
+__all__ = ["SparseParser"]
 
 
 class SparseParser(LightningArgumentParser):
@@ -38,95 +29,3 @@ class SparseParser(LightningArgumentParser):
         said = explain(str(message), list(self.get_defaults().keys()), self.made_for)
         print(f"lightning-sparse: {said}", file=sys.stderr)
         sys.exit(2)
-
-
-# As different versions of the parser say it.
-_UNKNOWN_OPTION = r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected|[Uu]nrecognized arguments: -*([\w.]+)"
-
-# Values of an argument, by how the parser calls their type.
-_KINDS = {
-    "dot import path": "the import path of a function",
-    "<class 'float'>": "a number",
-    "<class 'int'>": "a whole number",
-    "<class 'bool'>": "true or false",
-    "Mapping": "a mapping",
-    "NoneType": "null",
-}
-
-
-def explain(message: str, options: Sequence[str] = (), cls: type | None = None) -> str:
-    """One sentence from the parser's report: the key, what is wrong with it, what to write instead.
-
-    Args:
-        message: of the parser.
-        options: that the parser knows.
-        cls: whose options these are; None for those of the command line itself.
-
-    Example:
-        >>> explain("Option 'sparsitty' is not accepted", ["sparsity", "start"])
-        "'sparsitty' is not an option; did you mean 'sparsity'?"
-    """
-    key = re.search(r'[Pp]arser key "([^"]+)"', message)
-    where = f" in {key[1]}" if key else ""
-    if unknown := re.search(_UNKNOWN_OPTION, message):
-        return _unknown_option(next(filter(None, unknown.groups())), options, cls)
-    if key and (choices := _choices(message, key[1], cls)):
-        others = f", or write {kinds}" if (kinds := _kinds(message)) else ""
-        unknown_value = f"{value} is unknown;" if (value := _value(message)) else ":"
-        return f"{key[1]}{unknown_value} choose from {choices}{others}."
-    if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
-        near = difflib.get_close_matches(unknown[1], _known_classes(), n=1, cutoff=0.5)
-        remedy = f"did you mean '{near[0]}'?" if near else "write its import path, such as package.module.Class."
-        return f"'{unknown[1]}'{where} is not a known class; {remedy}"
-    if key and (kinds := _kinds(message)):
-        return f"{key[1]}{_value(message)} must be {kinds}."
-    noise = r"Parser key |Does not validate|Subtypes|Errors|Given value( type|: \[Namespace)|Not a valid|Expected a path but"
-    lines = [line.strip(" -") for line in re.sub(r'[Pp]arser key "[^"]+":', "", message).splitlines()]
-    causes = list(dict.fromkeys(line for line in lines if line and not re.match(noise, line)))
-    text = re.sub(r"<class '([^']+)'>", r"\1", "; ".join(causes))
-    return f"{key[1]}: {text}" if key else text
-
-
-def _unknown_option(name: str, options: Sequence[str], cls: type | None) -> str:
-    refused = getattr(cls, "refused", {})
-    if cls is not None and name in refused:
-        return f"{cls.__name__} does not take {name}: {refused[name]}."
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    remedy = f"did you mean '{near[0]}'?" if near else "see --help and --print_config for what is known."
-    return f"'{name}' is not an option{f' of {cls.__name__}' if cls else ''}; {remedy}"
-
-
-def _choices(message: str, key: str, cls: type | None) -> list[Any]:
-    """All that a `Literal` allows; older versions of the parser do not say it, but the class does."""
-    hints = {}
-    if cls is not None:
-        with suppress(Exception):  # a class from elsewhere may have hints that cannot be read
-            hints = get_type_hints(cls.__init__)  # type: ignore[misc]
-    found: dict[Any, None] = {}
-    for choices in re.findall(r"Literal(\[[^\]]*\])", f"{message} {hints.get(key)}"):
-        with suppress(ValueError, SyntaxError):  # members of an enumeration
-            found.update(dict.fromkeys(ast.literal_eval(choices)))
-    return list(found)
-
-
-def _value(message: str) -> str:
-    """What was given, if the parser says so."""
-    given = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
-    if given is None:
-        return ""
-    with suppress(ValueError, SyntaxError):
-        return f"={ast.literal_eval(given[1])!r}"
-    return f"={given[1]!r}"
-
-
-def _kinds(message: str) -> str:
-    """What may be given beside the choices; empty if any of it is not known here."""
-    expected = [line for line in re.findall(r"Expected an? (.*)", message) if "Literal" not in line]
-    found = [next((said for kind, said in _KINDS.items() if kind in line), "") for line in expected]
-    return " or ".join(said for said in _KINDS.values() if said in found) if all(found) else ""
-
-
-def _known_classes() -> list[str]:
-    """Classes of this package that configs name."""
-    modules = (lightning_sparse, lightning_sparse.models, lightning_sparse.data, lightning_sparse.observe)
-    return [name for module in modules for name in module.__all__ if inspect.isclass(getattr(module, name))]

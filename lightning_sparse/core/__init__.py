@@ -1,6 +1,7 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
-from lightning_sparse.core.budget import AllocationName, Budget, Plan, drawn
+from lightning_sparse.core.blocks import Blocks
+from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan, drawn
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.census import changed_share, count_dead, count_nonzero
 from lightning_sparse.core.chains import (
@@ -12,12 +13,15 @@ from lightning_sparse.core.chains import (
     find_chains,
     is_collapsed,
 )
-from lightning_sparse.core.checks import check_choice, check_number, check_sparsity, check_whole
+from lightning_sparse.core.channel_costs import ChannelCosts
+from lightning_sparse.core.checks import check_choice, check_number, check_schedule, check_sparsity, check_whole
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
 from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
+from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
+from lightning_sparse.core.inputs import InputTap, as_matrix, from_matrix, input_rows, shows_inputs
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
 from lightning_sparse.core.layout import (
     Layout,
@@ -33,7 +37,7 @@ from lightning_sparse.core.layout import (
     spread_over,
     total_over_ranks,
 )
-from lightning_sparse.core.libraries import first_line, need
+from lightning_sparse.core.libraries import first_line, need, silenced
 from lightning_sparse.core.linear import (
     BATCH_NORMS,
     CHANNEL_NORMS,
@@ -50,14 +54,17 @@ from lightning_sparse.core.linear import (
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
 from lightning_sparse.core.memory import Layouts, Memory, Remembered
-from lightning_sparse.core.moments import check_moments, clear_moments
-from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters
+from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
+from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters, trained_part
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
-from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, StructureName, Unstructured, parse_structure
+from lightning_sparse.core.sources import align_names, read_masks, read_tensors
+from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured
+from lightning_sparse.core.structures import StructureName, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
 from lightning_sparse.core.target import Target
 from lightning_sparse.core.targets import Candidate, Selection, describe, find_targets, select_targets
+from lightning_sparse.core.transposable import Transposable
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
 __all__ = [
@@ -73,10 +80,13 @@ __all__ = [
     "SUMS",
     "TRANSPOSED_CONVOLUTIONS",
     "AllocationName",
+    "Blocks",
     "Budget",
+    "BudgetName",
     "Call",
     "Candidate",
     "Chains",
+    "ChannelCosts",
     "Channels",
     "Coupled",
     "CoupledVectors",
@@ -84,9 +94,11 @@ __all__ = [
     "Coverage",
     "Dependencies",
     "Exponents",
+    "FanIn",
     "FeatureLayer",
     "FeatureTap",
     "Group",
+    "InputTap",
     "LayerKind",
     "LayerRow",
     "Layout",
@@ -113,9 +125,12 @@ __all__ = [
     "Structure",
     "StructureName",
     "Target",
+    "Transposable",
     "Unstructured",
     "Window",
+    "align_names",
     "analyze",
+    "as_matrix",
     "as_patterns",
     "callee",
     "changed_share",
@@ -123,6 +138,7 @@ __all__ = [
     "check_exponents",
     "check_moments",
     "check_number",
+    "check_schedule",
     "check_sparsity",
     "check_whole",
     "clear_moments",
@@ -147,9 +163,12 @@ __all__ = [
     "find_targets",
     "first_line",
     "fit_to",
+    "forget_moments",
     "format_table",
+    "from_matrix",
     "group_features",
     "in_count",
+    "input_rows",
     "is_collapsed",
     "is_cut",
     "is_depthwise",
@@ -172,14 +191,19 @@ __all__ = [
     "part_of",
     "parts_of",
     "put_back_",
+    "read_masks",
+    "read_tensors",
     "refuse_shorter_run",
     "register_layer",
     "select_targets",
     "shared_parameters",
+    "shows_inputs",
+    "silenced",
     "spread_over",
     "summarize",
     "tensors_in",
     "to_cpu",
     "total_over_ranks",
+    "trained_part",
     "whole",
 ]

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_sparse.core.channel_costs import ChannelCosts
 from lightning_sparse.core.checks import check_choice, check_sparsity
 from lightning_sparse.core.coupling import Coupling
 from lightning_sparse.core.layout import spread_over
 from lightning_sparse.core.patterns import matches_name
-from lightning_sparse.core.structure import Coupled, Structure, Unstructured, parse_structure
+from lightning_sparse.core.structure import Coupled, Structure, Unstructured
+from lightning_sparse.core.structures import parse_structure
 from lightning_sparse.core.target import Target
-from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, random_generator, random_score, top_k_masks
+from lightning_sparse.functional import (
+    ALLOCATIONS,
+    counts,
+    exact_count,
+    outlier_share,
+    owl,
+    random_generator,
+    random_score,
+    top_k_masks,
+)
 from lightning_sparse.functional.spread import Spread
 
-__all__ = ["AllocationName", "Budget", "Plan", "drawn"]
+__all__ = ["AllocationName", "Budget", "BudgetName", "Plan", "drawn"]
 
-AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+"]
-"""`global` lets the scores of all layers compete; the others are the names in `functional.ALLOCATIONS`."""
+AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+", "owl"]
+"""`global` lets the scores of all layers compete, `owl` weighs layers by the outliers among their scores; the others are the
+names in `functional.ALLOCATIONS`."""
+
+BudgetName = Literal["units", "macs", "parameters"]
+"""What sparsity counts: what the structure removes, or, of the whole network, multiplications or parameters."""
+
+BUDGETS = ("units", "macs", "parameters")
 
 
 class Budget:
@@ -30,10 +49,14 @@ class Budget:
     Args:
         sparsity: the fraction of units (weights, or channels) removed in the end, in [0, 1). May be None where the
             structure implies it.
-        allocation: `global` (scores of all layers compete) or a name in `functional.ALLOCATIONS`.
-        structure: `unstructured`, `channel`, `coupled`, or `n:m`.
+        allocation: `global` (scores of all layers compete), `owl` (layers with more outliers among their scores keep more),
+            or a name in `functional.ALLOCATIONS`.
+        structure: a line of `STRUCTURES`, such as `channel` or `2:4`.
         layer_sparsity: layers with a sparsity of their own: glob over names -> sparsity. They count toward the total.
         usual: the allocation of a method about which nothing has been said; `n:m` takes no other.
+        max_layer_sparsity: the largest share of its units that a layer loses, where layers compete.
+        measure: what sparsity counts, a `BudgetName`.
+        scored: whether the method has scores, by which alone `owl` can share.
 
     Raises:
         ValueError: for values out of range or in contradiction.
@@ -46,8 +69,13 @@ class Budget:
         structure: str | int = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         usual: str = "global",
+        max_layer_sparsity: float = 1.0,
+        measure: str = "units",
+        scored: bool = True,
     ) -> None:
         self.structure = parse_structure(structure)
+        check_choice("budget", measure, BUDGETS)
+        self.measure, self.max_layer_sparsity = measure, max_layer_sparsity
         implied = self.structure.sparsity
         if sparsity is None and implied is None:
             raise ValueError(f"structure='{structure}' needs a sparsity; write sparsity=0.9 to remove nine of ten.")
@@ -58,7 +86,7 @@ class Budget:
                 f"sparsity={self.sparsity} contradicts structure='{structure}', which removes {implied:g} of every layer; "
                 "leave sparsity out."
             )
-        check_choice("allocation", allocation, ["global", *ALLOCATIONS])
+        check_choice("allocation", allocation, ["global", *ALLOCATIONS, *(["owl"] if scored else [])])
         self.allocation = "uniform" if implied is not None else allocation
         if implied is not None and allocation not in (usual, "global", "uniform"):
             raise ValueError(f"structure='{structure}' fixes every layer's sparsity; leave allocation='{allocation}' out.")
@@ -72,15 +100,44 @@ class Budget:
             )
         for pattern, value in self.layer_sparsity.items():
             check_sparsity(f"layer_sparsity['{pattern}']", value)
+        self._check_limit()
+        if measure != "units" and not isinstance(self.structure, Coupled):
+            raise ValueError(
+                f"budget='{measure}' counts what leaves the network, and structure='{structure}' takes nothing out of it; "
+                "write structure='coupled'."
+            )
+        if measure != "units" and self.layer_sparsity:
+            raise ValueError(
+                f"layer_sparsity counts channels, and budget='{measure}' does not; choose layers with targets, or limit "
+                "them with max_layer_sparsity."
+            )
 
-    def plan(self, targets: Sequence[Target], coupling: Coupling | None = None) -> Plan:
+    def _check_limit(self) -> None:
+        limit: object = self.max_layer_sparsity
+        if not isinstance(limit, Real) or not 0 < float(limit) <= 1:
+            raise ValueError(f"max_layer_sparsity={limit!r} must be in (0, 1]: the largest share that a layer loses.")
+        if float(limit) == 1:
+            return
+        if self.allocation != "global":
+            raise ValueError(
+                f"max_layer_sparsity={limit} is for layers that compete; allocation='{self.allocation}' says what each of "
+                "them loses, leave one of the two out."
+            )
+        if self.measure == "units" and self.sparsity > float(limit):
+            raise ValueError(
+                f"sparsity={self.sparsity} is above max_layer_sparsity={limit}, which no layer may exceed; lower it, or "
+                "raise the limit."
+            )
+
+    def plan(self, targets: Sequence[Target], coupling: Coupling | None = None, costs: ChannelCosts | None = None) -> Plan:
         """Lay the budget out on the weights of a model.
 
         Args:
             targets: the weights.
             coupling: which channels go together, for `coupled`.
+            costs: of the network, where sparsity counts those.
         """
-        return Plan(self, targets, self.structure if coupling is None else Coupled(coupling))
+        return Plan(self, targets, self.structure if coupling is None else Coupled(coupling), costs)
 
 
 class Plan:
@@ -92,13 +149,16 @@ class Plan:
         budget: that is shared.
         targets: the weights.
         structure: what is removed as one piece.
+        costs: of the network, by which the number of units is found where sparsity does not count them.
 
     Raises:
         ValueError: if a layer with a sparsity of its own is not among the weights.
     """
 
-    def __init__(self, budget: Budget, targets: Sequence[Target], structure: Structure) -> None:
-        self.budget, self.targets, self.structure = budget, targets, structure
+    def __init__(
+        self, budget: Budget, targets: Sequence[Target], structure: Structure, costs: ChannelCosts | None = None
+    ) -> None:
+        self.budget, self.targets, self.structure, self.costs = budget, targets, structure, costs
         self._matrices = [target.matrices() for target in targets]
         self._layers = [matrix for matrices in self._matrices for matrix in matrices]
         self._pools = structure.pools(self._layers)
@@ -116,13 +176,23 @@ class Plan:
 
     def check(self) -> None:
         """Refuse what cannot be reached on these weights, before any training."""
+        if self.costs is not None:
+            self._check_costs(self.costs)
+            return
         sparsity, kept = self.budget.sparsity, self.kept_units()
+        least = sum([self._least(pool) for pool in self._open])
+        if self.budget.max_layer_sparsity < 1 and kept < least:
+            raise ValueError(
+                f"sparsity={sparsity} keeps {kept:,} units, but max_layer_sparsity={self.budget.max_layer_sparsity} keeps "
+                f"{least:,}, rounded up in every layer; lower the one or raise the other."
+            )
         if kept == 0:
             raise ValueError(f"sparsity={sparsity} of {self.units:,} units leaves nothing; lower it or choose more layers.")
-        if isinstance(self.structure, Coupled) and kept < len(self._pools):
+        if self.structure.keeps_one and kept < len(self._pools):
+            what = "groups of coupled layers" if isinstance(self.structure, Coupled) else "layers"
             raise ValueError(
-                f"sparsity={sparsity} keeps {kept} units, fewer than there are groups of coupled layers "
-                f"({len(self._pools)}), and each keeps one; lower it."
+                f"sparsity={sparsity} keeps {kept} units, fewer than there are {what} ({len(self._pools)}), and each keeps "
+                "one; lower it."
             )
         alone = self._kept_alone(self._final)
         for index, layer in enumerate(self._layers):
@@ -132,12 +202,34 @@ class Plan:
                     f"({self.structure.units(layer)} units); lower it, exclude the layer, or use allocation='global'."
                 )
 
+    def _check_costs(self, costs: ChannelCosts) -> None:
+        """Refuse what is not reached even with as few channels as layers may have."""
+        sparsity, limited = self.budget.sparsity, "" if self.budget.max_layer_sparsity == 1 else " that the limit leaves"
+        fewest = [torch.arange(size) < max(1, self._least(pool)) for pool, size in enumerate(self._sizes)]
+        cost = costs(self._units(fewest))
+        if cost > (1 - sparsity) * costs.dense:
+            raise ValueError(
+                f"sparsity={sparsity} of {costs.dense:,} {self.budget.measure} cannot be reached: with the fewest channels"
+                f"{limited} in every layer {cost:,} remain; lower it, or choose more layers."
+            )
+
+    @property
+    def _open(self) -> list[int]:
+        """Pools whose units compete with those of others."""
+        return [pool for pool in range(len(self._sizes)) if pool not in self._own]
+
+    def _least(self, pool: int) -> int:
+        """Units that a pool keeps in any case."""
+        return self._sizes[pool] - math.floor(self.budget.max_layer_sparsity * self._sizes[pool] + 1e-6)
+
     def kept_units(self, sparsity: float | None = None) -> int:
         """How many units remain at a sparsity (default: the final one)."""
         return self.units - exact_count(self.budget.sparsity if sparsity is None else sparsity, self.units)
 
     def kept_weights(self, sparsity: float | None = None) -> tuple[int | None, dict[str, int]]:
         """Weights that remain at a sparsity (default: the final one): in all, and per layer where scores have no say."""
+        if self.costs is not None:
+            return None, {}
         numbers = self._final if sparsity is None else self._counts(sparsity)
         alone, kept, first = self._kept_alone(numbers), {}, 0
         for target, matrices in zip(self.targets, self._matrices, strict=True):
@@ -151,7 +243,12 @@ class Plan:
 
     def _kept_alone(self, numbers: Sequence[int]) -> dict[int, int]:
         """Weights that remain in each matrix where scores have no say, from the units of every group."""
-        alone = {group[0]: number for group, number in zip(self._groups, numbers, strict=True) if len(group) == 1}
+        by_score = self.budget.allocation == "owl"
+        alone = {
+            group[0]: number
+            for group, number in zip(self._groups, numbers, strict=True)
+            if len(group) == 1 and not (by_score and group[0] not in self._own)
+        }
         return self.structure.entries(alone, self._layers)
 
     def masks(
@@ -171,20 +268,57 @@ class Plan:
         apart = [part for target, score in zip(self.targets, scores, strict=True) for part in target.unstack(score)]
         ranked = self.structure.rank(apart, self._layers)
         held = None if kept is None else self.structure.held(self._kept_apart(kept, apart), self._layers, ranked)
-        numbers = self._counts(self.budget.sparsity if sparsity is None else sparsity, held)
-        chosen: dict[int, Tensor] = {}
-        for group, number in zip(self._groups, numbers, strict=True):
-            try:
-                masks = top_k_masks([ranked[pool] for pool in group], number, self._spread(group))
-            except ValueError:
-                self._refuse_nan(scores)
-                raise
-            chosen.update(zip(group, masks, strict=True))
-        spread = iter(self.structure.spread([chosen[pool] for pool in range(len(ranked))], self._layers))
+        due = self.budget.sparsity if sparsity is None else sparsity
+        try:
+            ranked = self._limited(ranked)
+            chosen = self._best(ranked, due, held) if self.costs is None else self._affordable(ranked, due, held, self.costs)
+        except ValueError:
+            self._refuse_nan(scores)
+            raise
+        spread = iter(self.structure.spread(chosen, self._layers, apart))
         return [
             target.restack([next(spread) for _ in matrices])
             for target, matrices in zip(self.targets, self._matrices, strict=True)
         ]
+
+    def _best(self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None) -> list[Tensor]:
+        """Masks of the pools, of the highest scores."""
+        chosen: dict[int, Tensor] = {}
+        for group, number in zip(self._groups, self._counts(sparsity, held, ranked), strict=True):
+            masks = top_k_masks([ranked[pool] for pool in group], number, self._spread(group))
+            chosen.update(zip(group, masks, strict=True))
+        return [chosen[pool] for pool in range(len(ranked))]
+
+    def _affordable(
+        self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None, costs: ChannelCosts
+    ) -> list[Tensor]:
+        """The same with as many units as the costs allow: one more would be too many."""
+
+        def with_units(kept: int) -> list[Tensor]:
+            return self._best(ranked, (self.units - kept) / self.units, held)
+
+        low, high = len(self._sizes), self.units if held is None else sum(held)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if costs(self._units(with_units(middle))) <= (1 - sparsity) * costs.dense:
+                low = middle
+            else:
+                high = middle - 1
+        return with_units(low)
+
+    def _units(self, chosen: Sequence[Tensor]) -> Tensor:
+        """The masks of all pools as one of all units of the coupling."""
+        assert isinstance(self.structure, Coupled)
+        return self.structure.together(chosen)
+
+    def _limited(self, ranked: list[Tensor]) -> list[Tensor]:
+        """Scores in which what a layer keeps in any case comes first."""
+        if self.budget.max_layer_sparsity == 1:
+            return ranked
+        for pool in self._open:
+            first = top_k_masks([ranked[pool]], self._least(pool), self._spread([pool]))[0]
+            ranked[pool] = ranked[pool].masked_fill(first, torch.inf)
+        return ranked
 
     def _kept_apart(self, kept: Sequence[int], scores: Sequence[Tensor]) -> list[int]:
         """Weights that each matrix keeps so far; in a stack those that do not rank last."""
@@ -215,24 +349,35 @@ class Plan:
     def _final(self) -> list[int]:
         return self._counts(self.budget.sparsity)
 
-    def _counts(self, sparsity: float, held: Sequence[int] | None = None) -> list[int]:
+    def _counts(
+        self, sparsity: float, held: Sequence[int] | None = None, ranked: Sequence[Tensor] | None = None
+    ) -> list[int]:
         """Units to keep in every group of pools that compete with each other; most groups are single pools.
 
         Args:
             sparsity: at this moment.
             held: units that every pool keeps so far.
+            ranked: the scores of all units, where there are any.
         """
-        densities, total = self._densities(sparsity), self.kept_units(sparsity)
+        densities, total = self._densities(sparsity, ranked), self.kept_units(sparsity)
         if held is None:
             return counts(densities, self._room, total)
         high = [sum([held[pool] for pool in group]) for group in self._groups]
-        low = list(map(min, self._final, high))
+        final = self._final if self.budget.allocation != "owl" else [self._final_of(group[0]) for group in self._groups]
+        low = list(map(min, final, high)) if self.costs is None else [0] * len(high)
         return counts(densities, self._room, min(total, sum(high)), low, high)
 
-    def _densities(self, sparsity: float) -> list[float]:
+    def _final_of(self, pool: int) -> int:
+        """The least that a pool keeps in the end, where the scores share: its own share, if it has been given one."""
+        return self._final[pool] if pool in self._own else 0
+
+    def _densities(self, sparsity: float, ranked: Sequence[Tensor] | None = None) -> list[float]:
         """What every group keeps. Layers with a sparsity of their own go along in proportion to the whole."""
         way = sparsity / self.budget.sparsity if self.budget.sparsity else 1.0
         own = {pool: 1 - value * way for pool, value in self._own.items()}
+        if self.budget.allocation == "owl":
+            shares = [0.0] * len(self._sizes) if ranked is None else [outlier_share(score) for score in ranked]
+            return owl(shares, 1 - sparsity, self._sizes, own)
         if self.budget.allocation != "global":
             shapes = [self._layers[pool.layers[0]].shape for pool in self._pools]
             return ALLOCATIONS[self.budget.allocation](shapes, 1 - sparsity, own, self._sizes)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["check_choice", "check_number", "check_sparsity", "check_whole"]
+__all__ = ["check_choice", "check_number", "check_schedule", "check_sparsity", "check_whole"]
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], more: str = "") -> None:
@@ -41,5 +41,35 @@ def check_sparsity(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a number in [0, 1): the fraction that is removed.")
     value = float(value)
     if not 0 <= value < 1:
-        hint = f"; for {value:g} % write {value / 100:g}" if 1 <= value <= 100 else ""
+        hint = f"; for {value:g} % write {value / 100:g}" if 1 < value <= 100 else ""
+        if value in (1, 100):
+            raise ValueError(f"{name}={value:g} would remove everything; write 0.99 to keep one of a hundred.")
         raise ValueError(f"{name}={value} must be in [0, 1): the fraction that is removed{hint}.")
+
+
+def check_schedule(name: str, schedule: Callable[..., Any], start: float, end: float) -> None:
+    """Refuse a function that is no schedule.
+
+    Args:
+        name: of the argument.
+        schedule: that was given.
+        start: its value before.
+        end: its value at the end.
+    """
+    label = getattr(schedule, "__name__", type(schedule).__name__)
+    for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
+        try:
+            value = schedule(progress, start, end)
+        except TypeError as error:
+            raise ValueError(
+                f"{name}={label} cannot be called with (progress, start, end), which are three numbers ({error}); give a "
+                "function of these."
+            ) from error
+        try:
+            fits = 0 <= float(value) <= 1
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{name}={label} gives {value!r} at progress {progress:g}; it must return a fraction from 0 to 1."
+            )

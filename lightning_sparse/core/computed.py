@@ -43,8 +43,10 @@ def uses_its_zeros(layer: nn.Module) -> bool:
     linear layers and convolutions with a forward pass of their own are tried, once per class, on a copy: weights behind
     one input become zero, and then that input must not matter. Where a trial fails the layer gets the benefit of the doubt.
     """
-    cls = type(layer)
-    if _is_of_torch(cls) or getattr(layer, "weight", None) is None or layer.weight.is_meta:
+    cls, own = type(layer), dict(layer.named_parameters(recurse=False))
+    if (
+        _is_of_torch(cls) or "weight" not in own or own["weight"].is_meta
+    ):  # one that only passes on its base's holds no zeros
         return True
     if cls not in _seen:
         try:

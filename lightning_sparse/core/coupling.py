@@ -26,6 +26,7 @@ class Coupling:
         weights: weight -> how many output channels it has.
         vectors: the same for biases and norms, which go with a channel but have no say in it.
         staying: weights whose channels must stay, and with them all that is coupled with one; and why.
+        readers: weight -> for each of its inputs a place of the channel that it reads, or None.
 
     Example:
         >>> channels = [[("a", 0), ("b", 0)], [("a", 1), ("b", 1)], [("c", 0)]]
@@ -40,6 +41,7 @@ class Coupling:
         weights: Mapping[str, int],
         vectors: Mapping[str, int],
         staying: Mapping[str, str],
+        readers: Mapping[str, Sequence[Place | None]] | None = None,
     ) -> None:
         self.staying = dict(staying)
         parents: dict[Place, Place] = {}
@@ -67,6 +69,11 @@ class Coupling:
                     if name in weights and name not in members.setdefault(unit, []):
                         members[unit].append(name)
             self.units[name] = torch.tensor(units)
+        self.inputs: dict[str, Tensor] = {}
+        """Weight -> the unit that each of its inputs reads; -1 for those that stay."""
+        for name, read in (readers or {}).items():
+            found = [-1 if place is None or place not in parents else numbers.get(root(place), -1) for place in read]
+            self.inputs[name] = torch.tensor(found)
         self.vectors = list(vectors)
         """Biases and norms."""
         shared: dict[tuple[str, ...], list[int]] = {}
@@ -79,7 +86,12 @@ class Coupling:
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs besides the weights."""
-        return {"units": dict(self.units), "vectors": list(self.vectors), "staying": dict(self.staying)}
+        return {
+            "units": dict(self.units),
+            "vectors": list(self.vectors),
+            "staying": dict(self.staying),
+            "inputs": dict(self.inputs),
+        }
 
     @classmethod
     def restore(cls, state: Mapping[str, Any], weights: Mapping[str, int]) -> Coupling | None:
@@ -98,19 +110,26 @@ class Coupling:
             for channel, unit in enumerate(one.tolist()):
                 if unit >= 0:
                     groups.setdefault(unit, []).append((name, channel))
-        return cls(groups.values(), weights, {name: sizes[name] for name in vectors}, state["staying"])
+        readers: dict[str, list[Place | None]] = {
+            name: [groups[unit][0] if unit >= 0 else None for unit in one.tolist()]
+            for name, one in state.get("inputs", {}).items()
+        }
+        return cls(groups.values(), weights, {name: sizes[name] for name in vectors}, state["staying"], readers)
 
-    def mean(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """The score of each unit: the mean over the weights it is in.
+    def mean(self, scores: Mapping[str, Tensor], read: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The score of each unit: the mean over the weights it is in, and over those that read it.
 
         Args:
             scores: weight -> a score per channel.
+            read: weight -> a score per input.
         """
         device = next(iter(scores.values())).device
         total, times = torch.zeros(self.count, device=device), torch.zeros(self.count, device=device)
-        for name, score in scores.items():
-            free = self.units[name] >= 0
-            where = self.units[name][free].to(device)
+        parts = [(self.units[name], score) for name, score in scores.items()]
+        parts += [(self.inputs[name], score) for name, score in (read or {}).items()]
+        for units, score in parts:
+            free = units >= 0
+            where = units[free].to(device)
             values = score.to(device)[free.to(device)].float()
             total.index_add_(0, where, values)
             times.index_add_(0, where, torch.ones_like(values))

@@ -96,11 +96,10 @@ class Dependencies:
         self.shared = shared_parameters(self.network)
         self.widest = max(max(in_count(layer), out_count(layer)) for layer in self.names if is_layer(layer))
 
-    def outputs(self) -> Iterator[tuple[str, dict[str, Positions], str]]:
-        """Every layer: its outputs and what is coupled with them, layer -> positions; and why they must stay, if so."""
+    def groups(self) -> Iterator[tuple[Group, str]]:
+        """Of every layer its outputs, what is coupled with them and what reads them; and why they must stay, if so."""
         for name, layer in self.layers.items():
-            group, foreign = self.group(name, *self.members(name, range(out_count(layer))))
-            yield name, group.outputs, foreign
+            yield self.group(name, *self.members(name, range(out_count(layer))))
 
     def members(self, root: str, chosen: Iterable[int]) -> tuple[list[Member], str]:
         """What goes with outputs of a root, and why they cannot be followed, if so."""
@@ -223,9 +222,9 @@ def coupled_outputs(model: nn.Module, inputs: Any, network: str | None = None) -
         [['0', '2']]
     """
     found: list[list[str]] = []
-    for layer, outputs, foreign in Dependencies(model, Call.of(inputs, network)).outputs():
-        if not foreign and not any(layer in names for names in found):
-            found.append(sorted(name for name in outputs if is_layer(model.get_submodule(name))))
+    for group, foreign in Dependencies(model, Call.of(inputs, network)).groups():
+        if not foreign and not any(group.root in names for names in found):
+            found.append(sorted(name for name in group.outputs if is_layer(model.get_submodule(name))))
     return sorted(found)
 
 
@@ -244,14 +243,15 @@ def find_coupling(model: nn.Module, calls: Sequence[Call], weights: Mapping[str,
     staying = dict.fromkeys(weights, "the outputs do not depend on it")
     groups: list[list[Place]] = []
     vectors: dict[str, int] = {}
-    for layer, outputs, foreign in (found for call in calls for found in Dependencies(model, call).outputs()):
-        weight = f"{layer}.weight"
+    readers: dict[str, list[Place | None]] = {}
+    for group, foreign in (found for call in calls for found in Dependencies(model, call).groups()):
+        weight = f"{group.root}.weight"
         staying.pop(weight, None)
         if foreign or weight not in weights:
             staying[weight] = foreign or "it is not among the targets"
             continue
         channels: dict[int, list[Place]] = {}
-        for name, positions in outputs.items():
+        for name, positions in group.outputs.items():
             module = model.get_submodule(name)
             mine = [] if isinstance(module, nn.PReLU) else [f"{name}.weight", f"{name}.bias"]
             vectors.update({one: parameters[one] for one in mine if one in parameters})
@@ -259,7 +259,14 @@ def find_coupling(model: nn.Module, calls: Sequence[Call], weights: Mapping[str,
             for channel, indices in positions.items():
                 channels.setdefault(channel, []).extend((one, index) for one in places for index in indices)
         groups += channels.values()
-    coupling = Coupling(groups, weights, vectors, staying)
+        for name, positions in group.readers.items():
+            module = model.get_submodule(name)
+            if not is_depthwise(module):
+                read = readers.setdefault(f"{name}.weight", [None] * in_count(module))
+                for channel, indices in positions.items():
+                    for index in indices:
+                        read[index] = channels[channel][0] if channels.get(channel) else None
+    coupling = Coupling(groups, weights, vectors, staying, readers)
     if not coupling.count:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(staying.items())[:2])
         raise ValueError(f"structure='coupled' finds no channel of {type(model).__name__} that can be removed ({reasons}).")

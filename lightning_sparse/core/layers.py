@@ -27,6 +27,7 @@ class LayerKind:
         input_dim: the dimension that counts inputs.
         stack_dims: dimensions that count matrices which have nothing to do with each other, such as experts.
         by_name: whether names choose such weights, and not only `type:` patterns.
+        reads_input: whether a call of the layer multiplies the vectors of its input, or patches of it, with the weight.
     """
 
     fits: LayerTypes | Callable[[nn.Module], bool]
@@ -35,6 +36,7 @@ class LayerKind:
     input_dim: int = 1
     stack_dims: tuple[int, ...] = ()
     by_name: bool = True
+    reads_input: bool = False
 
     def holds(self, layer: nn.Module) -> bool:
         """Whether a layer is of this kind."""
@@ -177,18 +179,18 @@ def _are_transposed_experts(layer: nn.Module) -> bool:
 _EXPERTS = "gate_up_proj|gate_proj|up_proj|down_proj"
 
 LAYER_KINDS = [
-    LayerKind(nn.Linear),
+    LayerKind(nn.Linear, reads_input=True),
     LayerKind(nn.Bilinear),
-    LayerKind(TRANSPOSED_CONVOLUTIONS, output_dim=1, input_dim=0),
-    LayerKind(PLAIN_CONVOLUTIONS),
+    LayerKind(TRANSPOSED_CONVOLUTIONS, output_dim=1, input_dim=0, reads_input=True),
+    LayerKind(PLAIN_CONVOLUTIONS, reads_input=True),
     LayerKind(nn.MultiheadAttention, "in_proj_weight|[qkv]_proj_weight"),
     LayerKind(nn.RNNBase, r"weight_(ih|hh|hr)_l\d+(_reverse)?"),  # gates are outputs
     LayerKind(nn.RNNCellBase, "weight_ih|weight_hh"),
     LayerKind(_are_experts, _EXPERTS, output_dim=1, input_dim=2, stack_dims=(0,)),
     LayerKind(_are_transposed_experts, _EXPERTS, output_dim=2, input_dim=1, stack_dims=(0,)),
     LayerKind(_is_linear_by_type, output_dim=2, input_dim=1, stack_dims=(0,)),
-    LayerKind(_is_transposed_linear, output_dim=1, input_dim=0),
-    LayerKind(_is_linear),
+    LayerKind(_is_transposed_linear, output_dim=1, input_dim=0, reads_input=True),
+    LayerKind(_is_linear, reads_input=True),
     LayerKind((nn.Embedding, nn.EmbeddingBag), by_name=False),
 ]
 """The first row that fits counts."""

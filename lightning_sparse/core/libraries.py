@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["first_line", "need"]
+__all__ = ["first_line", "need", "silenced"]
 
 
-def need(module: str, package: str) -> Any:
+def need(module: str, package: str, extra: str = "export") -> Any:
     """An optional dependency, or the sentence that says how to get it.
+
+    Args:
+        module: to import.
+        package: that holds it.
+        extra: of this package that brings it.
 
     Raises:
         ValueError: if it is not installed.
@@ -18,7 +26,21 @@ def need(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f"this needs {package}; install it with: pip install 'lightning_sparse[export]'") from None
+        raise ValueError(f"this needs {package}; install it with: pip install 'lightning_sparse[{extra}]'") from None
+
+
+@contextmanager
+def silenced(*names: str) -> Iterator[None]:
+    """What loggers of libraries have to say below an error stays unsaid; an empty name is the root logger."""
+    loggers = [logging.getLogger(name or None) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:

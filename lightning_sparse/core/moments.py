@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.core.layout import local, owner_of
 
-__all__ = ["check_moments", "clear_moments"]
+__all__ = ["check_moments", "clear_moments", "forget_moments"]
 
 MAPS = {"state1": "qmap1", "state2": "qmap2"}
 """Memories of bitsandbytes, and where it keeps the value that each code of theirs stands for."""
@@ -38,6 +38,24 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) 
     """
     for memory, zero in list(_memories(optimizer, owner_of(parameter))):
         local(memory).masked_fill_(where.to(memory.device), zero)
+
+
+def forget_moments(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Let an optimizer begin anew with a parameter: all memory of its entries zero, and its steps counted from zero.
+
+    Args:
+        optimizer: which owns the parameter.
+        parameter: whose state is forgotten.
+
+    Raises:
+        ValueError: for a memory in which zero is not known; nothing has been forgotten.
+    """
+    clear_moments(optimizer, parameter, torch.ones_like(local(parameter), dtype=torch.bool))
+    state = optimizer.state.get(owner_of(parameter), {})
+    if isinstance(state.get("step"), Tensor):
+        state["step"].zero_()
+    elif "step" in state:
+        state["step"] = 0
 
 
 def check_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

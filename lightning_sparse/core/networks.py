@@ -13,7 +13,7 @@ from torch import fx, nn
 from lightning_sparse.core.libraries import first_line
 from lightning_sparse.core.linear import is_linear
 
-__all__ = ["Network", "callee", "copy_model", "find_networks", "shared_parameters"]
+__all__ = ["Network", "callee", "copy_model", "find_networks", "shared_parameters", "trained_part"]
 
 
 @dataclass(frozen=True)
@@ -135,3 +135,32 @@ def _callable_parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn
                 yield from _callable_parts(child, inner)
             else:
                 yield inner, child
+
+
+def trained_part(module: nn.Module, network: str | None, label: str) -> str:
+    """The name of a part of a module: the one that is named, or the innermost that can be called and holds all that trains.
+
+    Args:
+        module: that holds it.
+        network: its name, or None.
+        label: who asks.
+
+    Raises:
+        ValueError: if no part has the name.
+    """
+    if network is not None:
+        names = dict(module.named_modules())
+        if network not in names:
+            raise ValueError(
+                f"{label}: network='{network}' is no part of {type(module).__name__}; it has "
+                f"{[name for name in names if name and '.' not in name]}."
+            )
+        return network
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    path = trained[0]
+    while path:
+        path = path.rpartition(".")[0]
+        callable_ = type(module.get_submodule(path)).forward is not nn.Module.forward  # a list of layers is not
+        if callable_ and all(name.startswith(f"{path}.") for name in trained):
+            break
+    return path

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from functools import partial
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from lightning_sparse.core.coupling import Coupling
-from lightning_sparse.core.layout import Layout
+from lightning_sparse.core.layout import Layout, spread_over
 from lightning_sparse.core.target import Target
-from lightning_sparse.functional import channel_score, expand_channels, n_m_mask
+from lightning_sparse.functional import channel_score, drop_count, expand_channels, input_score, n_m_mask, normalized, regrow
 
-__all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "StructureName", "Unstructured", "parse_structure"]
-
-StructureName = Literal["unstructured", "channel", "coupled", "2:4"] | str | int
-"""`unstructured`, `channel`, `coupled`, or any `n:m`; a number only because YAML reads an unquoted 2:4 as one."""
+__all__ = ["Channels", "Coupled", "NOfM", "Pool", "Structure", "Unstructured"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,14 @@ class Pool:
 
 class Structure(ABC):
     """Turns scores of weights into scores of units, and masks of units into masks of weights."""
+
+    keeps_one: ClassVar[bool] = False
+    """Whether the best unit of each pool stays in any case."""
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """How users write it."""
 
     def misfit(self, target: Target) -> str | None:
         """Why this weight cannot have the structure, or None if it can."""
@@ -64,6 +69,16 @@ class Structure(ABC):
             return None
         raise ValueError("needs whole weights")
 
+    def unfit(self, target: Target) -> str | None:
+        """Why the part of this weight that a rank holds cannot have the structure, or None if it can."""
+        why = self.misfit(target)
+        if why is None and target.layout is not None:
+            try:
+                self.layout(target.matrices()[0])
+            except ValueError as error:
+                why = f"is cut into shards, and structure='{self.text}' {error}"
+        return why
+
     @property
     def sparsity(self) -> float | None:
         """The only sparsity the structure allows, or None if any."""
@@ -77,9 +92,32 @@ class Structure(ABC):
         """One score per unit of every pool, from one per entry of every weight."""
         return [self.score(score, target) for score, target in zip(scores, targets, strict=True)]
 
-    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
-        """The masks of the weights from those of the pools."""
+    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target], scores: Sequence[Tensor]) -> list[Tensor]:
+        """The masks of the weights from those of the pools.
+
+        Args:
+            kept: of every pool.
+            targets: the weights.
+            scores: of every entry of them, by which units were ranked.
+        """
         return [self.expand(mask, target) for mask, target in zip(kept, targets, strict=True)]
+
+    def regrow(
+        self, target: Target, mask: Tensor, keep: Tensor, grow: Tensor, fraction: float, kept: int, min_salient: float
+    ) -> Tensor:
+        """The mask of a weight after a share of its connections has been dropped and as many grown.
+
+        Args:
+            target: the weight.
+            mask: as it is.
+            keep: how much each connection matters; the lowest are dropped.
+            grow: how much each entry would gain by becoming one; the highest are grown.
+            fraction: of the connections that is dropped.
+            kept: how many connections there are.
+            min_salient: the share of its connections below which an output is given up, where outputs have equal numbers.
+        """
+        protect, spread = partial(self.score, target=target), spread_over([target.layout])
+        return regrow(mask, keep, grow, drop_count(kept, fraction), kept, protect, spread)
 
     def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
         """Units that every pool keeps so far, from the entries that every weight does; what is dropped is ranked last."""
@@ -93,6 +131,8 @@ class Structure(ABC):
 @final
 class Unstructured(Structure):
     """Every weight by itself: scores are masks are weights, and nothing is to be translated."""
+
+    text = "unstructured"
 
     def units(self, target: Target) -> int:
         return target.size
@@ -109,7 +149,7 @@ class Unstructured(Structure):
     def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
         return list(scores)
 
-    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
+    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target], scores: Sequence[Tensor]) -> list[Tensor]:
         return list(kept)
 
     def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
@@ -119,7 +159,6 @@ class Unstructured(Structure):
         return dict(kept)
 
 
-@final
 class NOfM(Structure):
     """At most n kept of every m consecutive inputs; `2:4` runs on sparse tensor cores.
 
@@ -133,23 +172,31 @@ class NOfM(Structure):
         self.n, self.m = n, m
 
     @property
+    def text(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
     def misfit(self, target: Target) -> str | None:
         if not target.layout_known:
-            return f"is of no known kind of layer, and structure='{self.n}:{self.m}' must know its inputs (register_layer)"
+            return f"is of no known kind of layer, and structure='{self.text}' must know its inputs (register_layer)"
         inputs = target.shape[target.input_dim]
         if inputs % self.m:
             said = "1 input" if inputs == 1 else f"{inputs} inputs"
-            return f"has {said}, and structure='{self.n}:{self.m}' needs groups of {self.m}"
+            return f"has {said}, and structure='{self.text}' needs groups of {self.m}"
         return None
+
+    def best(self, score: Tensor, target: Target) -> Tensor:
+        """The mask that keeps the n best of each group."""
+        return n_m_mask(score, self.n, self.m, target.input_dim)
 
     def units(self, target: Target) -> int:
         return target.size
 
     def score(self, score: Tensor, target: Target) -> Tensor:
-        return score.masked_fill(n_m_mask(score, self.n, self.m, target.input_dim), torch.inf)
+        return score.masked_fill(self.best(score, target), torch.inf)
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return kept
@@ -161,7 +208,11 @@ class NOfM(Structure):
 
 
 class Channels(Structure):
-    """Whole output channels: filters of a convolution, neurons of a linear layer."""
+    """Whole output channels: filters of a convolution, neurons of a linear layer.
+
+    The scores of a layer are divided by their mean before those of different layers compete: layers differ in width and in
+    the scale of their weights, and without it some of them lose all that is to go.
+    """
 
     text = "channel"
 
@@ -179,7 +230,8 @@ class Channels(Structure):
         return target.shape[target.output_dim]
 
     def score(self, score: Tensor, target: Target) -> Tensor:
-        return channel_score(score, target.output_dim)
+        layout = self.layout(target)
+        return normalized(channel_score(score, target.output_dim), *(() if layout is None else (layout.total, layout.numel)))
 
     def expand(self, kept: Tensor, target: Target) -> Tensor:
         return expand_channels(kept, target.weight, target.output_dim)
@@ -196,13 +248,14 @@ class Channels(Structure):
 class Coupled(Channels):
     """Output channels, each in all the layers that additions couple, with its biases and norms: these can leave a network.
 
-    Channels that cannot leave are kept.
+    A channel counts by what all the layers say that hold it or read it. Channels that cannot leave are kept.
 
     Args:
         coupling: which channels go together; None before the network is known.
     """
 
     text = "coupled"
+    keeps_one = True
 
     def __init__(self, coupling: Coupling | None = None) -> None:
         self._coupling = coupling
@@ -227,18 +280,27 @@ class Coupled(Channels):
         return [Pool(tuple(places[name] for name in names), len(units)) for names, units in self.coupling.pools]
 
     def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
-        by_channel = {target.name: self.score(score, target) for score, target in zip(scores, targets, strict=True)}
-        mean = self.coupling.mean(by_channel)
+        by_channel, by_input = {}, {}
+        for score, target in zip(scores, targets, strict=True):
+            by_channel[target.name] = self.score(score, target)
+            if target.shape[target.input_dim] == len(self.coupling.inputs.get(target.name, ())):
+                by_input[target.name] = normalized(input_score(score, target.input_dim))
+        mean = self.coupling.mean(by_channel, by_input)
         ranked = [mean[units.to(mean.device)] for _, units in self.coupling.pools]
         for score in ranked:
             score[score.argmax()] = torch.inf  # a layer without channels is none
         return ranked
 
-    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
-        whole = torch.ones(self.coupling.count, dtype=torch.bool, device=kept[0].device)
-        for mask, (_, units) in zip(kept, self.coupling.pools, strict=True):
-            whole[units.to(mask.device)] = mask
+    def spread(self, kept: Sequence[Tensor], targets: Sequence[Target], scores: Sequence[Tensor]) -> list[Tensor]:
+        whole = self.together(kept)
         return [self.expand(self.coupling.spread(whole, target.name).to(target.weight.device), target) for target in targets]
+
+    def together(self, kept: Sequence[Tensor]) -> Tensor:
+        """The masks of all pools as one of all units, on the CPU."""
+        whole = torch.ones(self.coupling.count, dtype=torch.bool)
+        for mask, (_, units) in zip(kept, self.coupling.pools, strict=True):
+            whole[units] = mask.cpu()
+        return whole
 
     def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
         return [int((score > -torch.inf).count_nonzero()) for score in ranked]
@@ -252,28 +314,3 @@ class Coupled(Channels):
                 channels = stay + sum(kept[index] for index in mine)
                 found[layer] = channels * target.size // self.units(target)
         return found
-
-
-CHOICES = "write 'unstructured', 'channel', 'coupled' or 'n:m' such as '2:4'."
-
-
-def parse_structure(text: str | int) -> Structure:
-    """`unstructured`, `channel`, `coupled`, or `n:m`.
-
-    Raises:
-        ValueError: if it is none of them.
-    """
-    if not isinstance(text, str):
-        if isinstance(text, int) and text >= 60:
-            meant = f"{text // 60}:{text % 60}"
-            raise ValueError(f"structure={text} is how YAML reads {meant}; write '{meant}', in quotes.")
-        raise ValueError(f"structure={text!r} is unknown; {CHOICES}")
-    if text == "unstructured":
-        return Unstructured()
-    if text == "channel":
-        return Channels()
-    if text == "coupled":
-        return Coupled()
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        return NOfM(int(match[1]), int(match[2]))
-    raise ValueError(f"structure='{text}' is unknown; {CHOICES}")

@@ -36,8 +36,8 @@ class LayerRow(NamedTuple):
         return self.layer, f"{self.kept:,} of {self.total:,}", target, f"{self.density:.2%}"
 
 
-SUMS = ("total", "whole model")
-"""Names of the rows that are not layers."""
+SUMS = ("total", "whole model", "coupled channels", "parameters", "macs")
+"""Names of the rows that are not layers; the last three where channels leave the network."""
 
 HEADER = ("layer", "kept", "target", "density")
 

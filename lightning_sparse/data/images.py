@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_sparse.core import check_whole, first_line
 from lightning_sparse.data.loader import Augmentation, TensorLoader
 
 __all__ = ["CIFAR10", "CIFAR100", "MNIST", "Digits", "FashionMNIST", "ImageData", "ImageFolderData"]
 
 Arrays = tuple[Tensor, Tensor]
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Those of torchvision, which is not imported before it is needed."""
 
 
 class ImageData(pl.LightningDataModule, ABC):
@@ -47,6 +50,8 @@ class ImageData(pl.LightningDataModule, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_whole("batch_size", batch_size, 1)
+        check_whole("seed", seed, 0)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction} must be in (0, 1): a part of the training images.")
         self.root, self.download, self.batch_size = root, download, batch_size
@@ -64,7 +69,7 @@ class ImageData(pl.LightningDataModule, ABC):
             return
         images, labels = self.load(train=True)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))
-        held_out = max(1, round(self.val_fraction * len(labels)))
+        held_out = _held_out(len(labels), self.val_fraction)
         self.parts = {
             "train": (images[order[held_out:]], labels[order[held_out:]]),
             "val": (images[order[:held_out]], labels[order[:held_out]]),
@@ -125,8 +130,14 @@ class _TorchvisionData(ImageData):
 
     def prepare_data(self) -> None:
         if self.download:
-            self._open(train=True, download=True)
-            self._open(train=False, download=True)
+            try:
+                self._open(train=True, download=True)
+                self._open(train=False, download=True)
+            except (OSError, RuntimeError) as error:
+                raise ValueError(
+                    f"{type(self).__name__} cannot be downloaded to root='{self.root}' ({first_line(error)}); see to the "
+                    "network, or give a folder that holds it."
+                ) from error
 
     def load(self, train: bool) -> Arrays:
         try:
@@ -211,8 +222,13 @@ class ImageFolderData(pl.LightningDataModule):
             raise FileNotFoundError(
                 f"root='{root}' has no folder 'train' with one folder per class; give its parent as root."
             )
+        check_whole("batch_size", batch_size, 1)
+        check_whole("image_size", image_size, 1)
+        check_whole("num_workers", num_workers, 0)
+        check_whole("seed", seed, 0)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction} must be in (0, 1): a part of the training images.")
+        _check_classes(folder)
         self.root, self.image_size, self.batch_size = root, image_size, batch_size
         self.val_fraction, self.num_workers, self.seed = val_fraction, num_workers, seed
         self.num_classes = sum(entry.is_dir() for entry in folder.iterdir())
@@ -232,7 +248,8 @@ class ImageFolderData(pl.LightningDataModule):
         folder = Path(self.root)
         count = len(ImageFolder(str(folder / "train")))
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
-        held_out = max(1, round(self.val_fraction * count))
+        held_out = _held_out(count, self.val_fraction)
+        _check_image(ImageFolder(str(folder / "train")))
         self.train_set = Subset(ImageFolder(str(folder / "train"), train), order[held_out:])
         self.val_set = Subset(ImageFolder(str(folder / "train"), evaluate), order[:held_out])
         test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
@@ -252,3 +269,38 @@ class ImageFolderData(pl.LightningDataModule):
     def _loader(self, data: Any, shuffle: bool = False) -> DataLoader[Any]:
         workers = self.num_workers
         return DataLoader(data, self.batch_size, shuffle, num_workers=workers, persistent_workers=workers > 0)
+
+
+def _held_out(count: int, val_fraction: float) -> int:
+    """How many training images are for validation."""
+    held_out = max(1, round(val_fraction * count))
+    if held_out >= count:
+        raise ValueError(f"val_fraction={val_fraction} of {count} images leaves none to train on; lower it.")
+    return held_out
+
+
+def _check_classes(folder: Path) -> None:
+    """Refuse a training set of fewer than two classes, or with an empty one."""
+    from torchvision.datasets.folder import has_file_allowed_extension
+
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    if len(classes) < 2:
+        found = f"only '{classes[0].name}'" if classes else "none"
+        raise ValueError(f"'{folder}' must hold a folder for each of two or more classes; it has {found}.")
+    for entry in classes:
+        if not any(has_file_allowed_extension(str(file), IMG_EXTENSIONS) for file in entry.rglob("*")):
+            raise ValueError(f"'{entry}' holds no image ({', '.join(IMG_EXTENSIONS)}); fill it, or remove the folder.")
+
+
+def _check_image(data: Any) -> None:
+    """Refuse a set whose first image of any class cannot be opened: before training, not in a process of the loader."""
+    seen: set[int] = set()
+    for path, label in data.samples:
+        if label not in seen:
+            seen.add(label)
+            try:
+                data.loader(path)
+            except OSError as error:
+                raise ValueError(
+                    f"'{path}' cannot be opened as an image ({first_line(error)}); remove or replace it."
+                ) from error

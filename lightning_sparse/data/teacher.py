@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_sparse.core import check_whole
+
 __all__ = ["Teacher", "teacher_network"]
 
 
@@ -80,6 +82,12 @@ class Teacher(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        sizes = {"samples": samples, "inputs": inputs, "width": width, "passes": passes, "batch_size": batch_size or 1}
+        for name, value in sizes.items():
+            check_whole(name, value, 1)
+        check_whole("seed", seed, 0)
+        if batch_size == 0:
+            raise ValueError("batch_size=0 must be a whole number from 1 up, or None for all samples at once.")
         if depth < 2:
             raise ValueError(f"depth={depth} must be at least 2: a first and a last layer.")
         if not 0 <= signed <= 1:

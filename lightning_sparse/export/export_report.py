@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -13,7 +13,20 @@ from rich.table import Table
 from lightning_sparse.export.compare_models import Timing
 from lightning_sparse.export.kernel_choice import KernelChoice
 
-__all__ = ["ExportReport", "Rung"]
+__all__ = ["ExportReport", "Rung", "Runtime", "dense_in"]
+
+Runtime = Literal["torch", "torch.compile", "onnxruntime", "executorch", "ethos-u85"]
+"""What runs an artifact; `torch` is eager."""
+
+
+def dense_in(runtime: Runtime) -> str:
+    """The name of the row of the dense model in a runtime.
+
+    Example:
+        >>> dense_in("torch"), dense_in("onnxruntime")
+        ('dense', 'dense, onnxruntime')
+    """
+    return "dense" if runtime == "torch" else f"dense, {runtime}"
 
 
 @dataclass
@@ -30,6 +43,8 @@ class Rung:
         latency: batch size -> milliseconds.
         metrics: on the test set, if there was one.
         note: what was done, or why not.
+        runtime: that was measured.
+        estimates: numbers that a compiler expects and nobody has measured.
     """
 
     file: str | None = None
@@ -41,6 +56,8 @@ class Rung:
     latency: dict[int, Timing] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    runtime: Runtime = "torch"
+    estimates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,39 +83,87 @@ class ExportReport:
     choices: list[KernelChoice] = field(default_factory=list)
 
     def speed(self, name: str, batch: int | None = None) -> float | None:
-        """How many times as fast as dense a rung is; None if it was not measured."""
-        batch = batch or self.batch_size
-        ours, dense = self.rungs[name].latency.get(batch), self.rungs["dense"].latency.get(batch)
-        return None if ours is None or dense is None else dense.median / ours.median
+        """How many times as fast as the dense model in eager torch a rung is, its runtime included; None if not measured."""
+        return self._ratio("dense", name, batch)
 
-    def is_slower(self, name: str, margin: float = 1.05) -> bool:
-        """Whether a rung made for speed takes longer than the dense model at the batch size, by more than a margin."""
-        speed = self.speed(name)
-        return name not in ("dense", "plain", "compact") and speed is not None and speed * margin < 1
+    def gain(self, name: str, batch: int | None = None) -> float | None:
+        """How many times as fast as the dense model in the same runtime a rung is: what the rung gains by itself."""
+        return self._ratio(dense_in(self.rungs[name].runtime), name, batch)
+
+    def pace(self, name: str, batch: int | None = None) -> Literal["faster", "no faster", "slower"] | None:
+        """What a rung is beside the dense model in the same runtime, as far as the spread of the measurements can tell.
+
+        Faster or slower only if the middle halves of both lie apart; None if it was not measured.
+        """
+        batch = batch or self.batch_size
+        dense = self.rungs.get(dense_in(self.rungs[name].runtime), Rung()).latency.get(batch)
+        ours = self.rungs[name].latency.get(batch)
+        if dense is None or ours is None:
+            return None
+        return "faster" if ours.high < dense.low else "slower" if ours.low > dense.high else "no faster"
+
+    def share(self, name: str) -> float | None:
+        """Bytes of a rung, of the dense model in the same runtime."""
+        dense = self.rungs.get(dense_in(self.rungs[name].runtime), Rung()).bytes
+        ours = self.rungs[name].bytes
+        return None if not dense or ours is None else ours / dense
+
+    def outcome(self, name: str) -> str:
+        """What a rung gains in its own runtime, in words."""
+        pace, share = self.pace(name), self.share(name)
+        if name.startswith("dense") or share is None:
+            return ""
+        size = "smaller" if share < 0.95 else "no smaller" if share <= 1.05 else "larger"
+        if pace is None:
+            return size
+        return f"{size}{' and' if (size == 'smaller') == (pace == 'faster') else ', but'} {pace}"
+
+    def _ratio(self, dense: str, name: str, batch: int | None) -> float | None:
+        batch = batch or self.batch_size
+        theirs, ours = self.rungs.get(dense, Rung()).latency.get(batch), self.rungs[name].latency.get(batch)
+        return None if ours is None or theirs is None else theirs.median / ours.median
 
     @property
     def recommendation(self) -> str:
-        """One sentence: which rung to use."""
-        written = {name: rung for name, rung in self.rungs.items() if rung.file}
+        """Which rung to use, what it gains by itself, and what its runtime does."""
+        written = [name for name, rung in self.rungs.items() if rung.file]
         if not written:
             return "Nothing was written: no rung suits this model."
-        speeds = {name: speed for name in written if name not in ("plain", "compact") and (speed := self.speed(name))}
+        batch = f"at batch {self.batch_size}"
+        speeds = {name: speed for name in written if self.is_other_network(name) and (speed := self.speed(name))}
         best = max(speeds, key=speeds.__getitem__, default=None)
-        smallest = min(written, key=lambda name: written[name].bytes or 0)
-        dense = self.rungs["dense"].bytes or 1
-        if best is not None and speeds[best] > 1.05:
-            alone = self.speed(best, 1)
-            single = "" if alone is None or self.batch_size == 1 else f" ({alone:.1f} times at batch 1)"
-            share = (written[best].bytes or 0) / dense
+        if best is None or not (speeds[best] > 1.05 and self._beats_dense(best)):
+            smallest = min(written, key=lambda name: self.rungs[name].bytes or 0)
+            size = (self.rungs[smallest].bytes or 0) / (self.rungs["dense"].bytes or 1)
             return (
-                f"Use '{best}' ({written[best].file}): {speeds[best]:.1f} times as fast as dense at batch "
-                f"{self.batch_size}{single}, {share:.0%} of its bytes."
+                f"No rung is faster than dense {batch} on this machine; use '{smallest}' "
+                f"({self.rungs[smallest].file}) for its size, {size:.0%} of the dense bytes."
             )
-        share = (written[smallest].bytes or 0) / dense
-        return (
-            f"No rung is faster than dense at batch {self.batch_size} on this machine; use '{smallest}' "
-            f"({written[smallest].file}) for its size, {share:.0%} of the dense bytes."
-        )
+        runtime = self.rungs[best].runtime
+        where = "" if runtime == "torch" else f" in {runtime}"
+        gain = self.gain(best)
+        said = f"Use '{best}' ({self.rungs[best].file}): "
+        if self.pace(best) == "faster" or gain is None:
+            said += f"{gain or speeds[best]:.1f} times as fast as dense{where} {batch}"
+            alone = self.gain(best, 1)
+            said += "" if alone is None or self.batch_size == 1 else f" ({alone:.1f} times at batch 1)"
+        else:
+            said += f"{self.pace(best)} than dense{where} {batch}"
+        share = self.share(best)
+        said += "" if share is None else f", {share:.0%} of its bytes"
+        if runtime == "torch" or gain is None:
+            return f"{said}."
+        own = f"{speeds[best] / gain:.1f} of it by {runtime} itself"
+        return f"{said}; {speeds[best]:.1f} times as fast as dense in eager torch, {own}."
+
+    def is_other_network(self, name: str) -> bool:
+        """Whether a rung computes in another way than the dense model, and so may be faster or slower."""
+        return not name.startswith("dense") and name not in ("plain", "compact")
+
+    def _beats_dense(self, name: str) -> bool:
+        """Whether the middle half of a rung's times lies below that of the dense model in eager torch."""
+        ours, dense = self.rungs[name].latency[self.batch_size], self.rungs["dense"].latency[self.batch_size]
+        return ours.high < dense.low
 
     # ---- as text ----------------------------------------------------------------------------------------------------------
 
@@ -107,7 +172,7 @@ class ExportReport:
         batches = dict.fromkeys(batch for rung in self.rungs.values() for batch in rung.latency)
         metrics = dict.fromkeys(metric for rung in self.rungs.values() for metric in rung.metrics)
         times = [f"ms at batch {batch}" for batch in batches]
-        return ["rung", "bytes", "parameters", "MACs", *times, "largest change", *metrics, ""]
+        return ["rung", "runtime", "bytes", "parameters", "MACs", *times, "largest change", *metrics, "gains", ""]
 
     def rows(self) -> list[list[str]]:
         """A row of cells for each rung."""
@@ -118,14 +183,28 @@ class ExportReport:
             counts = ["" if n is None else f"{n:,}" for n in (rung.bytes, rung.parameters, rung.macs)]
             times = []
             for batch in batches:
-                timing, speed = rung.latency.get(batch), self.speed(name, batch)
-                ratio = "" if name == "dense" or speed is None else f", {speed:.2f}x"
-                text = "" if timing is None else f"{timing.median:.3g} ({timing.low:.3g} to {timing.high:.3g}{ratio})"
-                times.append(text)
+                timing = rung.latency.get(batch)
+                spread = "" if timing is None else f"{timing.low:.3g} to {timing.high:.3g}{self._times_dense(name, batch)}"
+                times.append("" if timing is None else f"{timing.median:.3g} ({spread})")
             change = "" if rung.change is None else f"{rung.change:.1e}"
             numbers = [f"{rung.metrics[metric]:.4f}" if metric in rung.metrics else "" for metric in metrics]
-            rows.append([name, *counts, *times, change, *numbers, rung.note])
+            runtime = rung.runtime if rung.bytes else ""
+            rows.append([name, runtime, *counts, *times, change, *numbers, self.outcome(name), self._said_of(rung)])
         return rows
+
+    def _times_dense(self, name: str, batch: int) -> str:
+        """The gain in the same runtime, and the total where that is another number."""
+        gain, total = self.gain(name, batch), self.speed(name, batch)
+        if name == "dense" or total is None:
+            return ""
+        if gain is None or self.rungs[name].runtime == "torch":
+            return f", {total:.2f}x"
+        return f", {total:.2f}x in total" if name.startswith("dense") else f", {gain:.2f}x, {total:.2f}x in total"
+
+    @staticmethod
+    def _said_of(rung: Rung) -> str:
+        estimates = ", ".join(f"{what} {number:,.0f}" for what, number in rung.estimates.items())
+        return "; ".join(filter(None, [estimates and f"estimates, not measured: {estimates}", rung.note]))
 
     def table(self) -> Table:
         """For a terminal."""

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lightning_sparse.core import Call
 from lightning_sparse.export.compare_models import interleaved
+from lightning_sparse.export.condensed import CondensedLinear
 from lightning_sparse.export.kernel_choice import KernelChoice, layer_inputs
 from lightning_sparse.export.semi_structured import SEMI_STRUCTURED, to_semi_structured_
 
 __all__ = ["SparseLinear", "choose_kernels", "use_kernels"]
 
-BLOCKS = (4, 16, 32)
+BLOCKS = (4, 8, 16, 32)
 
 
 class SparseLinear(nn.Module):
@@ -27,7 +28,7 @@ class SparseLinear(nn.Module):
 
     Args:
         layer: with zeros in its weight.
-        kernel: `csr`, or `bsr4`, `bsr16`, `bsr32` for square blocks.
+        kernel: `csr`, or `bsr4`, `bsr8`, `bsr16`, `bsr32` for square blocks.
 
     Raises:
         ValueError: if torch has no such kernel for the weight.
@@ -75,12 +76,23 @@ def to_layout(weight: Tensor, kernel: str) -> Tensor:
             )
     block = int(kernel.removeprefix("bsr")) if kernel.removeprefix("bsr").isdigit() and kernel.startswith("bsr") else 0
     if not block:
-        raise ValueError(f"kernel='{kernel}' is unknown; choose csr, {', '.join(f'bsr{b}' for b in BLOCKS)} or 2:4.")
+        raise ValueError(
+            f"kernel='{kernel}' is unknown; choose condensed, csr, {', '.join(f'bsr{b}' for b in BLOCKS)} or 2:4."
+        )
     if any(size % block for size in weight.shape):
         raise ValueError(f"kernel='{kernel}' needs sizes that are multiples of {block}, not {tuple(weight.shape)}.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*in beta state")
         return weight.to_sparse_bsr((block, block))
+
+
+def with_kernel(layer: nn.Linear, kernel: str) -> CondensedLinear | SparseLinear:
+    """A linear layer with another kernel.
+
+    Raises:
+        ValueError: if there is no such kernel, or the weight does not fit it.
+    """
+    return CondensedLinear(layer) if kernel == CondensedLinear.kernel else SparseLinear(layer, kernel)
 
 
 def use_kernels(model: nn.Module, kernels: Mapping[str, str]) -> nn.Module:
@@ -92,9 +104,9 @@ def use_kernels(model: nn.Module, kernels: Mapping[str, str]) -> nn.Module:
         if kernel == SEMI_STRUCTURED:
             to_semi_structured_(layer)
         elif not name:
-            return SparseLinear(layer, kernel)
+            return with_kernel(layer, kernel)
         else:
-            model.set_submodule(name, SparseLinear(layer, kernel))
+            model.set_submodule(name, with_kernel(layer, kernel))
     return model
 
 
@@ -108,7 +120,7 @@ def choose_kernels(
     blocks: tuple[int, ...] = BLOCKS,
     network: str | None = None,
 ) -> list[KernelChoice]:
-    """Measure every linear layer dense, in CSR and in BSR on what it is given, and name the fastest.
+    """Measure every linear layer dense, condensed, in CSR and in BSR on what it is given, and name the fastest.
 
     Batch size and threads are those of this call: choose them as they will be in use.
 
@@ -145,13 +157,13 @@ def _choose(
     if sparsity < 0.5:
         return KernelChoice(name, sparsity, {}, "dense", "less than half of it is zero")
     tried: dict[str, Any] = {"dense": layer}
-    for kernel in ("csr", *(f"bsr{block}" for block in blocks)):
+    for kernel in ("condensed", "csr", *(f"bsr{block}" for block in blocks)):
         try:
-            made = SparseLinear(layer, kernel)
+            made = with_kernel(layer, kernel)
             made(x)
         except (ValueError, RuntimeError):
             continue
-        if kernel == "csr" or made.weight.values().numel() < 0.5 * weight.numel():
+        if not kernel.startswith("bsr") or made.weight.values().numel() < 0.5 * weight.numel():  # type: ignore[operator]
             tried[kernel] = made
     timings = interleaved({kernel: partial(made, x) for kernel, made in tried.items()}, rounds)
     times = {kernel: timing.median for kernel, timing in timings.items()}

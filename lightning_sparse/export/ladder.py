@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,25 +15,27 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line, is_cut
+from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line, is_cut, silenced
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
 from lightning_sparse.export.compare_models import difference, interleaved, runner
-from lightning_sparse.export.export_report import ExportReport, Rung
+from lightning_sparse.export.edge import executorch_runner, save_ethos_u85, save_executorch
+from lightning_sparse.export.export_report import ExportReport, Rung, Runtime, dense_in
+from lightning_sparse.export.int8 import save_int8
 from lightning_sparse.export.kernel_choice import KernelChoice
 from lightning_sparse.export.kernels import choose_kernels
 from lightning_sparse.export.merge import merge_layers
 from lightning_sparse.export.merge_report import count_parameters
 from lightning_sparse.export.onnx import batch_sizes, compressed_size, onnx_runner, save_onnx
+from lightning_sparse.export.quantization import Elsewhere, Quantization, relative_error
 from lightning_sparse.export.removal import remove_dead
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
 __all__ = ["RUNGS", "RungName", "export_ladder"]
 
-RungName = Literal["plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx"]
-
-SLOWER = 1.05
-"""Times the dense median; what takes longer is no gain, whatever it is called."""
+RungName = Literal[
+    "plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx", "int8", "edge", "ethos_u85"
+]
 
 
 @dataclass
@@ -41,11 +43,18 @@ class _Made:
     """An artifact in the temporary folder, and what runs it."""
 
     file: str
-    run: Callable[[Call], Any]
+    run: Callable[[Call], Any] | None
+    """None if nothing here can run it."""
     note: str
     parameters: int | None = None
     macs: int | None = None
     module: nn.Module | None = None
+    runtime: Runtime = "torch"
+    compiles: bool = False
+    """Whether it is a network of its own that torch.compile takes."""
+    rounds_off: bool = False
+    """Whether its outputs are those of the dense model up to what `Quantization` allows, not up to the tolerance."""
+    estimates: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Ladder:
@@ -57,6 +66,7 @@ class _Ladder:
         kind = next(self.dense.parameters()).dtype
         self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision rounds more than that
         self.base, self.blueprint = fold_norms(self.dense) if options["fold"] else (copy_model(self.dense), Blueprint())
+        self.quantization: Quantization | None = options["quantization"]
         self.choices: list[KernelChoice] = []
         self.zeros = _zeros(self.dense)
 
@@ -98,7 +108,8 @@ class _Ladder:
             text = f"the merged {type(model).__name__} cannot be exported by torch.export ({first_line(error)})."
             raise ValueError(text) from None
         note = f"{report.depth[0]} layers became {report.depth[1]}; torch.export.load reads it, without the model's code"
-        return _Made(path.name, partial(_call, program), note, report.parameters[1], sum(self.macs(model).values()), model)
+        macs = sum(self.macs(model).values())
+        return _Made(path.name, partial(_call, program), note, report.parameters[1], macs, model, compiles=True)
 
     def removed(self) -> _Made:
         """Without the channels that do nothing; what comes after stands on it."""
@@ -111,6 +122,7 @@ class _Ladder:
             name, reason = next(iter(removal.refused.items()))
             note += f"; {len(removal.refused)} groups stay, such as '{name}': {reason}"
         made = self._saved("removed.safetensors", smaller, blueprint, note)
+        made.compiles = True
         self.base, self.blueprint = smaller, blueprint
         return made
 
@@ -133,8 +145,68 @@ class _Ladder:
             raise ValueError(f"onnxruntime would check it on the CPU, which does not support {kind}; use float32.")
         path = self.folder / "model.onnx"
         save_onnx(self.base, self.inputs, path)
-        note = f"{compressed_size(path):,} bytes compressed; measured in onnxruntime on the CPU"
-        return _Made(path.name, onnx_runner(path), note, count_parameters(self.base), sum(self.macs(self.base).values()))
+        note = f"{compressed_size(path):,} bytes compressed"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        return _Made(path.name, onnx_runner(path), note, parameters, macs, runtime="onnxruntime")
+
+    def int8(self) -> _Made:
+        """In eight bits, with all its zeros."""
+        path = self.folder / "model-int8.onnx"
+        found = save_int8(self.base, self.inputs, path, self._calibration())
+        note = f"{compressed_size(path):,} bytes compressed; {found.zeros:,} zeros of {found.weights:,} weights are all kept"
+        if found.left:
+            note += f"; {len(found.left)} weights stay float, such as '{found.left[0]}'"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        return _Made(path.name, onnx_runner(path), note, parameters, macs, runtime="onnxruntime", rounds_off=True)
+
+    def edge(self) -> _Made:
+        """In eight bits for ExecuTorch on a CPU."""
+        path = self.folder / "model.pte"
+        left = save_executorch(self.base, self.inputs, path, self._calibration())
+        note = f"one sample at a time; {compressed_size(path):,} bytes compressed"
+        if left:
+            note += f"; not run by XNNPACK: {', '.join(left)}"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        run = executorch_runner(path)
+        return _Made(path.name, run, note, parameters, macs, runtime="executorch", rounds_off=True)
+
+    def ethos_u85(self) -> _Made:
+        """In eight bits for an accelerator that stores no zeros."""
+        path, beside = self.folder / "model-ethos-u85.pte", self.folder / "filled.pte"
+        estimates, left = save_ethos_u85(self.base, self.inputs, path, self._calibration())
+        without, _ = save_ethos_u85(_filled(self.base), self.inputs, beside, self._calibration())
+        estimates |= {f"{what} if no weight were zero": number for what, number in without.items()}
+        note = "for one sample at a time; outputs cannot be checked without Arm's simulator or the device"
+        if left:
+            note += f"; not run by it: {', '.join(left)}"
+        parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
+        return _Made(path.name, None, note, parameters, macs, runtime="ethos-u85", estimates=estimates)
+
+    def _calibration(self) -> list[Call]:
+        if self.quantization is None:
+            raise ValueError("int8 is calibrated on training batches; give quantization=Quantization(batches).")
+        return self.quantization.calls
+
+    # ---- the dense model in every runtime ---------------------------------------------------------------------------------
+
+    def dense_onnx(self) -> _Made:
+        """The masked model as it was trained in onnxruntime: what that runtime does without a rung."""
+        path = self.folder / "model.onnx"
+        if self.blueprint != Blueprint() or not path.exists():
+            path = self.folder / "dense.onnx"
+            save_onnx(self.dense, self.inputs, path)
+        note = f"{compressed_size(path):,} bytes compressed; for comparison, not written"
+        return self._dense(path.name, onnx_runner(path), note, "onnxruntime")
+
+    def dense_executorch(self) -> _Made:
+        """The masked model as it was trained, in float32."""
+        path = self.folder / "dense.pte"
+        save_executorch(self.dense, self.inputs, path)
+        return self._dense(path.name, executorch_runner(path), "in float32; for comparison, not written", "executorch")
+
+    def _dense(self, file: str, run: Callable[[Call], Any], note: str, runtime: Runtime) -> _Made:
+        macs = sum(self.macs(self.dense).values())
+        return _Made(file, run, note, count_parameters(self.dense), macs, runtime=runtime)
 
     # ---- parts of rungs ---------------------------------------------------------------------------------------------------
 
@@ -175,6 +247,9 @@ RUNGS: dict[str, Callable[[_Ladder], _Made]] = {
     "kernels": _Ladder.kernels,
     "semi_structured": _Ladder.semi_structured,
     "onnx": _Ladder.onnx,
+    "int8": _Ladder.int8,
+    "edge": _Ladder.edge,
+    "ethos_u85": _Ladder.ethos_u85,
 }
 """In the order in which they are climbed."""
 
@@ -190,15 +265,21 @@ def export_ladder(
     fold: bool = False,
     input_range: Sequence[float] | None = None,
     rounds: int = 30,
+    compiled: bool = True,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    quantization: Quantization | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Make every artifact that suits a sparse model, verify each against it, measure all beside it, and write them.
 
     `plain`: a state dict. `compact`: the same without zeros. `merged`: without layers that act linearly. `removed`: without
     dead neurons and filters; the rungs after it stand on it. `kernels`: linear layers in CSR or BSR where that is faster
-    here. `semi_structured`: 2:4, on the sparse tensor cores of a GPU. `onnx`. What is verified is what a file makes of the
-    model. Nothing is written before all are verified; what turns out slower than dense is left out unless `rungs` names it.
+    here. `semi_structured`: 2:4, on the sparse tensor cores of a GPU. `onnx`. `int8`: ONNX in eight bits. `edge`: a
+    program in eight bits for ExecuTorch on a CPU. `ethos_u85`: one for Arm's accelerator, which stores no zeros.
+
+    What is verified is what a file makes of the model, and nothing is written before all are verified. A rung gains what it
+    gains beside the dense model in its own runtime, so each runtime has a dense row; what is slower than that and no smaller
+    is left out unless `rungs` names it.
 
     Args:
         model: trained, with exact zeros; it stays as it is.
@@ -211,7 +292,9 @@ def export_ladder(
         fold: batch normalization into the layers in front of it, in all rungs but `merged`.
         input_range: the least and largest input, such as (0, 1), by which `merged` may judge the first layer.
         rounds: of calls by which latency is measured; 0 to not measure.
+        compiled: measure the dense model and smaller networks under `torch.compile` too, which takes half a minute each.
         evaluate: metrics of a model, such as its accuracy on a test set.
+        quantization: how rungs in eight bits are calibrated and judged; None leaves them out.
         overwrite: files in the folder.
 
     Raises:
@@ -224,52 +307,175 @@ def export_ladder(
         )
     call = Call.of(inputs, network)
     names = _check(rungs, to, call, tolerance, input_range, rounds, overwrite)
+    options = {"fold": fold, "input_range": input_range, "tolerance": tolerance, "quantization": quantization}
     with tempfile.TemporaryDirectory() as folder:
-        ladder = _Ladder(model, call, Path(folder), {"fold": fold, "input_range": input_range, "tolerance": tolerance})
+        ladder = _Ladder(model, call, Path(folder), options)
+        climb = _Climb(ladder, forced=rungs is not None)
+        for name in names:
+            climb.take(name)
+        if evaluate is not None:
+            climb.evaluate(evaluate)
+        climb.judge_what_rounds_off()
+        if rounds:
+            climb.compare_runtimes(compiled)
+            climb.time(rounds)
+            climb.leave_out_what_is_no_gain()
+        climb.report.choices = ladder.choices
+        climb.write(Path(to))
+    return climb.report
+
+
+class _Climb:
+    """One climb of the ladder: what was made so far, and the report on it.
+
+    Args:
+        ladder: that is climbed.
+        forced: whether rungs were named, so that one which is not possible is an error.
+    """
+
+    def __init__(self, ladder: _Ladder, forced: bool) -> None:
+        self.ladder, self.forced = ladder, forced
+        dense, call = ladder.dense, ladder.inputs
+        kind = type(dense).__name__
         try:
-            expected = _call(callee(ladder.dense, call.network)[1], call)
+            self.expected = _call(callee(dense, call.network)[1], call)
         except (TypeError, AttributeError, KeyError) as error:
             raise ValueError(
-                f"{type(model).__name__} cannot be called with these inputs ({first_line(error)}); give its arguments as a "
+                f"{kind} cannot be called with these inputs ({first_line(error)}); give its arguments as a "
                 "tuple or a dictionary, or the network that takes them."
             ) from error
-        made: dict[str, _Made] = {}
-        report = ExportReport(type(model).__name__, ladder.zeros, call.samples, torch.get_num_threads(), str(_device(model)))
-        report.rungs["dense"] = Rung(
+        self.made: dict[str, _Made] = {}
+        self.errors: dict[str, float] = {}
+        """Of outputs, as a share of them, where a rung rounds off."""
+        self.timed: dict[str, Callable[[Call], Any]] = {"dense": partial(_call, callee(dense, call.network)[1])}
+        """Everything that is measured, artifacts and dense rows."""
+        self.report = ExportReport(kind, ladder.zeros, call.samples, torch.get_num_threads(), str(_device(dense)))
+        self.report.rungs["dense"] = Rung(
             bytes=sum(t.numel() * t.element_size() for t in ladder.dense.state_dict().values()),
-            parameters=count_parameters(ladder.dense),
-            macs=sum(ladder.macs(ladder.dense).values()),
+            parameters=count_parameters(dense),
+            macs=sum(ladder.macs(dense).values()),
             note="the masked model as it was trained",
         )
-        for name in names:
-            try:
-                rung = RUNGS[name](ladder)
-                found = rung.run(call)
-            except Exception as error:  # libraries and kernels have many ways to say that they cannot
-                reason = str(error) if isinstance(error, ValueError) else f"it does not run ({first_line(error)})."
-                if rungs is not None:
-                    raise ValueError(f"rung '{name}': {reason.rstrip('.')}. Nothing was written.") from None
-                report.rungs[name] = Rung(note=reason)
+
+    def take(self, name: str) -> None:
+        """Make a rung and verify it, or note why there is none."""
+        try:
+            rung = RUNGS[name](self.ladder)
+            found = self.expected if rung.run is None else rung.run(self.ladder.inputs)
+        except Exception as error:  # libraries and kernels have many ways to say that they cannot
+            reason = str(error) if isinstance(error, ValueError) else f"it does not run ({first_line(error)})."
+            if self.forced:
+                raise ValueError(f"rung '{name}': {reason.rstrip('.')}. Nothing was written.") from None
+            self.report.rungs[name] = Rung(note=reason)
+            return
+        allowed = float("inf") if rung.rounds_off else self.ladder.tolerance
+        self.report.rungs[name] = _verified(name, rung, found, self.expected, allowed, self.ladder.folder)
+        if rung.rounds_off:
+            self.errors[name] = relative_error(self.expected, found)
+        if rung.run is None:
+            self.report.rungs[name].change = self.report.rungs[name].largest = None
+        self.made[name] = rung
+        if rung.run is not None:
+            self.timed[name] = rung.run
+
+    def compare_runtimes(self, compiled: bool) -> None:
+        """The dense model in every runtime that a rung needs, as a row of its own, and networks compiled, if wanted."""
+        if any(rung.runtime == "onnxruntime" for rung in self.made.values()):
+            self._add_dense("onnxruntime", self.ladder.dense_onnx)
+        if any(rung.runtime == "executorch" for rung in self.made.values()):
+            self._add_dense("executorch", self.ladder.dense_executorch)
+        networks = {"dense": self.ladder.dense, **{n: m.module for n, m in self.made.items() if m.compiles}}
+        worth_it = compiled and any(map(self.report.is_other_network, self.made))
+        for name, network in networks.items() if worth_it else ():
+            if network is not None:
+                self._add_compiled(name, network)
+        rows = self.report.rungs
+        self.report.rungs = dict(sorted(rows.items(), key=lambda row: not row[0].startswith("dense")))
+
+    def _add_dense(self, runtime: Runtime, make: Callable[[], _Made]) -> None:
+        row = dense_in(runtime)
+        try:
+            dense = make()
+            assert dense.run is not None
+            dense.run(self.ladder.inputs)
+        except Exception as error:
+            self.report.rungs[row] = Rung(runtime=runtime, note=f"it does not run ({first_line(error)}).")
+            return
+        size = (self.ladder.folder / dense.file).stat().st_size
+        self.report.rungs[row] = Rung(None, size, dense.parameters, dense.macs, note=dense.note, runtime=runtime)
+        self.timed[row] = dense.run
+
+    def _add_compiled(self, name: str, network: nn.Module) -> None:
+        runtime: Runtime = "torch.compile"
+        eager, row = self.report.rungs[name], f"{name}, {runtime}"
+        try:
+            called: Any = torch.compile(callee(network, self.ladder.inputs.network)[1])
+            run = partial(_call, called)
+            with warnings.catch_warnings(), silenced("torch"):
+                warnings.simplefilter("ignore")
+                change = difference(self.expected, run(self.ladder.inputs))
+        except Exception as error:
+            self.report.rungs[row] = Rung(runtime=runtime, note=f"torch.compile cannot ({first_line(error)}).")
+            return
+        note = f"at batch {self.ladder.inputs.samples}; the same file"
+        self.report.rungs[row] = Rung(None, eager.bytes, eager.parameters, eager.macs, *change, note=note, runtime=runtime)
+        self.timed[row] = run
+
+    def time(self, rounds: int) -> None:
+        """All in turns, at batch 1 and at that of the inputs; what is compiled is compiled for that of the inputs."""
+        dense, inputs = self.ladder.dense, self.ladder.inputs
+        for batch in dict.fromkeys((1, inputs.samples)):
+            x = inputs.first(batch).fit(dense)
+            able = {name: run for name, run in self.timed.items() if batch == inputs.samples or not name.endswith("compile")}
+            with torch.no_grad():
+                found = interleaved({name: partial(run, x) for name, run in able.items()}, rounds, _device(dense))
+            for name, timing in found.items():
+                self.report.rungs[name].latency[batch] = timing
+
+    def leave_out_what_is_no_gain(self) -> None:
+        """A rung that nobody named, and that is slower than dense in its own runtime without being smaller."""
+        for name in [] if self.forced else list(self.made):
+            share = self.report.share(name)
+            if self.report.is_other_network(name) and self.report.pace(name) == "slower" and (share is None or share > 0.95):
+                rung = self.report.rungs[name]
+                where = "" if rung.runtime == "torch" else f" in {rung.runtime}"
+                rung.note = f"left out: slower than dense{where} and no smaller; {rung.note}"
+                rung.file = None
+                del self.made[name]
+
+    def evaluate(self, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> None:
+        """Metrics of everything that is a module, or can stand in for one."""
+        for name, module in {"dense": self.ladder.dense, **{n: m.module for n, m in self.made.items()}}.items():
+            if module is not None:
+                self.report.rungs[name].metrics = dict(evaluate(module))
+        for name in self.errors:
+            elsewhere = Elsewhere(self.ladder.dense, self.ladder.inputs, self.timed[name])
+            metrics = dict(evaluate(elsewhere.module))
+            if elsewhere.calls:
+                self.report.rungs[name].metrics = metrics
+            else:
+                self.report.rungs[name].note += "; evaluate does not call its network, so it has no metrics"
+
+    def judge_what_rounds_off(self) -> None:
+        """Metrics where there are some, else outputs, must be close enough to those of the dense model."""
+        for name, error in self.errors.items():
+            assert self.ladder.quantization is not None
+            rung = self.report.rungs[name]
+            reason = self.ladder.quantization.verdict(self.report.rungs["dense"].metrics, rung.metrics, error)
+            if not reason:
+                rung.note = f"outputs off by {error:.1%} (root mean square); {rung.note}"
                 continue
-            report.rungs[name] = _verified(name, rung, found, expected, ladder.tolerance, Path(folder))
-            made[name] = rung
-        if rounds:
-            _time(report, ladder.dense, made, call, rounds)
-        for name in list(made):
-            if rungs is None and report.is_slower(name, SLOWER):
-                report.rungs[name].note = f"left out: slower than dense here; {report.rungs[name].note}"
-                report.rungs[name].file = None
-                del made[name]
-        if evaluate is not None:
-            for name, module in {"dense": ladder.dense, **{n: m.module for n, m in made.items()}}.items():
-                if module is not None:
-                    report.rungs[name].metrics = dict(evaluate(module))
-        report.choices = ladder.choices
-        Path(to).mkdir(parents=True, exist_ok=True)
-        for rung in made.values():
-            shutil.copyfile(Path(folder) / rung.file, Path(to) / rung.file)
-        (Path(to) / "report.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
-    return report
+            if self.forced:
+                raise ValueError(f"rung '{name}': {reason}. Nothing was written.")
+            self.report.rungs[name] = Rung(change=rung.change, largest=rung.largest, metrics=rung.metrics, note=f"{reason}.")
+            del self.made[name], self.timed[name]
+
+    def write(self, to: Path) -> None:
+        """The files and the report."""
+        to.mkdir(parents=True, exist_ok=True)
+        for rung in self.made.values():
+            shutil.copyfile(self.ladder.folder / rung.file, to / rung.file)
+        (to / "report.json").write_text(json.dumps(self.report.to_json(), indent=1) + "\n")
 
 
 def _check(
@@ -313,20 +519,17 @@ def _verified(name: str, made: _Made, found: Any, expected: Any, tolerance: floa
             f"largest output is {largest:.3g}). Nothing was written."
         )
     size = (folder / made.file).stat().st_size
-    return Rung(made.file, size, made.parameters, made.macs, change, largest, note=made.note)
-
-
-def _time(report: ExportReport, dense: nn.Module, made: Mapping[str, _Made], inputs: Call, rounds: int) -> None:
-    """All beside each other, at batch 1 and at that of the inputs."""
-    for batch in dict.fromkeys((1, inputs.samples)):
-        x = inputs.first(batch).fit(dense)
-        functions = {
-            "dense": partial(_call, callee(dense, x.network)[1], x),
-            **{name: partial(m.run, x) for name, m in made.items()},
-        }
-        with torch.no_grad():
-            for name, timing in interleaved(functions, rounds, _device(dense)).items():
-                report.rungs[name].latency[batch] = timing
+    return Rung(
+        made.file,
+        size,
+        made.parameters,
+        made.macs,
+        change,
+        largest,
+        note=made.note,
+        runtime=made.runtime,
+        estimates=dict(made.estimates),
+    )
 
 
 @torch.no_grad()
@@ -337,6 +540,18 @@ def _call(called: nn.Module, call: Call) -> Any:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+@torch.no_grad()
+def _filled(model: nn.Module) -> nn.Module:
+    """A copy in which random numbers stand for the zeros of each weight, as large as its others."""
+    model = copy_model(model)
+    dice = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim > 1 and bool((kept := weight != 0).any()):
+            noise = torch.randn(weight.shape, generator=dice).to(weight) * weight[kept].square().mean().sqrt()
+            weight.copy_(torch.where(kept, weight, noise))
+    return model
 
 
 def _zeros(model: nn.Module) -> float:

@@ -6,6 +6,7 @@ from lightning_sparse.families.masked import Masked
 from lightning_sparse.families.pruning import Pruning
 from lightning_sparse.families.pruning_at_init import PruningAtInit, PruningAtInitOnData
 from lightning_sparse.families.rewiring import Rewiring
+from lightning_sparse.families.sees_inputs import SeesInputs
 from lightning_sparse.families.shadow_weights import ShadowWeights
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "PruningAtInit",
     "PruningAtInitOnData",
     "Rewiring",
+    "SeesInputs",
     "ShadowWeights",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,14 +12,18 @@ from torch import Tensor
 from lightning_sparse.core import (
     AllocationName,
     Budget,
+    BudgetName,
+    ChannelCosts,
     Coupled,
     CoupledVectors,
     Coupling,
+    LayerRow,
     Plan,
     Remembered,
     RunLength,
     StructureName,
     Target,
+    count_macs,
 )
 from lightning_sparse.core.dependencies import find_coupling
 from lightning_sparse.families.masked import Masked
@@ -38,13 +42,22 @@ class Budgeted(Masked):
     Args:
         sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`. With `n:m` every layer has the same share.
+            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
+
+    left = Remembered[dict[str, list[int]]](dict)
+    """Of coupled channels, and of what they cost, how much is kept and how much there is."""
+    has_scores: ClassVar[bool] = True
+    """Whether the method scores weights, by which `allocation='owl'` shares."""
 
     traced = Remembered[dict[str, Any]](dict)
     """Which channels are coupled; a resumed run may stand where its loader has no batch left to find it with."""
@@ -56,6 +69,8 @@ class Budgeted(Masked):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -63,23 +78,28 @@ class Budgeted(Masked):
         self.sparsity, self.allocation, self.structure = sparsity, allocation, structure
         self.layer_sparsity = layer_sparsity
         usual = arguments(type(self)).get("allocation", "global")
-        self.budget = Budget(sparsity, allocation, structure, layer_sparsity, usual)
+        self.max_layer_sparsity, self.budget = max_layer_sparsity, budget
+        self.quota = Budget(
+            sparsity, allocation, structure, layer_sparsity, usual, max_layer_sparsity, budget, scored=self.has_scores
+        )
+        """The budget of weights, or of what `budget` counts."""
         self._plan: Plan | None = None
         self.vectors: CoupledVectors | None = None
         self._coupled: Mapping[str, Any] = {}
+        self._costs: dict[str, ChannelCosts] = {}
 
     def misfit(self, target: Target) -> str | None:
-        why = self.budget.structure.misfit(target)
-        if why is None and target.layout is not None:
-            try:
-                self.budget.structure.layout(target.matrices()[0])
-            except ValueError as error:
-                why = f"is cut into shards, and structure='{self.structure}' {error}"
-        return why
+        return self.quota.structure.unfit(target)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        coupling = self._find_coupling() if isinstance(self.budget.structure, Coupled) else None
-        self._plan = self.budget.plan(self.chosen, coupling)
+        coupling = self._find_coupling() if isinstance(self.quota.structure, Coupled) else None
+        if self.quota.allocation == "owl" and self.layouts:
+            raise ValueError(
+                "allocation='owl' looks for outliers in whole layers, and weights are cut into shards here; write another "
+                "allocation, such as 'uniform'."
+            )
+        self._costs = {} if coupling is None else self._costs_of(coupling)
+        self._plan = self.quota.plan(self.chosen, coupling, self._costs.get(self.quota.measure))
         self._plan.check()
 
     @property
@@ -99,6 +119,7 @@ class Budgeted(Masked):
 
     def release(self) -> None:
         self._plan = self.vectors = None
+        self._costs = {}
         super().release()
 
     def prune(self, sparsity: float, score: Callable[[str, Tensor], Tensor]) -> None:
@@ -128,21 +149,40 @@ class Budgeted(Masked):
     def _find_coupling(self) -> Coupling:
         trainer, module = self.run.trainer, self.run.module
         channels = {target.name: target.shape[target.output_dim] for target in self.chosen}
-        coupling = Coupling.restore(self.known("traced", {}), channels)
-        if coupling is None:
+        traced = self.known("traced", {})
+        coupling, macs = Coupling.restore(traced, channels), traced.get("macs")
+        if coupling is None or macs is None:
             with dry_run(trainer, module) as twin:
-                coupling = find_coupling(twin, example_inputs(trainer, twin, self.label, list(channels)), channels)
+                calls = example_inputs(trainer, twin, self.label, list(channels))
+                coupling = find_coupling(twin, calls, channels)
+                macs = count_macs(twin, lambda: [call(twin) for call in calls], max(call.samples for call in calls))
             stay = [f"'{name}' ({reason})" for name, reason in coupling.staying.items() if name in channels]
             if stay:
                 rank_zero_info(f"{self.label}: channels stay in {', '.join(stay)}.")
-        self._coupled = coupling.state()
+        self._coupled = {**coupling.state(), "macs": macs}
         self.vectors = CoupledVectors(coupling, dict(module.named_parameters()))
         return coupling
+
+    def _costs_of(self, coupling: Coupling) -> dict[str, ChannelCosts]:
+        sizes = {name: parameter.numel() for name, parameter in self.run.module.named_parameters()}
+        return {"parameters": ChannelCosts(coupling, sizes), "macs": ChannelCosts(coupling, self._coupled["macs"])}
 
     def _follow_channels(self) -> None:
         if self.vectors is not None:
             alive = {t.name: self.masks[t.name].movedim(t.output_dim, 0).flatten(1).any(1) for t in self.chosen}
             self.vectors.follow(alive, self.run.optimizers, self.run.averages())
+            kept = self.vectors.coupling.gather(alive)
+            self.left = {"coupled channels": [int(kept.sum()), len(kept)]}
+            self.left |= {name: [costs(kept), costs.dense] for name, costs in self._costs.items()}
+
+    def summary(self) -> list[LayerRow]:
+        """As of every method; with coupled channels also what is left of them, of all parameters and multiplications."""
+        goal = {self.quota.measure: 1 - self.quota.sparsity}
+        rows = [
+            LayerRow(name, kept, total, int(goal[name] * total) if name in goal else None)
+            for name, (kept, total) in self.left.items()
+        ]
+        return super().summary() + rows
 
     def silence(self, step: Step) -> None:
         super().silence(step)

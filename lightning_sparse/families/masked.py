@@ -28,7 +28,7 @@ class Masked(Sparsifier):
     def __init__(self, *, targets: str | Sequence[str] = ("*",), name: str | None = None) -> None:
         super().__init__(targets=targets, name=name)
         self.watch = Watch()
-        self._molds: dict[int, Mold] = {}
+        self._molds: dict[tuple[int, int], Mold] = {}
 
     @property
     def mask_set(self) -> MaskSet | None:
@@ -104,9 +104,10 @@ class Masked(Sparsifier):
         self._look(self.weights, "Something outside the optimizer's step")
 
     def _mold(self, step: Step) -> Mold:
-        mold = self._molds.get(id(step.optimizer))
+        key = id(step.optimizer), len(step.weights)
+        mold = self._molds.get(key)
         if mold is None or mold.changes != self.masks.changes:
-            mold = self._molds[id(step.optimizer)] = Mold(self.masks, step.weights)
+            mold = self._molds[key] = Mold(self.masks, step.weights)
         return mold
 
     def _look(self, weights: Mapping[str, nn.Parameter], who: str) -> None:

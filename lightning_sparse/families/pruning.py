@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse.core import AllocationName, Position, Remembered, RunLength, StructureName, Window, check_choice
+from lightning_sparse.core import AllocationName, BudgetName, Position, Remembered, RunLength, StructureName, Window
 from lightning_sparse.families.budgeted import Budgeted
-from lightning_sparse.functional import SCHEDULES
+from lightning_sparse.families.ramp import Ramp
 from lightning_sparse.functional.schedules import Schedule, ScheduleName
 
 __all__ = ["Pruning"]
@@ -30,10 +29,14 @@ class Pruning(Budgeted):
         schedule: how sparsity grows from 0: `constant` (all at once), `linear`, `cubic`, `cosine`, `exponential`, or a
             function of (progress, start value, end value).
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`. With `n:m` every layer has the same share.
+            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
@@ -51,6 +54,8 @@ class Pruning(Budgeted):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -59,12 +64,13 @@ class Pruning(Budgeted):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )
         self.start, self.end, self.every, self.schedule = start, end, every, schedule
-        if not callable(schedule):
-            check_choice("schedule", schedule, SCHEDULES, " or give a function")
+        self.ramp = Ramp(schedule, self.quota.sparsity)
         self.window = Window(start, end, every)
 
     @abstractmethod
@@ -72,9 +78,6 @@ class Pruning(Budgeted):
         """How much each entry matters; higher survives. Must be the same on all ranks."""
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        for progress in (0.0, 0.5, 1.0):
-            if not math.isfinite(value := self._scheduled(progress)):
-                raise ValueError(f"schedule gives {value} at progress {progress}; it must return a sparsity.")
         self.window.check(run, until, f"{self.label} ends its schedule")
         super().check(run, until)
 
@@ -85,18 +88,8 @@ class Pruning(Budgeted):
     def evolve(self, position: Position) -> None:
         window = self.window
         if window.take(position):
-            self.prune(self.planned_sparsity(window.progress(position)), self.score)
-
-    def planned_sparsity(self, progress: float) -> float:
-        """What the schedule asks for so far through the window."""
-        if progress >= 1:
-            return self.budget.sparsity
-        return min(max(self._scheduled(progress), 0.0), self.budget.sparsity)
-
-    def _scheduled(self, progress: float) -> float:
-        schedule = SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
-        return float(schedule(progress, 0.0, self.budget.sparsity))
+            self.prune(self.ramp(window.progress(position)), self.score)
 
     def conclude(self) -> None:
         if not self.window.is_over:
-            rank_zero_warn(self.window.unfinished(self.label, self.masks.sparsity, self.budget.sparsity))
+            rank_zero_warn(self.window.unfinished(self.label, self.masks.sparsity, self.quota.sparsity))

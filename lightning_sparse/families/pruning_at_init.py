@@ -11,7 +11,16 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import AllocationName, StructureName, check_whole, lent_gradients, owner_of, parts_of
+from lightning_sparse.core import (
+    AllocationName,
+    BudgetName,
+    RunLength,
+    StructureName,
+    check_whole,
+    lent_gradients,
+    owner_of,
+    parts_of,
+)
 from lightning_sparse.families.budgeted import Budgeted
 from lightning_sparse.loop.dry_run import dry_run, loss_of, refuse_unrepeatable_data, size_of, training_outputs
 
@@ -27,10 +36,14 @@ class PruningAtInit(Budgeted):
     Args:
         sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`. With `n:m` every layer has the same share.
+            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
@@ -53,7 +66,7 @@ class PruningAtInit(Budgeted):
         """Remove the lowest scores, one tensor of them per weight, in order."""
         self.check_scores(scores)
         by_name = dict(zip(self.weights, scores, strict=True))
-        self.prune(self.budget.sparsity, lambda name, weight: by_name[name])
+        self.prune(self.quota.sparsity, lambda name, weight: by_name[name])
 
     def check_scores(self, scores: Sequence[Tensor]) -> None:
         """Refuse scores that say nothing.
@@ -97,6 +110,8 @@ class PruningAtInitOnData(PruningAtInit):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -105,11 +120,21 @@ class PruningAtInitOnData(PruningAtInit):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )
         self.batches = batches
         check_whole("batches", batches, 1)
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        super().check(run, until)
+        batches = self.run.trainer.num_training_batches
+        if self.brought is None and self.batches > 1 and batches != float("inf"):
+            most = -(-int(batches) // self.run.accumulation(self.run.trainer.current_epoch))
+            if self.batches > most:
+                raise ValueError(f"{self.label}: batches={self.batches} is more than an epoch has; write at most {most}.")
 
     def begin(self) -> None:
         refuse_unrepeatable_data(self.run.trainer, self.run.module, self.label)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from lightning_sparse.core import (
     AllocationName,
     Channels,
+    FanIn,
     MaskSet,
     Position,
     Remembered,
@@ -24,10 +24,11 @@ from lightning_sparse.core import (
     Target,
     Window,
     check_choice,
+    check_schedule,
     spread_over,
 )
 from lightning_sparse.families.budgeted import Budgeted
-from lightning_sparse.functional import DROP_SCHEDULES, drop_count, regrow
+from lightning_sparse.functional import DROP_SCHEDULES, drop_count
 from lightning_sparse.functional.regrowth import DropScheduleName
 from lightning_sparse.functional.schedules import Schedule
 from lightning_sparse.loop import Step
@@ -57,14 +58,20 @@ class Rewiring(Budgeted):
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
         allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+` (first layer
             dense), or `global` (every weight has the same chance). With `n:m` every layer has the same share.
-        structure: `unstructured`, or `n:m`: every group of m inputs keeps n connections at all times.
+        structure: `unstructured`; `n:m`: every group of m inputs keeps n connections at all times; `fan_in`: every output of
+            a layer has the same number of connections (SRigL, Lasby et al. 2024, https://arxiv.org/abs/2305.02299); or
+            `block:RxC`: whole blocks move.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        min_salient: with `structure='fan_in'`: outputs of which less than this share of the fan-in survives or grows are
+            ablated (published: 0.3 for convolutional networks, 0.95 for transformers), in [0, 1]; never those of the last
+            layer. 0 ablates none.
         track_explored: remember which weights have ever been active, a byte each, for `explored_rate`.
         seed: of the mask and of all that is grown at random. None takes the seed of `seed_everything`, or draws one.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
 
+    has_scores: ClassVar[bool] = False
     reads_gradients: ClassVar[bool] = True
     """Whether scores need gradients; where not, none are kept."""
     takes_steps: ClassVar[bool] = False
@@ -94,6 +101,7 @@ class Rewiring(Budgeted):
         allocation: AllocationName = "erk",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        min_salient: float = 0.3,
         track_explored: bool = False,
         seed: int | None = None,
         targets: str | Sequence[str] = ("*",),
@@ -107,18 +115,26 @@ class Rewiring(Budgeted):
             targets=targets,
             name=name,
         )
-        self.track_explored, self.seed = track_explored, seed
+        self.track_explored, self.seed, self.min_salient = track_explored, seed, min_salient
         self.start, self.end, self.every = start, end, every
         self.drop_fraction, self.final_drop_fraction = drop_fraction, final_drop_fraction
         self.drop_schedule = drop_schedule
         _check_share("drop_fraction", drop_fraction, "(0, 1): the share of a layer's connections that an update drops", 0.3)
         if final_drop_fraction != 0:
             _check_share("final_drop_fraction", final_drop_fraction, "[0, 1): what drop_fraction falls to", 0.0)
-        if not callable(drop_schedule):
+        if callable(drop_schedule):
+            check_schedule("drop_schedule", drop_schedule, drop_fraction, final_drop_fraction)
+        else:
             check_choice("drop_schedule", drop_schedule, DROP_SCHEDULES, " or give a function")
         check_seed(seed)
-        if isinstance(self.budget.structure, Channels):
-            raise ValueError(f"structure='{structure}' is not rewired; write 'unstructured' or 'n:m' such as '2:4'.")
+        share: object = min_salient  # from a config, anything may come
+        if not isinstance(share, Real) or not 0 <= float(share) <= 1:
+            raise ValueError(f"min_salient={share!r} must be in [0, 1]: the share of its fan-in that an output needs.")
+        if isinstance(self.quota.structure, Channels):
+            raise ValueError(
+                f"structure='{structure}' is not rewired; write 'unstructured', 'fan_in', 'block:RxC' or 'n:m' such as "
+                "'2:4'."
+            )
         self.window = Window(start, end, every)
         self._reading = False
 
@@ -237,16 +253,18 @@ class Rewiring(Budgeted):
             except ValueError as error:
                 raise ValueError(f"{self.label} cannot rewire '{name}': {error}") from None
         self.set_masks(masks)
+        if isinstance(self.plan.structure, FanIn):  # less than one connection per output is lost where some are ablated
+            self.promise(self.masks.kept, self.masks.counts)
 
     def _rewired(self, target: Target, keep: Tensor, grow: Tensor, fraction: float) -> Tensor:
         """The new mask of a weight; each matrix of a stack keeps its own number of connections."""
         matrices, masks = target.matrices(), []
+        least = 0.0 if target is self.chosen[-1] else self.min_salient
         now = target.unstack(self.masks[target.name])
         parts = zip(now, self._kept(target, now, matrices), *map(target.unstack, (keep, grow)), matrices, strict=True)
         for mask, kept, keep_score, grow_score, matrix in parts:
-            protect = partial(self.plan.structure.score, target=matrix)
-            spread = spread_over([matrix.layout])
-            masks.append(regrow(mask, keep_score, grow_score, drop_count(kept, fraction), kept, protect, spread))
+            structure = self.plan.structure
+            masks.append(structure.regrow(matrix, mask, keep_score, grow_score, fraction, kept, least))
         return target.restack(masks)
 
     def _kept(self, target: Target, masks: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:

@@ -30,6 +30,9 @@ class ShadowWeights(Sparsifier):
     a gradient that is not to be applied if the step is skipped.
     """
 
+    hidden_dtype: torch.dtype = torch.float32
+    """Of the dense values of dropped entries; those of the weights themselves are never narrowed."""
+
     hidden = Remembered[dict[str, Tensor]](dict, over="entries")
     """The dense values of dropped entries, zero where an entry is kept; in float32 or wider."""
 
@@ -43,7 +46,7 @@ class ShadowWeights(Sparsifier):
 
     def begin(self) -> None:
         self.hidden = {
-            name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, self.hidden_dtype))
             for name, weight in self.weights.items()
         }
         self.hide(self.weights)

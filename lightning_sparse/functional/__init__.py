@@ -1,6 +1,19 @@
 """The mathematics: tensors in, tensors out; no modules, no state, no Lightning."""
 
-from lightning_sparse.functional.allocation import ALLOCATIONS, allocate, counts, er, erk, erk_plus, uniform, uniform_plus
+from lightning_sparse.functional.allocation import (
+    ALLOCATIONS,
+    allocate,
+    counts,
+    er,
+    erk,
+    erk_plus,
+    outlier_share,
+    owl,
+    uniform,
+    uniform_plus,
+)
+from lightning_sparse.functional.blocks import block_score, expand_blocks
+from lightning_sparse.functional.channels import input_score, normalized
 from lightning_sparse.functional.cka import (
     PAIR_WEIGHTS,
     cka_from_hsic,
@@ -11,6 +24,8 @@ from lightning_sparse.functional.cka import (
     off_diagonal_mean,
     similarity_penalty,
 )
+from lightning_sparse.functional.distillation import distillation_loss
+from lightning_sparse.functional.fan_in import fan_in_mask, regrow_fan_in
 from lightning_sparse.functional.hypersparse import (
     HYPERSPARSE_ALIGNMENT,
     HyperSparseScale,
@@ -48,6 +63,7 @@ from lightning_sparse.functional.masks import (
     apply_bits_,
     channel_score,
     expand_channels,
+    find_n_m,
     is_for_one_thread,
     mask_bits,
     n_m_mask,
@@ -65,8 +81,10 @@ from lightning_sparse.functional.merging import (
     regroup,
     shift_input,
 )
+from lightning_sparse.functional.movement import MOVEMENT_SCORES, MovementScore
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional.penalties import PENALTIES, Penalty
+from lightning_sparse.functional.quantization import fake_quantize, round_symmetric
 from lightning_sparse.functional.regrowth import DROP_SCHEDULES, drop_count, growth_score, held, regrow
 from lightning_sparse.functional.schedules import SCHEDULES, constant, cosine, cubic, exponential, linear, piecewise_linear
 from lightning_sparse.functional.scores import (
@@ -78,6 +96,7 @@ from lightning_sparse.functional.scores import (
     random_generator,
     random_score,
 )
+from lightning_sparse.functional.soft_groups import group_soft_threshold, least_squares_scale
 from lightning_sparse.functional.sparse_connectivity_learning import (
     FEATURE_NORMS,
     STEP_PROXIES,
@@ -92,6 +111,7 @@ from lightning_sparse.functional.sparse_connectivity_learning import (
     steer_price,
     unit_step,
 )
+from lightning_sparse.functional.sparsegpt import compensate, inverse_factor
 from lightning_sparse.functional.statistics import (
     dead_outputs,
     layer_density,
@@ -108,6 +128,8 @@ from lightning_sparse.functional.thresholds import (
     soft_threshold_slope,
     step_threshold_gradients,
 )
+from lightning_sparse.functional.transposable import transposable_mask, transposable_patterns
+from lightning_sparse.functional.wanda import ria_score, row_ranks, wanda_score
 
 __all__ = [
     "ALLOCATIONS",
@@ -115,6 +137,7 @@ __all__ = [
     "FEATURE_NORMS",
     "HYPERSPARSE_ALIGNMENT",
     "LAYER_NORMS",
+    "MOVEMENT_SCORES",
     "PAIR_WEIGHTS",
     "PENALTIES",
     "SCHEDULES",
@@ -122,6 +145,7 @@ __all__ = [
     "Convolution",
     "HyperSparseScale",
     "LayerNorm",
+    "MovementScore",
     "Penalty",
     "above",
     "add_convolutions",
@@ -129,10 +153,12 @@ __all__ = [
     "any_bits",
     "apply_bits_",
     "beyond",
+    "block_score",
     "channel_score",
     "check_exponent",
     "check_vectors",
     "cka_from_hsic",
+    "compensate",
     "compose",
     "connection_count",
     "connection_price",
@@ -144,17 +170,23 @@ __all__ = [
     "dead_features",
     "dead_outputs",
     "density_error",
+    "distillation_loss",
     "drop_count",
     "er",
     "erk",
     "erk_plus",
     "exact_count",
+    "expand_blocks",
     "expand_channels",
     "expected_hoyer",
     "exponential",
+    "fake_quantize",
+    "fan_in_mask",
+    "find_n_m",
     "fold_batch_norm",
     "from_dual",
     "gradient_flow",
+    "group_soft_threshold",
     "growth_factor",
     "growth_score",
     "hashed_score",
@@ -165,6 +197,8 @@ __all__ = [
     "hypersparse_loss",
     "hypersparse_scale",
     "identity_proxy",
+    "input_score",
+    "inverse_factor",
     "is_for_one_thread",
     "kth_smallest",
     "layer_density",
@@ -172,6 +206,7 @@ __all__ = [
     "layer_penalty_gradient",
     "layer_prox_",
     "leaky_relu_proxy",
+    "least_squares_scale",
     "linear",
     "linear_cka",
     "linear_cka_matrix",
@@ -194,8 +229,11 @@ __all__ = [
     "negative_ratio",
     "nonzero_counts",
     "normalize_features_",
+    "normalized",
     "off_diagonal_mean",
+    "outlier_share",
     "over_parameterization_rate",
+    "owl",
     "pack",
     "part_",
     "piecewise_linear",
@@ -204,7 +242,11 @@ __all__ = [
     "random_score",
     "regroup",
     "regrow",
+    "regrow_fan_in",
     "relative_magnitude",
+    "ria_score",
+    "round_symmetric",
+    "row_ranks",
     "shift_input",
     "similarity_penalty",
     "soft_threshold",
@@ -215,9 +257,12 @@ __all__ = [
     "step_threshold_gradients",
     "to_dual",
     "top_k_masks",
+    "transposable_mask",
+    "transposable_patterns",
     "uniform",
     "uniform_plus",
     "unit_step",
     "unpack",
+    "wanda_score",
     "zero_fraction",
 ]

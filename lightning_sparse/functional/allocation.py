@@ -1,6 +1,6 @@
-"""How a budget of weights is shared among layers: uniform, Erdős-Rényi and its kernel form.
+"""How a budget of weights is shared among layers: uniform, Erdős-Rényi and its kernel form, by outliers.
 
-Every function takes the shapes of all layers, the density of all of them together, and optionally
+Every function but `owl` takes the shapes of all layers, the density of all of them together, and optionally
 the densities of some of them, which are paid from the same budget. It returns a density per layer; `counts`
 then makes whole numbers of them that add up exactly.
 """
@@ -10,7 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["ALLOCATIONS", "Allocation", "allocate", "counts", "er", "erk", "erk_plus", "uniform", "uniform_plus"]
+from torch import Tensor
+
+__all__ = [
+    "ALLOCATIONS",
+    "Allocation",
+    "allocate",
+    "counts",
+    "er",
+    "erk",
+    "erk_plus",
+    "outlier_share",
+    "owl",
+    "uniform",
+    "uniform_plus",
+]
 
 Shape = Sequence[int]
 Allocation = Callable[[Sequence[Shape], float, Mapping[int, float], "Sequence[int] | None"], list[float]]
@@ -92,6 +106,63 @@ def erk_plus(
     https://arxiv.org/abs/2202.02643.
     """
     return erk(shapes, density, {len(shapes) - 1: 1.0, **(fixed or {})}, sizes)
+
+
+def outlier_share(score: Tensor, threshold: float = 5.0) -> float:
+    """The fraction of scores that are more than `threshold` times as large as their mean; what is dropped (-inf) is 0.
+
+    Example:
+        >>> import torch
+        >>> outlier_share(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0, 0.0, -torch.inf]))
+        0.1
+    """
+    size = score.clamp(min=0)
+    return float((size > threshold * size.mean()).double().mean())
+
+
+def owl(
+    shares: Sequence[float],
+    density: float,
+    sizes: Sequence[int],
+    fixed: Mapping[int, float] | None = None,
+    reach: float = 0.08,
+) -> list[float]:
+    r"""Outlier-weighed layer-wise sparsity: layers with more outliers among their scores keep more.
+
+    $$ d_l = d + 2 \lambda \left(\hat s_l - \bar s\right), \qquad
+       \hat s_l = \frac{s_l - \min s}{\max s - \min s} $$
+
+    where the mean weighs layers by their sizes, so that the budget is met. No layer loses more than half of what it would
+    keep, or of what it would lose, with equal shares.
+
+    Source: Yin et al. 2024, "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
+    Sparsity", https://arxiv.org/abs/2310.05175, as in the published code, but for each layer where that takes the layers of
+    a transformer block together.
+
+    Args:
+        shares: of outliers in each layer, from `outlier_share`.
+        density: of all layers together, in [0, 1].
+        sizes: of the layers.
+        fixed: layer -> density, paid from the same budget.
+        reach: lambda.
+
+    Example:
+        >>> [round(d, 2) for d in owl([0.0, 0.01, 0.02], 0.5, [10, 10, 10])]
+        [0.42, 0.5, 0.58]
+    """
+    fixed = fixed or {}
+    free = [layer for layer in range(len(sizes)) if layer not in fixed]
+    even = allocate([1.0] * len(sizes), [(size,) for size in sizes], density, fixed, sizes)
+    room = sum(sizes[layer] for layer in free)
+    if not room:
+        return even
+    least, most = min(shares[layer] for layer in free), max(shares[layer] for layer in free)
+    relative = {layer: (shares[layer] - least) / (most - least) if most > least else 0.0 for layer in free}
+    mean = sum(relative[layer] * sizes[layer] for layer in free) / room
+    base = even[free[0]]
+    span = max(max(mean, 1 - mean), 1e-12)
+    step = min(2 * reach, base / 2 / span, (1 - base) / 2 / span)
+    return [fixed[layer] if layer in fixed else base + step * (relative[layer] - mean) for layer in range(len(sizes))]
 
 
 def allocate(
@@ -189,4 +260,4 @@ ALLOCATIONS: dict[str, Allocation] = {
     "erk": erk,
     "erk+": erk_plus,
 }
-"""Layer by layer; `global` is not among them, because there the scores decide."""
+"""By the shapes of layers; `global` and `owl` are not among them, because there the scores decide."""

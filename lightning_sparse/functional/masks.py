@@ -11,6 +11,7 @@ __all__ = [
     "apply_bits_",
     "channel_score",
     "expand_channels",
+    "find_n_m",
     "is_for_one_thread",
     "mask_bits",
     "n_m_mask",
@@ -178,3 +179,24 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise ValueError(f"{packed.numel()} bytes do not hold a mask of shape {tuple(shape)}.")
     shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
     return ((packed.unsqueeze(1) >> shifts) & 1).flatten()[:size].view(torch.bool).reshape(shape)
+
+
+def find_n_m(mask: Tensor, dim: int = 1) -> tuple[int, int] | None:
+    """The n:m pattern of a mask: of every m consecutive entries along one dimension n are kept, or at most n.
+
+    Tried for groups of 4, 8, 16 and 32; a pattern that keeps 1 % less than it allows is one by chance.
+
+    Example:
+        >>> find_n_m(torch.tensor([[True, False, False, True, False, True, True, False]]))
+        (2, 4)
+        >>> find_n_m(torch.ones(2, 8, dtype=torch.bool))
+    """
+    moved = mask.movedim(dim, -1)
+    for m in (4, 8, 16, 32):
+        if moved.shape[-1] % m:
+            continue
+        kept = moved.reshape(-1, m).sum(1)
+        n = int(kept.max())
+        if 0 < n < m and int(kept.sum()) >= 0.99 * n * len(kept):
+            return n, m
+    return None

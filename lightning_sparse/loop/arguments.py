@@ -30,6 +30,9 @@ def refuse_words(cls: type, refused: Mapping[str, str], given: Sequence[Any], na
         if name in refused:
             raise ValueError(f"{cls.__name__} does not take {name}: {refused[name]}.")
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+    for flag in (p.name for p in parameters if p.annotation in ("bool", bool) and p.name in named):
+        if type(named[flag]).__name__ not in ("bool", "bool_"):  # NumPy's too; any text would count as true
+            raise ValueError(f"{flag}={named[flag]!r} must be True or False.")
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if any(p.kind == p.VAR_POSITIONAL for p in parameters) or len(given) <= len(by_position):
         return

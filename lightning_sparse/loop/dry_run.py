@@ -30,6 +30,7 @@ __all__ = [
     "size_of",
     "take_step",
     "train_but_leaves",
+    "training_batches",
     "training_outputs",
 ]
 
@@ -67,13 +68,18 @@ def training_outputs(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
         trainer: that is fitting.
         module: from `dry_run`.
     """
-    precision, batches = trainer.precision_plugin, trainer.num_training_batches
-    loader = _own_pass(_combined(trainer))
-    for index, batch in enumerate(itertools.islice(loader, None if batches == float("inf") else int(batches))):
-        batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
-        with precision.train_step_context():
+    for index, batch in enumerate(training_batches(trainer)):
+        with trainer.precision_plugin.train_step_context():
             output = take_step(module, batch, index)
         yield batch, output
+
+
+def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
+    """Batches of the training set on the device, in a pass of its own; see `training_outputs`."""
+    precision, batches = trainer.precision_plugin, trainer.num_training_batches
+    loader = _own_pass(_combined(trainer))
+    for batch in itertools.islice(loader, None if batches == float("inf") else int(batches)):
+        yield trainer.strategy.batch_to_device(precision.convert_input(batch))
 
 
 def take_step(module: pl.LightningModule, batch: Any, index: int) -> Any:

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sparse.core import check_moments, lent_gradients, owner_of
+from lightning_sparse.core import check_moments, lent_gradients
 from lightning_sparse.loop.agreement import Agreement
 from lightning_sparse.loop.conflicts import refuse_rivals, refuse_shared_masks
 from lightning_sparse.loop.method import Method
+from lightning_sparse.loop.ownership import Ownership
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.replacements import Replacements
 from lightning_sparse.loop.run import Run
@@ -39,12 +40,11 @@ class Loop:
         self._closed = False
         self._handed_over = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._owned: dict[int, dict[int, dict[str, nn.Parameter]]] = {}
+        self._ownership = Ownership(methods)
         self._pending: dict[int, list[tuple[Method, Step]]] = {}
         self._depth: dict[int, int] = {}
         self._trusted: set[int] = set()
         self._agreement = Agreement(run)
-        self._parts: dict[int, dict[str, nn.Parameter]] = {}
         self._seen: tuple[Any, Any] = (None, None)
         self._epoch = -1
         self._logged = -1
@@ -66,13 +66,6 @@ class Loop:
             method.check(begun, self.run.share(length, begun))
         refuse_rivals(self.methods)
         for optimizer in self.run.optimizers:
-            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            self._owned[id(optimizer)] = {
-                id(method): {name: weight for name, weight in method.weights.items() if id(owner_of(weight)) in owned}
-                for method in self.methods
-            }
-            mine = self._owned[id(optimizer)].values()
-            self._parts[id(optimizer)] = {name: w for m in mine for name, w in m.items() if owner_of(w) is not w}
             self._check_moments(optimizer)
         with torch.no_grad():
             for method in self.methods:
@@ -195,11 +188,11 @@ class Loop:
 
     def _lent(self, optimizer: Optimizer) -> AbstractContextManager[None]:
         """While methods act, the parts of weights that they see have gradients."""
-        parts = self._parts[id(optimizer)]
+        parts = self._ownership.parts(optimizer)
         return lent_gradients(parts) if parts else nullcontext()
 
     def _steps(self, optimizer: Optimizer, scale: Tensor | None = None) -> list[tuple[Method, Step]]:
-        owned = self._owned[id(optimizer)]
+        owned = self._ownership.of(optimizer)
         return [(method, Step(optimizer, owned[id(method)], scale)) for method in self.methods]
 
     def _count(self) -> None:
@@ -214,7 +207,7 @@ class Loop:
         if id(optimizer) not in self._trusted:
             for method in self.methods:
                 if method.clears_moments:
-                    check_moments(optimizer, self._owned[id(optimizer)][id(method)].values())
+                    check_moments(optimizer, self._ownership.of(optimizer)[id(method)].values())
             if optimizer.state:
                 self._trusted.add(id(optimizer))
 
@@ -369,7 +362,9 @@ class Loop:
         # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
         if masks and (first or kept != self._logged):
             sparsity = 1 - kept / sum([mask.total for mask in masks])
-            self.run.module.log("sparsity", sparsity, prog_bar=True, batch_size=1)
+            # One name for the bar, and one for loggers: some keep metrics as files, where `sparsity` cannot be a folder too.
+            self.run.module.log("sparsity", sparsity, prog_bar=True, logger=False, batch_size=1)
+            self.run.module.log("sparsity/actual", sparsity, batch_size=1)
             dropped = sum([mask.total for mask in masks]) - kept
             size = max(method.model_size for method in self._everyone)
             self.run.module.log("sparsity/model", dropped / size, batch_size=1)

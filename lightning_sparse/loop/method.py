@@ -51,6 +51,8 @@ class Method(Memory, ABC):
 
     removes_weights: ClassVar[bool] = True
     """Whether the chosen weights become sparse; then whoever trains learns which ones are left out."""
+    takes_frozen: ClassVar[bool] = False
+    """Whether weights that do not train are chosen too; they are the method's from the moment they join an optimizer."""
     shards: ClassVar[Shards] = "none"
     """Weights cut into shards that the method works on: `data` if each rank must see whole features (FSDP2), or `any`."""
     refused: ClassVar[Mapping[str, str]] = {}
@@ -294,7 +296,7 @@ class Method(Memory, ABC):
             goes_on: whether a run goes on, to which weights that have been unfrozen since do not belong.
         """
         before = self.brought["memory"].get("left_frozen", []) if self.brought else self.left_frozen if goes_on else []
-        selection = select_targets(module, self.targets, misfit=self.misfit)
+        selection = select_targets(module, self.targets, self.takes_frozen, self.misfit)
         self.chosen = [target for target in selection.targets if target.name not in before]
         self._frozen = [*selection.frozen]
         cut = {target.name: (layout, target) for target in self.chosen if (layout := target.layout) is not None}

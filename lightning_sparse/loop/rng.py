@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from numbers import Integral
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 __all__ = ["check_seed", "collect_rng", "draw_seed", "restore_rng"]
 
 
-def check_seed(seed: int | None) -> None:
-    """Refuse what is neither a whole number nor None."""
-    if not isinstance(0 if seed is None else seed, Integral):
-        raise ValueError(f"seed={seed!r} must be a whole number.")
+def check_seed(seed: Any) -> None:
+    """Refuse what is neither a whole number from 0 up nor None."""
+    if seed is not None and (not isinstance(seed, Integral) or int(seed) < 0):
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 up.")
 
 
 def draw_seed(trainer: pl.Trainer, seed: int | None) -> int:

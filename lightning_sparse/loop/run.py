@@ -109,6 +109,16 @@ class Run:
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return self.batch_idx == 0 or self.trainer.global_step % max(interval, 1) == 0
 
+    @property
+    def ends_with_next_step(self) -> bool:
+        """Whether no step follows the one that the coming batch begins to gather gradients for; False if not known."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if trainer.max_epochs in (None, -1) or batches == float("inf") or not self.module.automatic_optimization:
+            return False
+        accumulated = self.batch_idx + 1 + self.accumulation(trainer.current_epoch)
+        return trainer.current_epoch + 1 == trainer.max_epochs and accumulated >= batches
+
     # ---- the scale of gradients --------------------------------------------------------------------------------------
 
     @property

@@ -155,7 +155,13 @@ class Sparsifier(Method, Callback):
             self.loop.conclude()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        empty = self.loop is None and trainer.num_training_batches == 0
         self._leave()
+        if empty:
+            raise ValueError(
+                f"{self.label} has nothing to train on: the training set gives no batches; check the data, and "
+                "limit_train_batches."
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leave()
@@ -182,6 +188,13 @@ def _refuse_trainer(method: Method, trainer: pl.Trainer) -> None:
             f"{method.label} does not support strategy={kind}, which flattens weights into pieces without rows; use "
             "ModelParallelStrategy with fully_shard, 'ddp', or a single device."
         )
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(
+            f"{method.label}: accumulate_grad_batches={trainer.accumulate_grad_batches} must be a number from 1 up."
+        )
+    for name, value in (("max_epochs", trainer.max_epochs), ("max_steps", trainer.max_steps)):
+        if value == 0:
+            raise ValueError(f"{method.label}: {name}=0 trains nothing; give a number from 1 up, or -1 for no limit.")
     if isinstance(strategy, ModelParallelStrategy):
         if method.shards == "none":
             raise ValueError(
@@ -205,9 +218,9 @@ def _explain_folder(trainer: pl.Trainer, error: IsADirectoryError) -> None:
     if trainer.ckpt_path is not None and (Path(trainer.ckpt_path) / ".metadata").is_file():
         raise ValueError(
             f"ckpt_path='{trainer.ckpt_path}' is a distributed checkpoint, which Lightning cannot load with strategy="
-            f"{type(trainer.strategy).__name__}; resume with ModelParallelStrategy, on any number of devices. To go on in one "
-            "process, resume so with save_distributed_checkpoint=False first, which writes a single file; for the weights "
-            "alone there is lightning_sparse.export.whole_weights."
+            f"{type(trainer.strategy).__name__}; resume with ModelParallelStrategy, on any number of devices. To go on in "
+            "one process, resume so with save_distributed_checkpoint=False first, which writes a single file; for the "
+            "weights alone there is lightning_sparse.export.whole_weights."
         ) from error
 
 
@@ -220,7 +233,7 @@ def _refuse_optimizers(method: Method, optimizers: Sequence[Optimizer]) -> None:
             )
     owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for target in method.chosen:
-        if id(owner_of(target.weight)) not in owned:
+        if id(owner_of(target.weight)) not in owned and target.weight.requires_grad:
             raise ValueError(
                 f"{method.label}: no optimizer updates '{target.name}'; return it from configure_optimizers or exclude it "
                 f"with targets=['!{target.name}']."

@@ -64,6 +64,7 @@ class GraNet(Rewiring):
         'GraNet'
     """
 
+    has_scores: ClassVar[bool] = True
     shards: ClassVar[Shards] = "any"
 
     refused: ClassVar[Mapping[str, str]] = {
@@ -111,9 +112,9 @@ class GraNet(Rewiring):
         self.window = Window(start, rewiring_end, every, "rewiring_end")
         self.initial_sparsity, self.initial_allocation = initial_sparsity, initial_allocation
         check_sparsity("initial_sparsity", initial_sparsity)
-        if initial_sparsity > self.budget.sparsity:
+        if initial_sparsity > self.quota.sparsity:
             raise ValueError(
-                f"initial_sparsity={initial_sparsity} is above sparsity={self.budget.sparsity}, and nothing that is pruned "
+                f"initial_sparsity={initial_sparsity} is above sparsity={self.quota.sparsity}, and nothing that is pruned "
                 "comes back in number; start less sparse, or dense with initial_sparsity=0."
             )
         check_choice("initial_allocation", initial_allocation, ["global", *ALLOCATIONS])
@@ -147,8 +148,8 @@ class GraNet(Rewiring):
         """What the cubic schedule asks for at this position; the final sparsity when regeneration has ended, too."""
         start, end = self.window.start, self._pruned
         if position.fraction >= end - 1e-9 or self.window.progress(position) >= 1:
-            return self.budget.sparsity
-        return cubic(max(0.0, (position.fraction - start) / (end - start)), self.initial_sparsity, self.budget.sparsity)
+            return self.quota.sparsity
+        return cubic(max(0.0, (position.fraction - start) / (end - start)), self.initial_sparsity, self.quota.sparsity)
 
     def update(self, position: Position) -> None:
         sparsity = self.planned_sparsity(position)
@@ -158,5 +159,5 @@ class GraNet(Rewiring):
 
     def conclude(self) -> None:
         super().conclude()
-        if self.masks.kept != self.goal["total"]:
-            rank_zero_warn(self.window.unfinished(self.label, self.masks.sparsity, self.budget.sparsity))
+        if self.goal["total"] not in (None, self.masks.kept):
+            rank_zero_warn(self.window.unfinished(self.label, self.masks.sparsity, self.quota.sparsity))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
-from lightning_sparse.core import AllocationName, Remembered, StructureName
+from lightning_sparse.core import AllocationName, BudgetName, Remembered, StructureName
 from lightning_sparse.families import Budgeted
 from lightning_sparse.loop import Shards
 from lightning_sparse.loop.rng import check_seed, draw_seed
@@ -28,14 +28,19 @@ class RandomSparsity(Budgeted):
         allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+`,
             or `global` (every weight has the same chance). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel`, `coupled` (channels, in all layers that additions couple, with
-            biases and norms, so that they can leave the network), or `n:m`.
+            biases and norms, so that they can leave the network), `fan_in`, `block:RxC`, `n:m` or
+            `transposable n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         rescale: divide each weight by the square root of its layer's density, so that activations keep their variance.
         seed: of the mask. None takes the seed of `seed_everything`, or draws one.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
     """
 
+    has_scores: ClassVar[bool] = False
     shards: ClassVar[Shards] = "any"
 
     drawn_seed = Remembered(int)
@@ -47,6 +52,8 @@ class RandomSparsity(Budgeted):
         allocation: AllocationName = "erk",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         rescale: bool = False,
         seed: int | None = None,
         targets: str | Sequence[str] = ("*",),
@@ -57,6 +64,8 @@ class RandomSparsity(Budgeted):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )

@@ -45,8 +45,13 @@ class RigL(Rewiring):
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
         allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+` (first layer
             dense), or `global` (every weight has the same chance).
-        structure: `unstructured`, or `n:m`: every group of m inputs keeps n connections at all times.
+        structure: `unstructured`; `n:m`: every group of m inputs keeps n connections at all times; `fan_in`: every output of
+            a layer has the same number of connections (SRigL, Lasby et al. 2024, https://arxiv.org/abs/2305.02299); or
+            `block:RxC`: whole blocks move.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        min_salient: with `structure='fan_in'`: outputs of which less than this share of the fan-in survives or grows are
+            ablated (published: 0.3 for convolutional networks, 0.95 for transformers), in [0, 1]; never those of the last
+            layer. 0 ablates none.
         track_explored: remember which weights have ever been active, a byte each, for `explored_rate`.
         seed: of the mask.
         targets: patterns that choose the weights; see `core.find_targets`.
@@ -75,6 +80,7 @@ class RigL(Rewiring):
         allocation: AllocationName = "erk",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        min_salient: float = 0.3,
         track_explored: bool = False,
         seed: int | None = None,
         targets: str | Sequence[str] = ("*",),
@@ -91,6 +97,7 @@ class RigL(Rewiring):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            min_salient=min_salient,
             track_explored=track_explored,
             seed=seed,
             targets=targets,

@@ -10,7 +10,17 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_sparse.core import AllocationName, Call, StructureName, check_whole, lent_gradients, local, tensors_in
+from lightning_sparse.core import (
+    AllocationName,
+    BudgetName,
+    Call,
+    StructureName,
+    check_whole,
+    lent_gradients,
+    local,
+    tensors_in,
+    trained_part,
+)
 from lightning_sparse.families import PruningAtInit
 from lightning_sparse.functional import connection_sensitivity, exponential
 from lightning_sparse.loop import Shards
@@ -47,10 +57,14 @@ class SynFlow(PruningAtInit):
             for the first batch of the training set.
         network: the part of the module that is scored, by name; None is the innermost part with all trainable parameters.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`.
+            `erk+`, `owl` (more where scores have outliers).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
 
@@ -71,6 +85,8 @@ class SynFlow(PruningAtInit):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -79,6 +95,8 @@ class SynFlow(PruningAtInit):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )
@@ -86,7 +104,7 @@ class SynFlow(PruningAtInit):
         check_whole("iterations", iterations, 1)
 
     def choose_masks(self) -> None:
-        path = self._path()
+        path = trained_part(self.run.module, self.network, self.label)
         ones = self._ones(path)
         with dry_run(self.run.trainer, self.run.module) as twin:
             if self.spread is None:
@@ -106,7 +124,7 @@ class SynFlow(PruningAtInit):
                 self.check_scores(scores)
             for score, mask in zip(scores, masks, strict=True):
                 score.masked_fill_(~mask, -torch.inf)
-            sparsity = exponential(iteration / self.iterations, 0.0, self.budget.sparsity)
+            sparsity = exponential(iteration / self.iterations, 0.0, self.quota.sparsity)
             numbers = [mask.count_nonzero() for mask in masks]
             kept = [int(number) for number in numbers] if self.spread is None else self.spread.sums(numbers)
             masks = self.plan.masks(scores, sparsity, kept)
@@ -143,26 +161,6 @@ class SynFlow(PruningAtInit):
         if max(sums) < _ROUNDING * torch.finfo(size.dtype).eps * float(size):
             return [torch.zeros_like(score) for score in scores]  # as behind a layer norm, which always has the same sum
         return scores
-
-    def _path(self) -> str:
-        """Which part of the module is scored."""
-        module = self.run.module
-        if self.network is not None:
-            names = dict(module.named_modules())
-            if self.network not in names:
-                raise ValueError(
-                    f"{self.label}: network='{self.network}' is no part of {type(module).__name__}; it has "
-                    f"{[name for name in names if name and '.' not in name]}."
-                )
-            return self.network
-        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        path = trained[0]
-        while path:
-            path = path.rpartition(".")[0]
-            callable_ = type(module.get_submodule(path)).forward is not nn.Module.forward  # a list of layers is not
-            if callable_ and all(name.startswith(f"{path}.") for name in trained):
-                break
-        return path
 
     def _ones(self, path: str) -> Call:
         """A call of the network: one sample, all ones but for integers."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sparse.core import (
     AllocationName,
+    BudgetName,
     MaskSet,
     Position,
     RunLength,
@@ -53,10 +54,15 @@ class WeightPenalty(Pruning):
         end: when the penalty ends and the prune is made: a fraction of the run, `'n epochs'` or `'n steps'`; what is left of
             the run trains without it. Without a sparsity, `end=1.0` keeps the penalty on to the last step, and `proximal`
             needs that: its zeros last only as long as it does.
-        allocation: how sparsity is shared: `global` (all layers compete), `uniform`, `uniform+`, `er`, `erk`, `erk+`.
+        allocation: how sparsity is shared: `global` (all layers compete), `uniform`, `uniform+`, `er`, `erk`, `erk+`,
+            `owl` (more where there are outliers).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
 
@@ -86,6 +92,8 @@ class WeightPenalty(Pruning):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -99,6 +107,8 @@ class WeightPenalty(Pruning):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_sparse.core import check_whole
+from lightning_sparse.models.checks import check_optimizer
 from lightning_sparse.models.networks import ResNet
 
 __all__ = ["Classifier"]
@@ -52,6 +54,11 @@ class Classifier(pl.LightningModule):
         annealing: float = 1.0,
     ) -> None:
         super().__init__()
+        for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
+            check_whole(name, value, 2 if name == "num_classes" else 1)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1): what the labels give to other classes.")
+        check_optimizer(optimizer)
         self.network = network(num_classes, in_channels, image_size)
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.label_smoothing, self.annealing = label_smoothing, annealing

@@ -8,6 +8,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sparse.core import check_whole
+
 __all__ = ["MLP", "VGG", "LeNet5", "LeNet300", "ResNet", "TorchvisionNetwork", "WideResNet"]
 
 
@@ -33,6 +35,8 @@ class MLP(nn.Sequential):
         batch_norm: bool = False,
         kaiming: bool = False,
     ) -> None:
+        for number, size in enumerate(hidden):
+            check_whole(f"hidden[{number}]", size, 1)
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in pairwise([in_channels * image_size**2, *hidden]):
             layers += [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if batch_norm else []), nn.ReLU()]
@@ -136,6 +140,7 @@ class ResNet(_CIFARNet):
     ) -> None:
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth={depth} is not 6n + 2; choose 20, 32, 44, 56 or another such depth.")
+        _check_width(width)
         widths = [max(1, round(base * width)) for base in (16, 32, 64)]
         super().__init__(num_classes, in_channels, [(depth - 2) // 6] * 3, widths, widths[0])
 
@@ -164,6 +169,9 @@ class WideResNet(_CIFARNet):
     ) -> None:
         if len(blocks) != 3:
             raise ValueError(f"blocks={list(blocks)} must name three stages, such as [2, 3, 3].")
+        for number, count in enumerate(blocks):
+            check_whole(f"blocks[{number}]", count, 1)
+        check_whole("width", width, 1)
         super().__init__(num_classes, in_channels, blocks, [16 * width, 32 * width, 64 * width], 16)
 
 
@@ -183,6 +191,7 @@ class VGG(nn.Module):
         super().__init__()
         if image_size < 16:
             raise ValueError(f"VGG needs images of at least 16 pixels, not image_size={image_size}; use ResNet.")
+        _check_width(width)
         layers: list[nn.Module] = []
         channels = in_channels
         for group, (base, depth) in enumerate([(64, 2), (128, 2), (256, 4), (512, 4), (512, 4)]):
@@ -241,3 +250,8 @@ class TorchvisionNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.network(x)
         return out
+
+
+def _check_width(width: float) -> None:
+    if not 0 < width < float("inf"):
+        raise ValueError(f"width={width} must be above 0: a factor on all widths.")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_sparse.core import check_whole
+from lightning_sparse.models.checks import check_optimizer
 from lightning_sparse.models.networks import MLP
 
 __all__ = ["Regressor"]
@@ -44,6 +46,9 @@ class Regressor(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
+            check_whole(name, value, 1)
+        check_optimizer(optimizer)
         self.network = network(num_classes, in_channels, image_size)
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
 

@@ -1,9 +1,19 @@
 """Looking at sparse training; nothing here changes what it does."""
 
 from lightning_sparse.observe.checkpoint import SparsityCheckpoint
+from lightning_sparse.observe.checkpoint_io import AtomicCheckpointIO
+from lightning_sparse.observe.loggers import log_export
 from lightning_sparse.observe.monitor import SparsityMonitor
 from lightning_sparse.observe.similarity import SimilarityMap
 from lightning_sparse.observe.table import SparsityTable
 from lightning_sparse.observe.wandb import PatientWandbLogger
 
-__all__ = ["PatientWandbLogger", "SimilarityMap", "SparsityCheckpoint", "SparsityMonitor", "SparsityTable"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "PatientWandbLogger",
+    "SimilarityMap",
+    "SparsityCheckpoint",
+    "SparsityMonitor",
+    "SparsityTable",
+    "log_export",
+]

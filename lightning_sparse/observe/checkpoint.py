@@ -1,11 +1,13 @@
 """The best checkpoint among those that are as sparse as they are to be.
 
 The only file of `observe` that touches private names of Lightning: it overrides `_save_topk_checkpoint` and
-`_save_last_checkpoint`, because there is no hook between "a checkpoint is due" and "is it among the best".
+`_save_last_checkpoint`, because there is no hook between "a checkpoint is due" and "is it among the best", and
+`_find_last_checkpoints`, because Lightning takes the newest file for `ckpt_path="last"` without reading it.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, final
 
 import lightning.pytorch as pl
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.sparsifier import sparsifiers
+from lightning_sparse.observe.checkpoint_io import newest_readable, why_unreadable
 
 __all__ = ["SparsityCheckpoint"]
 
@@ -28,6 +31,9 @@ class SparsityCheckpoint(ModelCheckpoint):
     A model counts from the moment every method that promises a sparsity has reached it, and only by metrics measured since:
     by the latest validation, where there is one. All that it writes belongs to its phase, `last.ckpt` too: to resume from
     any moment add a plain `ModelCheckpoint(save_last=True)`, and for the best of other phases one of these for each.
+
+    When a run goes on, files that a kill or a full disk has left broken are named and skipped: `ckpt_path="last"` takes the
+    newest that can be read, and the best is the best of those. (`AtomicCheckpointIO` leaves none broken.)
 
     Args:
         phase: whose best is kept: `at target`, `dense`, or `sparsifying` in between.
@@ -50,6 +56,18 @@ class SparsityCheckpoint(ModelCheckpoint):
     @property
     def state_key(self) -> str:
         return f"{super().state_key}[{self.phase}]"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if not _can_be_read(self.best_model_path):
+            self.best_model_path, self.best_model_score = "", None
+        self.best_k_models = {path: score for path, score in self.best_k_models.items() if _can_be_read(path)}
+        if self.best_k_models:
+            best, worst = (max, min) if self.mode == "max" else (min, max)
+            self.best_model_path = best(self.best_k_models, key=self.best_k_models.__getitem__)
+            self.best_model_score = self.best_k_models[self.best_model_path]
+            self.kth_best_model_path = worst(self.best_k_models, key=self.best_k_models.__getitem__)
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -88,3 +106,18 @@ class SparsityCheckpoint(ModelCheckpoint):
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self.eligible(trainer):
             super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
+        found = super()._find_last_checkpoints(trainer)
+        whole = {path for path in found if _can_be_read(path)}
+        before = None if whole or not found else newest_readable(Path(next(iter(found))).parent, leave_out=found)
+        return whole if before is None else {str(before)}
+
+
+def _can_be_read(path: str) -> bool:
+    """Says so if it cannot; paths that are not local are taken as they are."""
+    if not path or "://" in path or (reason := why_unreadable(path)) is None:
+        return bool(path)
+    if Path(path).exists():  # else it has been replaced by a better one since
+        rank_zero_warn(f"SparsityCheckpoint: '{path}' cannot be read as a checkpoint ({reason}) and is skipped.")
+    return False

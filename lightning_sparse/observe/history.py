@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["History", "choose_metric"]
+__all__ = ["History", "best_of", "choose_metric", "is_loss", "stem"]
 
 Row = dict[str, Any]
 
@@ -78,3 +80,30 @@ def choose_metric(names: Iterable[str], asked: str | None = None) -> str | None:
                 if kind in name.lower() and prefer in name.lower():
                     return name
     return None
+
+
+def is_loss(metric: str) -> bool:
+    """Whether less of it is better, as far as its name tells."""
+    return any(word in metric.lower() for word in ("loss", "error", "mse", "perplexity"))
+
+
+def stem(metric: str) -> str:
+    """Without the set that it was measured on.
+
+    Example:
+        >>> stem("val/accuracy"), stem("test_loss"), stem("score")
+        ('accuracy', 'loss', 'score')
+    """
+    return re.sub(r"^(val|valid|validation|test|train)[/_]", "", metric)
+
+
+def best_of(rows: Sequence[Row], metric: str) -> Row | None:
+    """The row with the best value of a metric, among those of the phase that the run has ended in; the first of equals.
+
+    Example:
+        >>> rows = [{"phase": "dense", "metrics": {"score": 0.9}}, {"phase": "at target", "metrics": {"score": 0.8}}]
+        >>> best_of(rows, "score")["phase"]
+        'at target'
+    """
+    read = [row for row in rows if row["phase"] == rows[-1]["phase"] and math.isfinite(row["metrics"].get(metric, math.nan))]
+    return (min if is_loss(metric) else max)(read, key=lambda row: row["metrics"][metric], default=None)

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -36,8 +37,12 @@ from lightning_sparse.loop.dry_run import dry_run, size_of, take_step, train_but
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.privates import logged_step
 from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
-from lightning_sparse.observe.history import History, choose_metric
-from lightning_sparse.observe.report import FILE, corner, describe_machine, picture, write_report
+from lightning_sparse.observe.facts import describe_run, name_of, tags_of
+from lightning_sparse.observe.history import History, best_of, choose_metric
+from lightning_sparse.observe.loggers import conclude, introduce
+from lightning_sparse.observe.page import Run
+from lightning_sparse.observe.pictures import corner, picture
+from lightning_sparse.observe.report import FILE, describe_machine, write_report
 from lightning_sparse.observe.table import render
 from lightning_sparse.observe.wandb import Dashboard
 
@@ -45,6 +50,17 @@ __all__ = ["SparsityMonitor", "run_folder"]
 
 PICTURES = 3
 """Masks that are drawn, from the first layer on."""
+
+
+@dataclass(frozen=True)
+class _Concluded:
+    """A fit that is over: what tests after it add to."""
+
+    run: Run
+    page: Path | None
+    step: int
+    module: int
+    boards: list[Dashboard]
 
 
 @final
@@ -74,6 +90,8 @@ class SparsityMonitor(Callback):
         self._before: dict[str, Tensor] = {}
         self._boards: list[Dashboard] = []
         self._seen, self._begun = -1, False
+        self._dead: set[str] = set()
+        self._concluded: _Concluded | None = None
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -91,7 +109,8 @@ class SparsityMonitor(Callback):
             rank_zero_info("SparsityMonitor: no method of lightning_sparse in this Trainer; only exact zeros are counted.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen, self._begun = trainer.global_step, False
+        self._seen, self._begun, self._concluded = trainer.global_step, False, None
+        self._dead = set()
         if trainer.global_step == 0:
             self.history = History()
 
@@ -117,8 +136,10 @@ class SparsityMonitor(Callback):
             rank_zero_info("SparsityMonitor: MACs are left out, because weights are cut into shards.")
         else:
             self.macs = self.macs or _dense_macs(trainer, pl_module, batch)
-        config = {method.label: method.config() for method in sparsifiers(trainer)}
-        self._boards = [Dashboard(logger, config) for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if trainer.is_global_zero:
+            facts, name, tags = describe_run(trainer, pl_module), name_of(trainer), tags_of(trainer)
+            self._boards = [Dashboard(one, facts, name, tags) for one in trainer.loggers if isinstance(one, WandbLogger)]
+            introduce(trainer, facts)
         plain = [type(logger).__name__ for logger in trainer.loggers if not isinstance(logger, WandbLogger | DummyLogger)]
         if plain:
             where = f"; pictures are in {FILE}" if self.report else ""
@@ -137,6 +158,7 @@ class SparsityMonitor(Callback):
         if self._begun and self._targets:
             row = self._read(trainer, pl_module)
             self.history.add(row)
+            self._warn(row)
             self._log(trainer, {**self._numbers(row), **self._layers(row, sparsifiers(trainer))}, row["step"])
             self._show(trainer, row)
 
@@ -145,9 +167,8 @@ class SparsityMonitor(Callback):
         if not (self._begun and self.history.rows):  # no batch, nothing to see, or a rank that need not help
             return
         row = self.history.rows[-1]
-        metric = choose_metric(row["metrics"], self.metric)
-        final = {f"final/{key.partition('/')[2]}": value for key, value in self._numbers(row).items()}
-        self._log(trainer, final | ({f"final/{metric}": row["metrics"][metric]} if metric else {}), row["step"])
+        self._log(trainer, self._summary(), row["step"])
+        conclude(trainer, describe_run(trainer, pl_module), {**self._numbers(row), **self._summary()})
         if self.table:
             for method in sparsifiers(trainer):
                 if isinstance(masks := method.mask_set, Masks) and len(masks):
@@ -160,18 +181,49 @@ class SparsityMonitor(Callback):
     def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """The report, for those with a browser; the same for those with a dashboard."""
         folder = run_folder(trainer)
-        run, page = self._describe(trainer, pl_module, folder), folder / FILE
+        run = self._describe(trainer, pl_module, folder)
         if not trainer.is_global_zero:
             return
+        self._concluded = _Concluded(run, folder / FILE if self.report else None, step, id(pl_module), self._boards)
+        self._write()
         if self.report:
-            write_report(page, run)
-            rank_zero_info(f"SparsityMonitor: see {page}")
+            rank_zero_info(f"SparsityMonitor: see {folder / FILE}")
         best = _best_checkpoint(trainer)
         for board in self._boards:
-            board.conclude(step, run, page if self.report else None)
+            board.conclude(step, run)
+            if run["rows"][-1]["phase"] not in (None, "at target"):
+                text = (
+                    f"{run['title']} ends at sparsity {run['rows'][-1]['sparsity']:.4f}, short of its target; train longer."
+                )
+                board.alert("The target was missed", text)
             if best and self.artifacts:
                 board.checkpoint(best, run)
         self._boards = []
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A test after the fit, of the same module, belongs into its report."""
+        done = self._concluded
+        if done is not None and done.module == id(pl_module) and trainer.is_global_zero:
+            done.run["test"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self._write()
+
+    def beside_dense(self, tested: Mapping[str, float]) -> None:
+        """Put the test of a dense model, trained by the same recipe, beside that of the last fit.
+
+        Args:
+            tested: what `Trainer.test` has returned for it.
+        """
+        if self._concluded is not None:
+            self._concluded.run["dense"]["test"] = {name: float(value) for name, value in tested.items()}
+            self._write()
+
+    def _write(self) -> None:
+        done = self._concluded
+        assert done is not None
+        if done.page is not None:
+            write_report(done.page, done.run)
+            for board in done.boards:
+                board.report(done.step, done.page)
 
     def _whole(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The masks that are drawn; where they are cut, all ranks must call it, and the first one gets them."""
@@ -202,7 +254,9 @@ class SparsityMonitor(Callback):
             "dead_outputs": sum(dead.values()),
             "parameters": sum(p.numel() for p in pl_module.parameters()) - total + sum(kept.values()),
             "layers": list(kept.values()),
-            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items() if name != "sparsity"},
+            "metrics": {
+                name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("sparsity")
+            },
         }
         if masks:
             row["churn"] = changed_share(self._before, masks, self._targets)
@@ -218,6 +272,26 @@ class SparsityMonitor(Callback):
         if "macs" in row:
             numbers |= {"cost/macs": row["macs"], "cost/macs_fraction": row["macs"] / sum(self.macs.values())}
         return numbers
+
+    def _summary(self) -> dict[str, float]:
+        """What a run has come to: the best of its last phase, and where it lies among others."""
+        row = self.history.rows[-1]
+        numbers = {"frontier/density": 1 - row["sparsity"]}
+        metric = choose_metric(row["metrics"], self.metric)
+        if metric and (best := best_of(self.history.rows, metric)):
+            numbers |= {f"best/{metric}": best["metrics"][metric], "best/epoch": best["epoch"]}
+        return numbers
+
+    def _warn(self, row: Mapping[str, Any]) -> None:
+        """Layers of which nothing is left, as soon as they are, to those who want to know at once."""
+        for name, kept in zip(self._targets, row["layers"], strict=True):
+            if kept == 0 and name not in self._dead:
+                self._dead.add(name)
+                for board in self._boards:
+                    text = (
+                        f"{name} has no weight left after epoch {row['epoch'] + 1}; give it less sparsity by layer_sparsity."
+                    )
+                    board.alert("A layer is dead", text)
 
     def _layers(self, row: Mapping[str, Any], methods: list[Sparsifier]) -> dict[str, float]:
         """The sparsity of each layer, and what it is to be where that is known."""
@@ -333,7 +407,7 @@ def _sparsities(methods: list[Sparsifier]) -> dict[str, float]:
     if not masked:
         return {}
     kept, total = [masks.kept for _, masks in masked], [masks.total for _, masks in masked]
-    numbers = {"sparsity/actual": 1 - sum(kept) / sum(total)}
+    numbers = {}  # `sparsity/actual` is logged by the methods
     goals = [method.goal["total"] for method, _ in masked]
     if None not in goals:
         numbers["sparsity/target"] = 1 - sum(goals) / sum(total)

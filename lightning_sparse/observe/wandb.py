@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,16 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-__all__ = ["Dashboard", "PatientWandbLogger", "stay_offline"]
+from lightning_sparse.core import first_line
+from lightning_sparse.observe.history import stem
+
+__all__ = ["Dashboard", "PatientWandbLogger", "default_entity", "open_in_group", "stay_offline"]
 
 STEP = "trainer/global_step"
-SECTIONS = ("sparsity/*", "layers/*", "layer_targets/*", "cost/*", "survivors/*", "masks/*", "charts/*")
+SECTIONS = (
+    *("sparsity/*", "layers/*", "layer_targets/*", "cost/*", "best/*", "frontier/*", "export/*"),
+    *("survivors/*", "masks/*", "charts/*"),
+)
 BINS, SAMPLE = 64, 100_000
 
 
@@ -28,17 +35,31 @@ class Dashboard:
 
     Args:
         logger: of the Trainer; its run may be online or offline, new or resumed.
-        config: of the methods.
+        facts: the configuration of the run.
+        name: of the run, where it has none.
+        tags: to find it by, besides those that it has.
     """
 
-    def __init__(self, logger: WandbLogger, config: Mapping[str, Any]) -> None:
+    def __init__(self, logger: WandbLogger, facts: Mapping[str, Any], name: str, tags: Sequence[str]) -> None:
         self.logger = logger
         run = logger.experiment
         # Lightning defines the step only for runs that it has opened itself, and a sweep opens them for it.
         run.define_metric(STEP)
         for section in SECTIONS:
             run.define_metric(section, step_metric=STEP)
-        run.config.update({"sparsity_methods": dict(config)}, allow_val_change=True)
+        run.config.update(dict(facts), allow_val_change=True)
+        if not run.name or run.name == run.id or re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.name):  # nobody has chosen it
+            run.name = name
+        run.tags = tuple(dict.fromkeys([*(run.tags or ()), *tags]))
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell whoever has asked Weights & Biases for alerts, once.
+
+        Args:
+            title: what has happened.
+            text: where, and what to do.
+        """
+        self.logger.experiment.alert(title=title, text=text, level="WARN")
 
     def pictures(
         self, step: int, survivors: Mapping[str, Tensor], masks: Mapping[str, Tensor], columns: Sequence[Sequence[float]]
@@ -68,13 +89,12 @@ class Dashboard:
         logged["charts/layers_over_time"] = wandb.Image(shades.numpy(), caption=caption)
         self.logger.log_metrics(logged, step)
 
-    def conclude(self, step: int, run: Mapping[str, Any], page: Path | None) -> None:
-        """The table of layers, accuracy against sparsity, and the report.
+    def conclude(self, step: int, run: Mapping[str, Any]) -> None:
+        """The table of layers, and the metric against sparsity.
 
         Args:
             step: the last.
             run: as the report takes it.
-            page: where the report is.
         """
         import wandb
 
@@ -87,15 +107,25 @@ class Dashboard:
         points = [[row["sparsity"], row["metrics"].get(metric), row["epoch"]] for row in run["rows"]] if metric else []
         if points:
             table = wandb.Table(columns=["sparsity", metric, "epoch"], data=points)
-            logged["charts/accuracy_against_sparsity"] = wandb.plot.scatter(
+            logged[f"charts/{stem(metric).replace('/', '_')}_against_sparsity"] = wandb.plot.scatter(
                 table, "sparsity", metric, f"{metric} against sparsity"
             )
-        if page is not None:
-            logged["charts/report"] = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
         self.logger.log_metrics(logged, step)
         artifact = wandb.Artifact(f"layers-{self._id}", type="sparsity", metadata=_facts(run, run["rows"][-1]))
         artifact.add(layers, "layers")
         self.logger.experiment.log_artifact(artifact)
+
+    def report(self, step: int, page: Path) -> None:
+        """The page of the run.
+
+        Args:
+            step: the last.
+            page: its file.
+        """
+        import wandb
+
+        logged: dict[str, Any] = {"charts/report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)}
+        self.logger.log_metrics(logged, step)
 
     def checkpoint(self, path: Path, run: Mapping[str, Any]) -> None:
         """The sparse checkpoint as an artifact that knows its sparsity and its accuracy.
@@ -147,6 +177,45 @@ class PatientWandbLogger(WandbLogger):
             rank_zero_warn(hint)
         self.decided = True
         return super().experiment
+
+
+def open_in_group(logger: Any, group: str) -> None:
+    """Open the run of a logger in a group, where the user has given none; Weights & Biases fixes it when a run is opened.
+
+    Args:
+        logger: any; others than `WandbLogger` are left alone.
+        group: that the seeds of one configuration share.
+    """
+    if not isinstance(logger, WandbLogger):
+        return
+    import wandb
+
+    settings = wandb.setup().settings
+    before = settings.run_group
+    settings.run_group = before or group  # what a logger is given goes first
+    try:
+        _ = logger.experiment
+    finally:
+        settings.run_group = before
+
+
+def default_entity() -> str:
+    """Whose account it is.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    import wandb
+
+    try:
+        found = wandb.Api().default_entity if _has_key(wandb) else None
+    except Exception as error:
+        raise ValueError(
+            f"Weights & Biases cannot be asked for the account ({first_line(error)}); see `wandb login`."
+        ) from None
+    if not found:
+        raise ValueError("there is no account of Weights & Biases on this machine; `wandb login` stores its key.")
+    return str(found)
 
 
 def _facts(run: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def ends_in_the_phase_it_promises(case: Case) -> None:
     """At target, where a number was promised; else in none."""
     run = recorded(case, "sgd")
     promised = [
-        (config.get("sparsity") or config.get("structure") == "2:4") and config.get("mode") != "official"
+        (config.get("sparsity") or ":" in str(config.get("structure")) or "min_sparsity" in config)
+        and config.get("mode") != "official"
         for config in (method.config() for method in run.methods)
     ]
     assert phase_of(run.methods) == ("at target" if any(promised) else None)

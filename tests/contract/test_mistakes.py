@@ -194,7 +194,7 @@ class RenamesItsArgument(Honest):
 class ChecksNothing(Honest):
     def check(self, *args: Any) -> None:
         self.window.resolve(args[0])
-        self._plan = self.budget.plan(self.chosen)
+        self._plan = self.quota.plan(self.chosen)
 
 
 class TakesAllInstead(Honest):

@@ -81,7 +81,7 @@ def test_all_rungs_of_a_trained_perceptron(tmp_path: Path) -> None:
     module, x = trained(perceptron, "unstructured", 0.97, 15), images()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     names = ["plain", "compact", "removed", "onnx"]
-    report = export_ladder(module, x, tmp_path / "out", rungs=names, rounds=3, evaluate=accuracy)
+    report = export_ladder(module, x, tmp_path / "out", rungs=names, rounds=3, compiled=False, evaluate=accuracy)
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     expected = module(x)
     plain = perceptron().eval()
@@ -92,7 +92,7 @@ def test_all_rungs_of_a_trained_perceptron(tmp_path: Path) -> None:
     torch.testing.assert_close(small(x), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(onnx_runner(tmp_path / "out" / "model.onnx")(x[:3]), expected[:3], rtol=1e-4, atol=1e-5)
     rungs = report.rungs
-    assert list(rungs) == ["dense", *names]
+    assert list(rungs) == ["dense", "dense, onnxruntime", *names]
     assert (rungs["removed"].parameters or 0) < (rungs["dense"].parameters or 0)
     assert (rungs["compact"].bytes or 0) < 0.18 * (rungs["dense"].bytes or 0)
     assert rungs["dense"].metrics == rungs["plain"].metrics == rungs["compact"].metrics == rungs["removed"].metrics
@@ -107,7 +107,7 @@ def test_all_rungs_of_a_trained_perceptron(tmp_path: Path) -> None:
 
 def test_a_residual_network_with_channel_masks_folded(tmp_path: Path) -> None:
     module, x = trained(resnet, "channel", 0.5, 3), images()
-    report = export_ladder(module, x, tmp_path / "out", fold=True, rounds=1)
+    report = export_ladder(module, x, tmp_path / "out", fold=True, rounds=1, compiled=False)
     assert "normalizations are folded" in report.rungs["plain"].note
     again = load_model(resnet().eval(), tmp_path / "out" / "compact.safetensors")
     torch.testing.assert_close(again(x), module(x), rtol=1e-5, atol=1e-5)
@@ -171,7 +171,7 @@ def test_layers_without_a_sparse_kernel_say_why() -> None:
     layer = nn.Linear(6, 6)
     with pytest.raises(ValueError, match=r"kernel='bsr4' needs sizes that are multiples of 4, not \(6, 6\)"):
         SparseLinear(layer, "bsr4")
-    with pytest.raises(ValueError, match=r"kernel='coo' is unknown; choose csr, bsr4, bsr16, bsr32 or 2:4"):
+    with pytest.raises(ValueError, match=r"kernel='coo' is unknown; choose condensed, csr, bsr4, bsr8, bsr16, bsr32 or 2:4"):
         SparseLinear(layer, "coo")
     with pytest.raises(ValueError, match="'0' is a ReLU; only linear layers have sparse kernels"):
         use_kernels(nn.Sequential(nn.ReLU()), {"0": "csr"})
@@ -182,7 +182,7 @@ def test_kernels_are_chosen_again_when_the_file_is_loaded(tmp_path: Path) -> Non
     net = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)).eval()
     net[0].weight.data[torch.rand(1024, 1024) < 0.99] = 0
     x = torch.randn(64, 1024)
-    export_ladder(net, x, tmp_path / "out", rungs=["kernels"], rounds=1)
+    export_ladder(net, x, tmp_path / "out", rungs=["kernels"], rounds=1, compiled=False)
     again = load_model(
         nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)), tmp_path / "out/kernels.safetensors"
     )
@@ -341,8 +341,18 @@ def report(**speeds: float) -> ExportReport:
     made = ExportReport("Net", 0.9, 64, 1, "cpu")
     made.rungs["dense"] = Rung(bytes=1000, latency={64: Timing(10, 9, 11), 1: Timing(2, 2, 2)})
     for name, speed in speeds.items():
-        times = {64: Timing(10 / speed, 1, 9), 1: Timing(1, 1, 1)}
+        times = {64: Timing(10 / speed, 9 / speed, 11 / speed), 1: Timing(1, 1, 1)}
         made.rungs[name] = Rung(f"{name}.file", 200, latency=times, note="<no> faster")
+    return made
+
+
+def in_another_runtime(dense: float, rung: float, size: int = 400) -> ExportReport:
+    """A rung in onnxruntime that takes so many milliseconds, and the dense model there."""
+    made = report()
+    times = {64: Timing(dense, dense, dense), 1: Timing(dense / 10, dense / 10, dense / 10)}
+    made.rungs["dense, onnxruntime"] = Rung(bytes=800, latency=times, runtime="onnxruntime")
+    times = {64: Timing(rung, rung, rung), 1: Timing(rung / 10, rung / 10, rung / 10)}
+    made.rungs["onnx"] = Rung("model.onnx", size, latency=times, runtime="onnxruntime")
     return made
 
 
@@ -351,22 +361,54 @@ def test_the_recommendation_says_what_was_measured() -> None:
     assert made.recommendation == (
         "Use 'kernels' (kernels.file): 3.0 times as fast as dense at batch 64 (2.0 times at batch 1), 20% of its bytes."
     )
-    assert report(compact=2.0, removed=1.02).recommendation.startswith("No rung is faster than dense at batch 64 on this")
+    assert report(compact=2.0, removed=1.02).recommendation == (
+        "No rung is faster than dense at batch 64 on this machine; use 'compact' (compact.file) for its size, 20% of the "
+        "dense bytes."
+    )
+    assert report(compact=2.0, removed=1.1).recommendation.startswith("No rung is faster"), "their middle halves overlap"
     assert report().recommendation.startswith("Nothing was written")
-    assert made.is_slower("kernels") is False
-    assert report(kernels=0.9).is_slower("kernels")
-    assert not report(compact=0.9).is_slower("compact"), "it is made for size"
+
+
+def test_a_rung_gains_beside_dense_in_its_own_runtime() -> None:
+    made = in_another_runtime(dense=2.0, rung=1.0)
+    assert (made.gain("onnx"), made.speed("onnx"), made.speed("dense, onnxruntime")) == (2.0, 10.0, 5.0)
+    assert made.share("onnx") == 0.5
+    assert made.recommendation == (
+        "Use 'onnx' (model.onnx): 2.0 times as fast as dense in onnxruntime at batch 64 (2.0 times at batch 1), 50% of its "
+        "bytes; 10.0 times as fast as dense in eager torch, 5.0 of it by onnxruntime itself."
+    )
+    assert in_another_runtime(dense=1.0, rung=1.0).recommendation == (
+        "Use 'onnx' (model.onnx): no faster than dense in onnxruntime at batch 64, 50% of its bytes; 10.0 times as fast as "
+        "dense in eager torch, 10.0 of it by onnxruntime itself."
+    )
+
+
+def test_what_a_rung_gains_is_said_in_words() -> None:
+    assert report(removed=2.0).outcome("removed") == "smaller and faster"
+    assert report(removed=1.05).outcome("removed") == "smaller, but no faster"
+    assert report(removed=0.5).outcome("removed") == "smaller, but slower"
+    assert report(removed=2.0).outcome("dense") == ""
+    assert in_another_runtime(1.0, 1.0, size=800).outcome("onnx") == "no smaller and no faster"
+    assert in_another_runtime(2.0, 1.0, size=900).outcome("onnx") == "larger, but faster"
+    untimed = report()
+    untimed.rungs["removed"] = Rung("removed.file", 200)
+    assert untimed.outcome("removed") == "smaller"
 
 
 def test_the_report_is_a_table_a_section_and_json() -> None:
     from rich.console import Console
 
-    made = report(removed=2.0)
-    console = Console(width=200, record=True, file=io.StringIO())
+    made = in_another_runtime(dense=2.0, rung=1.0)
+    made.rungs["removed"] = report(removed=2.0).rungs["removed"]
+    made.rungs["removed"].estimates = {"cycles": 1234567}
+    console = Console(width=300, record=True, file=io.StringIO())
     console.print(made.table())
     text = console.export_text()
-    assert "5 (1 to 9, 2.00x)" in text
-    assert "Use 'removed'" in text
+    assert "5 (4.5 to 5.5, 2.00x)" in text
+    assert "1 (1 to 1, 2.00x, 10.00x in total)" in text
+    assert "2 (2 to 2, 5.00x in total)" in text
+    assert "estimates, not measured: cycles 1,234,567" in text
+    assert "Use 'onnx'" in text
     section = made.html()
     assert section.startswith('<section class="export">')
     assert "&lt;no&gt; faster" in section
@@ -377,17 +419,57 @@ def test_the_report_is_a_table_a_section_and_json() -> None:
     assert ExportReport.from_json(written) == made
 
 
-def test_what_is_slower_is_left_out_unless_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "lightning_sparse.export.ladder.interleaved",
-        lambda functions, *_: {name: Timing(*[2.0 if name == "onnx" else 1.0] * 3) for name in functions},
-    )
-    made = export_ladder(small(), torch.randn(3, 4), tmp_path / "all")
-    assert made.rungs["onnx"].note.startswith("left out: slower than dense here")
+def timed(**milliseconds: float) -> Callable[..., dict[str, Timing]]:
+    """What `interleaved` would measure: a millisecond, but for these."""
+    return lambda functions, *_: {name: Timing(*[milliseconds.get(name, 1.0)] * 3) for name in functions}
+
+
+def test_what_is_slower_and_no_smaller_is_left_out_unless_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_sparse.export.ladder.interleaved", timed(onnx=2.0))
+    made = export_ladder(small(), torch.randn(3, 4), tmp_path / "all", compiled=False)
+    assert made.rungs["onnx"].note.startswith("left out: slower than dense in onnxruntime and no smaller; ")
     assert not (tmp_path / "all" / "model.onnx").exists()
-    made = export_ladder(small(), torch.randn(3, 4), tmp_path / "one", rungs=["onnx"])
+    made = export_ladder(small(), torch.randn(3, 4), tmp_path / "one", rungs=["onnx"], compiled=False)
     assert (tmp_path / "one" / "model.onnx").exists()
+    assert made.outcome("onnx") == "no smaller and slower"
     assert made.recommendation.startswith("No rung is faster than dense")
+
+
+def test_what_is_smaller_is_written_though_it_is_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_sparse.export.ladder.interleaved", timed(removed=2.0, onnx=2.0))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 2)).eval()
+    net[0].weight.data[1:] = 0
+    made = export_ladder(net, torch.randn(3, 64), tmp_path / "out", compiled=False)
+    assert made.outcome("removed") == made.outcome("onnx") == "smaller, but slower"
+    assert (tmp_path / "out" / "removed.safetensors").exists()
+    assert (tmp_path / "out" / "model.onnx").exists()
+    assert (made.rungs["dense, onnxruntime"].bytes or 0) > 4 * (made.rungs["onnx"].bytes or 0)
+    assert not (tmp_path / "out" / "dense.onnx").exists()
+
+
+def test_networks_are_measured_compiled_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[nn.Module] = []
+
+    def compile_(module: nn.Module) -> Callable[..., Any]:
+        seen.append(module)
+        if len(seen) == 2:
+            raise RuntimeError("no compiler\nis installed")
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 2)).eval()
+    net[0].weight.data[1:] = 0
+    made = export_ladder(net, torch.randn(3, 64), tmp_path / "out", rungs=["plain", "removed"], rounds=1)
+    dense, removed = made.rungs["dense, torch.compile"], made.rungs["removed, torch.compile"]
+    assert set(dense.latency) == {3}, "it was compiled for this batch size"
+    assert dense.change == 0
+    assert dense.bytes == made.rungs["dense"].bytes
+    assert removed.note == "torch.compile cannot (no compiler)."
+    assert len(seen) == 2, "what is stored in another way is the same network"
 
 
 def test_functions_take_turns_and_each_comes_after_each() -> None:

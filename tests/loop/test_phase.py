@@ -119,7 +119,7 @@ def test_loggers_get_the_sparsity_of_every_logged_step(tmp_path: Any) -> None:
     logged = {}
     for row in rows[1:]:
         cells = dict(zip(header, row.split(","), strict=True))
-        if cells["sparsity"]:
-            logged[int(cells["step"])] = float(cells["sparsity"])
+        if cells["sparsity/actual"]:
+            logged[int(cells["step"])] = float(cells["sparsity/actual"])
     expected = {step: 1 - kept[step] / method.masks.total for step in range(1, 12, 2)}
     assert logged == pytest.approx(expected)

@@ -12,20 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sparse import MagnitudePruning, RandomSparsity
 from lightning_sparse.observe import SparsityCheckpoint
-from lightning_sparse.testing import BATCHES, Toy, fit
+from lightning_sparse.testing import BATCHES, fit
 from tests.helpers.methods import L2Penalty
-
-
-class Scripted(Toy):
-    """Validates as it is told, one value per validation, each a little worse than the one before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.validations = 0
-
-    def on_validation_epoch_end(self) -> None:
-        self.validations += 1
-        self.log("score", 1.0 / self.validations)
+from tests.helpers.scripted import Scripted
 
 
 def sparsity_of(path: str | Path) -> float:

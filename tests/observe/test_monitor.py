@@ -72,8 +72,12 @@ def test_loggers_get_target_and_actual_sparsity_at_log_steps(first: bool, tmp_pa
     for name in zeros.sizes:
         assert seen[f"layers/{name}"] == pytest.approx({step: zeros.seen[step][name] for step in ends})
         assert set(seen[f"layer_targets/{name}"].values()) == {0.5 if name == "net.8.weight" else 0.75}
-    assert seen["final/actual"][11] == pytest.approx(zeros.total(11))
-    assert "final/val_loss" in seen
+    assert seen["frontier/density"] == {11: pytest.approx(1 - zeros.total(11))}
+    assert not [name for name in seen if name.startswith("final/") or name == "sparsity"], "no number twice"
+    phases, losses = monitor.history.column("phase"), [seen["val_loss"][step] for step in (3, 7, 11)]
+    best = min(loss for loss, phase in zip(losses, phases, strict=True) if phase == phases[-1])
+    assert seen["best/val_loss"] == {11: pytest.approx(best)}
+    assert losses.index(seen["val_loss"][4 * seen["best/epoch"][11] + 3]) == seen["best/epoch"][11]
 
 
 def test_costs_and_dead_outputs_are_those_of_the_zeros(tmp_path: Path) -> None:

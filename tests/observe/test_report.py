@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,10 +15,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_sparse import MagnitudePruning, RigL
 from lightning_sparse.cli import main
 from lightning_sparse.observe import SparsityMonitor
-from lightning_sparse.observe.report import find_reports, page, picture, read_report, write_report
-from lightning_sparse.observe.svg import Series, chart, heat_map
-from lightning_sparse.testing import fit, toy
-from tests.helpers.overlays import ROOT
+from lightning_sparse.observe.page import page
+from lightning_sparse.observe.pictures import picture
+from lightning_sparse.observe.report import find_reports, read_report, write_report
+from lightning_sparse.testing import Toy, fit, loader, toy, trainer
 
 VOID = {"meta"}
 
@@ -54,10 +55,19 @@ def check(text: str) -> Checker:
     checker.feed(text)
     assert not checker.open
     assert not checker.loads
-    assert "url(" not in text
-    assert "@import" not in text
-    assert not re.search(r"<script(?! type=\"application/json\")", text)
+    style = re.search(r"<style>(.*?)</style>", text, flags=re.S)
+    assert style is not None
+    assert "url(" not in style[1]
+    assert "@import" not in style[1]
+    assert text.count("<script") == text.count("</script>") == 4, "data, charts, the library, and what calls it"
     return checker
+
+
+def specs(text: str) -> list[dict[str, Any]]:
+    """The charts of a page."""
+    match = re.search(r'<script type="application/json" id="charts">(.*?)</script>', text, flags=re.S)
+    assert match is not None
+    return list(json.loads(match[1])["specs"].values())
 
 
 def trained(folder: Path, method: Any = None, **options: Any) -> Path:
@@ -80,7 +90,8 @@ def test_the_page_of_a_run_says_what_it_was(tmp_path: Path) -> None:
     ):
         assert expected in words
     assert '"sparsity": 0.75' in words, "the configuration"
-    assert checker.counts["svg"] == 4 + 2 + 3  # curves, layers, masks
+    assert len(specs(file.read_text())) == 4 + 1, "curves, layers"
+    assert file.read_text().count('class="bits"') == 3
     [run] = read_report(file)
     assert [row["epoch"] for row in run["rows"]] == [0, 1, 2]
     assert sum(run["rows"][-1]["layers"]) == 690
@@ -118,7 +129,10 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     for expected in ("4 runs", "MagnitudePruning", "RigL", "dense", "75.00%", "val_loss against sparsity"):
         assert expected in words
     assert checker.counts["tr"] == 5
-    assert checker.counts["circle"] >= 4, "a point for each run"
+    assert "dense" in words
+    frontier = json.dumps(specs(page(*runs))[0])
+    assert frontier.count('"series": "MagnitudePruning') == 2
+    assert frontier.count('"series": "dense"') == 1, "a line of reference"
     assert "different" not in words
 
 
@@ -187,50 +201,62 @@ def big_run(layers: int, epochs: int) -> dict[str, Any]:
 def test_two_hundred_layers_and_three_hundred_epochs_are_small(tmp_path: Path) -> None:
     run = big_run(200, 300)
     write_report(tmp_path / "big.html", run)
-    assert (tmp_path / "big.html").stat().st_size < 2_000_000
+    assert (tmp_path / "big.html").stat().st_size < 3_000_000
     check((tmp_path / "big.html").read_text())
     write_report(tmp_path / "many.html", *[run] * 3)
     assert (tmp_path / "many.html").stat().st_size < 5_000_000
 
 
-def places(drawing: str) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in re.findall(r'<circle[^>]*cx="([\d.]+)" cy="([\d.]+)"', drawing)]
+class WithTest(Toy):
+    """Has a test."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch))
 
 
-def test_points_lie_where_their_values_are() -> None:
-    frame, found = Series("frame", [0, 1], [0, 1]), []
-    for x, y in ((0, 0), (0.5, 0.25), (1, 1)):
-        found += places(chart([frame, Series("point", [x], [y], marks=True)], "x", "y"))
-    a, b, c = found
-    assert (b[0] - a[0]) / (c[0] - a[0]) == pytest.approx(0.5, abs=0.01)
-    assert (a[1] - b[1]) / (a[1] - c[1]) == pytest.approx(0.25, abs=0.01)
-    assert a[1] > c[1], "up is more"
-    assert chart([Series("nothing", [None], [1.0])], "x", "y") == ""
+def test_the_test_stands_before_the_validation_and_dense_beside_sparse(tmp_path: Path) -> None:
+    module, monitor = WithTest(), SparsityMonitor(table=False)
+    run = trainer(MagnitudePruning(0.75), monitor, default_root_dir=tmp_path)
+    run.fit(module, loader(), loader())
+    words = " ".join(check((tmp_path / "report.html").read_text()).words)
+    assert "not tested" in words
+    [tested] = run.test(module, loader(), verbose=False)
+    monitor.beside_dense({"test_loss": 0.25})
+    [saved] = read_report(tmp_path / "report.html")
+    assert saved["test"] == pytest.approx(tested)
+    words = " ".join(check((tmp_path / "report.html").read_text()).words)
+    assert "not tested" not in words
+    assert f"test loss {tested['test_loss']:.4g} the dense model has 0.25 val_loss" in words
+    other = WithTest()
+    run.test(other, loader(), verbose=False)
+    assert read_report(tmp_path / "report.html")[0]["test"] == pytest.approx(tested), "that was another model"
 
 
-def test_sparsities_are_apart_by_what_is_left() -> None:
-    drawing = chart(
-        [Series("runs", [0.0, 0.5, 0.75, 0.9], [0.9] * 4, marks=True)], "sparsity", "y", x_percent=True, by_density=True
-    )
-    x = [place for place, _ in places(drawing)]
-    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
-    assert re.findall(r">([\d.]+ %)<", drawing) == ["0 %", "50 %", "80 %", "90 %"]
+def test_three_readings_of_sparsity_stand_side_by_side(tmp_path: Path) -> None:
+    [run] = read_report(trained(tmp_path, MagnitudePruning(0.75)))
+    run["rows"][-1]["zeros"] = 0.5
+    words = " ".join(check(page(run)).words)
+    assert "75.00% of the chosen weights, by masks target 75.00% exact zeros 50.00%" in words
+    kept, dense = run["rows"][-1]["parameters"], run["dense"]["parameters"]
+    assert f"whole model {1 - kept / dense:.2%} {kept:,} of {dense:,} parameters left" in words
 
 
-def test_long_curves_are_thinned() -> None:
-    drawing = chart([Series("long", list(range(5000)), [float(i % 7) for i in range(5000)])], "x", "y")
-    assert drawing.count("L") < 320
-    drawing = heat_map(["a"], [[i % 2] for i in range(5000)], ["0", "1"])
-    assert drawing.count("M") <= 150
+def test_ten_runs_have_ten_marks_and_more_have_those_of_their_methods(tmp_path: Path) -> None:
+    [run] = read_report(trained(tmp_path, MagnitudePruning(0.75)))
+    runs = [run | {"seed": str(seed), "name": f"run {seed}"} for seed in range(11)]
+    keys = check(page(*runs[:10]))
+    assert keys.counts["button"] == 10
+    assert len(set(re.findall(r'transform="translate\(17 7\) scale\(5.2\)"', page(*runs[:10])))) == 1
+    marks = re.findall(r'<path d="(M[^"]+)" transform', page(*runs[:10]))
+    assert len(set(marks)) == 10
+    assert check(page(*runs)).counts["button"] == 1, "they are of one method"
 
 
-def test_neighbors_of_one_shade_are_one_stroke() -> None:
-    drawing = heat_map(["a", "b"], [[0.0, 1.0], [0.0, 1.0], [1.0, 1.0]], ["1", "3"])
-    assert re.findall(r'stroke-opacity="([\d.]+)" d="([^"]*)"', drawing) == [
-        ("0.00", "M0 0.5h2"),
-        ("1.00", "M2 0.5h1M0 1.5h3"),
+def test_names_of_runs_are_distinct(tmp_path: Path) -> None:
+    [run] = read_report(trained(tmp_path, MagnitudePruning(0.75)))
+    text = page(run, run, run | {"seed": "3"})
+    assert re.findall(r'data-series="([^"]+)"', text) == [
+        f"MagnitudePruning 75%, {run['name']} (1)",
+        f"MagnitudePruning 75%, {run['name']} (2)",
+        "MagnitudePruning 75%, seed 3",
     ]
-
-
-def test_no_words_of_the_page_need_another_file() -> None:
-    assert (ROOT / "lightning_sparse" / "observe" / "report.css").stat().st_size < 5000

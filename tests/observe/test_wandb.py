@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
@@ -17,9 +18,11 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+import lightning_sparse
 import lightning_sparse.observe.wandb as board
 from lightning_sparse import SET, MagnitudePruning, RandomSparsity
 from lightning_sparse.cli import main
+from lightning_sparse.loop import Sparsifier
 from lightning_sparse.observe import PatientWandbLogger, SparsityCheckpoint, SparsityMonitor
 from lightning_sparse.testing import BATCHES, fit, toy
 from tests.helpers.overlays import ROOT
@@ -94,7 +97,7 @@ def test_the_dashboard_is_in_the_file_of_the_run(tmp_path: Path) -> None:
         "masks/net.0.weight",
         "charts/layers_over_time",
         "charts/layers",
-        "charts/accuracy_against_sparsity",
+        "charts/loss_against_sparsity",
         "charts/report",
     ):
         assert any(part in name for name in media), (part, media)
@@ -111,8 +114,7 @@ def test_every_section_goes_by_the_step_also_in_a_run_that_somebody_else_opened(
     [run] = records(tmp_path)
     assert definitions(run) == {STEP: "", **dict.fromkeys(board.SECTIONS, STEP)}
     logged = {key for row in history(run) for key in row if "/" in key and key != STEP}
-    unknown = {key for key in logged if not any(key.startswith(section[:-1]) for section in board.SECTIONS)}
-    assert {key.partition("/")[0] for key in unknown} <= {"final"}
+    assert not {key for key in logged if not any(key.startswith(section[:-1]) for section in board.SECTIONS)}
 
 
 def test_artifacts_know_their_sparsity_and_their_score(tmp_path: Path) -> None:
@@ -146,13 +148,71 @@ def test_a_dense_checkpoint_is_no_sparse_artifact(tmp_path: Path) -> None:
     assert "model" not in {record["artifact"]["type"] for record in run if record["type"] == "artifact"}
 
 
-def test_runs_have_groups_and_know_their_methods(tmp_path: Path) -> None:
-    train(tmp_path)
+def config_of(run: list[dict[str, Any]]) -> dict[str, Any]:
+    """The configuration that a run ends with."""
+    return dict(opened_as(run)["config"]["update"])
+
+
+def opened_as(run: list[dict[str, Any]]) -> dict[str, Any]:
+    return [record["run"] for record in run if record["type"] == "run"][-1]
+
+
+def test_a_run_is_named_by_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    train(tmp_path, logger=WandbLogger(save_dir=tmp_path, project="toy"))
     [run] = records(tmp_path)
-    [opened] = [record["run"] for record in run if record["type"] == "run"][:1]
-    assert opened["run_group"] == "seeds"
-    configs = json.dumps([record["config"] for record in run if record["type"] == "config"])
-    assert '"sparsity": 0.75' in configs
+    opened = opened_as(run)
+    assert opened["display_name"] == "MagnitudePruning 75% seed 3"
+    assert opened["tags"] == ["MagnitudePruning", "sparsity 75%"]
+
+
+def test_what_the_user_has_named_keeps_its_name(tmp_path: Path) -> None:
+    train(tmp_path, logger=WandbLogger(save_dir=tmp_path, name="mine", group="seeds", tags=["paper"]))
+    [run] = records(tmp_path)
+    opened = opened_as(run)
+    assert (opened["display_name"], opened["run_group"]) == ("mine", "seeds")
+    assert opened["tags"] == ["paper", "MagnitudePruning", "sparsity 75%"]
+
+
+def test_the_configuration_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    train(tmp_path, accumulate_grad_batches=2)
+    [run] = records(tmp_path)
+    config = config_of(run)
+    assert config["method"] == "MagnitudePruning"
+    assert config["seed"] == 3
+    assert config["model"]["class"] == "Toy"
+    assert config["data"] == {"batch_size": 8}
+    assert config["trainer"]["accumulate_grad_batches"] == 2
+    [optimizer] = config["optimizer"]
+    assert (optimizer["class"], optimizer["lr"], optimizer["momentum"]) == ("SGD", 0.05, 0.9)
+    assert config["methods"]["MagnitudePruning"]["sparsity"] == 0.75
+    assert config["methods"]["MagnitudePruning"]["allocation"]
+
+
+def test_the_summary_has_the_best_and_no_number_twice(tmp_path: Path) -> None:
+    monitor = train(tmp_path)
+    [run] = records(tmp_path)
+    logged = {key for row in history(run) for key in row}
+    assert {"sparsity/actual", "sparsity/target", "best/val_loss", "best/epoch", "frontier/density"} <= logged
+    assert not {"sparsity", "final/actual"} & logged
+    assert "charts/accuracy_against_sparsity_table" not in logged
+    assert list(curve(run, "frontier/density").values()) == pytest.approx([0.25])
+    assert next(iter(curve(run, "best/val_loss").values())) in monitor.history.rows[-1]["metrics"].values()
+
+
+def test_whoever_wants_to_know_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"has removed all of 'net\.6\.weight'"):
+        train(tmp_path / "dead", MagnitudePruning(0.99, targets=["net.6", "net.8"]))
+    wandb.finish()
+    with pytest.warns(UserWarning, match="ends at sparsity|has saved nothing"):  # of the method, and of SparsityCheckpoint
+        train(tmp_path / "missed", MagnitudePruning(0.75, end=1.0), Stop())
+    told = [
+        [record["alert"]["title"] for record in run if record["type"] == "alert"]
+        for folder in ("dead", "missed")
+        for run in records(tmp_path / folder)
+    ]
+    assert told == [["A layer is dead"], ["The target was missed"]]
 
 
 class Stop(L.Callback):
@@ -229,7 +289,13 @@ def test_the_command_line_stays_offline_by_itself(
     main(["fit", *configs, *quiet, "--trainer.max_epochs=2", "--trainer.limit_train_batches=10", "--seed_everything=0"])
     assert "Weights & Biases stays offline, because there is no API key" in capsys.readouterr().err
     [run] = records(tmp_path)
-    assert "final/val/accuracy" in {key for row in history(run) for key in row}
+    assert "best/val/accuracy" in {key for row in history(run) for key in row}
+    opened = opened_as(run)
+    assert (opened["display_name"], opened["run_group"]) == ("MagnitudePruning 90% seed 0", "MagnitudePruning 90%")
+    assert opened["config"]["update"]["data"]["class"] == "Digits"
+    asked = opened["config"]["update"]["command_line"]
+    assert asked["data"]["class_path"].endswith("Digits")
+    assert asked["trainer"]["max_epochs"] == 2
     [page] = tmp_path.rglob("report.html")
     assert "class_path: lightning_sparse.MagnitudePruning" in page.read_text(), "the resolved configuration"
 
@@ -254,6 +320,7 @@ def test_a_patient_logger_asks_nobody_who_has_chosen(monkeypatch: pytest.MonkeyP
 def test_a_process_that_knows_no_account_goes_on(tmp_path: Path) -> None:
     # wandb reads its settings once per process, so only a process of its own shows what a user meets
     script = """
+from lightning_sparse.loop import Sparsifier
 from lightning_sparse.observe import PatientWandbLogger
 logger = PatientWandbLogger(project="patience", save_dir=".")
 logger.log_metrics({"sparsity/actual": 0.5}, 1)
@@ -272,14 +339,25 @@ print(logger.experiment.settings.mode)
     assert "stays offline, because there is no API key" in done.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+SWEEPS = {path: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))}
+OF_SWEEPS = [
+    pytest.param(path, overlay, id=f"{path.stem}-{Path(str(overlay)).stem}")
+    for path, sweep in SWEEPS.items()
+    for overlay in sweep["parameters"].get("config", {}).get("values", [None])
+]
+
+
+@pytest.mark.parametrize(("path", "overlay"), OF_SWEEPS)
 def test_sweeps_make_commands_that_run(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, overlay: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
-    sweep = yaml.safe_load(path.read_text())
-    assert {"program", "method", "parameters"} <= set(sweep)
-    chosen = {name: {"value": spec["values"][-1]} for name, spec in sorted(sweep["parameters"].items())}
+    sweep = SWEEPS[path]
+    chosen = {
+        name: {"value": spec.get("values", [spec.get("min")])[-1]} for name, spec in sorted(sweep["parameters"].items())
+    }
+    if overlay is not None:
+        chosen["config"] = {"value": overlay}
     flags = utils.create_sweep_command_args({"args": chosen})["args"]
     command = [
         part for piece in utils.create_sweep_command(sweep["command"]) for part in (flags if piece == "${args}" else [piece])
@@ -291,6 +369,22 @@ def test_sweeps_make_commands_that_run(
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     last = config["trainer"]["callbacks"][-1]
-    assert last["class_path"].endswith("GraNet")
-    assert last["init_args"]["sparsity"] == chosen["trainer.callbacks.init_args.sparsity"]["value"]
+    source = ROOT / (overlay or next(part.partition("=")[2] for part in command if "configs/methods/" in part))
+    asked = yaml.safe_load(source.read_text())["trainer"]["callbacks+"][-1]["class_path"]
+    assert last["class_path"].rpartition(".")[2] == asked
+    for name, value in chosen.items():
+        if name.startswith("trainer.callbacks.init_args."):
+            assert last["init_args"][name.rpartition(".")[2]] == value["value"]
+    assert last["init_args"]["sparsity"] >= 0.95
     assert config["seed_everything"] == 2
+
+
+def test_the_sweep_of_methods_has_all_that_promise_a_sparsity() -> None:
+    swept = SWEEPS[ROOT / "configs" / "sweeps" / "sparsity_by_method.yaml"]["parameters"]["config"]["values"]
+    found = {yaml.safe_load((ROOT / path).read_text())["trainer"]["callbacks+"][-1]["class_path"] for path in swept}
+    promising = {
+        cls.__name__
+        for cls in vars(lightning_sparse).values()
+        if inspect.isclass(cls) and issubclass(cls, Sparsifier) and "sparsity" not in cls.refused
+    }
+    assert found == promising

@@ -14,7 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
 from lightning_sparse import (
+    ACDC,
     SET,
+    SNIP,
+    SRSTE,
     CKARegularization,
     GraNet,
     GraSP,
@@ -76,6 +79,11 @@ class Narrow(Toy):
         super().__init__(net=nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(256, 4)))
 
 
+class Six(Toy):
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 4)))
+
+
 class Diverged(Toy):
     def __init__(self) -> None:
         super().__init__()
@@ -123,9 +131,58 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "'net.0.weight' (Conv2d) has 1 input, and structure='2:4' needs groups of 4; take another structure, or choose",
     ),
+    (
+        toy,
+        lambda: [MagnitudePruning(0.999, structure="coupled", budget="macs")],
+        {},
+        "macs cannot be reached: with the fewest channels in every layer",
+    ),
+    (
+        toy,
+        lambda: [RandomSparsity(0.97, structure="fan_in", allocation="uniform")],
+        {},
+        "sparsity=0.97 with allocation='uniform' leaves nothing of 'net.0.weight'",
+    ),
+    (
+        Six,
+        lambda: [MagnitudePruning(0.5, structure="block:4x4", targets=["net.1"])],
+        {},
+        "is 6 by 64 (outputs by inputs), which blocks of 4 by 4 do not divide",
+    ),
+    (
+        toy,
+        lambda: [SRSTE(structure="2:4", targets=["net.0"])],
+        {},
+        "'net.0.weight' (Conv2d) has 1 input, and structure='2:4' needs groups of 4",
+    ),
+    (
+        Six,
+        lambda: [SRSTE(structure="transposable 2:4", targets=["net.1"])],
+        {},
+        "has 6 outputs, and structure='transposable 2:4' needs groups of 4 of them too",
+    ),
     (toy, lambda: [MagnitudePruning(0.5, end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
     (toy, lambda: [MagnitudePruning(0.5, end="99 steps")], {}, "end='99 steps' lies after the end of training (12 steps)"),
     (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
+    (toy, lambda: [ACDC(0.5)], {"max_epochs": -1}, "The length of this run is unknown, so no phases can be laid out"),
+    (
+        toy,
+        lambda: [ACDC(0.5)],
+        {},
+        "every='0.05' leaves a phase less than one of the run's 12 steps; give it more",
+    ),
+    (
+        toy,
+        lambda: [ACDC(0.5, every=0.1, end="12 steps")],
+        {},
+        "end='12 steps' leaves the last compressed phase less than one of the run's 12 steps",
+    ),
+    (
+        toy,
+        lambda: [ACDC(0.5, start=0.5, every=0.3, last_dense=0.2)],
+        {},
+        "leave no room for a compressed phase before the last dense one; start earlier, or take shorter phases",
+    ),
     (toy, lambda: [RandomSparsity(0.999, allocation="uniform")], {}, "leaves nothing of 'net.0.weight' (72 units)"),
     (toy, lambda: [RandomSparsity(0.99, allocation="erk+")], {}, "the layers with a sparsity of their own keep"),
     (
@@ -143,7 +200,11 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (toy, lambda: [MagnitudePruning(0.5), ModelPruning("l1_unstructured")], {}, "cannot share a Trainer with ModelPruning"),
     (toy, lambda: [MagnitudePruning(0.5, targets=[5])], {}, "targets: 5 is not a pattern"),
-    (toy, lambda: [MagnitudePruning(0.5, schedule=lambda p, a, b: float("nan"))], {}, "schedule gives nan at progress 0.0"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": 0}, "max_epochs=0 trains nothing; give a number from 1 up"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_steps": 0}, "max_steps=0 trains nothing; give a number from 1 up"),
+    (toy, lambda: [RandomSparsity(0.5)], {"limit_train_batches": 0}, "has nothing to train on: the training set gives no"),
+    (toy, lambda: [RandomSparsity(0.5)], {"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be a number from"),
+    (toy, lambda: [SNIP(0.5, batches=10**9)], {}, "batches=1000000000 is more than an epoch has; write at most 4."),
     (Embedded, lambda: [MagnitudePruning(0.5, targets=["type:Embedding"])], {}, "make the layer with sparse=False"),
     (toy, lambda: [MagnitudePruning(0.9999)], {}, "sparsity=0.9999 of 2,760 units leaves nothing"),
     (toy, lambda: [CKARegularization(layers=["net.9"])], {}, "layers: 'net.9' matches no layer; did you mean 'net.8'?"),
@@ -181,7 +242,6 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "'net.0.weight' (Conv2d) has 1 input, and structure='2:4'",
     ),
-    (toy, lambda: [RigL(0.9, drop_schedule=lambda p, a, b: float("nan"))], {}, "drop_schedule gives nan at progress 0.0"),
     (toy, lambda: [GraNet(0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
     (
         toy,

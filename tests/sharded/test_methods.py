@@ -29,6 +29,7 @@ from lightning_sparse import (
     TrainableThreshold,
     WeightPenalty,
 )
+from lightning_sparse.core import local, owner_of
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.testing import fit, run_on_ranks
 from tests.helpers.oracles import slow_cka
@@ -73,8 +74,14 @@ class Zeros(Callback):
             assert not weight.detach()[masks.dropped(name)].any(), name
             self.looks += 1
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.look()
+        for name, weight in self.method.weights.items() if self.method.clears_moments else ():
+            dropped = self.method.masks.dropped(name)  # type: ignore[attr-defined]
+            for optimizer in trainer.optimizers:
+                for moment in optimizer.state[owner_of(weight)].values():
+                    if moment.shape == owner_of(weight).shape:
+                        assert not local(moment)[dropped].any(), f"a dropped entry of '{name}' is remembered"
 
     def on_validation_batch_end(self, *args: Any) -> None:
         self.look()

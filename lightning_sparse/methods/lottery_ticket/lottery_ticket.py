@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sparse.core import (
     AllocationName,
+    BudgetName,
     Position,
     Remembered,
     RunLength,
@@ -63,10 +64,14 @@ class LotteryTicket(Budgeted):
         save_to: a folder for every round's ticket: `round=i-ticket.ckpt`, the weights that the round begins with, and
             `round=i-trained.ckpt`, those it ends with; both load into the plain model. None saves nothing.
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`.
+            `erk+`, `owl` (more where scores have outliers).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
 
@@ -97,6 +102,8 @@ class LotteryTicket(Budgeted):
         allocation: AllocationName = "global",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
         targets: str | Sequence[str] = ("*",),
         name: str | None = None,
     ) -> None:
@@ -105,12 +112,14 @@ class LotteryTicket(Budgeted):
             allocation=allocation,
             structure=structure,
             layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
             targets=targets,
             name=name,
         )
         self.rounds, self.every, self.rewind_to, self.rewind, self.save_to = rounds, every, rewind_to, rewind, save_to
         check_choice("rewind", rewind, REWINDS)
-        fewest = max(1, math.ceil(math.log(1 - self.budget.sparsity) / math.log(0.8) - 1e-9))
+        fewest = max(1, math.ceil(math.log(1 - self.quota.sparsity) / math.log(0.8) - 1e-9))
         self.trainings = Rounds(fewest if rounds is None else rounds, every, rewind_to)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
@@ -139,12 +148,12 @@ class LotteryTicket(Budgeted):
         if not self.moment and self.trainings.reached_start(position):
             self.moment.take(run.module, run.optimizers, schedulers)
             self._save("ticket")
-        due = self.trainings.count if self._ends_with_next_step else self.trainings.due(position)
+        due = self.trainings.count if run.ends_with_next_step else self.trainings.due(position)
         if due <= self.round:
             return
         self._save("trained")
         self.round = due
-        sparsity = exponential(due / self.trainings.count, 0.0, self.budget.sparsity)
+        sparsity = exponential(due / self.trainings.count, 0.0, self.quota.sparsity)
         self.prune(sparsity, lambda name, weight: magnitude(weight))
         if self.rewind == "weights":
             self.moment.restore_weights(run.module)
@@ -154,16 +163,6 @@ class LotteryTicket(Budgeted):
             for average in average_models(run.trainer):
                 restart_average(average, run.module)
         self._save("ticket")
-
-    @property
-    def _ends_with_next_step(self) -> bool:
-        """Whether no step follows the one that the current batch begins to gather gradients for; False if not known."""
-        run, trainer = self.run, self.run.trainer
-        batches = trainer.num_training_batches
-        if trainer.max_epochs in (None, -1) or batches == float("inf") or not run.module.automatic_optimization:
-            return False
-        accumulated = run.batch_idx + 1 + run.accumulation(trainer.current_epoch)
-        return trainer.current_epoch + 1 == trainer.max_epochs and accumulated >= batches
 
     def _save(self, what: str) -> None:
         if self.save_to is not None:
@@ -181,5 +180,5 @@ class LotteryTicket(Budgeted):
         if self.round < self.trainings.count:
             rank_zero_warn(
                 f"{self.label} ends in round {self.round} of {self.trainings.count} at sparsity {self.masks.sparsity:.4f}, "
-                f"not {self.budget.sparsity}: training stopped early. Train on, or take fewer rounds."
+                f"not {self.quota.sparsity}: training stopped early. Train on, or take fewer rounds."
             )

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_sparse.cli import main
 from lightning_sparse.export import RUNGS, RungName
 from lightning_sparse.testing import method_of
-from tests.helpers.overlays import OVERLAYS, ROOT, overlay
+from tests.helpers.overlays import NEEDS_ZEROS, OVERLAYS, ROOT, overlay
 
 CONFIGS = ROOT / "configs"
 SMALL = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
@@ -76,6 +76,8 @@ def test_values_can_be_changed_on_the_command_line(capsys: pytest.CaptureFixture
 def test_fit(path: Path, tmp_path: Path) -> None:
     files = [f"--config={file}" for file in (DIGITS, MLP)]
     run = [*files, f"--config={path}", *SMALL, f"--trainer.default_root_dir={tmp_path}"]
+    if path.stem in NEEDS_ZEROS:
+        run.append("--trainer.callbacks+=tests.helpers.overlays.Sparsened")
     main(["fit", *run, "--trainer.max_epochs=3", "--trainer.limit_train_batches=4"])
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
@@ -118,7 +120,7 @@ class Chooser(Callback):
         self.penalty, self.schedule = penalty, schedule
 
 
-CHOOSER = "--trainer.callbacks+=tests.test_cli.Chooser"
+CHOOSER = "--trainer.callbacks+=tests.cli.test_cli.Chooser"
 MISTAKES = [
     (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsitty=0.5"], "did you mean 'sparsity'"),
     (["--trainer.maximum_epochs=3"], "'trainer.maximum_epochs' is not an option; did you mean 'trainer.max_epochs'?"),
@@ -210,7 +212,7 @@ def test_a_mistake_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_help_lists_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["fit", "--trainer.callbacks.help=tests.test_cli.Chooser"])
+        main(["fit", "--trainer.callbacks.help=tests.cli.test_cli.Chooser"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--trainer.callbacks.penalty {l1,l2}" in said
     assert "Literal['cubic', 'linear']" in said
@@ -246,7 +248,7 @@ def test_refit_from_a_checkpoint(start: str, tmp_path: Path, capsys: pytest.Capt
     assert len(saved["state_dict"]) == 4, "two layers"
     with pytest.raises(SystemExit):
         main(["refit", *again, "--ckpt_path=nowhere.ckpt"])
-    assert "ckpt_path='nowhere.ckpt' is not a file; give a checkpoint" in capsys.readouterr().err
+    assert "ckpt_path='nowhere.ckpt' is not a file; give one that a run saved." in capsys.readouterr().err
     other = [*again, "--model.init_args.network.init_args.hidden=[5]", f"--ckpt_path={checkpoint}"]
     with pytest.raises(SystemExit):
         main(["refit", *other])
@@ -255,6 +257,7 @@ def test_refit_from_a_checkpoint(start: str, tmp_path: Path, capsys: pytest.Capt
 
 def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("safetensors")
+    pytest.importorskip("onnxruntime")
     run = [f"--config={DIGITS}", f"--config={MLP}", f"--config={CONFIGS / 'methods' / 'magnitude.yaml'}", *SMALL]
     main(["fit", *run, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=2"])
     checkpoint = next(tmp_path.rglob("*.ckpt"))
@@ -267,6 +270,10 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "No rung is faster than dense at batch 40" in " ".join(said.split())
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["rungs"]["compact"]["metrics"]) == {"test/accuracy", "test/loss"}
+    int8 = [*quick[:2], "--rungs=[int8]", "--rounds=0", f"--ckpt_path={checkpoint}", f"--to={tmp_path / 'int8'}"]
+    main(["export", *int8, "--calibrate=2", "--int8_tolerance=0.1"])
+    report = json.loads((tmp_path / "int8" / "report.json").read_text())
+    assert set(report["rungs"]["int8"]["metrics"]) == {"test/accuracy", "test/loss"}
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     plain = torch.load(tmp_path / "out" / "plain.pt", weights_only=True)
     assert all(torch.equal(plain[name], tensor) for name, tensor in saved.items())
@@ -277,14 +284,21 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     broken.write_text("no checkpoint")
     torch.save({"weights": 1}, other)
     mistakes = [
-        (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; give one of the run to export."),
+        (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; "),
         ([f"--ckpt_path={broken}"], "cannot be read as a checkpoint ("),
-        ([f"--ckpt_path={other}"], "cannot be read as a checkpoint (KeyError: 'state_dict'); give one that a run saved."),
+        ([f"--ckpt_path={other}"], "holds a dict without a state_dict, not a checkpoint of Lightning; give one that a run"),
         ([f"--ckpt_path={checkpoint}", "--batch_size=0"], "batch_size=0 must be at least 1."),
         ([f"--ckpt_path={checkpoint}", "--recalibrate=-1"], "recalibrate=-1 must be a number of batches, or 0"),
+        (
+            [f"--ckpt_path={checkpoint}", "--calibrate=-1"],
+            "calibrate=-1 must be a number of batches, or 0",
+        ),
         ([f"--ckpt_path={checkpoint}", "--device=gpu"], "device='gpu' cannot be used here ("),
-        ([f"--ckpt_path={alone}"], "has no config.yaml next to it or above; give the files of its run with --config."),
-        ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; give one of the run to export."),
+        (
+            [f"--ckpt_path={alone}"],
+            "has no config.yaml in the folder of its run; give the configuration of the run with --config",
+        ),
+        ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; "),
         ([f"--ckpt_path={checkpoint}", "--rungs=[smaller]"], "rungs='smaller' is unknown; choose from ['plain'"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[removed]", "--tolerance=0"], "tolerance=0.0 must be above 0"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[merged]"], "no layer acts linearly for all inputs, so none is merged;"),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_sparse.cli.trainer import inputs_of
+from lightning_sparse.cli.export import inputs_of
 from lightning_sparse.core import join
 from lightning_sparse.export import export_ladder
 from tests.helpers.structured import Dictionary, Diffusion, HuggingFace, Tokens, data_for

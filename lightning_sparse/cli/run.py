@@ -1,11 +1,8 @@
-"""LightningCLI with `refit` and `export`, models that fit their data, and the dense model beside the sparse one.
-
-This is the only file of the command line that touches a private name of Lightning, and it is one: `_parse_ckpt_path`, where
-LightningCLI reads a checkpoint before any public method is called that could say what is wrong with the file.
-"""
+"""LightningCLI with `refit` and `export`, models that fit their data, and the dense model beside the sparse one."""
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -14,45 +11,56 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from lightning_sparse._version import __version__
-from lightning_sparse.cli.checkpoints import readable
+from lightning_sparse.cli.checkpoints import check_fit, usable
+from lightning_sparse.cli.checks import check_settings
 from lightning_sparse.cli.parser import SparseParser
-from lightning_sparse.cli.trainer import SparseTrainer, side_by_side
+from lightning_sparse.cli.results import side_by_side
+from lightning_sparse.cli.saved_config import SaveRunConfig
+from lightning_sparse.cli.trainer import SparseTrainer
 from lightning_sparse.loop import Sparsifier
-from lightning_sparse.observe import SparsityMonitor, SparsityTable
-from lightning_sparse.observe.wandb import stay_offline
+from lightning_sparse.observe import AtomicCheckpointIO, SparsityMonitor, SparsityTable
+from lightning_sparse.observe.facts import group_of
+from lightning_sparse.observe.wandb import open_in_group, stay_offline
 
-__all__ = ["SparseCLI"]
+__all__ = ["SparseCLI", "options"]
+
+COMMANDS = {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}, "export": {"model", "datamodule"}}
+"""Commands, and what their methods take that no option is for."""
 
 
 class SparseCLI(LightningCLI):
     """LightningCLI whose model learns the shape of its data, and which can train the dense model beside the sparse one."""
 
     def __init__(self, args: list[str] | None = None) -> None:
+        self.parsers: list[LightningArgumentParser] = []
+        """The main one, then one for each command."""
+        self._asked = next((arg for arg in args or () if arg in COMMANDS), None)
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
+            save_config_callback=SaveRunConfig,
             trainer_class=SparseTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Those of Lightning, `refit` and `export`."""
-        return {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}, "export": {"model", "datamodule"}}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Those of Lightning, `refit` and `export`; if one is asked for, only that, for each takes a second to prepare."""
+        return COMMANDS if self._asked is None else {self._asked: COMMANDS[self._asked]}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = SparseParser(dump_header=[f"lightning_sparse=={__version__}"], **kwargs)
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="A configuration file; later ones override earlier ones."
         )
+        self.parsers.append(parser)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -65,10 +73,19 @@ class SparseCLI(LightningCLI):
             help="After fit, train the same model with the same seed but without the sparse methods, and test both.",
         )
 
-    def _parse_ckpt_path(self) -> None:
-        """A file that is no checkpoint gets a sentence."""
-        with readable(str(self.config[self.config.subcommand].get("ckpt_path"))):
-            super()._parse_ckpt_path()
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """What cannot be meant is refused before anything is made."""
+        super().parse_arguments(parser, args)
+        command = self.config.subcommand
+        config = self.config[command]
+        check_settings(command, config)
+        if ckpt_path := config.get("ckpt_path"):
+            config["ckpt_path"] = usable(ckpt_path, resume=command == "fit")
+
+    def after_instantiate_classes(self) -> None:
+        """A checkpoint of another network is refused before the data are read."""
+        if ckpt_path := self.config[self.subcommand].get("ckpt_path"):
+            check_fit(self.model, ckpt_path)
 
     def before_fit(self) -> None:
         """Refuse before training what would fail after it."""
@@ -77,6 +94,8 @@ class SparseCLI(LightningCLI):
             raise ValueError("beside_dense needs a seed, so that both models start the same; set seed_everything.")
         if config.beside_dense and not is_overridden("test_step", self.model):
             raise ValueError(f"beside_dense tests both models, but {type(self.model).__name__} has no test_step; write one.")
+        for logger in self.trainer.loggers:
+            open_in_group(logger, group_of(self.trainer))
 
     def before_instantiate_classes(self) -> None:
         """A run that cannot be sent stays here, and the rest of it goes on."""
@@ -91,13 +110,17 @@ class SparseCLI(LightningCLI):
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice:
             raise ValueError(f"{twice} is configured twice; keep one, or give each its own targets and a name.")
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody has chosen another
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
     def after_fit(self) -> None:
         """Test the sparse model beside the dense one, if asked to."""
         config = self.config[self.subcommand]
         if not config.beside_dense:
             return
+        monitors = [c for c in self.trainer.callbacks if isinstance(c, SparsityMonitor)]  # type: ignore[attr-defined]
         sparse = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
         pl.seed_everything(config.seed_everything, workers=True)
         self.save_config_callback = None  # what the sparse run has written stands
@@ -108,5 +131,28 @@ class SparseCLI(LightningCLI):
         trainer = self.instantiate_trainer(callbacks=callbacks, **quiet)
         trainer.fit(self.model, datamodule=self.datamodule)
         dense = trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
+        for monitor in monitors:
+            monitor.beside_dense(dense)
         if trainer.is_global_zero:
             Console().print(side_by_side("Same recipe, same seed", sparse=sparse, dense=dense))
+
+
+class _Parsers(Exception):
+    """Instead of what they would parse."""
+
+
+class _Listing(SparseCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        raise _Parsers(self.parsers)
+
+
+def options() -> dict[str, list[str]]:
+    """The options of every command."""
+    try:
+        _Listing([])
+    except _Parsers as made:
+        commands = dict(zip(COMMANDS, made.args[0][1:], strict=True))
+    return {
+        name: list(dict.fromkeys(re.findall(r"^ +(?:-\w(?: \w+)?, )?(--[\w.]+)", parser.format_help(), flags=re.M)))
+        for name, parser in commands.items()
+    }

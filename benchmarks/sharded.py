@@ -1,0 +1,134 @@
+"""What masks cost where two processes hold half of every weight each: `python -m benchmarks cost-sharded`.
+
+Whole Lightning runs of linear layers under FSDP2, with and without `RigL`, each in processes of its own. What is sent is
+counted, and what a step and an update take is measured inside the run, by the stations of the method.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+from benchmarks.record import Options, Parts
+from lightning_sparse import MagnitudePruning, RigL
+from lightning_sparse.core import layout
+from lightning_sparse.loop import Sparsifier
+from lightning_sparse.testing import run_on_ranks, trainer
+
+STEPS = 9
+SIZES = {25_165_824: (6, 2048), 100_663_296: (6, 4096), 402_653_184: (24, 4096)}
+"""By the number of weights: layers, and their width."""
+
+METHODS: dict[str, Callable[[], list[Sparsifier]]] = {
+    "dense": list,
+    "RigL": lambda: [RigL(0.9, every="3 steps", end="8 steps", allocation="uniform", seed=0)],
+    "global threshold": lambda: [MagnitudePruning(0.9, start="2 steps", end="8 steps", every="3 steps")],
+}
+
+
+class Stack(pl.LightningModule):
+    """Linear layers, each cut into shards by its rows as soon as it is made."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers, self.width = layers, width
+        self.net: Any = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            mesh, made = self.device_mesh["data_parallel"], []
+            for seed in range(self.layers):
+                torch.manual_seed(seed)
+                made.append(fully_shard(nn.Linear(self.width, self.width, bias=False), mesh=mesh))
+            self.net = fully_shard(nn.Sequential(*made), mesh=mesh)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
+
+
+class Ledger(Callback):
+    """Counts what this package sends, in place of `torch.distributed` there, and times the stations of a method."""
+
+    def __init__(self) -> None:
+        self.sent: dict[int, int] = {}
+        self.seconds: dict[str, list[float]] = {"step": [], "update": []}
+        self.step, self.mine = -1, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(distributed, name)
+
+    def all_reduce(self, tensor: Tensor, *args: Any) -> None:
+        self.sent[self.step] = self.sent.get(self.step, 0) + tensor.numel() * tensor.element_size()
+        distributed.all_reduce(tensor, *args)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        for callback in trainer.callbacks:
+            if isinstance(callback, Sparsifier):
+                for station in ("before_step", "silence", "project", "evolve"):
+                    setattr(callback, station, self.timed(getattr(callback, station)))
+
+    def timed(self, station: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = station(*args)
+            self.mine += time.perf_counter() - start
+            return result
+
+        return run
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.step, self.mine = trainer.global_step, 0.0
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.seconds["update" if self.sent.get(self.step) else "step"].append(self.mine)
+
+
+def trained(rank: int, layers: int, width: int, name: str) -> dict[str, Any]:
+    """One rank's part of a run."""
+    ledger = Ledger()
+    layout.distributed = ledger  # type: ignore[assignment] # this process ends with the run
+    strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+    runner = trainer(ledger, *METHODS[name](), strategy=strategy, devices=2, max_epochs=1, log_every_n_steps=100)
+    runner.fit(Stack(layers, width), DataLoader(torch.randn(4 * STEPS * 2, width), batch_size=4))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    updates = [number for step, number in ledger.sent.items() if step >= 0]
+    return {**ledger.seconds, "sent": updates, "peak": peak}
+
+
+def measured(weights: int) -> dict[str, Any]:
+    """Of the slower rank: milliseconds of a step's masks, seconds of an update, MiB sent, and GiB beyond dense training."""
+    layers, width = SIZES[weights]
+    seen = {name: run_on_ranks(trained, layers, width, name, timeout=1800) for name in METHODS}
+    dense = max(rank["peak"] for rank in seen.pop("dense"))
+    found: dict[str, Any] = {"dense": {"peak in GiB": dense}}
+    for name, ranks in seen.items():
+        found[name] = {
+            "masks of a step, in ms": 1e3 * max(statistics.median(rank["step"][1:]) for rank in ranks),
+            "update in s": max(statistics.median(rank["update"]) for rank in ranks),
+            "updates": len(ranks[0]["update"]),
+            "MiB sent at an update": max(ranks[0]["sent"]) / (1 << 20),
+            "MiB sent per layer": max(ranks[0]["sent"]) / (1 << 20) / layers,
+            "GiB beyond dense": max(rank["peak"] for rank in ranks) - dense,
+        }
+    return found
+
+
+def parts(options: Options) -> Parts:
+    SIZES.setdefault(98_304, (6, 128))
+    for weights in [98_304] if options.quick else [size for size in sorted(SIZES) if size > 1_000_000]:
+        yield (f"two ranks, {weights:,} weights",), partial(measured, weights)

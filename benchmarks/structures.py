@@ -1,0 +1,129 @@
+"""Kernels of layers by their structure: what a layer with constant fan-in, or with blocks, takes beside dense and CSR.
+
+python -m benchmarks kernels-fan-in        a perceptron of three layers, 2048 wide: condensed, compiled, CSR, dense
+python -m benchmarks kernels-blocks        the same with blocks of 4, 8 and 16, 90 % of them gone: BSR, CSR, dense
+python -m benchmarks ladders-structures    the export ladder of one small network, trained under each structure
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from benchmarks.accuracy import have_data
+from benchmarks.export import BATCH, accuracy, ladder
+from benchmarks.record import Options
+from benchmarks.trainers import quiet
+from lightning_sparse import MagnitudePruning
+from lightning_sparse.data import Digits, FashionMNIST
+from lightning_sparse.export import use_kernels
+from lightning_sparse.export.compare_models import interleaved
+from lightning_sparse.functional import block_score, expand_blocks, fan_in_mask, top_k_masks
+from lightning_sparse.models import MLP, Classifier
+
+WIDTH, LAYERS = 2048, 3
+
+
+class Gathered(nn.Module):
+    """The products of a condensed layer as a gather and a sum, which inductor makes one loop of."""
+
+    def __init__(self, layer: nn.Linear, indices: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.layer, self.indices, self.values = layer, indices, values
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = (x[:, self.indices] * self.values).sum(-1)
+        return product + self.layer.bias
+
+
+def perceptron(mask: Callable[[Tensor], Tensor]) -> nn.Sequential:
+    """Random weights under masks made of random scores, the same at every call."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
+    for layer in layers:
+        layer.weight.data.mul_(mask(torch.rand(WIDTH, WIDTH)))
+    return nn.Sequential(*layers).eval()
+
+
+def timed(models: Mapping[str, nn.Module], batch: int, rounds: int) -> dict[str, Any]:
+    """All in turns; milliseconds, and times dense."""
+    x = torch.randn(batch, WIDTH)
+    expected = models["dense"](x)
+    for model in models.values():
+        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
+    times = interleaved({name: partial(model, x) for name, model in models.items()}, rounds)
+    speed = {name: round(times["dense"].median / timing.median, 3) for name, timing in times.items()}
+    return {"milliseconds": {name: asdict(timing) for name, timing in times.items()}, "speed": speed}
+
+
+@torch.no_grad()
+def fan_in(options: Options) -> dict[str, Any]:
+    """At four sparsities and two batches."""
+    found = {}
+    for sparsity in (0.8, 0.9, 0.95, 0.99):
+        made = partial(perceptron, partial(fan_in_mask, fan_in=round((1 - sparsity) * WIDTH)))
+        models: dict[str, nn.Module] = {"dense": made()}
+        for kernel in ("condensed", "csr"):
+            models[kernel] = use_kernels(made(), {str(i): kernel for i in range(LAYERS)})
+        condensed: Any = models["condensed"]
+        gathered = nn.Sequential(
+            *(Gathered(dense, part.indices, part.values) for dense, part in zip(models["dense"], condensed, strict=True))  # type: ignore[call-overload]
+        )
+        for batch in (1, 64):
+            # A gather of a batch makes a tensor of batch x outputs x fan-in, so it is compiled for one sample only.
+            more = {"inductor": torch.compile(gathered, dynamic=False)} if batch == 1 else {}
+            found[f"{sparsity:g}, batch {batch}"] = timed({**models, **more}, batch, options.times(100))
+    return {"width": WIDTH, "layers": LAYERS, "threads": torch.get_num_threads(), "at": found}
+
+
+@torch.no_grad()
+def blocks(options: Options) -> dict[str, Any]:
+    """At 90 % and two batches."""
+    found = {}
+    for size in (4, 8, 16):
+        made = partial(perceptron, partial(tenth_of_blocks, size=size))
+        models: dict[str, nn.Module] = {"dense": made()}
+        for kernel in (f"bsr{size}", "csr"):
+            models[kernel] = use_kernels(made(), {str(i): kernel for i in range(LAYERS)})
+        for batch in (1, 64):
+            found[f"{size}x{size}, batch {batch}"] = timed(models, batch, options.times(100))
+    return {"width": WIDTH, "layers": LAYERS, "threads": torch.get_num_threads(), "at": found}
+
+
+def tenth_of_blocks(score: Tensor, size: int) -> Tensor:
+    """The mask that keeps the best tenth of square blocks."""
+    by_block = block_score(score, size, size)
+    return expand_blocks(top_k_masks([by_block], round(0.1 * by_block.numel()))[0], size, size)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "unstructured": {"sparsity": 0.9, "allocation": "erk"},
+    "fan_in": {"sparsity": 0.9, "allocation": "erk"},
+    "block:8x8": {"sparsity": 0.9, "allocation": "uniform", "targets": ["!:last"]},
+    "2:4": {"targets": ["!:last"]},
+    "coupled": {"sparsity": 0.5, "budget": "macs"},
+}
+"""How the network is pruned under each structure; its last layer has ten outputs, which blocks of 8 do not divide."""
+
+
+def ladders(options: Options) -> dict[str, Any]:
+    """Gradual pruning by magnitude, then all rungs in turns: speed times dense, bytes, accuracy on every rung."""
+    have_data(FashionMNIST, options)
+    data: Any = Digits() if options.quick else FashionMNIST(root=options.data)
+    found = {}
+    for structure, how in SMALL.items():
+        L.seed_everything(0, verbose=False)
+        module = Classifier(partial(MLP, hidden=(1024, 1024)), data.num_classes, data.in_channels, data.image_size)
+        epochs = options.epochs or (1 if options.quick else 5)
+        pruning = MagnitudePruning(structure=structure, **how)
+        quiet([pruning], "cpu", max_epochs=epochs, limit_val_batches=0).fit(module, data)
+        data.setup("test")
+        inputs = next(iter(data.test_dataloader()))[0][:BATCH]
+        found[structure] = ladder(module.eval(), inputs, options, evaluate=lambda made: accuracy(made, data))
+    return found

@@ -1,0 +1,91 @@
+"""What is refused before anything is made: settings that would be ignored, or fail after hours."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["check_settings"]
+
+LARGEST_SEED = 2**32 - 1
+TRAINS = ("fit", "refit")
+FROM_DATA = ("num_classes", "in_channels", "image_size")
+"""Arguments of a model that the data know."""
+
+
+def check_settings(command: str, config: Any) -> None:
+    """Look at the settings of a command.
+
+    Args:
+        command: such as `fit`.
+        config: as the parser has read it.
+
+    Raises:
+        ValueError: naming the first setting that cannot be meant.
+    """
+    _check_seed(config.get("seed_everything"))
+    _check_devices(config.get("trainer.devices"))
+    _check_shape(config)
+    if command in TRAINS:
+        _check_length(config)
+        if not config.get("trainer.fast_dev_run"):
+            _check_folder(config.get("trainer.default_root_dir"))
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(
+            f"seed_everything={seed} must be a whole number from 0 to {LARGEST_SEED}; true draws one, false sets none."
+        )
+
+
+def _check_devices(devices: Any) -> None:
+    words = str(devices).strip()
+    if not isinstance(devices, list) and not re.fullmatch(r"auto|-1|0*[1-9]\d*|\d+(\s*,\s*\d+)+,?|\d+,", words):
+        raise ValueError(
+            f"trainer.devices={devices!r} must be a number from 1 up, a list such as [0, 1], -1 for all of them, or 'auto'."
+        )
+
+
+def _check_shape(config: Any) -> None:
+    """Of the model, where the data know it: what is given would be ignored."""
+    module, _, name = str(config.get("model.class_path")).rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    for shape in FROM_DATA:
+        given = config.get(f"model.init_args.{shape}")
+        if shape in parameters and given != parameters[shape].default:
+            raise ValueError(f"model.init_args.{shape}={given} would be ignored, because the data say it; leave it out.")
+
+
+def _check_length(config: Any) -> None:
+    for name, least in (("accumulate_grad_batches", 1), ("log_every_n_steps", 0), ("gradient_clip_val", 0)):
+        value = config.get(f"trainer.{name}")
+        if value is not None and not value >= least:
+            raise ValueError(f"trainer.{name}={value} must be {least} or more.")
+    for name, remedy in (
+        ("max_epochs", "write a number from 1 up, or -1 to train until something stops it"),
+        ("max_steps", "write a number from 1 up, or -1 for no limit"),
+        ("limit_train_batches", "write a number of batches from 1 up, or a share of them such as 0.5"),
+    ):
+        value = config.get(f"trainer.{name}")
+        if value is not None and value == 0:
+            raise ValueError(f"trainer.{name}={value} trains nothing; {remedy}.")
+
+
+def _check_folder(folder: str | None) -> None:
+    """A run that could not save anything is noticed now, not after it."""
+    if folder is None or "://" in str(folder):
+        return
+    path = Path(folder)
+    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"0" * 4096)
+    except OSError as error:
+        raise ValueError(
+            f"trainer.default_root_dir='{folder}' cannot be written ({error.strerror}); choose another folder."
+        ) from error

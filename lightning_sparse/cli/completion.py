@@ -1,0 +1,75 @@
+"""`lightning-sparse completion SHELL`: a script that completes commands, options, configurations and methods.
+
+The words are written into the script: importing torch at every key would take seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+from lightning_sparse.cli.configs import config_names
+from lightning_sparse.cli.methods import METHODS
+from lightning_sparse.cli.run import options
+
+__all__ = ["completion"]
+
+BASH = """# bash: lightning-sparse completion bash >> ~/.bashrc
+_lightning_sparse() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
+    [[ $before == "=" ]] && before="${{COMP_WORDS[COMP_CWORD-2]}}"
+    [[ $word == "=" ]] && word=""
+    if [[ $COMP_CWORD == 1 ]]; then
+        COMPREPLY=($(compgen -W "{commands}" -- "$word"))
+    elif [[ $before == --config || $before == -c ]]; then
+        COMPREPLY=($(compgen -W "{configs}" -- "$word") $(compgen -f -- "$word"))
+    elif [[ ${{COMP_WORDS[1]}} == methods ]]; then
+        COMPREPLY=($(compgen -W "{methods}" -- "$word"))
+    elif [[ $word == -* ]]; then
+        case "${{COMP_WORDS[1]}}" in
+{bash_cases}
+        esac
+    else
+        COMPREPLY=($(compgen -f -- "$word"))
+    fi
+}}
+complete -o default -F _lightning_sparse lightning-sparse"""
+
+ZSH = "# zsh: lightning-sparse completion zsh >> ~/.zshrc\nautoload -U +X bashcompinit && bashcompinit\n" + BASH
+
+FISH = """# fish: lightning-sparse completion fish > ~/.config/fish/completions/lightning-sparse.fish
+complete -c lightning-sparse -n __fish_use_subcommand -f -a "{commands}"
+complete -c lightning-sparse -l config -s c -r -a "{configs}"
+complete -c lightning-sparse -n "__fish_seen_subcommand_from methods" -f -a "{methods}"
+{fish_options}"""
+
+
+def completion(args: list[str], commands: Iterable[str]) -> None:
+    """Print what a shell needs to complete this command line.
+
+    Args:
+        args: the shell.
+        commands: all that there are.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning-sparse completion", description="Print a script that completes commands, options and configurations."
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose startup file gets it")
+    shell = parser.parse_args(args).shell
+
+    flags = options()
+    cases = [f'        {name}) COMPREPLY=($(compgen -W "{" ".join(found)}" -- "$word"));;' for name, found in flags.items()]
+    lines = [
+        f'complete -c lightning-sparse -n "__fish_seen_subcommand_from {name}" -l {flag.removeprefix("--")}'
+        for name, found in flags.items()
+        for flag in found
+    ]
+    print(
+        {"bash": BASH, "zsh": ZSH, "fish": FISH}[shell].format(
+            commands=" ".join(commands),
+            configs=" ".join(config_names()),
+            methods=" ".join(method.__name__ for method in METHODS),
+            bash_cases="\n".join(cases),
+            fish_options="\n".join(lines),
+        )
+    )

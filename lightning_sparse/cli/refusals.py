@@ -1,0 +1,65 @@
+"""Which errors end in a sentence, and in which: those that somebody can mend who has not written the code."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import shorten
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+import lightning_sparse
+
+__all__ = ["sentence_of"]
+
+OURS = str(Path(lightning_sparse.__file__).parent)
+LIBRARIES = (OURS, *{sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}, "<")
+REFUSES = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError, MisconfigurationException)
+"""What a library raises that has been given something it cannot work with; all else is a mistake in code."""
+
+LONGEST = 300
+"""Characters of a sentence of others."""
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """What to print instead of a traceback; None where only a traceback helps.
+
+    A refusal of this package speaks for itself. What a library refuses is passed on, unless code of the user is on the way
+    to it: who writes a LightningModule needs to see the line.
+
+    Args:
+        error: that a command has ended with.
+    """
+    chain = list(_chain(error))
+    for one in chain:
+        if isinstance(one, ValueError | OSError) and _files(one)[-1].startswith(OURS):
+            return str(one)
+        parsers = isinstance(one, ValueError) and "jsonargparse" in _files(one)[-1]
+        if parsers and (causes := re.findall(r"^\s*- (\w+=.+)$", str(one), flags=re.M)):
+            return str(causes[0])  # older versions keep only the text of a refusal
+    cause = next((one for one in reversed(chain) if "jsonargparse" not in _files(one)[-1]), error)
+    if not isinstance(error, REFUSES) or not isinstance(cause, REFUSES):
+        return None
+    if any(_is_users(file) for one in chain for file in _files(one)):
+        return None
+    said = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(cause)).split()).replace("`", "")
+    sentence = shorten(said or type(cause).__name__, LONGEST, placeholder=" ...")
+    return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _files(error: BaseException) -> list[str]:
+    """The files of the code that an error has come through, up to where it was raised."""
+    return [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)] or ["<"]
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith(LIBRARIES) and "site-packages" not in file and "dist-packages" not in file

@@ -1,0 +1,54 @@
+"""What a network costs with some of its channels: multiplications, or parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lightning_sparse.core.coupling import Coupling
+
+__all__ = ["ChannelCosts"]
+
+
+class ChannelCosts:
+    r"""The cost of a network, from which of its units of coupled channels are kept.
+
+    $$ C = C_0 + \sum_l c_l \, \frac{\text{outputs kept of } l}{\text{outputs of } l} \,
+           \frac{\text{inputs kept of } l}{\text{inputs of } l} $$
+
+    Args:
+        coupling: which channels go together, and who reads them.
+        prices: what each weight, bias and norm costs while nothing is gone.
+        fixed: what no channel changes.
+
+    Example:
+        >>> import torch
+        >>> channels = [[("a", 0)], [("a", 1)]]
+        >>> coupling = Coupling(channels, {"a": 2}, {}, {}, {"b": [("a", 0), ("a", 1)]})
+        >>> costs = ChannelCosts(coupling, {"a": 10, "b": 100}, fixed=1)
+        >>> costs.dense, costs(torch.tensor([True, False]))
+        (111, 56)
+    """
+
+    def __init__(self, coupling: Coupling, prices: Mapping[str, int], fixed: int = 0) -> None:
+        self._layers = [(price, coupling.units.get(name), coupling.inputs.get(name)) for name, price in prices.items()]
+        self._fixed = fixed
+        self.dense = fixed + sum(prices.values())
+        """What the whole network costs."""
+
+    def __call__(self, kept: Tensor) -> int:
+        """The cost with these units alone.
+
+        Args:
+            kept: a boolean for each unit, on the CPU.
+        """
+        shares = [price * _share(outputs, kept) * _share(inputs, kept) for price, outputs, inputs in self._layers]
+        return self._fixed + round(sum(shares))
+
+
+def _share(units: Tensor | None, kept: Tensor) -> float:
+    """Of the channels that are numbered so, how many are left."""
+    if units is None or not len(units):
+        return 1.0
+    return float((kept[units.clamp(min=0)] | (units < 0)).double().mean()) if len(kept) else 1.0

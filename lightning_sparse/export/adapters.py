@@ -1,0 +1,158 @@
+"""Adapters merged into a sparse base, which stays as sparse as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.core import Masks, copy_model
+
+__all__ = ["AdapterRow", "MergedAdapters", "merge_adapters"]
+
+
+class AdapterRow(NamedTuple):
+    """What a merge has done to one weight.
+
+    Args:
+        name: of the weight in the merged model.
+        zeros: entries that are zero, before and after.
+        total: entries there are.
+        lost: the share of the adapter's change that fell on zeros and was left out, by the norm.
+    """
+
+    name: str
+    zeros: int
+    total: int
+    lost: float
+
+
+class MergedAdapters(NamedTuple):
+    """A merged model, and what the merge has done to it.
+
+    Args:
+        model: plain, without adapters.
+        rows: one per weight that an adapter has changed.
+    """
+
+    model: nn.Module
+    rows: list[AdapterRow]
+
+    def __str__(self) -> str:
+        lines = [("weight", "zeros", "sparsity", "change left out")]
+        lines += [(r.name, f"{r.zeros:,} of {r.total:,}", f"{r.zeros / r.total:.2%}", f"{r.lost:.2%}") for r in self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def merge_adapters(
+    model: nn.Module, masks: Mapping[str, Tensor] | Masks | None = None, adapters: Sequence[str] | None = None
+) -> MergedAdapters:
+    """Merge adapters of peft into their base, of which what is zero stays zero.
+
+    A low-rank product is dense, so a plain merge fills the zeros of a sparse base. Here each merged weight is masked by its
+    base, which is checked afterwards, entry by entry. What is left out is no longer in the model's outputs: the report says
+    how much of each adapter's change that is.
+
+    Args:
+        model: of `peft.get_peft_model`, or a module that holds one, such as a LightningModule; it stays as it is.
+        masks: True = kept, by the names of base weights in the model (`KeepSparsity().masks` has them); for weights without
+            one, and where it is None, zero is what is zero now.
+        adapters: names of those that are merged; None takes the active ones.
+
+    Raises:
+        ValueError: if there are no adapters, they are merged already, or their base has no zeros.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = net[0].weight.data[:, :2].zero_()
+        >>> adapted = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        >>> merged, rows = merge_adapters(adapted)
+        >>> [(row.name, row.zeros, row.total) for row in rows], type(merged[0]).__name__
+        ([('0.weight', 8, 16)], 'Linear')
+    """
+    merged = copy_model(model)
+    places = [path for path, part in merged.named_modules() if _is_adapted(part)]
+    outermost = [path for path in places if not any(path.startswith(f"{o}." if o else "") for o in places if o != path)]
+    if not outermost:
+        raise ValueError(f"{type(model).__name__} holds no adapters of peft; give the model that get_peft_model returned.")
+    changed: list[tuple[nn.Module, str, Tensor, float]] = []
+    for path, layer in merged.named_modules():
+        if _is_tuned(layer):
+            changed += _merge_layer(path, layer, masks, adapters)
+    if not any(not bool(mask.all()) for _, _, mask, _ in changed):
+        raise ValueError(
+            "The base of these adapters has no zeros, so there is nothing to keep; merge them with merge_and_unload(), or "
+            "give masks."
+        )
+    for path in outermost:
+        part: Any = merged.get_submodule(path)
+        plain = part.unload()
+        if path:
+            parent, _, leaf = path.rpartition(".")
+            setattr(merged.get_submodule(parent), leaf, plain)
+        else:
+            merged = plain
+    names = {id(layer): path for path, layer in merged.named_modules()}
+    rows = []
+    for layer, leaf, mask, lost in changed:
+        name = f"{names.get(id(layer), type(layer).__name__)}.{leaf}".lstrip(".")
+        weight = layer.get_parameter(leaf)
+        if bool(weight[~mask.to(weight.device)].count_nonzero()):
+            raise RuntimeError(f"'{name}' is not zero after the merge where its base was; its adapter merges otherwise.")
+        rows.append(AdapterRow(name, int((~mask).count_nonzero()), mask.numel(), lost))
+    return MergedAdapters(merged, rows)
+
+
+def _is_adapted(part: nn.Module) -> bool:
+    """A model with adapters; known by what it can do, so that peft need not be imported."""
+    return hasattr(part, "unload") and hasattr(part, "merge_and_unload")
+
+
+def _is_tuned(layer: nn.Module) -> bool:
+    return all(hasattr(layer, name) for name in ("get_base_layer", "merge", "merged", "base_layer"))
+
+
+@torch.no_grad()
+def _merge_layer(
+    path: str, layer: Any, masks: Mapping[str, Tensor] | Masks | None, adapters: Sequence[str] | None
+) -> list[tuple[nn.Module, str, Tensor, float]]:
+    """Merge what adapts one layer; its base, the names of its weights, their masks, and what was left out."""
+    if layer.merged:
+        raise ValueError(
+            f"The adapter of '{path}' is merged already, so the zeros of its base cannot be told any more; call "
+            "unmerge_adapter() first."
+        )
+    base: nn.Module = layer.get_base_layer()
+    weights = {leaf: weight for leaf, weight in base.named_parameters(recurse=False) if weight.ndim > 1}
+    for weight in weights.values():
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"The base of '{path}' is stored as {weight.dtype}, in which zeros cannot be kept; load it in 16 bits."
+            )
+    kept = {leaf: _mask(f"{path}.base_layer.{leaf}", weight, masks) for leaf, weight in weights.items()}
+    before = {leaf: weight.detach().clone() for leaf, weight in weights.items()}
+    layer.merge(safe_merge=True, adapter_names=None if adapters is None else list(adapters))
+    found = []
+    for leaf, mask in kept.items():
+        weight = base.get_parameter(leaf)
+        change = weight.detach().float() - before[leaf].float()
+        whole = float(change.norm())
+        lost = float(change[~mask].norm()) / whole if whole else 0.0
+        weight.masked_fill_(~mask, 0)
+        found.append((base, leaf, mask, lost))
+    return found
+
+
+def _mask(name: str, weight: Tensor, masks: Mapping[str, Tensor] | Masks | None) -> Tensor:
+    if masks is None or name not in masks:
+        return weight.detach() != 0
+    mask = masks[name]
+    if mask.shape != weight.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"masks['{name}'] must be boolean of shape {tuple(weight.shape)}, not {mask.dtype} of {tuple(mask.shape)}."
+        )
+    return mask.to(weight.device)

@@ -1,0 +1,250 @@
+"""Programs for ExecuTorch: in eight bits for a CPU (XNNPACK), and for Arm's Ethos-U85, which stores no zeros."""
+
+from __future__ import annotations
+
+import csv
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.core import Call, callee, copy_model, first_line, need, silenced
+from lightning_sparse.export.batch_norm import fold_norms
+from lightning_sparse.export.quantization import check_reached
+
+__all__ = ["check_codes", "executorch_runner", "save_ethos_u85", "save_executorch"]
+
+_ESTIMATES = {
+    "encoded weight bytes": "total_npu_encoded_weights",
+    "MACs": "nn_macs",
+    "cycles": "cycles_total",
+}
+"""What is read from Vela's summary."""
+
+
+def save_executorch(
+    model: nn.Module, inputs: Any, path: str | Path, calibration: Sequence[Any] = (), network: str | None = None
+) -> list[str]:
+    """Write a model as a program for ExecuTorch on a CPU, one sample at a time; returns operators XNNPACK does not run.
+
+    Args:
+        model: trained, with exact zeros.
+        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
+        path: of the file.
+        calibration: batches of training inputs, for a program in int8: a scale for each output and no offset, so that zero
+            is code 0; without any, the program computes in float32.
+        network: the part of the model that takes the inputs, by name; None finds it.
+
+    Raises:
+        ValueError: if executorch is missing, the calibration data never reach a layer, an operator has no kernel, or a zero
+            would be lost.
+    """
+    edge = _need("executorch.exir")
+    partitioner = _need("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner
+    call = Call.of(inputs, network)
+    called, one = _prepared(model, call, calibration)
+    with _muted():
+        try:
+            program = torch.export.export(called, one.args, dict(one.kwargs))
+            if calibration:
+                library = _need("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+                config = library.get_symmetric_quantization_config(is_per_channel=True)
+                quantizer = library.XNNPACKQuantizer().set_global(config)
+                converted = _quantized(called, program, quantizer, calibration)
+                program = torch.export.export(converted, one.args, dict(one.kwargs))
+            lowered = edge.to_edge_transform_and_lower(program, partitioner=[partitioner()])
+            left = _left(lowered)
+            Path(path).write_bytes(lowered.to_executorch().buffer)
+        except Exception as error:
+            raise _said(model, "ExecuTorch", error) from None
+    return left
+
+
+def save_ethos_u85(
+    model: nn.Module, inputs: Any, path: str | Path, calibration: Sequence[Any], network: str | None = None
+) -> tuple[dict[str, float], list[str]]:
+    """Write a model as a program in int8 for Arm's Ethos-U85-256, compiled by Vela, for one sample at a time.
+
+    Vela encodes weights without their zeros, so this is where unstructured sparsity makes a program smaller. Nothing can be
+    run here: outputs need Arm's simulator or the device, and the numbers are what the compiler expects.
+
+    Args:
+        model: trained, with exact zeros.
+        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
+        path: of the file.
+        calibration: batches of training inputs.
+        network: the part of the model that takes the inputs, by name; None finds it.
+
+    Returns:
+        Vela's estimates (bytes of encoded weights, multiply-accumulates, cycles), and operators that stay on the CPU.
+
+    Raises:
+        ValueError: if executorch or ethos-u-vela is missing, the calibration data never reach a layer, or a zero would be
+            lost.
+    """
+    _need("tosa_serializer", "executorch[ethos-u]")
+    _need("ethosu.vela", "ethos-u-vela")
+    edge, arm = _need("executorch.exir"), _need("executorch.backends.arm.ethosu")
+    library = _need("executorch.backends.arm.quantizer")
+    call = Call.of(inputs, network)
+    called, one = _prepared(model, call, calibration)
+    with tempfile.TemporaryDirectory() as folder, _muted(), redirect_stdout(StringIO()):
+        try:
+            spec = arm.EthosUCompileSpec("ethos-u85-256")
+            spec.dump_intermediate_artifacts_to(folder)
+            config = library.get_symmetric_quantization_config(is_per_channel=True)
+            quantizer = library.EthosUQuantizer(spec).set_global(config)
+            program = torch.export.export(called, one.args, dict(one.kwargs))
+            converted = _quantized(called, program, quantizer, calibration)
+            program = torch.export.export(converted, one.args, dict(one.kwargs))
+            lowered = edge.to_edge_transform_and_lower(
+                program,
+                partitioner=[arm.EthosUPartitioner(spec)],
+                compile_config=edge.EdgeCompileConfig(_check_ir_validity=False),
+            )
+            left = _left(lowered)
+            Path(path).write_bytes(lowered.to_executorch().buffer)
+            summaries = [row for file in Path(folder).rglob("*summary*.csv") for row in csv.DictReader(file.open())]
+        except Exception as error:
+            raise _said(model, "Vela", error) from None
+    if not summaries:
+        raise ValueError(f"no part of {type(model).__name__} runs on an Ethos-U85: {', '.join(left[:4])} stay on the CPU.")
+    return {what: sum(float(row[column]) for row in summaries) for what, column in _ESTIMATES.items()}, left
+
+
+def executorch_runner(path: str | Path) -> Callable[[Any], Any]:
+    """A function that runs a program in ExecuTorch's own runtime, sample by sample.
+
+    Tensors among its inputs are given in their order.
+    """
+    return _Program(path)
+
+
+class _Program:
+    """A loaded program; the runtime reads from what it was loaded from until the end."""
+
+    def __init__(self, path: str | Path) -> None:
+        runtime = _need("executorch.runtime").Runtime.get()
+        self.data = Path(path).read_bytes()
+        self.program = runtime.load_program(self.data)
+        self.method = self.program.load_method("forward")
+
+    def __call__(self, inputs: Any) -> Any:
+        rows = []
+        for sample in samples_of(Call.of(inputs)):
+            outputs = self.method.execute([tensor.detach().cpu().contiguous() for tensor in sample.tensors])
+            rows.append([tensor.clone() for tensor in outputs])  # the next call writes into the same memory
+        found = [torch.cat(column) for column in zip(*rows, strict=True)]
+        return found[0] if len(found) == 1 else found
+
+
+def samples_of(call: Call) -> Iterator[Call]:
+    """A call for each sample."""
+    for row in range(call.samples):
+        yield call.map(lambda tensor, row=row: tensor[row : row + 1] if call.is_batch(tensor) else tensor)  # type: ignore[misc]
+
+
+# ---- what both have in common -------------------------------------------------------------------------------------------
+
+
+def _need(module: str, package: str = "executorch") -> Any:
+    with _muted():
+        return need(module, package, "edge")
+
+
+class _muted(warnings.catch_warnings):
+    """Libraries say nothing below an error while it is open."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        self._loggers = silenced("", "torch")
+        self._loggers.__enter__()
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        self._loggers.__exit__(*error)
+        super().__exit__(*error)
+
+
+def _prepared(model: nn.Module, call: Call, calibration: Sequence[Any]) -> tuple[nn.Module, Call]:
+    """The network with its normalizations folded, and one sample."""
+    whole = fold_norms(model)[0] if calibration else copy_model(model)
+    called = callee(whole.eval(), call.network)[1]
+    given = Call(call.args, call.kwargs).fit(called)
+    if calibration:
+        check_reached(called, given, [_of_itself(batch).fit(called) for batch in calibration])
+    return called, given.first(1)
+
+
+def _of_itself(batch: Any) -> Call:
+    """A call of the network itself."""
+    return replace(Call.of(batch), network=None)
+
+
+def _quantized(called: nn.Module, program: Any, quantizer: Any, calibration: Sequence[Any]) -> Any:
+    """The program in int8, ranges read off the calibration data."""
+    tools = _need("torchao.quantization.pt2e.quantize_pt2e", "torchao")
+    prepared = tools.prepare_pt2e(program.module(), quantizer)
+    with torch.no_grad():
+        for batch in calibration:
+            for sample in samples_of(_of_itself(batch).fit(called)):
+                prepared(*sample.args, **sample.kwargs)
+    converted = tools.convert_pt2e(prepared)
+    weights = [weight.detach() for weight in called.parameters() if weight.ndim > 1]
+    check_codes(weights, [*converted.buffers(), *converted.parameters()])
+    return converted
+
+
+def check_codes(weights: Sequence[Tensor], tensors: Iterable[Tensor]) -> None:
+    """Every int8 matrix is the rounding of a weight, with code 0 wherever that is zero.
+
+    Args:
+        weights: in float.
+        tensors: of the converted network; those that are not int8 matrices are passed over.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    for codes in tensors:
+        if codes.dtype is not torch.int8 or codes.ndim < 2:
+            continue
+        alike = [weight for weight in weights if weight.shape == codes.shape and _has_signs_of(weight, codes)]
+        if not any(not bool(codes[weight == 0].any()) for weight in alike):
+            raise ValueError(
+                f"zeros of a weight of shape {tuple(codes.shape)} would be lost: they have another code than 0."
+            )
+
+
+def _has_signs_of(weight: Tensor, codes: Tensor) -> bool:
+    """Whether codes may be those of a weight, whatever their scales: signs agree where neither is zero."""
+    both = (weight != 0) & (codes != 0)
+    return torch.equal(weight[both].sign(), codes[both].sign().to(weight.dtype))
+
+
+def _left(lowered: Any) -> list[str]:
+    """Operators that no backend has taken."""
+    names = {
+        str(node.target.__name__)
+        for node in lowered.exported_program().graph.nodes
+        if node.op == "call_function" and callable(node.target)
+    }
+    ours = ("executorch_call_delegate", "getitem")
+    return sorted(name for name in names if name not in ours and not name.startswith("quantized_decomposed."))
+
+
+def _said(model: nn.Module, compiler: str, error: Exception) -> ValueError:
+    """What a compiler refuses, with the operators it lacks by name."""
+    if isinstance(error, ValueError) and "would be lost" in str(error):
+        return error
+    lacking = sorted(set(re.findall(r"aten::[\w.]+", str(error))))
+    what = f"it has no kernel for {', '.join(lacking)}" if "out variant" in str(error) else first_line(error)
+    return ValueError(f"{compiler} cannot compile {type(model).__name__} ({what}).")

@@ -1,0 +1,122 @@
+"""Methods that judge weights by what reaches them: the inputs of their layers on the user's own training batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.core import Target, first_line, shows_inputs
+from lightning_sparse.families.budgeted import Budgeted
+from lightning_sparse.loop.dry_run import (
+    dry_run,
+    refuse_unrepeatable_data,
+    take_step,
+    train_but_leaves,
+    training_batches,
+)
+
+__all__ = ["Enough", "SeesInputs"]
+
+
+class Enough(Exception):
+    """Raised by whoever looks at inputs, when the rest of a batch does not matter."""
+
+
+class SeesInputs(Budgeted):
+    """Works on linear layers and convolutions, whose inputs can be seen; other weights stay dense, and a line says so.
+
+    Inputs are looked at on a silent copy of the module, in evaluation mode and without gradients, on `batches` batches of
+    the training set on every rank (where gradients are accumulated, as many times that as an optimizer step takes).
+    """
+
+    batches: int
+
+    def choose(self, module: nn.Module, goes_on: bool = False) -> None:
+        self._layers = dict(module.named_modules())
+        super().choose(module, goes_on)
+        self._layers = {}
+
+    def misfit(self, target: Target) -> str | None:
+        path, _, leaf = target.name.rpartition(".")
+        layer = self._layers[path]
+        if not shows_inputs(layer, leaf):
+            return f"is in a layer ({type(layer).__name__}) whose calls do not show what it is multiplied with"
+        return super().misfit(target)
+
+    @property
+    def targets_by_name(self) -> dict[str, Target]:
+        """The chosen weights, with how they lie in their layers."""
+        return {target.name: target for target in self.chosen}
+
+    @contextmanager
+    def calibration(self) -> Iterator[tuple[pl.LightningModule, Callable[..., None]]]:
+        """A silent copy of the module, and a function that sends the same batches through it, as often as it is called.
+
+        The function may be given another, which is called after each batch.
+
+        Raises:
+            ValueError: if the data can be read only once, there are none, or `training_step` fails without gradients.
+        """
+        trainer, module = self.run.trainer, self.run.module
+        refuse_unrepeatable_data(trainer, module, self.label)
+        with dry_run(trainer, module) as twin, torch.no_grad():
+            count = self.batches * self.run.accumulation(trainer.current_epoch)
+            batches = list(itertools.islice(training_batches(trainer), count))
+            if not batches:
+                raise ValueError(
+                    f"{self.label} looks at inputs on batches of the training set, and it gave none; check the "
+                    "train_dataloader."
+                )
+            train_but_leaves(twin)
+
+            def send(after_batch: Callable[[], None] | None = None) -> None:
+                for index, batch in enumerate(batches):
+                    try:
+                        with trainer.precision_plugin.train_step_context():
+                            take_step(twin, batch, index)
+                    except Enough:
+                        continue
+                    except torch.OutOfMemoryError:
+                        raise
+                    except RuntimeError as error:
+                        raise ValueError(
+                            f"{self.label} sends batches through a copy of {type(module).__name__} without gradients, and "
+                            f"its training_step fails there ({first_line(error)}); prune by magnitude, or take no "
+                            "gradients in it."
+                        ) from error
+                    if after_batch is not None:
+                        after_batch()
+
+            yield twin, send
+
+    def everywhere(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks; may overwrite what it is given."""
+        total: Tensor = self.run.trainer.strategy.reduce(tensor, reduce_op="sum")
+        return total
+
+    def refuse_unreached(self, name: str) -> None:
+        """A weight that the batches never reach cannot be judged: an expert to which no token is sent.
+
+        Raises:
+            ValueError: naming it.
+        """
+        raise ValueError(
+            f"{self.label}: no input has reached '{name}' in batches={self.batches}; take more batches, or leave it dense "
+            f"with targets=['!{name.rpartition('.')[0]}']."
+        )
+
+    def refuse_infinite(self, name: str) -> None:
+        """Inputs that are infinite or NaN say nothing.
+
+        Raises:
+            ValueError: naming the weight.
+        """
+        raise ValueError(
+            f"{self.label}: the inputs of '{name}' are not finite on batches of the training set; look for a bad sample, or "
+            "for weights that have diverged."
+        )

@@ -1,0 +1,53 @@
+"""Which weights of a method an optimizer moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_sparse.core import owner_of
+from lightning_sparse.loop.method import Method
+
+__all__ = ["Ownership"]
+
+
+class _Owned(NamedTuple):
+    parameters: int
+    weights: dict[int, dict[str, nn.Parameter]]
+    parts: dict[str, nn.Parameter]
+
+
+class Ownership:
+    """The weights of methods, by the optimizer that moves them; asked anew when an optimizer is given more parameters.
+
+    Args:
+        methods: of a fit.
+    """
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self._methods = list(methods)
+        self._known: dict[int, _Owned] = {}
+
+    def of(self, optimizer: Optimizer) -> dict[int, dict[str, nn.Parameter]]:
+        """By the identity of the method, and by name."""
+        return self._look(optimizer).weights
+
+    def parts(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """The parts of weights cut into shards that methods see in place of those that the optimizer moves, by name."""
+        return self._look(optimizer).parts
+
+    def _look(self, optimizer: Optimizer) -> _Owned:
+        count = sum([len(group["params"]) for group in optimizer.param_groups])
+        known = self._known.get(id(optimizer))
+        if known is None or known.parameters != count:  # so it is when frozen layers join
+            mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            weights = {
+                id(method): {name: weight for name, weight in method.weights.items() if id(owner_of(weight)) in mine}
+                for method in self._methods
+            }
+            parts = {name: w for owned in weights.values() for name, w in owned.items() if owner_of(w) is not w}
+            known = self._known[id(optimizer)] = _Owned(count, weights, parts)
+        return known

@@ -1,0 +1,156 @@
+"""AC/DC: train in turns with all weights and with the largest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_sparse.core import (
+    AllocationName,
+    BudgetName,
+    Position,
+    Remembered,
+    RunLength,
+    StructureName,
+    forget_moments,
+    refuse_shorter_run,
+)
+from lightning_sparse.families import Budgeted
+from lightning_sparse.functional import magnitude
+from lightning_sparse.methods.acdc.turns import Turns
+
+__all__ = ["ACDC"]
+
+
+@final
+class ACDC(Budgeted):
+    r"""Train in turns with all weights and with the largest alone: sparse in the end, with a dense companion.
+
+    A compressed phase begins with $\theta \leftarrow T_k(\theta)$, which keeps the k weights of largest magnitude, and
+    trains those; in a dense phase all are trained, those that were dropped from zero. As in the official code, optimizers
+    begin a dense phase without memory. The weights with which the last dense phase ends are a model of their own, the dense
+    companion: `save_to` keeps it, and `SparsityCheckpoint(phase="dense")` the best of all dense epochs.
+
+    At station `before_batch`, at the cost of one selection over all weights per compressed phase; in between that of every
+    mask. A phase begins right before its first batch, so validation, checkpoints and learning rate schedulers that follow
+    the last step of a phase still see what it has trained.
+
+    Source: Peste et al. 2021, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks",
+    https://arxiv.org/abs/2106.12379, algorithm 1, and the official repository IST-DASLab/ACDC. The defaults are the
+    published lengths for 100 epochs of ImageNet, as fractions of the run.
+
+    Args:
+        sparsity: the fraction removed in compressed phases, in [0, 1); may be left out for `structure='n:m'`.
+        start: when the first compressed phase begins (published: 10 of 100 epochs): a fraction of the run, `'n epochs'` or
+            `'n steps'`.
+        every: length of a phase (published: 5).
+        last_dense: length of the last dense phase, at least (published: 10).
+        end: when the last compressed phase begins (published: 85); masks do not change from there on.
+        save_to: a folder for both models: `dense.ckpt`, the weights with which the last dense phase ends, and `sparse.ckpt`,
+            those of the end; both load into the plain model. None saves nothing.
+        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
+            `erk+`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
+            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
+        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
+        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+            `parameters` of the whole network, to within one channel.
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart.
+
+    Raises:
+        ValueError: if the phases do not fit into the run.
+
+    Example:
+        >>> ACDC(sparsity=0.9).label
+        'ACDC'
+    """
+
+    phase = Remembered(int)
+    """Which phase this is; 0 is the dense beginning, odd ones are compressed."""
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        start: float | str = 0.1,
+        every: float | str = 0.05,
+        last_dense: float | str = 0.1,
+        end: float | str = 0.85,
+        save_to: str | None = None,
+        allocation: AllocationName = "global",
+        structure: StructureName = "unstructured",
+        layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        budget: BudgetName = "units",
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            allocation=allocation,
+            structure=structure,
+            layer_sparsity=layer_sparsity,
+            max_layer_sparsity=max_layer_sparsity,
+            budget=budget,
+            targets=targets,
+            name=name,
+        )
+        self.start, self.every, self.last_dense, self.end, self.save_to = start, every, last_dense, end, save_to
+        self.turns = Turns(start, every, last_dense, end)
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        super().check(run, until)
+        self.turns.resolve(run)
+        refuse_shorter_run(f"{self.label} begins its last compressed phase", self.turns.begins[-1], until)
+
+    @property
+    def at_target(self) -> bool:
+        return self.phase % 2 == 1
+
+    def before_batch(self, position: Position) -> None:
+        if not self.run.fresh:
+            return
+        phases = len(self.turns.begins)
+        begun = phases if self.run.ends_with_next_step else self.turns.begun(position)
+        while self.phase < begun:
+            self.phase += 1
+            if self.phase == phases:
+                self._save("dense")
+            if self.at_target:
+                self.prune(self.quota.sparsity, lambda name, weight: magnitude(weight))
+            else:
+                self._decompress()
+
+    def _decompress(self) -> None:
+        self.set_masks({name: torch.ones_like(self.masks[name]) for name in self.masks})
+        for optimizer in self.run.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    forget_moments(optimizer, parameter)
+
+    def headline(self) -> Mapping[str, float | str]:
+        return {"turn": f"{self.phase} of {len(self.turns.begins)}"}
+
+    def numbers(self) -> Mapping[str, float | Tensor]:
+        return {"phase": float(self.phase)}
+
+    def conclude(self) -> None:
+        if self.phase == len(self.turns.begins):
+            self._save("sparse")
+            return
+        rank_zero_warn(
+            f"{self.label} ends in phase {self.phase} of {len(self.turns.begins)} at sparsity {self.masks.sparsity:.4f}: "
+            "training stopped before the last compressed phase. Train on, or end the phases earlier."
+        )
+
+    def _save(self, what: str) -> None:
+        if self.save_to is not None:
+            self.run.trainer.save_checkpoint(Path(self.save_to) / f"{what}.ckpt", weights_only=True)

@@ -1,0 +1,276 @@
+"""A sparse model learns from a dense one."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.core import (
+    Call,
+    FeatureLayer,
+    FeatureTap,
+    Position,
+    Remembered,
+    RunLength,
+    align_names,
+    check_number,
+    copy_model,
+    read_tensors,
+    trained_part,
+)
+from lightning_sparse.functional import distillation_loss
+from lightning_sparse.loop import Sparsifier
+
+__all__ = ["Distillation"]
+
+START = "start"
+
+
+@final
+class Distillation(Sparsifier):
+    r"""Pull the outputs of a model to those of a teacher while it trains: list it beside a method that prunes.
+
+    At station `feature_penalty`: adds
+
+    $$ \alpha \, T^2 \, \mathrm{KL}\big(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T)\big)
+       + \beta \sum_l \mathrm{mean}\big((h_s^l - h_t^l)^2\big) $$
+
+    to the loss, where z are the outputs of the network for the batch and h those of chosen layers. The teacher is called in
+    evaluation mode and without gradients, with what the network was called with: one forward pass more per batch, and the
+    teacher in memory. It is no part of the module, so it is neither trained nor saved with it (its weights are in the
+    callback's state where they are those of this run's start, which nothing else remembers). Positions that the loss
+    leaves out, such as padding, count here.
+
+    Sources: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network",
+    https://arxiv.org/abs/1503.02531; Romero et al. 2015, "FitNets: Hints for Thin Deep Nets",
+    https://arxiv.org/abs/1412.6550, eq. 3 without a regressor, for features.
+
+    Args:
+        teacher: `start` for the weights that the network has when the run begins, before anything is pruned; a file with
+            other weights for the same network (a checkpoint, a state dict, safetensors); or a module that takes the same
+            inputs.
+        strength: $\alpha$, from 0 up.
+        temperature: T, positive.
+        class_dim: the dimension of the outputs that counts classes; 1 for maps of classes.
+        features: layers of the network whose outputs are compared too, by name; or student's layer -> teacher's layer.
+        feature_strength: $\beta$, from 0 up.
+        network: the part of the module that is compared, by name; None is the innermost part with all trainable parameters.
+        targets: weights by which a checkpoint is known to fit; nothing is done to them. Exclude frozen ones.
+        name: tells two callbacks of one class apart.
+
+    Raises:
+        ValueError: at the start of fit for a file that does not fit, or a layer that is not there; in the first batch for
+            outputs of other shapes.
+
+    Example:
+        >>> Distillation("start", strength=0.5, features=["layer4"]).label
+        'Distillation'
+    """
+
+    removes_weights = False
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("sparsity", "allocation", "structure", "layer_sparsity"),
+        "it removes nothing by itself; list it beside a method that does",
+    )
+
+    dense = Remembered[dict[str, Tensor]](dict)
+    """The teacher's parameters and buffers, where they are those of this run's start."""
+
+    def __init__(
+        self,
+        teacher: nn.Module | str = START,
+        *,
+        strength: float = 1.0,
+        temperature: float = 2.0,
+        class_dim: int = -1,
+        features: Sequence[str] | Mapping[str, str] | None = None,
+        feature_strength: float = 1.0,
+        network: str | None = None,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.teacher, self.strength, self.temperature = teacher, strength, temperature
+        self.class_dim, self.features, self.feature_strength, self.network = class_dim, features, feature_strength, network
+        check_number("strength", strength)
+        check_number("feature_strength", feature_strength)
+        if not (isinstance(temperature, int | float) and 0 < temperature < float("inf")):
+            raise ValueError(f"temperature={temperature!r} must be a positive number, such as 2.0.")
+        if not isinstance(teacher, str | nn.Module):
+            raise ValueError(f"teacher={teacher!r} must be 'start', a file with weights, or a module.")
+        if strength == 0 and (not features or feature_strength == 0):
+            raise ValueError("strength=0 and no features leave nothing to learn from the teacher; give one of them.")
+        self._teacher: nn.Module | None = None
+        self._network: nn.Module | None = None
+        self._path = ""
+        self._handle: Any = None
+        self._seen: tuple[Call, Any] | None = None
+        self._taps: tuple[FeatureTap, FeatureTap] | None = None
+        self._terms: dict[str, Tensor] = {}
+
+    # ---- the teacher -------------------------------------------------------------------------------------------------
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        self._path = trained_part(self.run.module, self.network, self.label)
+        network = self.run.module.get_submodule(self._path)
+        if isinstance(self.teacher, nn.Module):
+            self._teacher = self.teacher
+        else:
+            self._teacher = copy_model(network)  # now, for others prune when they begin
+            if self.teacher != START:
+                self._load(self._teacher, read_tensors(self.teacher, "teacher"))
+        for layers, whole, whose in ((self._pairs, network, "network"), (self._pairs.values(), self._teacher, "teacher")):
+            _refuse_missing(layers, whole, whose)
+
+    @property
+    def _pairs(self) -> Mapping[str, str]:
+        """The teacher's layer for each of the student's."""
+        features = self.features or ()
+        return dict(features) if isinstance(features, Mapping) else {layer: layer for layer in features}
+
+    def _load(self, teacher: nn.Module, saved: Mapping[str, Any]) -> None:
+        wanted = teacher.state_dict()
+        places = align_names([*wanted], saved)
+        missing = [name for name in wanted if name not in places]
+        wrong = [name for name, place in places.items() if getattr(saved[place], "shape", None) != wanted[name].shape]
+        if missing or wrong:
+            what = f"has nothing for '{missing[0]}'" if missing else f"holds another shape of '{wrong[0]}'"
+            raise ValueError(
+                f"teacher='{self.teacher}' {what}, which the network that learns has; give weights of the same network, or "
+                "a module of another."
+            )
+        teacher.load_state_dict({name: saved[place] for name, place in places.items()})
+
+    def begin(self) -> None:
+        if self.teacher == START:
+            self.dense = self._tensors()
+        self._attach()
+
+    def resume(self) -> None:
+        if self.teacher == START and self._teacher is not None:
+            for name, value in self._tensors().items():
+                value.copy_(self.dense[name])
+            self.dense = self._tensors()  # the same memory
+        self._attach()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The teacher's own parameters and buffers."""
+        assert self._teacher is not None
+        return {name: value for name, value in self._teacher.state_dict().items() if isinstance(value, Tensor)}
+
+    def _attach(self) -> None:
+        assert self._teacher is not None
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # graphs made before do not know of the hooks
+        self._teacher.to(self.run.module.device).requires_grad_(False).eval()
+        self._network = self.run.module.get_submodule(self._path)
+        self._handle = self._network.register_forward_hook(self._hook(), with_kwargs=True)
+        mine = [FeatureLayer(name, self._network.get_submodule(name)) for name in self._pairs]
+        theirs = [FeatureLayer(name, self._teacher.get_submodule(name)) for name in self._pairs.values()]
+        self._taps = FeatureTap(mine), FeatureTap(theirs, grad=False)
+
+    def _hook(self) -> Callable[..., None]:
+        # A function, not a method: a copy of the model then shares it, and does not copy the teacher.
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if module is self._network and module.training and torch.is_grad_enabled():
+                self._seen = Call(args, kwargs), output
+
+        return see
+
+    # ---- the terms ---------------------------------------------------------------------------------------------------
+
+    def before_batch(self, position: Position) -> None:
+        self._seen = None
+        if self._taps is not None:
+            self._taps[0].open = True
+
+    def feature_penalty(self) -> Tensor | None:
+        assert self._teacher is not None
+        assert self._taps is not None
+        if self._seen is None:
+            if self._terms:
+                return None  # a batch in which the network had no part
+            raise ValueError(
+                f"{self.label} saw no call of the network '{self._path or type(self.run.module).__name__}' in the first "
+                "batch's training_step; name the part that is called with network=..."
+            )
+        (call, output), self._seen = self._seen, None
+        mine = self._taps[0].take()
+        with torch.no_grad():
+            self._taps[1].open = True
+            answer = self._teacher(*call.args, **call.kwargs)
+            theirs = self._taps[1].take()
+        terms = {}
+        if self.strength:
+            terms["outputs"] = self.strength * self._compare_outputs(_logits(output), _logits(answer))
+        if mine:
+            losses = [self._compare_features(*pair) for pair in zip(mine, theirs, strict=True)]
+            terms["features"] = self.feature_strength * torch.stack(losses).sum()
+        self._terms = {name: term.detach() for name, term in terms.items()}
+        return torch.stack([*terms.values()]).sum()
+
+    def _compare_outputs(self, student: Tensor | None, teacher: Tensor | None) -> Tensor:
+        shapes = [None if part is None else tuple(part.shape) for part in (student, teacher)]
+        if student is None or teacher is None or student.shape != teacher.shape:
+            raise ValueError(
+                f"{self.label}: the network puts out {shapes[0]} and the teacher {shapes[1]}, but logits of equal shape are "
+                "compared; give a teacher of the same classes, or strength=0 and features."
+            )
+        if student.shape[self.class_dim] < 2:
+            raise ValueError(
+                f"{self.label}: outputs of shape {shapes[0]} have one class in class_dim={self.class_dim}, of which a "
+                "teacher has nothing to say; give strength=0 and features."
+            )
+        return distillation_loss(student, teacher, self.temperature, self.class_dim)
+
+    def _compare_features(self, mine: tuple[FeatureLayer, Tensor], theirs: tuple[FeatureLayer, Tensor]) -> Tensor:
+        (layer, student), (_, teacher) = mine, theirs
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"{self.label}: layer '{layer.name}' puts out {tuple(student.shape)} and '{theirs[0].name}' of the teacher "
+                f"{tuple(teacher.shape)}; compare layers of equal shape."
+            )
+        return (student.float() - teacher.float()).square().mean()
+
+    def batch_end(self, output: Any, batch: Any) -> None:
+        self._seen = None
+        if self._taps is not None:
+            self._taps[0].take()  # nobody may have asked for the term
+
+    def numbers(self) -> Mapping[str, float | Tensor]:
+        """The terms of the last batch, as they are added to the loss."""
+        return self._terms
+
+    def release(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        for tap in self._taps or ():
+            tap.remove()
+        self._handle = self._taps = self._seen = self._network = self._teacher = None
+        self._terms = {}
+
+
+def _logits(output: Any) -> Tensor | None:
+    """The predictions in what a network puts out: its `logits`, or the first tensor of numbers."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"]  # type: ignore[no-any-return]
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits  # type: ignore[no-any-return]
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return next((part for part in parts if isinstance(part, Tensor) and part.is_floating_point() and part.ndim > 1), None)
+
+
+def _refuse_missing(layers: Any, module: nn.Module, whose: str) -> None:
+    names = [name for name, _ in module.named_modules() if name]
+    for layer in layers:
+        if layer not in names:
+            near = difflib.get_close_matches(str(layer), names, n=1, cutoff=0.3) or names[:1]
+            hint = f"did you mean '{near[0]}'?" if near else "it has no layers."
+            raise ValueError(f"features: '{layer}' is no layer of the {whose} ({type(module).__name__}); {hint}")

@@ -1,0 +1,127 @@
+"""Fine-tuning of a model that is sparse already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, final
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_sparse.core import RunLength, Target, check_sparsity, read_masks
+from lightning_sparse.families import Masked
+from lightning_sparse.functional import find_n_m
+
+__all__ = ["KeepSparsity"]
+
+
+@final
+class KeepSparsity(Masked):
+    """Train a sparse model on, whoever made it sparse, and keep its zeros at zero.
+
+    At station `begin`; later at the cost of every mask. What is zero when training starts stays zero, after a checkpoint
+    has been loaded and whatever pruned it; or a file says what is to be zero. Before the first batch a table shows what was
+    found in each layer, n:m patterns included.
+
+    Left dense are weights with fewer zeros than `min_sparsity`, which are there by chance, and weights that are zero
+    throughout, which are an initialization: the second matrix of an adapter, the last layer of a residual branch. Frozen
+    weights keep their zeros at no cost, and also after they have been unfrozen.
+
+    Args:
+        source: a file that says which weights are zero: a checkpoint, a state dict, safetensors, or masks (True = kept);
+            None looks at the weights.
+        min_sparsity: the fraction of zeros from which on a weight counts as sparse, in [0, 1).
+        targets: patterns that choose the weights; see `core.find_targets`.
+        name: tells two callbacks of one class apart.
+
+    Raises:
+        ValueError: at the start of fit, if no weight is sparse, or the file does not fit the model.
+
+    Example:
+        >>> KeepSparsity(min_sparsity=0.2).label
+        'KeepSparsity'
+    """
+
+    takes_frozen: ClassVar[bool] = True
+    refused: ClassVar = dict.fromkeys(
+        ("sparsity", "allocation", "structure", "layer_sparsity"),
+        "it keeps the zeros that are there; to remove more, use a method that prunes, such as MagnitudePruning",
+    )
+
+    def __init__(
+        self,
+        *,
+        source: str | Path | None = None,
+        min_sparsity: float = 0.01,
+        targets: str | Sequence[str] = ("*",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(targets=targets, name=name)
+        self.source = None if source is None else str(source)
+        self.min_sparsity = min_sparsity
+        check_sparsity("min_sparsity", min_sparsity)
+        self._found: dict[str, Tensor] = {}
+
+    def check(self, run: RunLength, until: float = 1.0) -> None:
+        if self.brought is not None or self.goes_on:
+            return
+        weights = self.weights
+        if self.source is None:
+            self._found = {name: weight.detach() != 0 for name, weight in weights.items()}
+        else:
+            shapes = {name: weight.shape for name, weight in weights.items()}
+            masks = read_masks(self.source, shapes, "source")
+            self._found = {name: mask.to(weights[name].device) for name, mask in masks.items()}
+        if not any(map(self._is_sparse, self._found.values())):
+            self._refuse_dense()
+
+    def begin(self) -> None:
+        super().begin()
+        found, self._found = self._found, {}
+        rank_zero_info("\n".join([f"{self.label} has found:", *self._table(found)]))
+        self.set_masks({name: mask for name, mask in found.items() if self._is_sparse(mask)})
+        counts = self.masks.counts
+        self.promise(sum(counts.values()), counts)
+
+    def release(self) -> None:
+        self._found = {}
+        super().release()
+
+    def _is_sparse(self, mask: Tensor) -> bool:
+        kept = int(mask.count_nonzero())
+        return 0 < kept < mask.numel() and 1 - kept / mask.numel() >= self.min_sparsity
+
+    def _refuse_dense(self) -> None:
+        zeros = {name: 1 - int(mask.count_nonzero()) / mask.numel() for name, mask in self._found.items()}
+        partly = {name: share for name, share in zeros.items() if share < 1}
+        name = max(partly or zeros, key=lambda name: zeros[name])
+        where = "the model" if self.source is None else f"source='{self.source}'"
+        raise ValueError(
+            f"{self.label} finds no sparse weight in {where}: the most zeros are in '{name}', {zeros[name]:.2%}, and "
+            f"min_sparsity={self.min_sparsity}; load a sparse checkpoint before training, or prune with a method such as "
+            "MagnitudePruning."
+        )
+
+    def _table(self, found: dict[str, Tensor]) -> list[str]:
+        rows = [("layer", "zeros", "sparsity", "pattern", "")]
+        rows += [self._row(target, found[target.name]) for target in self.chosen]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+    def _row(self, target: Target, mask: Tensor) -> tuple[str, str, str, str, str]:
+        zeros = mask.numel() - int(mask.count_nonzero())
+        pattern = find_n_m(mask, target.input_dim) if self._is_sparse(mask) and target.layout_known else None
+        notes = []
+        if zeros == mask.numel():
+            notes.append("left dense: zero throughout, an initialization")
+        elif not self._is_sparse(mask):
+            notes.append("left dense" + (": zeros by chance" if zeros else ""))
+        if not target.weight.requires_grad:
+            notes.append("frozen")
+        written = int(torch.count_nonzero(target.weight.detach()[~mask])) if self.source and self._is_sparse(mask) else 0
+        if written:
+            notes.append(f"{written:,} of them are set to zero now")
+        share = f"{zeros / mask.numel():.2%}"
+        return target.name, f"{zeros:,} of {mask.numel():,}", share, ":".join(map(str, pattern or ())), "; ".join(notes)

@@ -1,0 +1,92 @@
+"""Programs for ExecuTorch: int8 on a CPU is run and compared; what Vela expects is read and called an estimate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.export import Quantization, export_ladder
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    net(torch.randn(32, 1, 8, 8))
+    for layer in (net[0], net[4]):
+        layer.weight.data[torch.rand_like(layer.weight) < 0.9] = 0
+    return net.eval()
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_without_the_extra_the_rungs_are_left_out_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("executorch.exir", "tosa_serializer"):
+        monkeypatch.setitem(sys.modules, package, None)
+    options: dict[str, Any] = {"quantization": Quantization([images()]), "rounds": 0}
+    made = export_ladder(small(), images(), tmp_path / "out", **options)
+    for name, package in (("edge", "executorch"), ("ethos_u85", r"executorch\[ethos-u\]")):
+        note = f"this needs {package}; install it with: pip install 'lightning_sparse[edge]'".replace("\\", "")
+        assert made.rungs[name].note == note
+        with pytest.raises(ValueError, match=rf"rung '{name}': this needs {package}"):
+            export_ladder(small(), images(), tmp_path / "named", rungs=[name], **options)
+    assert not (tmp_path / "named").exists()
+
+
+def test_the_rung_on_a_cpu_is_verified_in_its_own_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    from lightning_sparse.export.edge import executorch_runner
+
+    net, x = small(), images()
+    classes = net(x).argmax(1)
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        return {"accuracy": float((module(x).argmax(1) == classes).float().mean())}
+
+    options: dict[str, Any] = {"quantization": Quantization([x]), "evaluate": evaluate}
+    made = export_ladder(net, x, tmp_path / "out", rungs=["edge"], rounds=1, compiled=False, **options)
+    row, dense = made.rungs["edge"], made.rungs["dense, executorch"]
+    assert (row.runtime, dense.runtime) == ("executorch", "executorch")
+    assert (row.bytes or 0) < 0.6 * (dense.bytes or 0)
+    assert row.metrics == {"accuracy": 1.0}
+    assert set(row.latency) == {1, 4}
+    assert 0 < (row.change or 0) < 0.1 * (row.largest or 0)
+    found = executorch_runner(tmp_path / "out" / "model.pte")(x[:3])
+    torch.testing.assert_close(found, net(x[:3]), atol=0.05, rtol=0.05)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.pte", "report.json"}
+
+
+def test_the_accelerator_is_estimated_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    pytest.importorskip("ethosu")
+    pytest.importorskip("tosa_serializer")
+    net, x = small(), images()
+    made = export_ladder(net, x, tmp_path / "out", rungs=["ethos_u85"], rounds=0, quantization=Quantization([x]))
+    row = made.rungs["ethos_u85"]
+    numbers = row.estimates
+    assert numbers["encoded weight bytes"] < 0.4 * numbers["encoded weight bytes if no weight were zero"]
+    assert numbers["MACs"] > 0
+    assert numbers["cycles"] > 0
+    assert row.change is None
+    assert "cannot be checked without Arm's simulator" in row.note
+    said = " ".join(cell for line in made.rows() for cell in line)
+    assert "estimates, not measured: encoded weight bytes " in said
+    assert (tmp_path / "out" / "model-ethos-u85.pte").exists()
+
+
+def test_a_lost_zero_is_found() -> None:
+    from lightning_sparse.export.edge import check_codes
+
+    weight = torch.tensor([[0.0, 1.0, -0.5], [0.2, 0.0, 0.0]])
+    good = torch.tensor([[0, 127, -64], [127, 0, 0]], dtype=torch.int8)
+    check_codes([weight], [good, torch.zeros(3, dtype=torch.int8), torch.ones(2, 3)])
+    lost = good.clone()
+    lost[1, 1] = 1
+    with pytest.raises(ValueError, match=r"zeros of a weight of shape \(2, 3\) would be lost: they have another"):
+        check_codes([weight], [lost])

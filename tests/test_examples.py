@@ -1,0 +1,44 @@
+"""The examples run, and what they have found is not computed again."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.overlays import ROOT
+
+
+@pytest.fixture
+def language_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs the example with a handful of windows and steps, and returns what it has written."""
+    file = ROOT / "examples" / "finetune_lm.py"
+
+    def run(capsys: pytest.CaptureFixture[str]) -> tuple[list[dict[str, Any]], str]:
+        example = runpy.run_path(str(file))
+        code = example["main"].__globals__
+        windows = code["windows"]
+        code["windows"] = lambda validation: windows(validation)[: 16 if validation else 64]
+        code["AFTER"] = (0, 20)
+        out = tmp_path / "results.jsonl"
+        monkeypatch.setattr(sys, "argv", [str(file), "--quick", "--steps=40", f"--out={out}"])
+        example["main"]()
+        return [json.loads(line) for line in out.read_text().splitlines()], capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned")
+def test_a_language_model(language_model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, out = language_model(capsys)
+    assert len(lines) == 1 + 2 * 2 * 3
+    assert {line["method"] for line in lines} == {"dense", "magnitude", "Wanda", "SparseGPT"}
+    assert all(set(line["perplexity"]) == {"0", "1"} for line in lines if line["method"] != "dense")
+    assert "| 2:4 | SparseGPT | yes |" in out
+    again, out = language_model(capsys)
+    assert again == lines
+    assert "seconds" not in out
