@@ -33,7 +33,6 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-import lightning_sparse
 from benchmarks.record import Options, Parts, Trainings
 from benchmarks.trainers import quiet, resumable
 from lightning_sparse import (
@@ -95,9 +94,13 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "SR-STE, transposable": lambda s: [SRSTE(structure="transposable 2:4", every="40 steps", targets=FITTING)],
     "SET": lambda s: [SET(s)],
     "RigL": lambda s: [RigL(s)],
+    "RigL, drop_fraction=0.1": lambda s: [RigL(s, drop_fraction=0.1)],
+    "RigL, growth_per_output=True": lambda s: [RigL(s, growth_per_output=True)],
     "GraNet": lambda s: [GraNet(s)],
     "L1-ART": lambda s: [HyperSparse(s, penalty="l1")],
     "HyperSparse": lambda s: [HyperSparse(s)],
+    "HyperSparse, 2 : 4 : 3": lambda s: [HyperSparse(s, pretrain=2 / 9, regularize=4 / 9)],
+    "L1-ART, 2 : 4 : 3": lambda s: [HyperSparse(s, penalty="l1", pretrain=2 / 9, regularize=4 / 9)],
     "SCL": lambda s: [SparseConnectivityLearning(sparsity=s)],
 }
 
@@ -146,8 +149,10 @@ class Setting:
         shape = data.num_classes, data.in_channels, data.image_size
         return Classifier(self.network, *shape, sgd, steps, annealing=annealing)
 
-    def read(self, module: nn.Module, callbacks: Sequence[L.Callback]) -> dict[str, Any]:
-        """What else is asked of a network that has been trained."""
+    def read(
+        self, module: Classifier, callbacks: Sequence[L.Callback], data: ImageData, stop: Path | None
+    ) -> dict[str, Any]:
+        """What else is asked of a network that has been trained; what takes long waits while the file is there."""
         return {}
 
 
@@ -197,10 +202,12 @@ def train(
     epochs: int | None = None,
     similarity: bool = False,
     checkpoint: Path | None = None,
+    stop: Path | None = None,
 ) -> dict[str, Any]:
     """One run; its numbers, with the mean similarity of layers on validation data before and after if asked for.
 
-    With `checkpoint`, some twenty times on the way its state goes there, and it goes on from what is there.
+    With `checkpoint`, some twenty times on the way its state goes there, and it goes on from what is there. While the file
+    `stop` is there, it waits.
     """
     L.seed_everything(seed, verbose=False)
     data = setting.images(root, seed)
@@ -219,7 +226,7 @@ def train(
             quiet([similarities]).validate(module, data, verbose=False)
     image = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
     work = Work(count_macs(module, lambda: module(image)))
-    saving, keeping, begun = resumable(checkpoint, length)
+    saving, keeping, begun = resumable(checkpoint, length, stop)
     trainer = quiet([*callbacks, *saving, work], max_epochs=max_epochs, precision=setting.precision, **keeping)
     start = perf_counter()
     trainer.fit(module, data, ckpt_path=begun)
@@ -243,9 +250,10 @@ def train(
     for callback in callbacks:
         if isinstance(callback, Sparsifier):
             numbers |= {key: value for key in ("stop_reason", "history") if (value := getattr(callback, key, None))}
+    numbers |= setting.read(module, callbacks, data, stop)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
-    return numbers | setting.read(module, callbacks)
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -277,13 +285,12 @@ class Comparison(Trainings):
     def parts(self, options: Options) -> Parts:
         """Whole seeds first."""
         setting = replace(self.setting, data=Large) if options.quick else self.setting
-        how = {"root": options.data, "similarity": self.similarity}
-        how["epochs"] = epochs = options.epochs or (3 if options.quick else setting.epochs)
+        epochs = options.epochs or (3 if options.quick else setting.epochs)
+        how = {"root": options.data, "similarity": self.similarity, "epochs": epochs, "stop": options.stop}
         pairs = [(method, sparsity) for method in self.methods for sparsity in self.sparsities_of(method)]
-        for place, (seed, (method, sparsity)) in enumerate(product(self.seeds[: 1 if options.quick else None], pairs)):
+        for seed, (method, sparsity) in product(self.seeds[: 1 if options.quick else None], pairs):
             key = {"seed": seed, "method": method, "sparsity": sparsity}
-            half = options.out / f"{self.name}.{epochs}-epochs.{lightning_sparse.__version__}.{place}.ckpt"
-            yield key, partial(train, setting, **key, **how, checkpoint=half)
+            yield key, partial(train, setting, **key, **how, checkpoint=self.checkpoint(options, key))
 
     def recipe(self, options: Options) -> dict[str, Any]:
         return self.setting.recipe() | {"epochs": options.epochs or self.setting.epochs}

@@ -1,25 +1,37 @@
-"""What the penalty on similar layers costs in a step of ResNet-20: `python -m benchmarks cost-cka-regularization`.
+"""The penalty on similar layers: what it costs, and whether it does what is claimed.
 
-Steps without it, with it, and with the pairwise formula take turns on one model. The pairwise formula is the one the tests
-compare with: two Gram matrices in float64 for every ordered pair, as in the published code. The term alone is its forward
-and backward pass from features that are leaves.
+    python -m benchmarks cost-cka-regularization     a step of ResNet-20
+    python -m benchmarks claim-cka --data DIR        accuracy and similarity by form and strength, under random masks
+    python -m benchmarks claim-prunable --data DIR   whether what is less similar can be pruned further
+
+Costs: steps without it, with it, and with the pairwise formula take turns on one model. The pairwise formula is the one the
+tests compare with: two Gram matrices in float64 for every ordered pair, as in the published code. The term alone is its
+forward and backward pass from features that are leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.accuracy import METHODS, Setting
 from benchmarks.record import Options, Parts
+from benchmarks.trainers import Pause, quiet
 from benchmarks.turns import in_turns, ratios
-from lightning_sparse.core import FeatureTap, feature_layers, group_features
-from lightning_sparse.functional import linear_cka_matrix, similarity_penalty
-from lightning_sparse.models import ResNet
+from lightning_sparse import CKARegularization, MagnitudePruning
+from lightning_sparse.core import FeatureTap, feature_layers, find_targets, group_features
+from lightning_sparse.data import ImageData
+from lightning_sparse.functional import exact_count, linear_cka_matrix, similarity_penalty, top_k_masks
+from lightning_sparse.models import Classifier, ResNet
 
 Groups = list[list[Tensor]]
 
@@ -73,6 +85,75 @@ def alone(net: Net, samples: int | None, rounds: int, device: str) -> dict[str, 
     ways = {name: lambda term=term: torch.autograd.grad(term(groups), flat) for name, term in terms.items()}
     seen = in_turns({**ways, "plain step": net.step}, rounds, device)
     return {**ratios(seen, "ours"), "ours, share of a step": ratios(seen, "plain step")["ours"]}
+
+
+# ---- what it does ---------------------------------------------------------------------------------------------------
+
+FORMS: dict[str, dict[str, Any]] = {
+    "8 samples of every fifth batch": {"samples": 8, "every_n_batches": 5},
+    "all samples of every batch": {"samples": None, "every_n_batches": 1},
+}
+"""The default of the published code, and that of the appendix's best number."""
+STRENGTHS = (8e-4, 0.01, 0.03)
+
+
+def penalty(words: str) -> list[L.Callback]:
+    """Of a form and a strength; nothing for no words."""
+    form, _, strength = words.rpartition(", ")
+    return [CKARegularization(strength=float(strength), **FORMS[form])] if words else []
+
+
+def with_and_without(base: str, forms: Sequence[str], strengths: Sequence[float]) -> list[str]:
+    """Names of methods."""
+    return [base, *(f"{base}, {form}, {strength:g}" for form in forms for strength in strengths)]
+
+
+@dataclass(frozen=True)
+class Dissimilar(Setting):
+    """Methods whose names end in a form and a strength of the penalty."""
+
+    def callbacks(self, method: str, sparsity: float) -> list[L.Callback]:
+        base, _, words = method.partition(", ")
+        return [*METHODS[base](sparsity), *penalty(words)]
+
+
+@dataclass(frozen=True)
+class Prunable(Dissimilar):
+    """Dense trainings whose networks are then pruned at once, by magnitude over all layers, and tuned without a penalty.
+
+    Args:
+        sparsities: one after the other, each from the network as it was trained.
+        tuning: epochs of fine-tuning, from a tenth of the learning rate.
+    """
+
+    sparsities: Sequence[float] = (0.7, 0.8, 0.9, 0.95, 0.98)
+    tuning: int = 2
+
+    def read(
+        self, module: Classifier, callbacks: Sequence[L.Callback], data: ImageData, stop: Path | None
+    ) -> dict[str, Any]:
+        state, slower = copy.deepcopy(module.state_dict()), replace(self, lr=self.lr / 10)
+        curve: dict[str, list[float]] = {"pruned": [], "fine-tuned": []}
+        for sparsity in self.sparsities:
+            network = slower.module("dense", data, annealing=1.0).to(memory_format=self.memory_format)
+            network.load_state_dict(state)
+            weights = [target.weight for target in find_targets(network)]
+            total = sum(weight.numel() for weight in weights)
+            masks = top_k_masks([weight.detach().abs() for weight in weights], total - exact_count(sparsity, total))
+            for weight, mask in zip(weights, masks, strict=True):
+                weight.data *= mask
+            curve["pruned"].append(self.tested(network, data, stop))
+            keeping = [MagnitudePruning(sparsity, start=0.0, end=0.0), Pause(stop)]
+            quiet(keeping, max_epochs=self.tuning, precision=self.precision).fit(network, data)
+            curve["fine-tuned"].append(self.tested(network, data, stop))
+        return curve
+
+    def tested(self, network: Classifier, data: ImageData, stop: Path | None) -> float:
+        [scores] = quiet([Pause(stop)], precision=self.precision).test(network, data, verbose=False)
+        return float(scores["test/accuracy"])
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------
 
 
 def parts(options: Options) -> Parts:

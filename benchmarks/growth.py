@@ -85,5 +85,5 @@ class Watched(Setting):
         callbacks = METHODS[name](sparsity) + ([Epsilon(0.1)] if comma else [])
         return [*callbacks, Growth(callbacks[0])]
 
-    def read(self, module: nn.Module, callbacks: Sequence[L.Callback]) -> dict[str, Any]:
+    def read(self, module: nn.Module, callbacks: Sequence[L.Callback], *rest: Any) -> dict[str, Any]:
         return callbacks[-1].shares()

@@ -1,20 +1,23 @@
 """Layer sparsity: deep networks that become shallow, and what they lose or win.
 
     python -m benchmarks desk-layers-simulation              the simulation of the note, E1: five seeds, every fit
+    python -m benchmarks claim-layers                        ten seeds, teachers without a layer that could merge
     python -m benchmarks desk-layers-fashion --data DIR      ten-layer perceptrons on Fashion-MNIST
     python -m benchmarks desk-layers-conv --data DIR         a plain convolutional net without batch normalization
 
 Every fit is one line of the result: plain, weight decay, with layer penalty (before and after merging), and the refits of
-the merged network, warm and fresh. Errors are test errors after the last step; strengths are listed, none is chosen by
-looking at the test set. Latency is measured in one run, both networks taking turns.
+the merged network, warm and fresh. Errors are test errors after the last step; strengths are listed, and where one is
+chosen, by the validation error of its own seed, never by looking at the test set. Latency is measured in one run, both
+networks taking turns.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -25,14 +28,14 @@ from torch.nn import functional as F
 
 from benchmarks.accuracy import have_data
 from benchmarks.record import Options, Parts, Runs, Trainings
-from benchmarks.trainers import quiet
+from benchmarks.trainers import Pause, quiet
 from lightning_sparse import LayerSparsity, merge_layers
 from lightning_sparse.data import Digits, FashionMNIST, Teacher
 from lightning_sparse.export import MergeReport, fresh_start, pad_in_front
 from lightning_sparse.models import MLP, Classifier, Regressor
 
 DECAY = 1e-3
-"""Times the sum of squared weights: of all fits but the plain ones."""
+"""Times the sum of squared weights: of all fits but the plain ones, and those that try others."""
 
 
 def plain_convolutions(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
@@ -64,6 +67,9 @@ class Fits:
         epochs: of every fit.
         strengths: r, a fit each.
         allow_growth: of merges; kernels of convolutions grow.
+        decays: c, a fit each without a penalty.
+        tuned: penalize at the decay that is best on validation data, and refit only the network of the best strength;
+            otherwise at the usual one, and all.
     """
 
     data: Callable[..., Any]
@@ -73,43 +79,54 @@ class Fits:
     epochs: int
     strengths: Sequence[float]
     allow_growth: bool = False
+    decays: Sequence[float] = (DECAY,)
+    tuned: bool = False
 
-    def fit(self, module: L.LightningModule, data: Any, decay: float | None, strength: float, quick: bool) -> float:
+    def fit(self, module: L.LightningModule, data: Any, decay: float | None, strength: float, options: Options) -> float:
         """Seconds of a fit."""
-        method = [] if decay is None else [LayerSparsity(strength=strength, scale_decay=decay)]
-        short: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 3} if quick else {"max_epochs": self.epochs}
-        trainer = quiet(method, limit_val_batches=0, **short)
+        method: list[L.Callback] = [] if decay is None else [LayerSparsity(strength=strength, scale_decay=decay)]
+        short: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 3} if options.quick else {"max_epochs": self.epochs}
+        trainer = quiet([*method, Pause(options.stop)], limit_val_batches=0, **short)
         start = perf_counter()
         trainer.fit(module, data)
         return round(perf_counter() - start, 1)
 
-    def runs(self, seed: int, root: str, quick: bool) -> Runs:
+    def runs(self, seed: int, options: Options) -> Runs:
         """All fits of one seed."""
         found: Runs = []
-        folder = {"root": root} if self.module is Classifier else {}
+        quick = options.quick
+        folder = {"root": options.data} if self.module is Classifier else {}
         data = Digits(seed=seed) if quick and folder else self.data(seed=seed, **folder)
         data.setup("fit")
-        rows: list[tuple[str, float | None]] = [("plain", None), ("weight decay", 0.0)]
-        rows += [("layer penalty", strength) for strength in self.strengths[: 1 if quick else None]]
-        for name, strength in rows:
+        x = next(iter(data.test_dataloader()))[0][:128]
+
+        def fitted(name: str, decay: float | None, strength: float | None) -> tuple[L.LightningModule, dict[str, Any]]:
             L.seed_everything(seed, verbose=False)
             shape = data.num_classes, data.in_channels, data.image_size
             module = self.module(self.network, *shape, partial(torch.optim.Adam, lr=self.rate))
-            seconds = self.fit(module, data, None if strength is None else DECAY, strength or 0.0, quick)
-            row: dict[str, Any] = {"fit": name, "strength": strength, "seconds": seconds}
-            if name != "layer penalty":
-                found.append(row | {"error": test_error(module, data), "depth": None})
-                continue
-            x = next(iter(data.test_dataloader()))[0][:128]
-            merged, report = merge_layers(module.cpu(), x, allow_growth=self.allow_growth)
-            before, after = test_error(module, data), test_error(merged, data)
-            found.append(row | {"error": before, "merged error": after, **plain_values(report)})
+            seconds = self.fit(module, data, decay, strength or 0.0, options)
+            row = {"fit": name, "strength": strength, "decay": decay, "seconds": seconds}
+            return module.cpu(), row | errors(module, data)
+
+        found.append(fitted("plain", None, None)[1])
+        for decay in self.decays[: 1 if quick else None]:
+            module, row = fitted("weight decay", decay, 0.0)
+            found.append(row | {"depth": merge_layers(module, x, allow_growth=self.allow_growth)[1].depth})
+        decay = min(found[1:], key=itemgetter("val"))["decay"] if self.tuned else DECAY
+        merges: list[tuple[L.LightningModule, dict[str, Any]]] = []
+        for strength in self.strengths[: 1 if quick else None]:
+            module, row = fitted("layer penalty", decay, strength)
+            merged, report = merge_layers(module, x, allow_growth=self.allow_growth)
+            after = {f"merged {what}": value for what, value in errors(merged, data).items()}
+            merges.append((merged, row | after | plain_values(report)))
+        found += [row for _, row in merges]
+        for merged, row in [min(merges, key=lambda merge: merge[1]["merged val"])] if self.tuned else merges:
             for start in ("warm", "fresh"):
                 L.seed_everything(seed + 1000, verbose=False)
                 refit = copy.deepcopy(merged) if start == "warm" else fresh_start(copy.deepcopy(merged))
-                row["seconds"] = self.fit(refit.train(), data, DECAY, 0.0, quick)
-                row |= {"fit": f"refit, {start}", "error": test_error(refit, data), "depth": report.depth}
-                found.append(dict(row))
+                seconds = self.fit(refit.train(), data, decay, 0.0, options)
+                kept = {what: row[what] for what in ("strength", "decay", "depth")}
+                found.append({"fit": f"refit, {start}", **kept, "seconds": seconds, **errors(refit, data)})
         return found
 
 
@@ -117,9 +134,9 @@ def perceptron(width: int, depth: int) -> Callable[..., nn.Module]:
     return lambda *shape: MLP(*shape, hidden=[width] * (depth - 1), kaiming=True)
 
 
-def teacher(share: float = 1 / 3, depth: int = 8, width: int = 20) -> Fits:
+def teacher(share: float = 1 / 3, depth: int = 8, width: int = 20, **grids: Any) -> Fits:
     data = partial(Teacher, signed=share, depth=depth, width=width, passes=150)
-    return Fits(data, Regressor, perceptron(width, depth), 3e-3, 10, (0.1, 0.3, 1.0))
+    return Fits(data, Regressor, perceptron(width, depth), 3e-3, 10, **{"strengths": (0.1, 0.3, 1.0), **grids})
 
 
 SIMULATION = {
@@ -129,16 +146,29 @@ SIMULATION = {
     "twelve layers": teacher(depth=12),
     "width 40": teacher(width=40),
 }
+GRIDS: dict[str, Any] = {"strengths": (0.1, 0.3, 1.0, 3.0), "decays": (3e-3, 1e-2, 3e-2, 1e-1), "tuned": True}
+"""Weight decay is chosen first, without the penalty; then the penalty has to help at that."""
+SIGNED = {
+    "eight layers": teacher(1.0, **GRIDS),
+    "width 40": teacher(1.0, width=40, **GRIDS),
+    "twelve layers": teacher(1.0, depth=12, **GRIDS),
+}
+"""Teachers all of whose inner layers have weights of both signs, of the shapes of the networks that learn from them."""
 FASHION = {"ten layers of 100": Fits(FashionMNIST, Classifier, perceptron(100, 10), 1e-3, 12, (0.1, 0.3))}
 CONV = {"eight convolutions": Fits(FashionMNIST, Classifier, plain_convolutions, 1e-3, 3, (0.03, 0.1, 0.3, 1.0), True)}
 
 
-def test_error(module: L.LightningModule, data: Any) -> float:
+def errors(module: L.LightningModule, data: Any) -> dict[str, float]:
+    """On test and validation data."""
+    return {"error": mean_error(module, data.test_dataloader()), "val": mean_error(module, data.val_dataloader())}
+
+
+def mean_error(module: L.LightningModule, batches: Iterable[Any]) -> float:
     """Mean squared error, or the share of wrong labels."""
     total, count = 0.0, 0
     module.eval()
     with torch.no_grad():
-        for x, y in data.test_dataloader():
+        for x, y in batches:
             out: Tensor = module(x.to(module.device)).cpu()
             wrong = (out.argmax(1) != y).sum() if y.dtype == torch.long else F.mse_loss(out, y, reduction="sum")
             total, count = total + float(wrong), count + y.numel()
@@ -165,18 +195,18 @@ class Layers(Trainings):
 
     settings: Mapping[str, Fits]
     seeds: int
-    by: ClassVar[Sequence[str]] = ("setting", "fit", "strength")
+    by: ClassVar[Sequence[str]] = ("setting", "fit", "strength", "decay")
     values: ClassVar[Sequence[str]] = ("error", "merged error", "depth")
 
     def parts(self, options: Options) -> Parts:
         for setting, fits in self.settings.items():
             for seed in range(1 if options.quick else self.seeds):
-                yield {"setting": setting, "seed": seed}, partial(fits.runs, seed, options.data, options.quick)
+                yield {"setting": setting, "seed": seed}, partial(fits.runs, seed, options)
 
     def recipe(self, options: Options) -> dict[str, Any]:
         return {"weight decay": DECAY}
 
     def prepare(self, options: Options) -> None:
         super().prepare(options)
-        if self.settings is not SIMULATION:
+        if any(fits.module is Classifier for fits in self.settings.values()):
             have_data(FashionMNIST, options)

@@ -2,7 +2,8 @@
 
 python -m benchmarks cost-lp-sphere                     time of a step of ResNet-20 at batch 128, beside SGD
 python -m benchmarks desk-lp-sphere --data DIR          accuracy on Fashion-MNIST, reduced for one CPU core
-python -m benchmarks paper-lp-sphere-fashion --data DIR the published recipe, for a GPU
+python -m benchmarks paper-lp-sphere-fashion --data DIR the published recipe, for a GPU, or an hour or two a run
+python -m benchmarks claim-hoyer --data DIR             how sparse vectors on spheres become, beside the prediction
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.turns import WARM_UP, Turns, Way, in_turns, ratios
 from lightning_sparse import LpSphere, RandomSparsity
 from lightning_sparse.data import FashionMNIST, ImageData
 from lightning_sparse.data.loader import Augmentation
-from lightning_sparse.functional import hoyer_sparsity, piecewise_linear
+from lightning_sparse.functional import expected_hoyer, hoyer_sparsity, piecewise_linear
 from lightning_sparse.metrics import HoyerSparsity
 from lightning_sparse.models import Classifier, WideResNet
 from lightning_sparse.optim import LpSGD, sphere_groups
@@ -154,7 +155,7 @@ class Recipe(Setting):
         first, others = EXPONENTS[sparsity]
         return [LpSphere(p=[first] * 4 + [others] * 13, sparsity=sparsity, mixing=self.mixing, of_all_parameters=True)]
 
-    def read(self, module: nn.Module, callbacks: Sequence[Any]) -> dict[str, Any]:
+    def read(self, module: nn.Module, callbacks: Sequence[Any], *rest: Any) -> dict[str, Any]:
         weights = [p for p in module.parameters() if p.ndim > 1]
         everything = sum(p.numel() for p in module.parameters())
         hoyer = HoyerSparsity().to(module.device)
@@ -171,3 +172,57 @@ PUBLISHED = Recipe()
 HALF = Recipe(epochs=4, batch_size=128, pooling=2, mixing=2 / 128, free_lr=1.0, lr=0.2)
 """For one CPU core: 4 epochs at half the resolution. Batches of half the size make up for few of the missing steps; the
 rates of what is free go down with them, eta goes up."""
+
+
+# ---- how sparse vectors become --------------------------------------------------------------------------------------
+
+FIGURE = {
+    "1.1": (0.761, 0.771, 0.865, 0.363, 0.898, 0.882),
+    "1.2": (0.700, 0.675, 0.769, 0.361, 0.889, 0.820),
+    "1.4": (0.572, 0.524, 0.597, 0.347, 0.868, 0.721),
+    "1.6": (0.476, 0.412, 0.452, 0.332, 0.849, 0.616),
+    "2": (0.320, 0.273, 0.275, 0.313, 0.819, 0.456),
+    "3": (0.172, 0.139, 0.116, 0.297, 0.785, 0.317),
+    "6": (0.036, 0.033, 0.027, 0.285, 0.762, 0.241),
+}
+"""Hoyer's sparsity by p, layer by layer, as read from the curves of a figure in the authors' repository."""
+BY_EXPONENT = tuple(f"p = {p}" for p in FIGURE)
+
+
+class FigureNet(nn.Sequential):
+    """Three convolutions and three linear layers, their vectors as long as the figure's: 25, 144, 288, 3136, 512, 64.
+
+    Only these lengths are known of the authors' network; batch norms, which give the spheres their scale, are ours.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, image_size: int) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs, size in ((in_channels, 16, 5), (16, 32, 3), (32, 64, 3)):
+            layers += [nn.Conv2d(inputs, outputs, size, padding=size // 2), nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if outputs < 64 else [nn.Flatten()]
+        for inputs, outputs in ((64 * (image_size // 4) ** 2, 512), (512, 64)):
+            layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(64, num_classes))
+
+
+@dataclass(frozen=True)
+class OnSpheres(Recipe):
+    """All weights on spheres of one p and none removed, as the authors' code had it when the figure was made."""
+
+    network: Callable[[int, int, int], nn.Module] = FigureNet
+    epochs: int = 6
+    free_lr: float = 1.0
+
+    def module(self, method: str, data: ImageData, annealing: float) -> Classifier:
+        return super().module("LpSphere", data, annealing)
+
+    def callbacks(self, method: str, sparsity: float) -> list[L.Callback]:
+        return [LpSphere(p=float(method.removeprefix("p = ")), mixing=self.mixing, free=())]
+
+    def read(self, module: nn.Module, callbacks: Sequence[Any], *rest: Any) -> dict[str, Any]:
+        weights = [weight for weight in module.parameters() if weight.ndim > 1]
+        p = callbacks[0].p
+        return {
+            "hoyer per layer": [round(float(hoyer_sparsity(weight).mean()), 4) for weight in weights],
+            "predicted": [round(expected_hoyer(p, weight[0].numel()), 4) for weight in weights],
+        }

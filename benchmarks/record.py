@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,8 @@ class Options:
     epochs: int | None = None
     only: Sequence[str] = ()
     part: tuple[int, int] = (1, 1)
+    work: Path | None = None
+    stop: Path | None = None
 
     def times(self, usual: int, quick: int = 3) -> int:
         """How often something is measured."""
@@ -120,7 +123,7 @@ class Suite(ABC):
                 print(f"{', '.join(words)} is left out: {reason}", flush=True)
                 continue
             self.write(options, key, value)
-            show(", ".join(words) or self.name, value)
+            show(", ".join(words) or self.name, f"{len(value)} rows" if isinstance(value, list) else value)
 
     def write(self, options: Options, key: Any, value: Any) -> None:
         """Add what a part gave to the file, which other processes may do too."""
@@ -187,6 +190,11 @@ class Trainings(Suite):
     """What a table tells runs apart by: all but seeds."""
     values: ClassVar[Sequence[str]] = ()
     """What it shows of them."""
+
+    def checkpoint(self, options: Options, key: Mapping[str, Any]) -> Path:
+        """Where a training leaves its state: a file of this part, length and version alone."""
+        words = [self.name, *key.values(), f"{self.recipe(options).get('epochs')} epochs", lightning_sparse.__version__]
+        return (options.work or options.out) / f"{re.sub(r'[^0-9A-Za-z.]+', '-', '-'.join(map(str, words)))}.ckpt"
 
     def has(self, content: Mapping[str, Any], key: Any) -> bool:
         return bool(pick(content.get("runs", []), **key))

@@ -2,14 +2,16 @@
 
     python -m benchmarks cost-sparse-connectivity-learning      ResNet-20, batch 128
     python -m benchmarks desk-prices --data DIR                 LeNet-300-100 on Fashion-MNIST
+    python -m benchmarks claim-norms-lenet5 claim-norms-resnet8 --data DIR
 
 Prices: a sweep beside gradual magnitude pruning at the sparsities it led to, same seeds; and gradients normalized or not,
-each with the mask rate that is best on validation data, at equal sparsity.
+each with the mask rate that is best on validation data, at equal sparsity. The last two do only that, on convolutional
+networks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -18,14 +20,14 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import accuracy
 from benchmarks.record import LeftOut, Options, Parts, Trainings, pick
 from benchmarks.trainers import Net, quiet, random_images
 from benchmarks.turns import WARM_UP, Turns, Way, peak_memory
 from lightning_sparse import MagnitudePruning, SparseConnectivityLearning
-from lightning_sparse.data import Digits, FashionMNIST
+from lightning_sparse.data import FashionMNIST
 from lightning_sparse.loop import Step
 from lightning_sparse.models import LeNet300
 
@@ -77,91 +79,181 @@ def costs(options: Options) -> Parts:
 
 # ---- accuracy against price -----------------------------------------------------------------------------------------
 
-SETTING = accuracy.Setting(FashionMNIST, LeNet300, epochs=10, batch_size=256, lr=0.05)
-COSTS = (0.02, 0.05, 0.1, 0.2, 0.5)
-SEEDS = (0, 1, 2)
-RATES = {"rms": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1), "none": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)}
-UNIT = {"rms": 0.01, "none": 3e-7}
-"""Where the controller starts: a hundredth of the rms of the first layer's gradients, normalized and as they are (3e-5)."""
-SPARSITIES = (0.95, 0.98)
-FIXED = (1e-6, 3e-6, 1e-5, 3e-5)
-"""Prices without normalization."""
-
 
 @dataclass(frozen=True)
 class Given(accuracy.Setting):
-    """A setting with the callbacks of one run."""
+    """A setting with the callbacks of one run; and how unequal the gradients of features were, if one of them notes that."""
 
     made: Sequence[L.Callback] = ()
 
     def callbacks(self, method: str, sparsity: float) -> list[L.Callback]:
         return list(self.made)
 
+    def read(self, module: nn.Module, callbacks: Sequence[L.Callback], *rest: Any) -> dict[str, Any]:
+        found = [callback.found() for callback in self.made if isinstance(callback, Features)]
+        return {"features": found[0]} if found else {}
+
+
+class Features(L.Callback):
+    """Notes the gradients of mask variables as they come, the root mean square in each feature, early, midway and late.
+
+    Args:
+        method: whose variables they are; not normalized, and listed after this.
+        batches: of each of the three epochs, over which squares are averaged.
+    """
+
+    def __init__(self, method: SparseConnectivityLearning, batches: int = 50) -> None:
+        self.method, self.batches = method, batches
+        self.squares: dict[str, dict[str, Tensor]] = {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        last = (trainer.max_epochs or 1) - 1
+        names = {0: "first epoch", last // 2: "middle epoch", last: "last epoch"}
+        batch = trainer.fit_loop.epoch_loop.batch_idx
+        if trainer.current_epoch not in names or batch >= self.batches:
+            return
+        squares = self.squares.setdefault(names[trainer.current_epoch], {})
+        for name, weight in self.method.weights.items():
+            gradient = (weight.detach() + self.method.hidden[name]) * weight.grad
+            square = gradient.flatten(1).square().mean(1) / self.batches
+            squares[name] = squares[name] + square if name in squares else square
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"squares": self.squares}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.squares = state_dict["squares"]
+
+    def found(self) -> dict[str, dict[str, list[float]]]:
+        """By epoch and weight, feature by feature."""
+        return {
+            epoch: {name: [float(f"{value:.3g}") for value in square.sqrt().tolist()] for name, square in squares.items()}
+            for epoch, squares in self.squares.items()
+        }
+
+
+@dataclass(frozen=True)
+class Searched(Trainings):
+    """Some trainings need what others have found: the sparsity that a price led to, the mask rate that was best.
+
+    Args:
+        name: of the suite and of its file.
+        setting: of all trainings.
+    """
+
+    by: ClassVar[Sequence[str]] = ("study", "price", "norm", "target", "rate")
+    values: ClassVar[Sequence[str]] = ("sparsity", "val", "test")
+    setting: accuracy.Setting
+
+    def trained(self, options: Options, key: Mapping[str, Any], make: Callable[[], list[L.Callback]]) -> dict[str, Any]:
+        """One training; its callbacks are made only now, when others have been done."""
+        start, callbacks = process_time(), make()
+        setting = replace(self.setting, data=accuracy.Large) if options.quick else self.setting
+        numbers = accuracy.train(
+            Given(**vars(setting), made=callbacks),
+            *("", 0.0, key["seed"], options.data),
+            epochs=1 if options.quick else options.epochs,
+            checkpoint=self.checkpoint(options, key),
+            stop=options.stop,
+        )
+        numbers["sparsity"] = 1 - numbers["kept"] / numbers["total"]
+        methods = [callback for callback in callbacks if isinstance(callback, SparseConnectivityLearning)]
+        numbers["rate"] = methods[0].learning_rate if methods else None
+        kept = {name: numbers[name] for name in ("sparsity", "test", "val", "kept", "rate", "features") if name in numbers}
+        return {**kept, "cpu_seconds": round(process_time() - start, 1)}
+
+    def best(self, options: Options, study: str, **what: Any) -> dict[str, Any]:
+        """By validation accuracy."""
+        runs = pick(self.content(options.out).get("runs", []), study=study, **what)
+        if not runs:
+            raise LeftOut(f"it needs {study} {what}")
+        return max(runs, key=lambda run: run["val"])
+
+    def recipe(self, options: Options) -> dict[str, Any]:
+        return self.setting.recipe() | {"epochs": options.epochs or self.setting.epochs}
+
+    def prepare(self, options: Options) -> None:
+        super().prepare(options)
+        accuracy.have_data(self.setting.data, options)
+
+
+UNIT = {"rms": 0.01, "l2": 5e-4, "none": 3e-7}
+"""Where the controller starts: a hundredth of the rms of gradients, normalized and as they are."""
+
+
+def steered(norm: str, target: float, rate: float) -> SparseConnectivityLearning:
+    """The price is moved until the density is reached, so that all are compared at the same one."""
+    return SparseConnectivityLearning(price=UNIT[norm], sparsity=target, norm=norm, learning_rate=rate)
+
+
+PRICED = accuracy.Setting(FashionMNIST, LeNet300, epochs=10, batch_size=256, lr=0.05)
+COSTS = (0.02, 0.05, 0.1, 0.2, 0.5)
+RATES = {"rms": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1), "none": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)}
+FIXED = (1e-6, 3e-6, 1e-5, 3e-5)
+"""Prices without normalization."""
+
 
 def at_a_price(price: float, **options: Any) -> list[L.Callback]:
     return [SparseConnectivityLearning(price=price, end=1.0, **options)]
 
 
-@dataclass(frozen=True)
-class Prices(Trainings):
-    """Some runs need what others have found: the sparsity that a price led to, the rate that was best."""
+class Prices(Searched):
+    """Prices, and gradual magnitude pruning at the sparsity that each led to; then normalized or not.
 
-    by: ClassVar[Sequence[str]] = ("study", "price", "norm", "target", "rate")
-    values: ClassVar[Sequence[str]] = ("sparsity", "val", "test")
+    The mask rate is chosen by validation accuracy of one seed, then judged on others.
+    """
 
     def parts(self, options: Options) -> Parts:
-        """Prices, and gradual magnitude pruning at the sparsity that each led to; then normalized or not.
-
-        The mask rate is chosen by validation accuracy of one seed, then judged on others.
-        """
-
-        def run(make: Callable[[], list[L.Callback]], seed: int) -> dict[str, Any]:
-            start, callbacks = process_time(), make()
-            setting = Given(**vars(replace(SETTING, data=Digits) if options.quick else SETTING), made=callbacks)
-            numbers = accuracy.train(setting, "", 0.0, seed, options.data, 1 if options.quick else options.epochs)
-            numbers["sparsity"] = 1 - numbers["kept"] / numbers["total"]
-            numbers["rate"] = getattr(next(iter(callbacks), None), "learning_rate", None)
-            kept = {key: numbers[key] for key in ("sparsity", "test", "val", "kept", "rate")}
-            return {**kept, "cpu_seconds": round(process_time() - start, 1)}
-
-        def best(study: str, **what: Any) -> dict[str, Any]:
-            runs = pick(self.content(options.out).get("runs", []), study=study, **what)
-            if not runs:
-                raise LeftOut(f"it needs {study} {what}")
-            return max(runs, key=lambda run: run["val"])
+        def part(make: Callable[[], list[L.Callback]], **key: Any) -> tuple[dict[str, Any], Callable[[], Any]]:
+            return key, partial(self.trained, options, key, make)
 
         def pruned(**what: Any) -> list[L.Callback]:
-            return [MagnitudePruning(best("price", **what)["sparsity"])]
+            return [MagnitudePruning(self.best(options, "price", **what)["sparsity"])]
 
         def target(norm: str, target: float, rate: float | None = None) -> list[L.Callback]:
-            rate = rate or best("rate", norm=norm, target=target)["rate"]
-            return [SparseConnectivityLearning(price=UNIT[norm], sparsity=target, norm=norm, learning_rate=rate)]
+            return [steered(norm, target, rate or self.best(options, "rate", norm=norm, target=target)["rate"])]
 
         def fixed(price: float) -> list[L.Callback]:
-            return at_a_price(price, norm="none", learning_rate=best("rate", norm="none")["rate"])
+            return at_a_price(price, norm="none", learning_rate=self.best(options, "rate", norm="none")["rate"])
 
-        for seed in SEEDS:
-            yield {"study": "dense", "seed": seed}, partial(run, list, seed)
+        for seed in range(3):
+            yield part(list, study="dense", seed=seed)
             for price in COSTS:
-                key = {"seed": seed, "price": price}
-                yield (
-                    {"study": "price", **key},
-                    partial(run, partial(at_a_price, price), seed),
-                )
-                yield {"study": "gradual", **key}, partial(run, partial(pruned, **key), seed)
-        for norm, sparsity in product(RATES, SPARSITIES):
+                yield part(partial(at_a_price, price), study="price", seed=seed, price=price)
+                yield part(partial(pruned, seed=seed, price=price), study="gradual", seed=seed, price=price)
+        for norm, sparsity in product(RATES, (0.95, 0.98)):
             for rate in RATES[norm]:
-                key = {"norm": norm, "target": sparsity, "rate": rate}
-                yield {"study": "rate", "seed": 10, **key}, partial(run, partial(target, **key), 10)
-            for seed in SEEDS:
-                key = {"norm": norm, "target": sparsity}
-                yield {"study": "tuned", "seed": seed, **key}, partial(run, partial(target, **key), seed)
+                how = {"norm": norm, "target": sparsity, "rate": rate}
+                yield part(partial(target, **how), study="rate", seed=10, **how)
+            for seed in range(3):
+                yield part(partial(target, norm, sparsity), study="tuned", seed=seed, norm=norm, target=sparsity)
         for price in FIXED:
-            yield {"study": "price without norm", "seed": 0, "price": price}, partial(run, partial(fixed, price), 0)
+            yield part(partial(fixed, price), study="price without norm", seed=0, price=price)
 
-    def recipe(self, options: Options) -> dict[str, Any]:
-        return SETTING.recipe() | {"epochs": options.epochs or SETTING.epochs}
 
-    def prepare(self, options: Options) -> None:
-        super().prepare(options)
-        accuracy.have_data(SETTING.data, options)
+DECADES = {"rms": (1e-4, 1e-3, 1e-2, 1e-1), "l2": (3e-3, 3e-2, 3e-1, 3.0), "none": (1.0, 10.0, 100.0, 1000.0)}
+"""Mask rates; as the initial value of variables over them counts, they are the same ones in units of the gradients."""
+TUNED_AT = 0.95
+
+
+class Norms(Searched):
+    """Whether the gradients of features are to be normalized: three ways, each at the same densities with its own mask rate.
+
+    The rate is chosen by validation accuracy of one seed at 95 %, then judged on other seeds and at 90 and 98 %, too.
+    """
+
+    targets: ClassVar[Sequence[float]] = (0.9, 0.95, 0.98)
+    seeds: ClassVar[Sequence[int]] = (0, 1, 2)
+
+    def parts(self, options: Options) -> Parts:
+        def made(norm: str, target: float, rate: float | None = None) -> list[L.Callback]:
+            method = steered(norm, target, rate or self.best(options, "rate", norm=norm)["rate"])
+            return [*([Features(method)] if norm == "none" else []), method]
+
+        for norm, rates in DECADES.items():
+            for rate in rates:
+                key = {"study": "rate", "seed": 10, "norm": norm, "target": TUNED_AT, "rate": rate}
+                yield key, partial(self.trained, options, key, partial(made, norm, TUNED_AT, rate))
+        for seed, target, norm in product(self.seeds, self.targets, DECADES):
+            key = {"study": "tuned", "seed": seed, "norm": norm, "target": target}
+            yield key, partial(self.trained, options, key, partial(made, norm, target))

@@ -24,15 +24,20 @@ from benchmarks import (
 )
 from benchmarks import sparse_connectivity_learning as scl
 from benchmarks.accuracy import Comparison, Setting
+from benchmarks.cka_regularization import FORMS, STRENGTHS, Dissimilar, Prunable, with_and_without
 from benchmarks.growth import Watched
-from benchmarks.layer_sparsity import CONV, FASHION, SIMULATION, Layers
-from benchmarks.record import Measurements, Suite, whole
+from benchmarks.layer_sparsity import CONV, FASHION, SIGNED, SIMULATION, Layers
+from benchmarks.record import Measurements, Suite, Trainings, whole
 from lightning_sparse.data import CIFAR10, CIFAR100, FashionMNIST
 from lightning_sparse.models import VGG, LeNet5, LeNet300, ResNet
 
 
 def resnet20_half(*shape: int) -> nn.Module:
     return ResNet(*shape, width=0.5)
+
+
+def resnet8(*shape: int) -> nn.Module:
+    return ResNet(*shape, depth=8)
 
 
 def resnet32x2(*shape: int) -> nn.Module:
@@ -68,13 +73,52 @@ DESK = (
         ("dense", "one-shot + fine-tuning", "gradual", "L1-ART", "HyperSparse"),
         FEW,
     ),
-    scl.Prices("desk-prices"),
+    scl.Prices("desk-prices", scl.PRICED),
     Comparison("desk-lp-sphere", lp_sphere.HALF, ("dense", "static", "LpSphere"), (0.5, 0.8, 0.9)),
     Comparison("desk-growth", Watched(CIFAR10, resnet20_half, 2, **FAST), ("RigL", "RigL, eps=0.1", "SET"), (0.98,)),
     Layers("desk-layers-simulation", SIMULATION, 5),
     Layers("desk-layers-fashion", FASHION, 3),
     Layers("desk-layers-conv", CONV, 1),
 )
+
+TAMED = ("RigL, drop_fraction=0.1", "RigL, growth_per_output=True")
+CLAIMS = (
+    # RigL where it loses to static masks, and whether what helps there helps everywhere; static masks, and RigL as it is by
+    # default, are in the suites `desk-...` of the same settings.
+    Comparison("claim-rigl-resnet20", CIFAR, TAMED, (0.9, 0.98)),
+    Comparison("claim-rigl-lenet5", Setting(FashionMNIST, LeNet5, 5, 128, 0.05, **FAST), TAMED, MANY),
+    Comparison("claim-rigl-lenet300", Setting(FashionMNIST, LeNet300, 15, 128, 0.05), TAMED, MANY),
+    # Layer sparsity without a teacher that favors it.
+    Layers("claim-layers", SIGNED, 10),
+    # Whether SCL's normalization is worth it.
+    scl.Norms("claim-norms-lenet5", Setting(FashionMNIST, LeNet5, 10, 128, 0.05, **FAST)),
+    scl.Norms("claim-norms-resnet8", Setting(CIFAR10, resnet8, 10, **FAST)),
+    # CKA-SR by its form and strength, and whether networks of less similar layers can be pruned further.
+    Comparison(
+        "claim-cka",
+        Dissimilar(CIFAR10, resnet20_half, 10, **FAST),
+        with_and_without("random", list(FORMS), STRENGTHS),
+        (0.95, 0.98),
+        similarity=True,
+    ),
+    Comparison(
+        "claim-prunable",
+        Prunable(CIFAR10, resnet20_half, 10, **FAST),
+        with_and_without("dense", ["all samples of every batch"], (0.01, 0.03)),
+        (0.0,),
+        similarity=True,
+    ),
+    # HyperSparse where its phases have room: 8, at most 16, and the rest of 36 epochs.
+    Comparison(
+        "claim-hypersparse",
+        Setting(CIFAR10, resnet20_half, 36, **FAST),
+        ("HyperSparse, 2 : 4 : 3", "L1-ART, 2 : 4 : 3", "gradual", "GraNet"),
+        (0.99, 0.995),
+    ),
+    # LpSS: how sparse vectors become on spheres; the published recipe is the suite `paper-lp-sphere-fashion`.
+    Comparison("claim-hoyer", lp_sphere.OnSpheres(), lp_sphere.BY_EXPONENT, (0.0,)),
+)
+"""The central claim of each paper, where a CPU can decide it, in order of value."""
 
 ART = {"epochs": 220, "batch_size": 64, "weight_decay": 1e-4, "milestones": (140, 180), "val_fraction": 1e-5}
 """The published recipe of HyperSparse: 60 epochs, regularization until the pruned copy is as good, 160 epochs of fine-tuning
@@ -185,5 +229,9 @@ COMING = (
 )
 """Whose numbers have not been measured on a quiet machine yet; nothing of them is published."""
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *PAPER, *COST, *COMING)}
-GROUPS = {name: tuple(suite.name for suite in suites) for name, suites in (("desk", DESK), ("paper", PAPER), ("cost", COST))}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *CLAIMS, *PAPER, *COST, *COMING)}
+QUEUE = (*DESK, *CLAIMS, *(suite for suite in COMING if isinstance(suite, Trainings)), *PAPER)
+GROUPS = {
+    name: tuple(suite.name for suite in suites)
+    for name, suites in (("desk", DESK), ("claims", CLAIMS), ("paper", PAPER), ("cost", COST))
+}

@@ -1,8 +1,9 @@
-"""The tables of docs/evidence.md, made from the results, and the figure of a comparison.
+"""The tables of docs/evidence.md, made from the results, and its figures.
 
     python -m benchmarks.tables                            write the tables into the page
     python -m benchmarks.tables cka                        print one
     python -m benchmarks.tables --draw docs/accuracy.png   draw `desk-lenet300`
+    python -m benchmarks.tables --draw docs/imbalance.png  draw gradients of `claim-norms-lenet5`
 
 A table stands between `<!-- its name -->` and `<!-- end -->`; what is between is replaced. A test keeps page and results in
 step. The best of a column is bold.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import Comparison
+from benchmarks.claims import CLAIMS, progress
 from benchmarks.record import RESULTS, Row, markdown, pick, spread
 from benchmarks.suites import SUITES
 
@@ -264,6 +266,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "scl": scl,
     "lpss": lpss,
     "simulation": simulation,
+    **{name: make for name, (make, _) in CLAIMS.items()},
     "overhead": overhead,
     "peaks": lambda: memory("memory-overhead"),
     "updates": updates,
@@ -273,11 +276,18 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
 }
 
 
+def block(name: str) -> str:
+    """A table; of a claim, as far as it has come, and how far that is."""
+    rows = TABLES[name]()
+    said = [f"{progress(CLAIMS[name][1])}"] if name in CLAIMS else []
+    return "\n\n".join([*([markdown(rows)] if len(rows) > 1 else []), *said])
+
+
 def filled(page: str) -> str:
     """The page with every table as the results have it."""
 
     def fresh(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n\n{markdown(TABLES[match[1]]())}\n\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n\n{block(match[1])}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (?!end)(\w+) -->.*?<!-- end -->", fresh, page, flags=re.DOTALL)
 
@@ -328,15 +338,58 @@ def draw(suite: Comparison, found: Sequence[Mapping[str, Any]], file: Path, colu
     figure.savefig(file, dpi=130)
 
 
+def draw_features(epochs: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
+    """One axis per layer: the gradients of mask variables, feature by feature in order of size, by epoch."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    layers = list(next(iter(epochs.values())))
+    columns = min(4, len(layers))
+    lines = -(-len(layers) // columns)
+    size = (2.4 * columns, 2.0 * lines)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
+    for axis in axes.flat[len(layers) :]:
+        axis.set_visible(False)
+    for axis, layer in zip(axes.flat, layers, strict=False):
+        for (epoch, sizes), color in zip(epochs.items(), ("0.75", "0.5", "tab:blue"), strict=True):
+            values = sorted(value for value in sizes[layer] if value > 0)
+            shares = [100 * (place + 0.5) / len(sizes[layer]) for place in range(len(values))]
+            axis.plot(shares, values, color=color, linewidth=1.4, label=epoch)
+        axis.set_title(layer.removeprefix("network.").removesuffix(".weight"), fontsize=8)
+        axis.set_yscale("log")
+        axis.set_xlim(0, 100)
+        axis.set_ylim(bottom=1e-7)
+        axis.tick_params(labelsize=6.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(fontsize=6.5, frameon=False)
+    figure.supxlabel("features in order of size, %; those without a gradient are left out", fontsize=8)
+    figure.supylabel("root mean square", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+
+
+FIGURES: dict[str, Callable[[Path], None]] = {
+    "accuracy.png": lambda file: draw(SUITES["desk-lenet300"], runs("desk-lenet300"), file),
+    "imbalance.png": lambda file: draw_features(
+        next(run["features"] for run in runs("claim-norms-lenet5") if run.get("features")), file
+    ),
+}
+"""By the name of their file."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", choices=TABLES)
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="the figure instead")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help=f"a figure instead: {' or '.join(FIGURES)}")
     options = parser.parse_args()
     if options.draw:
-        draw(SUITES["desk-lenet300"], runs("desk-lenet300"), options.draw)
+        if options.draw.name not in FIGURES:
+            parser.error(f"no figure {options.draw.name!r}; choose from {', '.join(FIGURES)}")
+        FIGURES[options.draw.name](options.draw)
     elif options.table:
-        print(markdown(TABLES[options.table]()))
+        print(block(options.table))
     else:
         PAGE.write_text(filled(PAGE.read_text()))
 

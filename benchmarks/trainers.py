@@ -1,4 +1,4 @@
-"""One factory for what benchmarks train: quiet Trainers that can be killed, networks by name, random images."""
+"""One factory for what benchmarks train: quiet Trainers that can be killed or held, networks by name, random images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import lightning as L
@@ -27,10 +28,52 @@ def quiet(callbacks: Sequence[L.Callback] = (), device: str = "auto", **options:
     return L.Trainer(callbacks=list(callbacks), **how | options)
 
 
-def resumable(checkpoint: Path | None, epochs: int) -> tuple[list[L.Callback], dict[str, Any], Path | None]:
-    """Callbacks and options of a Trainer that leaves its state some twenty times on the way, and where it is to begin."""
+def wait_while(file: Path | None) -> None:
+    """Go on as soon as the file is not there."""
+    while file is not None and file.exists():
+        sleep(1.0)
+
+
+class Pause(L.Callback):
+    """Lets a training finish the step it is in and leave its state, when it is to wait or to end.
+
+    Args:
+        file: everything waits while it is there.
+        checkpoint: where the state goes, then and when the process is asked to end (SIGTERM).
+    """
+
+    def __init__(self, file: Path | None, checkpoint: Path | None = None) -> None:
+        self.file, self.checkpoint = file, checkpoint
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.checkpoint and (self.waits(trainer) or trainer.received_sigterm):
+            trainer.save_checkpoint(self.checkpoint)
+        self.on_validation_batch_end(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        while self.waits(trainer):
+            sleep(1.0)
+
+    def on_test_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.on_validation_batch_end(trainer)
+
+    def waits(self, trainer: L.Trainer) -> bool:
+        """The Trainer ends by itself after a step in which it was asked to."""
+        return self.file is not None and self.file.exists() and not trainer.received_sigterm
+
+
+def resumable(
+    checkpoint: Path | None, epochs: int, stop: Path | None = None
+) -> tuple[list[L.Callback], dict[str, Any], Path | None]:
+    """Callbacks and options of a Trainer that leaves its state some twenty times on the way, and where it is to begin.
+
+    Args:
+        checkpoint: where it leaves its state; None for nowhere.
+        epochs: of the training.
+        stop: a file that holds the training while it is there.
+    """
     if checkpoint is None:
-        return [], {}, None
+        return [Pause(stop)], {}, None
     saving = ModelCheckpoint(
         checkpoint.parent,
         checkpoint.stem,
@@ -39,7 +82,7 @@ def resumable(checkpoint: Path | None, epochs: int) -> tuple[list[L.Callback], d
         enable_version_counter=False,
     )
     options = {"enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
-    return [saving], options, checkpoint if checkpoint.exists() else None
+    return [Pause(stop, checkpoint), saving], options, checkpoint if checkpoint.exists() else None
 
 
 def perceptron(*sizes: int) -> nn.Module:

@@ -17,7 +17,7 @@ from benchmarks.competitors import PEERS, layers
 from benchmarks.growth import where
 from benchmarks.methods import EveryOther, compared
 from benchmarks.record import RESULTS, LeftOut, Measurements, Options, at_once
-from benchmarks.suites import COMING, DESK, PAPER, SUITES
+from benchmarks.suites import CLAIMS, COMING, DESK, PAPER, SUITES
 from benchmarks.trainers import Net
 from benchmarks.turns import Step, Turns, Way, growth, held, in_turns, ratios
 from lightning_sparse import SET, LpSphere, MagnitudePruning
@@ -27,6 +27,9 @@ from lightning_sparse.models import LeNet300
 
 DIGITS = Setting(Digits, LeNet300, 12, 64, 0.05)
 TOY = Comparison("toy", DIGITS, ("dense", "gradual"), (0.5, 0.9), (0, 1), published={"gradual": (70.5, 60.5)})
+
+
+NO_DATA = ("desk-layers-simulation", "claim-layers")
 
 
 class Made(list):
@@ -110,7 +113,7 @@ def test_no_run_goes_on_from_the_checkpoint_of_another_recipe(made, tmp_path):
     assert len(set(made.checkpoints)) == len(made.checkpoints) == 12
 
 
-@pytest.mark.parametrize("suite", [s for s in (*DESK, *PAPER) if s.name != "desk-layers-simulation"], ids=lambda s: s.name)
+@pytest.mark.parametrize("suite", [s for s in (*DESK, *CLAIMS, *PAPER) if s.name not in NO_DATA], ids=lambda s: s.name)
 def test_missing_data_are_a_sentence(suite, tmp_path):
     missing = str(tmp_path / "nowhere")
     with pytest.raises(SystemExit, match=f"is not in root='{missing}'; give its folder with --data, or add --download"):

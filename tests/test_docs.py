@@ -14,7 +14,7 @@ import yaml
 import lightning_sparse
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 ARGUMENTS = runpy.run_path(str(ROOT / "docs" / "arguments.py"))
 
 
@@ -66,7 +66,7 @@ def test_a_shared_argument_has_a_row_per_meaning_and_default() -> None:
     assert rows == ["| `sparsity` | 0 | `A` | s |", "| `end` | 2 | `B`, `C` | m |", "|  | 1 | `A` | m |"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
         path = page.parent / target if target else page

@@ -50,7 +50,6 @@ from lightning_sparse.functional.lp_sphere import (
     expected_hoyer,
     from_dual,
     growth_factor,
-    growth_score,
     hoyer_sparsity,
     lp_norm,
     lp_normalize,
@@ -86,7 +85,7 @@ from lightning_sparse.functional.movement import MOVEMENT_SCORES, MovementScore
 from lightning_sparse.functional.order import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional.penalties import PENALTIES, Penalty
 from lightning_sparse.functional.quantization import fake_quantize, round_symmetric
-from lightning_sparse.functional.regrowth import DROP_SCHEDULES, drop_count, held, regrow
+from lightning_sparse.functional.regrowth import DROP_SCHEDULES, drop_count, growth_score, held, regrow
 from lightning_sparse.functional.schedules import SCHEDULES, constant, cosine, cubic, exponential, linear, piecewise_linear
 from lightning_sparse.functional.scores import (
     connection_sensitivity,

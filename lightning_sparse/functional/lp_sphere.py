@@ -24,7 +24,6 @@ __all__ = [
     "expected_hoyer",
     "from_dual",
     "growth_factor",
-    "growth_score",
     "hoyer_sparsity",
     "lp_norm",
     "lp_normalize",
@@ -270,18 +269,6 @@ def relative_magnitude(weight: Tensor, mask: Tensor, dim: Dims = 0) -> Tensor:
     kept = mask.sum(along, keepdim=True).clamp_(min=1)
     mean = torch.where(mask, size, 0).sum(along, keepdim=True) / kept
     return torch.where(mean > 0, size / mean, 1.0)  # where nothing has a size, nothing is small
-
-
-def growth_score(gradient: Tensor, dim: Dims = 0) -> Tensor:
-    """The magnitude of the gradient, each vector of it scaled to length 1, so that outputs compare.
-
-    The official code takes the signed gradient; its figure, and this function, take the magnitude.
-
-    Args:
-        gradient: of all entries, dropped ones included.
-        dim: that counts the vectors.
-    """
-    return lp_normalize(gradient, 2.0, dim).abs_()
 
 
 def growth_factor(sparsity: float, target: float, threshold: float, margin: float) -> float:

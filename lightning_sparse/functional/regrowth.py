@@ -9,11 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.dims import Dims
+from lightning_sparse.functional.lp_sphere import lp_normalize
 from lightning_sparse.functional.order import top_k_masks
 from lightning_sparse.functional.schedules import Schedule, cosine
 from lightning_sparse.functional.spread import Spread
 
-__all__ = ["DROP_SCHEDULES", "DropScheduleName", "drop_count", "held", "regrow"]
+__all__ = ["DROP_SCHEDULES", "DropScheduleName", "drop_count", "growth_score", "held", "regrow"]
 
 
 def held(progress: float, start: float, end: float) -> float:
@@ -39,6 +41,26 @@ def drop_count(kept: int, fraction: float) -> int:
         (3, 29, 0)
     """
     return math.floor(fraction * kept + 1e-6)
+
+
+def growth_score(gradient: Tensor, dim: Dims = 0) -> Tensor:
+    r"""The magnitude of the gradient, divided by its norm in each output, so that outputs compare.
+
+    $$ |g_{oi}| \Big/ \Big(\sum_j g_{oj}^2\Big)^{1/2} $$
+
+    Source: the official repository of Li et al. 2021, https://arxiv.org/abs/2103.16013. Its code takes the signed gradient;
+    its figure, and this function, take the magnitude.
+
+    Args:
+        gradient: of all entries, dropped ones included.
+        dim: that counts the outputs.
+
+    Example:
+        >>> growth_score(torch.tensor([[3.0, -4.0], [300.0, 400.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.6000, 0.8000]])
+    """
+    return lp_normalize(gradient, 2.0, dim).abs_()
 
 
 def regrow(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse import SET, GraNet, RandomSparsity, RigL
+from lightning_sparse.core import Layout, Part, Target
 from lightning_sparse.families import Rewiring
 from lightning_sparse.functional import hashed_score, over_parameterization_rate, random_generator
 from lightning_sparse.testing import BATCHES, Toy, fit, loader, toy
@@ -82,9 +83,18 @@ class RigLByHand(ByHand):
     def step(self, number: int, gradients: dict[str, Tensor]) -> None:
         if number in self.updates:
             fraction = 0.15 * (1 + math.cos(math.pi * number / 9))
-            self.rewire(fraction, {name: gradient.abs() for name, gradient in gradients.items()})
+            self.rewire(fraction, {name: self.score(gradient) for name, gradient in gradients.items()})
         else:
             self.move(gradients)
+
+    def score(self, gradient: Tensor) -> Tensor:
+        return gradient.abs()
+
+
+class RigLPerOutputByHand(RigLByHand):
+    def score(self, gradient: Tensor) -> Tensor:
+        lengths = [math.sqrt(sum(float(entry) ** 2 for entry in row.flatten())) for row in gradient]
+        return torch.stack([row.abs() / (length or 1) for row, length in zip(gradient, lengths, strict=True)])
 
 
 class GraNetByHand(ByHand):
@@ -118,6 +128,7 @@ class GraNetByHand(ByHand):
 CASES: dict[str, tuple[type[ByHand], dict[str, Any]]] = {
     "SET": (SETByHand, {"every": "3 steps"}),
     "RigL": (RigLByHand, {"every": "3 steps"}),
+    "RigL, growth per output": (RigLPerOutputByHand, {"every": "3 steps", "growth_per_output": True}),
     "GraNet": (GraNetByHand, {"every": "2 steps"}),
 }
 
@@ -125,7 +136,7 @@ CASES: dict[str, tuple[type[ByHand], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_equals_the_loop_written_by_hand(case: str) -> None:
     cls, options = CASES[case]
-    method = METHODS[case](0.9, seed=5, **options)
+    method = METHODS[case.partition(",")[0]](0.9, seed=5, **options)
     module = double(Toy)
     diary = Diary(method)
     fit(module, method, diary)
@@ -140,6 +151,14 @@ def test_a_training_equals_the_loop_written_by_hand(case: str) -> None:
 
 
 # ---- counts, times, states ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cut", "per_output", "fits"), [((1,), True, False), ((1,), False, True), ((0,), True, True)])
+def test_growth_per_output_needs_all_inputs_of_an_output(cut: tuple[int, ...], per_output: bool, fits: bool) -> None:
+    size = (1, 4) if cut == (0,) else (2, 2)
+    part = Part.make(torch.ones(size), torch.nn.Parameter(torch.ones(2, 4)), Layout((2, 4), (0, 0), size, cut))
+    why = RigL(0.5, growth_per_output=per_output).misfit(Target("weight", part))
+    assert why is None if fits else "growth_per_output needs all inputs of an output on one rank" in str(why)
 
 
 @pytest.mark.parametrize("cls", [SET, RigL])

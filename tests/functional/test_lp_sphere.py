@@ -14,7 +14,6 @@ from lightning_sparse.functional import (
     expected_hoyer,
     from_dual,
     growth_factor,
-    growth_score,
     hoyer_sparsity,
     lp_norm,
     lp_normalize,
@@ -307,11 +306,6 @@ def test_relative_magnitude_is_that_of_a_loop() -> None:
     scaled = weight * torch.tensor([1.0, 2.0, 3.0, 1e-12]).view(4, 1, 1)
     torch.testing.assert_close(relative_magnitude(scaled, mask), value)
     torch.testing.assert_close(relative_magnitude(weight.movedim(0, 2), mask.movedim(0, 2), dim=2).movedim(2, 0), value)
-
-
-def test_the_growth_score_takes_magnitudes_and_makes_outputs_comparable() -> None:
-    gradient = torch.tensor([[3.0, -4.0], [3e-20, 4e-20], [0.0, 0.0]])
-    torch.testing.assert_close(growth_score(gradient), torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]]))
 
 
 def test_the_controller_has_two_branches() -> None:

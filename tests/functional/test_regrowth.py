@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional import DROP_SCHEDULES, drop_count, hashed_score, n_m_mask, random_generator, regrow
+from lightning_sparse.functional import (
+    DROP_SCHEDULES,
+    drop_count,
+    growth_score,
+    hashed_score,
+    n_m_mask,
+    random_generator,
+    regrow,
+)
 from tests.helpers.oracles import slow_regrow
 
 
@@ -109,6 +117,12 @@ def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
 
 
 # ---- random growth --------------------------------------------------------------------------------------------------
+
+
+def test_the_growth_score_takes_magnitudes_and_makes_outputs_comparable() -> None:
+    gradient = torch.tensor([[3.0, -4.0], [3e-20, 4e-20], [0.0, 0.0]])
+    torch.testing.assert_close(growth_score(gradient), torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]]))
+    torch.testing.assert_close(growth_score(gradient.T, dim=1), growth_score(gradient).T)
 
 
 def slow_hash(index: int, first: int, second: int) -> int:

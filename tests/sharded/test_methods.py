@@ -42,6 +42,8 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
     "random": lambda: RandomSparsity(0.8, seed=3, rescale=True),
     "set": lambda: SET(0.8, every="1 epochs", end=1.0, seed=3),
     "rigl": lambda: RigL(0.8, every="2 steps", seed=3),
+    # Without net.3: outputs that one sample alone moves have the same scores there, but for rounding.
+    "rigl per output": lambda: RigL(0.8, every="2 steps", seed=3, growth_per_output=True, targets=["*", "!net.3"]),
     "rigl 2:4": lambda: RigL(structure="2:4", every="2 steps", seed=3, targets=["net.5", "net.7"]),
     "granet": lambda: GraNet(0.8, every="2 steps", seed=3, track_explored=True),
     "l1": lambda: WeightPenalty(0.8, strength=1e-3),

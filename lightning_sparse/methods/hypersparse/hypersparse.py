@@ -73,7 +73,9 @@ class HyperSparse(Masked):
 
     Source: Glandorf, Kaiser and Rosenhahn 2023, "HyperSparse Neural Networks: Shifting Exploration to Exploitation through
     Adaptive Regularization", https://arxiv.org/abs/2308.07163, as in the official repository. One weight more than
-    sparsity * n is removed, as there. Phases as fractions of the run, and strengths that follow from them, are ours.
+    sparsity * n is removed, as there. Of equal magnitudes on the boundary the earlier are kept, as many as are due (there,
+    none), and sparsity * n is rounded down as exact numbers are: 0.57 * 20,024,000 is one less there. Phases as fractions of
+    the run, and strengths that follow from them, are ours.
 
     Args:
         sparsity: the fraction removed, in (0, 1), of all chosen weights together.

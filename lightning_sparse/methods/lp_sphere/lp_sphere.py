@@ -60,7 +60,8 @@ class LpSphere(Masked):
     With a `sparsity`, connections also fall and return (at `evolve`, from the gradients of that very step). A connection
     falls where its weight is small beside the mean of its output; others return where the gradient is large. What has
     fallen is exactly zero in the model and in every checkpoint, but v lives on in the callback: it fades, and a
-    connection that returns takes up what is left of it. These masks are drawn over all `targets`, free ones included.
+    connection that returns takes up what is left of it, at once (the official code shows zero for one more forward pass).
+    These masks are drawn over all `targets`, free ones included.
 
     Source: Li et al. 2021, https://arxiv.org/abs/2103.16013, read from the official repository WilliamLiPro/LpSS: the
     text of the paper was not at hand. Its slips are mended: norms do not underflow, growth goes by the magnitude of the
