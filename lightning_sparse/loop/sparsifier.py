@@ -155,7 +155,7 @@ class Sparsifier(Method, Callback):
             self.loop.conclude()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        empty = self.loop is None and 0 in (trainer.num_training_batches, trainer.limit_train_batches)  # type: ignore[attr-defined]
+        empty = self.loop is None and 0 in (trainer.num_training_batches, trainer.limit_train_batches)
         self._leave()
         if empty:
             raise ValueError(
