@@ -95,13 +95,13 @@ def _first_sentence(method: type) -> str:
 
 
 def _configurations(method: type) -> list[str]:
-    """The overlays whose last callback is this method."""
+    """The overlays that have this method."""
     found = []
     for name in config_names():
         if name.startswith("methods/"):
             config = yaml.safe_load((config_folder() / f"{name}.yaml").read_text())
-            last = config["trainer"]["callbacks+"][-1]["class_path"].rpartition(".")[2]
-            found += [name] if last == method.__name__ else []
+            classes = [entry["class_path"].rpartition(".")[2] for entry in config["trainer"]["callbacks+"]]
+            found += [name] if method.__name__ in classes else []
     return found
 
 

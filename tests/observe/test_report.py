@@ -139,9 +139,9 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 def test_the_command_lays_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained(tmp_path / "a", MagnitudePruning(0.5))
     trained(tmp_path / "b", RigL(0.5))
-    page_of_both = tmp_path / "both" / "page.html"
+    page_of_both = tmp_path / "both.html"
     main(["report", str(tmp_path / "a"), str(tmp_path / "b" / "report.html"), f"--output={page_of_both}"])
-    assert capsys.readouterr().out.strip().endswith("page.html")
+    assert capsys.readouterr().out.strip().endswith("both.html")
     assert len(read_report(page_of_both)) == 2
     main(["report", str(tmp_path / "a"), str(page_of_both)])
     assert len(read_report(Path("comparison.html"))) == 3
