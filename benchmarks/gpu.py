@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import cka_regularization, hypersparse, masking, methods, overhead, rewiring, updates
+from benchmarks import cka_regularization, hypersparse, masking, methods, overhead, rewiring, sharded, updates
 from benchmarks.accuracy import Comparison
 from benchmarks.record import Measurements, Options, Suite, at_once, whole
 from benchmarks.suites import PAPER
@@ -115,6 +115,7 @@ CHECKS = {
         "overhead": overhead.parts,
         "methods": methods.parts,
         "collectives": whole(collectives),
+        "shards": whole(sharded.on_one_device),
         "inductor": whole(inductor),
         "two_of_four": whole(two_of_four),
         "order_statistics": whole(order_statistics),

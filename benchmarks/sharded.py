@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
 from benchmarks.record import Options, Parts
@@ -41,9 +41,9 @@ METHODS: dict[str, Callable[[], list[Sparsifier]]] = {
 class Stack(pl.LightningModule):
     """Linear layers, each cut into shards by its rows as soon as it is made."""
 
-    def __init__(self, layers: int, width: int) -> None:
+    def __init__(self, layers: int, width: int, policy: MixedPrecisionPolicy | None = None, compiles: bool = False) -> None:
         super().__init__()
-        self.layers, self.width = layers, width
+        self.layers, self.width, self.policy, self.compiles = layers, width, policy or MixedPrecisionPolicy(), compiles
         self.net: Any = None
 
     def configure_model(self) -> None:
@@ -51,8 +51,11 @@ class Stack(pl.LightningModule):
             mesh, made = self.device_mesh["data_parallel"], []
             for seed in range(self.layers):
                 torch.manual_seed(seed)
-                made.append(fully_shard(nn.Linear(self.width, self.width, bias=False), mesh=mesh))
-            self.net = fully_shard(nn.Sequential(*made), mesh=mesh)
+                layer = nn.Linear(self.width, self.width, bias=False)
+                if self.compiles:
+                    layer.compile()
+                made.append(fully_shard(layer, mesh=mesh, mp_policy=self.policy))
+            self.net = fully_shard(nn.Sequential(*made), mesh=mesh, mp_policy=self.policy)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.net(batch).square().mean()
@@ -108,6 +111,26 @@ def trained(rank: int, layers: int, width: int, name: str) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
     updates = [number for step, number in ledger.sent.items() if step >= 0]
     return {**ledger.seconds, "sent": updates, "peak": peak}
+
+
+def on_one_device(options: Options) -> dict[str, Any]:
+    """What no CPU can tell of shards: NCCL, a policy of bfloat16, a compiled block; the sparsity that each run ends with."""
+    kind = "gpu" if options.device == "cuda" else "cpu"
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found: dict[str, Any] = {}
+    for name in list(METHODS)[1:]:
+        for way, policy, compiles in (("float32", None, False), ("bfloat16", half, False), ("compiled", None, True)):
+            method = METHODS[name]()[0]
+            module = Stack(4, 64 if options.quick else 1024, policy, compiles and not options.quick)
+            strategy = ModelParallelStrategy(1, 1)
+            runner = trainer(method, strategy=strategy, devices=1, accelerator=kind, max_epochs=1, log_every_n_steps=100)
+            runner.fit(module, DataLoader(torch.randn(4 * STEPS, module.width), batch_size=4))
+            zeros = sum(int((layout.local(p) == 0).sum()) for p in module.parameters())
+            size = sum(p.numel() for p in module.parameters())
+            found[f"{name}, {way}"] = {"masks": method.mask_set.sparsity, "zeros": zeros / size}
+    found["backend"] = distributed.get_backend()
+    distributed.destroy_process_group()
+    return found
 
 
 def measured(weights: int) -> dict[str, Any]:

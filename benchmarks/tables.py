@@ -24,6 +24,7 @@ from benchmarks.record import RESULTS, Row, markdown, pick, spread
 from benchmarks.suites import SUITES
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+LARGE = PAGE.with_name("large-models.md")
 
 LABELS = {
     "dense": "dense (0 %)",
@@ -256,6 +257,21 @@ def peaks(columns: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[
     return [["peak memory, times a plain training's", *places(columns)], *rows]
 
 
+def sharded() -> list[Row]:
+    """Masks on weights of which each of two ranks holds half."""
+    columns = {title.split()[2]: column for title, column in numbers("cost-sharded").items()}
+    rows = [["dense training, peak of a rank in GiB", *(f"{c['dense']['peak in GiB']:.1f}" for c in columns.values())]]
+    for way, label in (("RigL", "`RigL`"), ("global threshold", "`MagnitudePruning`, global")):
+        found = [column[way] for column in columns.values()]
+        rows.append([f"{label}: an update, s", *(f"{one['update in s']:.1f}" for one in found)])
+        rows.append([f"{label}: sent at an update, MiB", *(f"{one['MiB sent at an update']:.1f}" for one in found)])
+        rows.append([f"{label}: sent per layer, MiB", *(f"{one['MiB sent per layer']:.2f}" for one in found)])
+        rows.append([f"{label}: masks of a step, ms", *(f"{one['masks of a step, in ms']:.0f}" for one in found)])
+        rows.append([f"{label}: peak beyond dense, GiB", *(f"{one['GiB beyond dense']:.2f}" for one in found)])
+    sizes = [f"{int(size.replace(',', '')) / 1e6:.0f} M weights" for size in columns]
+    return [["two ranks, one thread each", *sizes], *rows]
+
+
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "lenet300": lambda: accuracy("desk-lenet300"),
     "hypersparse": lambda: accuracy("desk-hypersparse", work=False),
@@ -273,6 +289,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "methods": methods,
     "inside": inside,
     "memory": lambda: memory("memory-methods"),
+    "sharded": sharded,
 }
 
 
@@ -391,7 +408,8 @@ def main() -> None:
     elif options.table:
         print(block(options.table))
     else:
-        PAGE.write_text(filled(PAGE.read_text()))
+        for page in (PAGE, LARGE):
+            page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":
