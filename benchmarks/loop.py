@@ -26,7 +26,7 @@ def hand_over(method: Sparsifier, methods: Sequence[Sparsifier]) -> None:
             one.clean()  # the others have moved what it has pruned, and its moments
             one.watch = Watch()
             for optimizer in one.run.optimizers:
-                one.watch.note(Step(optimizer, one.loop._owned[id(optimizer)][id(one)]))
+                one.watch.note(Step(optimizer, one.loop.ownership.of(optimizer)[id(one)]))
                 one.watch.trust(optimizer, one.masks.changes)
 
 
@@ -37,7 +37,8 @@ def stand_in(method: Rewiring, owner: Masked) -> None:
     method.loop, method.chosen, method.masks = owner.loop, owner.chosen, owner.masks
     method.begun_with, method.steps = owner.begun_with, 1
     method.window.start, method.window.end, method.window.done = 0.0, 1.0, FINAL
-    for owned in owner.loop._owned.values():
+    for optimizer in owner.run.optimizers:
+        owned = owner.loop.ownership.of(optimizer)
         owned[id(method)] = owned[id(owner)]
 
 

@@ -40,7 +40,8 @@ class Loop:
         self._closed = False
         self._handed_over = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._ownership = Ownership(methods)
+        self.ownership = Ownership(methods)
+        """Which weights of which method an optimizer moves."""
         self._pending: dict[int, list[tuple[Method, Step]]] = {}
         self._depth: dict[int, int] = {}
         self._trusted: set[int] = set()
@@ -188,11 +189,11 @@ class Loop:
 
     def _lent(self, optimizer: Optimizer) -> AbstractContextManager[None]:
         """While methods act, the parts of weights that they see have gradients."""
-        parts = self._ownership.parts(optimizer)
+        parts = self.ownership.parts(optimizer)
         return lent_gradients(parts) if parts else nullcontext()
 
     def _steps(self, optimizer: Optimizer, scale: Tensor | None = None) -> list[tuple[Method, Step]]:
-        owned = self._ownership.of(optimizer)
+        owned = self.ownership.of(optimizer)
         return [(method, Step(optimizer, owned[id(method)], scale)) for method in self.methods]
 
     def _count(self) -> None:
@@ -207,7 +208,7 @@ class Loop:
         if id(optimizer) not in self._trusted:
             for method in self.methods:
                 if method.clears_moments:
-                    check_moments(optimizer, self._ownership.of(optimizer)[id(method)].values())
+                    check_moments(optimizer, self.ownership.of(optimizer)[id(method)].values())
             if optimizer.state:
                 self._trusted.add(id(optimizer))
 

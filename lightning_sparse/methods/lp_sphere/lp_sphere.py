@@ -164,6 +164,8 @@ class LpSphere(Masked):
                 "mixing_schedule='constant'."
             )
         if self.sparsity is None:
+            if run.epochs is not None:  # nothing falls, but a slip of the pen is one
+                self.window.check(run, 1.0, f"{self.label} ends its schedule")
             return
         self.window.check(run, until, f"{self.label} ends its schedule")
         total, removed = self._weights_in_all(), exact_count(self.sparsity, self._counted())
