@@ -226,7 +226,15 @@ def test_refusals(make: Callable[[], Toy], method: Make, sentence: str, tmp_path
 
 
 def test_a_part_that_is_named() -> None:
-    fit(Parts(), Distillation(network="head", temperature=1.0), MagnitudePruning(0.5, targets=["body"]))
+    """The teacher pulls at the part: it ends elsewhere than without one, and what is pruned is pruned as without."""
+    ends = []
+    for teacher in ([], [Distillation(network="head", temperature=1.0)]):
+        torch.manual_seed(0)
+        module, pruning = Parts(), MagnitudePruning(0.5, targets=["body"])
+        fit(module, *teacher, pruning)
+        assert pruning.masks.sparsity == 0.5
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in module.head.parameters()]))
+    assert not ends[0].equal(ends[1])
 
 
 def test_one_output_has_no_classes() -> None:
