@@ -28,7 +28,7 @@ from lightning_sparse.export import (
     use_kernels,
 )
 from lightning_sparse.export.compare_models import Timing, interleaved
-from lightning_sparse.export.ladder import _Ladder
+from lightning_sparse.export.rungs import Ladder
 from lightning_sparse.export.semi_structured import why_not
 from lightning_sparse.models import MLP, Classifier, ResNet
 from lightning_sparse.testing import trainer
@@ -249,8 +249,8 @@ def small() -> nn.Module:
 
 
 def test_a_rung_that_fails_its_verification_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(ladder: _Ladder) -> Any:
-        made = _Ladder.plain(ladder)
+    def wrong(ladder: Ladder) -> Any:
+        made = Ladder.plain(ladder)
         right = made.run
         made.run = lambda x: right(x) + 0.25
         return made
@@ -260,8 +260,8 @@ def test_a_rung_that_fails_its_verification_writes_nothing(tmp_path: Path, monke
         export_ladder(small(), torch.randn(3, 4), tmp_path / "out", rungs=["plain", "compact", "onnx"], rounds=0)
     assert not (tmp_path / "out").exists()
 
-    def broken(ladder: _Ladder) -> Any:
-        made = _Ladder.plain(ladder)
+    def broken(ladder: Ladder) -> Any:
+        made = Ladder.plain(ladder)
         right = made.run
         made.run = lambda x: right(x) * float("nan")
         return made
@@ -273,8 +273,8 @@ def test_a_rung_that_fails_its_verification_writes_nothing(tmp_path: Path, monke
 
 
 def test_a_rung_that_does_not_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(ladder: _Ladder) -> Any:
-        made = _Ladder.plain(ladder)
+    def failing(ladder: Ladder) -> Any:
+        made = Ladder.plain(ladder)
         made.run = lambda x: torch.ones(2) @ torch.ones(3)
         return made
 
