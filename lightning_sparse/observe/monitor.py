@@ -17,7 +17,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
+from rich import get_console
 from torch import Tensor, nn
 
 from lightning_sparse.core import (
@@ -174,7 +174,7 @@ class SparsityMonitor(Callback):
                 if isinstance(masks := method.mask_set, Masks) and len(masks):
                     rows = method.summary()  # all ranks count together
                     if trainer.is_global_zero:
-                        Console().print("", render(rows, title=method.label))
+                        get_console().print("", render(rows, title=method.label))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._conclude(trainer, pl_module, row["step"])
 
