@@ -37,6 +37,7 @@ from lightning_sparse.loop.dry_run import dry_run, size_of, take_step, train_but
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.privates import logged_step
 from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
+from lightning_sparse.observe.asked import AskedMetric
 from lightning_sparse.observe.facts import describe_run, name_of, tags_of
 from lightning_sparse.observe.history import History, best_of, choose_metric
 from lightning_sparse.observe.loggers import conclude, introduce
@@ -73,11 +74,14 @@ class SparsityMonitor(Callback):
     once, at the start, a forward pass of a copy of the module is made, to count its MACs.
 
     Args:
-        metric: what accuracy is drawn from; None takes validation accuracy, or what comes nearest.
+        metric: what accuracy is drawn from, as it is logged; None takes validation accuracy, or what comes nearest.
         table: print what is left of each layer when training ends.
         report: write `report.html`, one page that needs nothing else, beside the logs of the first logger or into the
             Trainer's `default_root_dir`; `lightning-sparse report` lays several side by side.
         artifacts: give Weights & Biases the best checkpoint, with its sparsity and accuracy.
+
+    Raises:
+        ValueError: before the first step if a metric is never logged, or after the first epoch if it could not be known.
     """
 
     def __init__(self, metric: str | None = None, table: bool = True, report: bool = True, artifacts: bool = True) -> None:
@@ -92,6 +96,7 @@ class SparsityMonitor(Callback):
         self._seen, self._begun = -1, False
         self._dead: set[str] = set()
         self._concluded: _Concluded | None = None
+        self._asked = AskedMetric(metric)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -105,6 +110,7 @@ class SparsityMonitor(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._begun = False
+        self._asked.begin()
         if stage == "fit" and not sparsifiers(trainer):
             rank_zero_info("SparsityMonitor: no method of lightning_sparse in this Trainer; only exact zeros are counted.")
 
@@ -114,7 +120,14 @@ class SparsityMonitor(Callback):
         if trainer.global_step == 0:
             self.history = History()
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._asked.after_validation(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._asked.after_epoch(trainer)
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._asked.before_training(trainer, pl_module, batch)
         if not self._begun and (trainer.is_global_zero or is_cut(pl_module)):  # now all methods have
             self._begun = True
             self._begin(trainer, pl_module, batch)
@@ -166,6 +179,10 @@ class SparsityMonitor(Callback):
         self._before = {}
         if not (self._begun and self.history.rows):  # no batch, nothing to see, or a rank that need not help
             return
+        try:
+            self._asked.after_epoch(trainer)
+        except ValueError as error:  # the only epoch is over, and stays
+            rank_zero_warn(str(error))
         row = self.history.rows[-1]
         self._log(trainer, self._summary(), row["step"])
         conclude(trainer, describe_run(trainer, pl_module), {**self._numbers(row), **self._summary()})
