@@ -43,7 +43,7 @@ from lightning_sparse.observe.history import History, best_of, choose_metric
 from lightning_sparse.observe.loggers import conclude, introduce
 from lightning_sparse.observe.page import Run
 from lightning_sparse.observe.pictures import corner, picture
-from lightning_sparse.observe.report import FILE, describe_machine, write_report
+from lightning_sparse.observe.report import FILE, describe_machine, why_unwritable, write_report
 from lightning_sparse.observe.table import render
 from lightning_sparse.observe.wandb import Dashboard
 
@@ -81,7 +81,8 @@ class SparsityMonitor(Callback):
         artifacts: give Weights & Biases the best checkpoint, with its sparsity and accuracy.
 
     Raises:
-        ValueError: before the first step if a metric is never logged, or after the first epoch if it could not be known.
+        ValueError: before the first step if a metric is never logged, or after the first epoch if that could not be known
+            before; and if there is no room for the report.
     """
 
     def __init__(self, metric: str | None = None, table: bool = True, report: bool = True, artifacts: bool = True) -> None:
@@ -144,6 +145,13 @@ class SparsityMonitor(Callback):
                 "targets=['type:<class>'], or leave SparsityMonitor out."
             )
             return
+        if self.report and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = run_folder(trainer)
+            if (reason := why_unwritable(folder)) is not None:
+                raise ValueError(
+                    f"SparsityMonitor cannot write its report into '{folder}' ({reason}); choose another "
+                    "default_root_dir, or write report=False."
+                )
         self._before = self._masks(trainer)
         if is_cut(pl_module):
             rank_zero_info("SparsityMonitor: MACs are left out, because weights are cut into shards.")
@@ -202,8 +210,7 @@ class SparsityMonitor(Callback):
         if not trainer.is_global_zero:
             return
         self._concluded = _Concluded(run, folder / FILE if self.report else None, step, id(pl_module), self._boards)
-        self._write()
-        if self.report:
+        if self._write():
             rank_zero_info(f"SparsityMonitor: see {folder / FILE}")
         best = _best_checkpoint(trainer)
         for board in self._boards:
@@ -234,13 +241,23 @@ class SparsityMonitor(Callback):
             self._concluded.run["dense"]["test"] = {name: float(value) for name, value in tested.items()}
             self._write()
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
+        """Whether there is a page now."""
         done = self._concluded
         assert done is not None
-        if done.page is not None:
+        if done.page is None:
+            return False
+        try:
             write_report(done.page, done.run)
-            for board in done.boards:
-                board.report(done.step, done.page)
+        except OSError as error:  # training is over, and worth more than its report
+            rank_zero_warn(
+                f"SparsityMonitor: '{done.page}' cannot be written ({error.strerror or error}), and the run goes on without "
+                "it; make room, and a test of the model in this process writes it again."
+            )
+            return False
+        for board in done.boards:
+            board.report(done.step, done.page)
+        return True
 
     def _whole(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The masks that are drawn; where they are cut, all ranks must call it, and the first one gets them."""
