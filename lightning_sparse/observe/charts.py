@@ -182,7 +182,9 @@ def lines(curves: Sequence[Curve], x: Axis, y: Axis, label: str, marks: bool = F
     )
     colored = base.encode(color=color, opacity=SHOWN)
     layers = [
-        colored.mark_line(strokeWidth=2 if len(curves) <= MANY else 1, strokeJoin="round").encode(strokeDash=dash, detail="run:N", order="i:Q"),
+        colored.mark_line(strokeWidth=2 if len(curves) <= MANY else 1, strokeJoin="round").encode(
+            strokeDash=dash, detail="run:N", order="i:Q"
+        ),
         colored.transform_filter("datum.mark")
         .mark_point(filled=True, size=70, stroke="var(--paper)", strokeWidth=0.8)
         .encode(shape=shape),

@@ -13,7 +13,6 @@ from typing import Any, final
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -38,7 +37,7 @@ from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.privates import logged_step
 from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
 from lightning_sparse.observe.asked import AskedMetric
-from lightning_sparse.observe.facts import describe_run, name_of, tags_of
+from lightning_sparse.observe.facts import command_line_of, describe_run, name_of, tags_of
 from lightning_sparse.observe.history import History, best_of, choose_metric
 from lightning_sparse.observe.loggers import conclude, introduce
 from lightning_sparse.observe.page import Run
@@ -417,9 +416,8 @@ def run_folder(trainer: pl.Trainer) -> Path:
 
 def _config(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     """What the run was configured with: all of it from the command line, else what methods and module remember."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SaveConfigCallback):
-            return str(callback.parser.dump(callback.config, skip_none=False))
+    if (saved := command_line_of(trainer)) is not None:
+        return str(saved.parser.dump(saved.config, skip_none=False))
     known: dict[str, Any] = {method.label: method.config() for method in sparsifiers(trainer)}
     known |= {
         type(module).__name__: dict(module.hparams),
