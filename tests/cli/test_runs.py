@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ LOGGERS = {
 
 
 @pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("sys.argv", ["lightning-sparse"])
+    yield
+    wandb.finish()  # else the next logger of another test goes on with its run
 
 
 def fit(*more: str) -> Path:
