@@ -53,15 +53,15 @@ def test_masks_are_exchanged_one_after_the_other() -> None:
     masks, settled = mask_set(), {}
 
     def made() -> Iterator[tuple[str, torch.Tensor]]:
-        yield "a", torch.arange(15).reshape(3, 5) % 3 != 0
-        assert masks["a"].count_nonzero() == 10, "the first is in place before the second is made"
-        assert settled["a"].all(), "and settled: no entry was kept before and after"
-        assert masks.bits("a", torch.ones(3, 5)) is not None
-        yield "b", torch.ones(4, dtype=torch.bool)
+        yield "b", torch.arange(4) > 1
+        assert masks["b"].count_nonzero() == 2, "the first is in place before the second is made"
+        assert settled["b"].equal(torch.arange(4) < 2), "and settled: the other two are kept before and after"
+        assert masks.bits("b", torch.ones(4)) is not None, "it can be applied, though nobody has counted it yet"
+        yield "a", torch.arange(15).reshape(3, 5) % 3 == 0
 
     masks.replace(made(), settled.__setitem__)
-    assert masks.counts == {"a": 10, "b": 4}
-    assert [*settled] == ["a"], "the second is what it was"
+    assert masks.counts == {"a": 5, "b": 2}
+    assert [*settled] == ["b"], "the second is what it was"
 
 
 def test_masks_that_were_exchanged_before_an_error_are_counted() -> None:
