@@ -55,7 +55,15 @@ from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_expon
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
 from lightning_sparse.core.memory import Layouts, Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
-from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters, trained_part
+from lightning_sparse.core.networks import (
+    Network,
+    callee,
+    copy_model,
+    find_networks,
+    is_training,
+    shared_parameters,
+    trained_part,
+)
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
 from lightning_sparse.core.sources import align_names, read_masks, read_tensors
@@ -173,6 +181,7 @@ __all__ = [
     "is_depthwise",
     "is_layer",
     "is_linear",
+    "is_training",
     "join",
     "kind_of",
     "layout_of",

@@ -163,6 +163,29 @@ def test_products_are_those_of_all_ranks() -> None:
     assert all(first[name].equal(second[name]) for name in first)
 
 
+class Repeated(Toy):
+    """Inputs of which half are copies of the others, and fewer rows than columns."""
+
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.Linear(256, 16), nn.ReLU(), nn.Linear(16, 4)))
+
+    def loss(self, batch: Any) -> Tensor:
+        x = batch[0].flatten(1)
+        return F.cross_entropy(self.net(torch.cat([x, x, 1e4 * x, 0 * x], 1)), batch[1])
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
+def test_inputs_that_repeat_are_damped(structure: str) -> None:
+    torch.manual_seed(0)
+    module = Repeated()
+    method = SparseGPT(0.5, batches=1, damping=1e-9, structure=structure)
+    weights = solved(method, module)
+    for name in ("net.0.weight", "net.2.weight"):
+        assert weights[name].isfinite().all()
+        assert (weights[name] == 0).equal(~method.masks[name])
+    assert method.masks.sparsity == 0.5
+
+
 class Unreached(Toy):
     """An expert without tokens."""
 
