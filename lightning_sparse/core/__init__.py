@@ -21,7 +21,7 @@ from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
-from lightning_sparse.core.inputs import InputTap, as_matrix, from_matrix, input_rows, shows_inputs
+from lightning_sparse.core.inputs import InputTap, Reading, as_matrix, from_matrix, input_rows, shows_inputs
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
 from lightning_sparse.core.layout import (
     Layout,
@@ -125,6 +125,7 @@ __all__ = [
     "Plan",
     "Position",
     "Positions",
+    "Reading",
     "Remembered",
     "RunLength",
     "Selection",

@@ -16,7 +16,7 @@ from lightning_sparse.core import Target, as_matrix, from_matrix
 from lightning_sparse.functional import compensate, inverse_factor
 from lightning_sparse.testing import Toy, fit, fit_on_ranks, loader, network, run_on_ranks, toy
 from tests.helpers.data import DATA, Talkative, run
-from tests.helpers.inputs import LAYERS, batches, inputs
+from tests.helpers.inputs import LAYERS, Note, batches, inputs, solved
 
 HALF = {"net.0.weight": 36, "net.2.weight": 288, "net.6.weight": 1024, "net.8.weight": 32}
 
@@ -38,20 +38,6 @@ def walk(net: nn.Sequential, x: Tensor, kept: dict[str, int], n_m: tuple[int, in
         compensate(matrix, inverse_factor(products), kept[name], n_m=n_m, dead=dead)
         layer.weight.data.copy_(from_matrix(target, matrix))
     return {name: net[index].weight.detach() for name, index in LAYERS.items()}
-
-
-class Note(L.Callback):
-    """Weights before the first step."""
-
-    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
-        if trainer.global_step == 0:
-            self.weights = {name: value.clone() for name, value in module.named_parameters()}
-
-
-def solved(method: SparseGPT, module: L.LightningModule) -> dict[str, Tensor]:
-    note = Note()
-    fit(module, method, note, max_epochs=1)
-    return note.weights
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
