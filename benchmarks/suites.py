@@ -195,6 +195,8 @@ COST = (
     Measurements("cost-updates", updates.parts),
     Measurements("cost-sharded", sharded.parts),
     Measurements("cost-rewiring", rewiring.parts),
+    Measurements("cost-sparsegpt", sparsegpt.parts),
+    Measurements("cost-finetuning", methods.finetuning),
     Measurements("cost-hypersparse", hypersparse.parts),
     Measurements("cost-sparse-connectivity-learning", scl.costs),
     Measurements("cost-masking", masking.parts),
@@ -223,7 +225,6 @@ COMING = (
     Measurements("kernels-fan-in", whole(structures.fan_in)),
     Measurements("kernels-blocks", whole(structures.blocks)),
     Measurements("ladders-structures", whole(structures.ladders)),
-    Measurements("cost-sparsegpt", sparsegpt.parts),
     Measurements("export-structures", whole(export.structures)),
     Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
 )
