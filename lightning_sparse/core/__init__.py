@@ -52,7 +52,7 @@ from lightning_sparse.core.linear import (
     padding_of,
 )
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
-from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
+from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold, add_up
 from lightning_sparse.core.memory import Layouts, Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
 from lightning_sparse.core.networks import (
@@ -137,6 +137,7 @@ __all__ = [
     "Transposable",
     "Unstructured",
     "Window",
+    "add_up",
     "align_names",
     "analyze",
     "as_matrix",

@@ -56,8 +56,23 @@ class Reading:
         """
         for index, tensor in enumerate(self.tensors):
             wide = torch.promote_types(tensor.dtype, torch.float32) if dtype is None else dtype
-            part = slice(None) if len(self.tensors) == 1 else slice(index, index + 1)
-            yield part, input_rows(self.layer, tensor.to(wide))
+            yield self._part(index), input_rows(self.layer, tensor.to(wide))
+
+    def squares(self) -> Iterator[tuple[slice, Tensor, int]]:
+        """For which groups, the sums over rows of their squares, (groups, columns), and how many rows there are.
+
+        Places of a convolution are taken apart after samples have been added up, which is as many times cheaper.
+        """
+        for index, tensor in enumerate(self.tensors):
+            squares = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
+            samples = 1
+            if isinstance(self.layer, CONVOLUTIONS) and squares.ndim == len(self.layer.kernel_size) + 2:
+                samples, squares = len(squares), squares.sum(0, keepdim=True)
+            rows = input_rows(self.layer, squares)
+            yield self._part(index), rows.sum(1), rows.shape[1] * samples
+
+    def _part(self, index: int) -> slice:
+        return slice(None) if len(self.tensors) == 1 else slice(index, index + 1)
 
 
 def as_matrix(target: Target, tensor: Tensor) -> Tensor:
@@ -83,7 +98,8 @@ def from_matrix(target: Target, matrix: Tensor) -> Tensor:
 
 
 def _split(tensor: Tensor, target: Target) -> Tensor:
-    return tensor.reshape(target.groups * target.parts, -1, *tensor.shape[1:])
+    groups = target.groups * target.parts
+    return tensor.reshape(groups, tensor.shape[0] // groups, *tensor.shape[1:])
 
 
 def _order(target: Target) -> list[int]:

@@ -57,6 +57,9 @@ class SeesInputs(Budgeted):
         layer = self._layers[path]
         if not shows_inputs(layer, leaf):
             return f"is in a layer ({type(layer).__name__}) whose calls do not show what it is multiplied with"
+        layout = target.layout
+        if layout is not None and (target.groups * target.parts > 1 or {*layout.cut} - {target.output_dim}):
+            return "is cut into shards otherwise than by its outputs"
         return super().misfit(target)
 
     @property

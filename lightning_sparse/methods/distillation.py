@@ -22,11 +22,12 @@ from lightning_sparse.core import (
     align_names,
     check_number,
     copy_model,
+    is_cut,
     read_tensors,
     trained_part,
 )
 from lightning_sparse.functional import distillation_loss
-from lightning_sparse.loop import Sparsifier
+from lightning_sparse.loop import Shards, Sparsifier
 from lightning_sparse.loop.dry_run import dry_run, is_repeatable, take_step, training_batches
 
 __all__ = ["Distillation"]
@@ -76,6 +77,7 @@ class Distillation(Sparsifier):
     """
 
     removes_weights = False
+    shards: ClassVar[Shards] = "data"
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("sparsity", "allocation", "structure", "layer_sparsity"),
         "it removes nothing by itself; list it beside a method that does",
@@ -121,6 +123,11 @@ class Distillation(Sparsifier):
         network = self.run.module.get_submodule(self._path)
         if isinstance(self.teacher, nn.Module):
             self._teacher = self.teacher
+        elif is_cut(network):
+            raise ValueError(
+                f"{self.label}: teacher='{self.teacher}' needs a copy of the network, whose weights are cut into shards; "
+                "give a module."
+            )
         else:
             self._teacher = copy_model(network)  # now, for others prune when they begin
             if self.teacher != START:

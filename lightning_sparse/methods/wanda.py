@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from lightning_sparse.families.pruning import Pruning
 from lightning_sparse.families.sees_inputs import SeesInputs
 from lightning_sparse.functional import ria_score, row_ranks, wanda_score
 from lightning_sparse.functional.schedules import Schedule, ScheduleName
+from lightning_sparse.loop import Shards
 
 __all__ = ["Wanda"]
 
@@ -82,6 +83,8 @@ class Wanda(SeesInputs, Pruning):
         >>> Wanda(sparsity=0.5, batches=16).label
         'Wanda'
     """
+
+    shards: ClassVar[Shards] = "data"
 
     seen = Remembered[Tensor](lambda: torch.zeros(0), averaged=True)
     """Sums of squares of all columns of all weights, and behind them of each group how many rows were added."""
@@ -166,9 +169,9 @@ class Wanda(SeesInputs, Pruning):
 
     def _add(self, name: str, reading: Reading) -> None:
         place = self._places[name]
-        for part, rows in reading.rows():
-            self.seen[place.sums].view(place.groups, -1)[part] += rows.square().sum(1).to(self.seen)
-            self.seen[place.counts][part] += rows.shape[1]
+        for part, sums, rows in reading.squares():
+            self.seen[place.sums].view(place.groups, -1)[part] += sums.to(self.seen)
+            self.seen[place.counts][part] += rows
 
     def _measure(self) -> None:
         """The norms of all inputs, over rows and ranks, up to one factor for all."""
@@ -198,7 +201,8 @@ class Wanda(SeesInputs, Pruning):
     def score(self, name: str, weight: Tensor) -> Tensor:
         target = self.targets_by_name[name]
         matrix = as_matrix(target, weight)
-        score = (ria_score if self.relative else wanda_score)(matrix, self._norms[name])
+        norms = self._norms[name]
+        score = ria_score(matrix, norms, total=self.total(name)) if self.relative else wanda_score(matrix, norms)
         if self.compare == "output" and not isinstance(self.quota.structure, Channels):
             dropped = as_matrix(target, self.masks.dropped(name))
             score = row_ranks(score.masked_fill(dropped, -torch.inf))

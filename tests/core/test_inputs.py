@@ -56,6 +56,10 @@ def test_rows_times_the_matrix_are_the_outputs(layer: Any, shape: tuple[int, ...
     found = outputs.permute(1, 0, 2).flatten(1)
     torch.testing.assert_close(found, expected.reshape(found.shape))
     assert from_matrix(target, matrix).equal(layer.weight)
+    [(part, sums, count)] = Reading(layer, (x,)).squares()
+    assert part == slice(None)
+    assert count == outputs.shape[1]
+    torch.testing.assert_close(sums, input_rows(layer, x).square().sum(1))
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=IDS)
