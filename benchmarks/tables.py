@@ -325,16 +325,16 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "lpss": lpss,
     "simulation": simulation,
     **{name: make for name, (make, _) in CLAIMS.items()},
+    "perplexity": perplexity,
     "overhead": overhead,
     "peaks": lambda: memory("memory-overhead"),
     "updates": updates,
+    "sparsegpt": sparsegpt,
+    "finetuning": finetuning,
     "methods": methods,
     "inside": inside,
     "memory": lambda: memory("memory-methods"),
     "sharded": sharded,
-    "sparsegpt": sparsegpt,
-    "finetuning": finetuning,
-    "perplexity": perplexity,
 }
 
 
