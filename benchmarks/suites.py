@@ -195,6 +195,7 @@ COST = (
     Measurements("cost-updates", updates.parts),
     Measurements("cost-sharded", sharded.parts),
     Measurements("cost-rewiring", rewiring.parts),
+    Measurements("cost-sparsegpt", sparsegpt.parts),
     Measurements("cost-hypersparse", hypersparse.parts),
     Measurements("cost-sparse-connectivity-learning", scl.costs),
     Measurements("cost-masking", masking.parts),
@@ -221,10 +222,10 @@ COMING = (
     Comparison("desk-structures-resnet20", CIFAR, STRUCTURED, (0.9,)),
     Comparison("desk-channels-resnet20", CIFAR, ("dense", *CHANNELS), (0.5,)),
     Measurements("cost-structures", methods.structured),
+    Measurements("cost-finetuning", methods.finetuning),
     Measurements("kernels-fan-in", whole(structures.fan_in)),
     Measurements("kernels-blocks", whole(structures.blocks)),
     Measurements("ladders-structures", whole(structures.ladders)),
-    Measurements("cost-sparsegpt", sparsegpt.parts),
     Measurements("export-structures", whole(export.structures)),
 )
 """Whose numbers have not been measured, or not all of them, on a quiet machine yet."""

@@ -21,7 +21,7 @@ from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
 from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
 from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
-from lightning_sparse.core.inputs import InputTap, as_matrix, from_matrix, input_rows, shows_inputs
+from lightning_sparse.core.inputs import InputTap, Reading, as_matrix, from_matrix, input_rows, shows_inputs
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
 from lightning_sparse.core.layout import (
     Layout,
@@ -52,10 +52,18 @@ from lightning_sparse.core.linear import (
     padding_of,
 )
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
-from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
+from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold, add_up
 from lightning_sparse.core.memory import Layouts, Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
-from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters, trained_part
+from lightning_sparse.core.networks import (
+    Network,
+    callee,
+    copy_model,
+    find_networks,
+    is_training,
+    shared_parameters,
+    trained_part,
+)
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
 from lightning_sparse.core.sources import align_names, read_masks, read_tensors
@@ -117,6 +125,7 @@ __all__ = [
     "Plan",
     "Position",
     "Positions",
+    "Reading",
     "Remembered",
     "RunLength",
     "Selection",
@@ -128,6 +137,7 @@ __all__ = [
     "Transposable",
     "Unstructured",
     "Window",
+    "add_up",
     "align_names",
     "analyze",
     "as_matrix",
@@ -173,6 +183,7 @@ __all__ = [
     "is_depthwise",
     "is_layer",
     "is_linear",
+    "is_training",
     "join",
     "kind_of",
     "layout_of",
