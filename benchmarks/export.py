@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,8 +24,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.accuracy import have_data
-from benchmarks.record import Options, markdown
-from benchmarks.trainers import quiet
+from benchmarks.record import Options, Parts, markdown
+from benchmarks.trainers import trained
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import CIFAR10, Digits
 from lightning_sparse.export import Quantization, export_ladder, fold_norms, remove_dead
@@ -41,25 +41,32 @@ def accuracy(module: nn.Module, data: Any) -> dict[str, float]:
     return {"test accuracy": float(sum(right)) / len(data.parts["test"][1])}
 
 
-def resnet(options: Options) -> dict[str, Any]:
+def resnet(options: Options) -> Parts:
+    """As trained, and with its normalizations folded, which eight bits have anyway."""
     have_data(CIFAR10, options)
-    data: Any = Digits() if options.quick else CIFAR10(root=options.data)
-    epochs = options.epochs or (1 if options.quick else 5)
-    L.seed_everything(0, verbose=False)
-    module = Classifier(ResNet, data.num_classes, data.in_channels, data.image_size).to(memory_format=torch.channels_last)
-    pruning = MagnitudePruning(0.5, structure="coupled", allocation="uniform")
-    quiet([pruning], "cpu", max_epochs=epochs, limit_val_batches=0, precision="bf16-mixed").fit(module, data)
-    module = module.to(memory_format=torch.contiguous_format)
-    data.setup("test")
-    inputs = next(iter(data.test_dataloader()))[0][:BATCH]
-    calibration = [x for (x, _), _ in zip(data.train_dataloader(), range(16), strict=False)]
-    both = {"evaluate": lambda made: accuracy(made, data), "quantization": Quantization(calibration)}
-    return {
-        "as trained": ladder(module, inputs, options, **both),
-        "normalization folded": ladder(module, inputs, options, fold=True, **both),
-        "trained": f"{epochs} epochs of {type(data).__name__}, seed 0; MagnitudePruning(0.5, structure='coupled', "
-        "allocation='uniform')",
-    }
+
+    @cache
+    def made() -> tuple[nn.Module, Tensor, dict[str, Any]]:
+        data: Any = Digits() if options.quick else CIFAR10(root=options.data)
+        L.seed_everything(0, verbose=False)
+        module = Classifier(ResNet, data.num_classes, data.in_channels, data.image_size).to(
+            memory_format=torch.channels_last
+        )
+        pruning = MagnitudePruning(0.5, structure="coupled", allocation="uniform")
+        network = trained(module, data, [pruning], "export-resnet", options, epochs=4)
+        data.setup("fit")
+        batches = [x for (x, _), _ in zip(data.train_dataloader(), range(16), strict=False)]
+        data.setup("test")
+        inputs = next(iter(data.test_dataloader()))[0][:BATCH]
+        both = {"evaluate": lambda made: accuracy(made, data), "quantization": Quantization(batches, tolerance=0.005)}
+        return network.to(memory_format=torch.contiguous_format), inputs, both
+
+    def climb(fold: bool) -> dict[str, Any]:
+        network, inputs, both = made()
+        return ladder(network, inputs, options, fold=fold, **both)
+
+    yield ("as trained",), partial(climb, fold=False)
+    yield ("normalization folded",), partial(climb, fold=True)
 
 
 def mlp(options: Options) -> dict[str, Any]:

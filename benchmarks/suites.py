@@ -203,7 +203,7 @@ COST = (
     Measurements("cost-monitor", monitor.parts),
     Measurements("memory-overhead", overhead.memory_parts),
     Measurements("memory-methods", methods.peaks),
-    Measurements("export-resnet", whole(export.resnet)),
+    Measurements("export-resnet", export.resnet),
     Measurements("export-mlp", whole(export.mlp)),
     Measurements("export-carriers", whole(export.carriers)),
     Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
