@@ -220,11 +220,11 @@ COMING = (
     Comparison("desk-structures-resnet20", CIFAR, STRUCTURED, (0.9,)),
     Comparison("desk-channels-resnet20", CIFAR, ("dense", *CHANNELS), (0.5,)),
     Measurements("cost-structures", methods.structured),
-    Measurements("kernels-fan-in", whole(structures.fan_in)),
-    Measurements("kernels-blocks", whole(structures.blocks)),
-    Measurements("ladders-structures", whole(structures.ladders)),
+    Measurements("kernels-fan-in", structures.fan_in),
+    Measurements("kernels-blocks", structures.blocks),
+    Measurements("ladders-structures", structures.ladders),
     Measurements("cost-sparsegpt", sparsegpt.parts),
-    Measurements("export-structures", whole(export.structures)),
+    Measurements("export-structures", export.structures),
     Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
 )
 """Whose numbers have not been measured, or not all of them, on a quiet machine yet."""
