@@ -204,7 +204,7 @@ COST = (
     Measurements("cost-monitor", monitor.parts),
     Measurements("memory-overhead", overhead.memory_parts),
     Measurements("memory-methods", methods.peaks),
-    Measurements("export-resnet", whole(export.resnet)),
+    Measurements("export-resnet", export.resnet),
     Measurements("export-mlp", whole(export.mlp)),
     Measurements("export-carriers", whole(export.carriers)),
     Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
@@ -223,10 +223,10 @@ COMING = (
     Comparison("desk-channels-resnet20", CIFAR, ("dense", *CHANNELS), (0.5,)),
     Measurements("cost-structures", methods.structured),
     Measurements("cost-finetuning", methods.finetuning),
-    Measurements("kernels-fan-in", whole(structures.fan_in)),
-    Measurements("kernels-blocks", whole(structures.blocks)),
-    Measurements("ladders-structures", whole(structures.ladders)),
-    Measurements("export-structures", whole(export.structures)),
+    Measurements("kernels-fan-in", structures.fan_in),
+    Measurements("kernels-blocks", structures.blocks),
+    Measurements("ladders-structures", structures.ladders),
+    Measurements("export-structures", export.structures),
 )
 """Whose numbers have not been measured, or not all of them, on a quiet machine yet."""
 

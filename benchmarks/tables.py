@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, made from the results, and its figures.
+"""The tables of docs/evidence.md, and some of other pages, made from the results, and its figures.
 
     python -m benchmarks.tables                            write the tables into the page
     python -m benchmarks.tables cka                        print one
@@ -21,11 +21,13 @@ from typing import Any
 
 from benchmarks.accuracy import Comparison
 from benchmarks.claims import CLAIMS, progress
+from benchmarks.export import structure_rows
 from benchmarks.record import RESULTS, Row, markdown, pick, spread
 from benchmarks.suites import SUITES
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 LARGE = PAGE.with_name("large-models.md")
+GUIDE = PAGE.with_name("guide.md")
 
 LABELS = {
     "dense": "dense (0 %)",
@@ -335,6 +337,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "inside": inside,
     "memory": lambda: memory("memory-methods"),
     "sharded": sharded,
+    "exports": lambda: structure_rows(SUITES["export-structures"].content(RESULTS).get("numbers", {})),
 }
 
 
@@ -351,7 +354,7 @@ def filled(page: str) -> str:
     def fresh(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n\n{block(match[1])}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- (?!end)(\w+) -->.*?<!-- end -->", fresh, page, flags=re.DOTALL)
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}) -->.*?<!-- end -->", fresh, page, flags=re.DOTALL)
 
 
 # ---- the figure --------------------------------------------------------------------------------------------------------
@@ -453,7 +456,7 @@ def main() -> None:
     elif options.table:
         print(block(options.table))
     else:
-        for page in (PAGE, LARGE):
+        for page in (PAGE, LARGE, GUIDE):
             page.write_text(filled(page.read_text()))
 
 

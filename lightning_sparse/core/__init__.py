@@ -17,8 +17,9 @@ from lightning_sparse.core.channel_costs import ChannelCosts
 from lightning_sparse.core.checks import check_choice, check_number, check_schedule, check_sparsity, check_whole
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
+from lightning_sparse.core.coupling_engine import CouplingEngine, Member, Positions
 from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
-from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
+from lightning_sparse.core.dependencies import Dependencies, Group, coupled_outputs, find_coupling
 from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
 from lightning_sparse.core.inputs import InputTap, Reading, as_matrix, from_matrix, input_rows, shows_inputs
@@ -72,6 +73,7 @@ from lightning_sparse.core.structures import StructureName, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
 from lightning_sparse.core.target import Target
 from lightning_sparse.core.targets import Candidate, Selection, describe, find_targets, select_targets
+from lightning_sparse.core.torch_pruning_engine import torch_pruning
 from lightning_sparse.core.transposable import Transposable
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
@@ -99,6 +101,7 @@ __all__ = [
     "Coupled",
     "CoupledVectors",
     "Coupling",
+    "CouplingEngine",
     "Coverage",
     "Dependencies",
     "Exponents",
@@ -115,6 +118,7 @@ __all__ = [
     "LiveMasks",
     "MaskSet",
     "Masks",
+    "Member",
     "Memory",
     "Mold",
     "NOfM",
@@ -213,6 +217,7 @@ __all__ = [
     "summarize",
     "tensors_in",
     "to_cpu",
+    "torch_pruning",
     "total_over_ranks",
     "trained_part",
     "whole",
