@@ -146,7 +146,12 @@ def any_bits(tensor: Tensor, bits: Tensor) -> Tensor:
         tensor(False)
     """
     raw = tensor.view(_INTEGERS[tensor.element_size()])
-    return raw.bitwise_and(bits.to(raw.dtype)).any()
+    if not (tensor.is_cpu and tensor.is_contiguous() and bits.is_contiguous()):
+        return raw.bitwise_and(bits.to(raw.dtype)).any()
+    raw, bits = raw.view(-1), bits.view(-1)
+    size = _CHUNK * torch.get_num_threads()
+    parts = zip(raw.split(size), bits.split(size), strict=True)
+    return torch.tensor(any(part.bitwise_and(kept.to(raw.dtype)).any() for part, kept in parts))
 
 
 def pack(mask: Tensor) -> Tensor:

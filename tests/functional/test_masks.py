@@ -57,7 +57,7 @@ def test_channels(dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["whole", "channels last", "strided", "long"])
 def test_bits_keep_or_erase(dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_sparse.functional import apply_bits_, mask_bits
+    from lightning_sparse.functional import any_bits, apply_bits_, mask_bits
     from lightning_sparse.functional import masks as module
 
     if layout == "long":
@@ -74,6 +74,13 @@ def test_bits_keep_or_erase(dtype: torch.dtype, layout: str, monkeypatch: pytest
     apply_bits_(tensor, mask_bits(mask))
     assert tensor.equal(expected)
     assert not (torch.signbit(tensor) & ~mask).any()
+    dropped = mask_bits(~mask)
+    assert not any_bits(tensor, dropped)
+    for place in ((0, 0, 0, 0), tuple((~mask).nonzero()[-1].tolist())):
+        for value in (1e-7, -0.0, torch.nan):
+            other = tensor.clone()
+            other[place] = value
+            assert any_bits(other, dropped), "also where it is the first or the last, and zero but for its sign"
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (3, 5), (2, 3, 3, 3), (0,)])
