@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from benchmarks.competitors import SPARSITY, layers
 from benchmarks.record import Options, Parts
 from benchmarks.turns import held, in_turns, ratios, timed
-from lightning_sparse.core import Budget, MaskSet, find_targets
+from lightning_sparse.core import Budget, MaskSet, find_targets, lay_out
 from lightning_sparse.functional import magnitude
 
 
@@ -30,7 +30,7 @@ def updates(weights: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
         return nn.Sequential(*[nn.Linear(1000, weights // 5000, bias=False, device=device) for _ in range(5)])
 
     targets = find_targets(fresh())
-    plan = Budget(SPARSITY).plan(targets)
+    plan = lay_out(Budget(SPARSITY), targets)
     masks = MaskSet({target.name: target.weight for target in targets})
 
     def ours() -> None:

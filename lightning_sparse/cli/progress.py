@@ -8,6 +8,7 @@ from typing import Any, final
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, MetricsTextColumn
+from rich import get_console
 from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
@@ -52,15 +53,15 @@ class OneLineBar(RichProgressBar):
         ]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_progress()
+        self.teardown(trainer, pl_module, "fit")
 
     def _room(self) -> int:
         """Characters that are left for metrics, beside all else and a space before each column."""
-        if self._console is None or self.train_progress_bar_id is None:
+        if self.train_progress_bar_id is None:
             return 0
         task = self.train_progress_bar
         total = "--" if task.total in (None, float("inf")) else f"{task.total:.0f}"
-        return self._console.width - len(task.description) - BAR - 2 * len(total) - 1 - TIME - 4
+        return get_console().width - len(task.description) - BAR - 2 * len(total) - 1 - TIME - 4
 
 
 class _Metrics(MetricsTextColumn):

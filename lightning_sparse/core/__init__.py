@@ -1,7 +1,7 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
 from lightning_sparse.core.blocks import Blocks
-from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, Plan
+from lightning_sparse.core.budget import AllocationName, Budget, BudgetName
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.census import changed_share, count_dead, count_nonzero
 from lightning_sparse.core.chains import (
@@ -67,6 +67,7 @@ from lightning_sparse.core.networks import (
 )
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
+from lightning_sparse.core.plan import Plan, lay_out
 from lightning_sparse.core.sources import align_names, read_masks, read_tensors
 from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured
 from lightning_sparse.core.structures import StructureName, parse_structure
@@ -190,6 +191,7 @@ __all__ = [
     "is_training",
     "join",
     "kind_of",
+    "lay_out",
     "layout_of",
     "least_over_ranks",
     "leaves",

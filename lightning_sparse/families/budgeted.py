@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from lightning_sparse.core import (
     StructureName,
     Target,
     count_macs,
+    lay_out,
 )
 from lightning_sparse.core.dependencies import find_coupling
 from lightning_sparse.families.masked import Masked
@@ -108,7 +109,7 @@ class Budgeted(Masked):
         coupling = self._find_coupling() if isinstance(self.quota.structure, Coupled) else None
         refuse_parted_owl(self.quota, self.layouts)
         self._costs = {} if coupling is None else self._costs_of(coupling)
-        self._plan = self.quota.plan(self.chosen, coupling, self._costs.get(self.quota.measure))
+        self._plan = lay_out(self.quota, self.chosen, coupling, self._costs.get(self.quota.measure))
         self._plan.check()
 
     @property
@@ -138,16 +139,10 @@ class Budgeted(Masked):
             sparsity: the fraction removed after this.
             score: of a weight, by name; higher survives.
         """
-        self.set_masks(zip(self.weights, self._best(sparsity, score), strict=True))
-
-    def _best(self, sparsity: float, score: Callable[[str, Tensor], Tensor]) -> Iterator[Tensor]:
-        """The masks to be, of all weights in order; each is let go where it is asked for, and all scores before."""
         masks = self.masks
         scores = [score(name, weight).masked_fill(masks.dropped(name), -torch.inf) for name, weight in self.weights.items()]
-        chosen = self.plan.masks(scores, sparsity, list(masks.counts.values()))
-        del scores
-        while chosen:
-            yield chosen.pop(0)
+        chosen = self.plan.each_mask(scores, sparsity, list(masks.counts.values()))
+        self.set_masks(zip(self.weights, chosen, strict=True))
 
     def set_masks(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         super().set_masks(masks)

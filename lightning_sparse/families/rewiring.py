@@ -177,7 +177,7 @@ class Rewiring(Budgeted):
         self.set_masks(self.first_masks())
         self.window.skip(self.position(epoch_start=True))
 
-    def first_masks(self) -> dict[str, Tensor]:
+    def first_masks(self) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
         """What the run starts from."""
         return self.plan.random_masks(self.drawn_seed)
 

@@ -150,7 +150,7 @@ def any_bits(tensor: Tensor, bits: Tensor) -> Tensor:
         return raw.bitwise_and(bits.to(raw.dtype)).any()
     raw, bits = raw.view(-1), bits.view(-1)
     size = _CHUNK * torch.get_num_threads()
-    parts = zip(raw.split(size), bits.split(size), strict=True)
+    parts = zip(torch.split(raw, size), torch.split(bits, size), strict=True)
     return torch.tensor(any(part.bitwise_and(kept.to(raw.dtype)).any() for part, kept in parts))
 
 

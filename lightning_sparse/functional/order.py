@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_sparse.functional.spread import Spread
 
-__all__ = ["exact_count", "kth_smallest", "top_k_masks"]
+__all__ = ["each_top_k_mask", "exact_count", "kth_smallest", "top_k_masks"]
 
 _FEW = 1 << 13  # entries: up to here a sort is faster
 _BINS = 1 << 16
@@ -103,6 +103,17 @@ def top_k_masks(scores: Sequence[Tensor], keep: int, spread: Spread | None = Non
         >>> top_k_masks([torch.tensor([1.0, 5.0]), torch.tensor([1.0])], 2)
         [tensor([True, True]), tensor([False])]
     """
+    return [*each_top_k_mask([*scores], keep, spread)]
+
+
+def each_top_k_mask(scores: list[Tensor], keep: int, spread: Spread | None = None) -> Iterator[Tensor]:
+    """The masks of `top_k_masks`, one after the other; the list is emptied on the way, so that scores can leave the memory.
+
+    Args:
+        scores: as there; on ranks that hold parts, each is let go when its mask is made.
+        keep: as there.
+        spread: as there.
+    """
     total = sum([score.numel() for score in scores]) if spread is None else spread.numel
     if not 0 <= keep <= total:
         raise ValueError(f"keep={keep} is impossible among {total} entries; give 0 <= keep <= {total}.")
@@ -110,43 +121,41 @@ def top_k_masks(scores: Sequence[Tensor], keep: int, spread: Spread | None = Non
     if any([bool(flag) for flag in flags]) if spread is None else spread.any(flags):  # noqa: C419 - faster than a generator
         raise ValueError("A score is NaN, so nothing can be ranked; look for a diverged loss or a bad weight.")
     if keep in (0, total):
-        return [torch.full_like(score, keep > 0, dtype=torch.bool) for score in scores]
+        yield from [torch.full_like(score, keep > 0, dtype=torch.bool) for score in scores]
+        return
     threshold = kth_smallest(scores, total - keep, spread=spread)
-    masks = [(score > threshold).contiguous() for score in scores]
     if spread is not None:
-        _add_ties(masks, scores, threshold, keep, spread)
-        return masks
+        yield from _with_ties(scores, threshold, keep, spread)
+        return
+    masks = [(score > threshold).contiguous() for score in scores]
     missing = keep - sum([int(mask.count_nonzero()) for mask in masks])
     for score, mask in zip(scores, masks, strict=True):
-        if missing == 0:
-            break
-        ties = (score == threshold).flatten().nonzero().squeeze(1)[:missing]
-        mask.view(-1)[ties] = True
-        missing -= ties.numel()
-    return masks
+        if missing > 0:
+            ties = (score == threshold).flatten().nonzero().squeeze(1)[:missing]
+            mask.view(-1)[ties] = True
+            missing -= ties.numel()
+        yield mask
 
 
-def _add_ties(masks: Sequence[Tensor], scores: Sequence[Tensor], threshold: Tensor, keep: int, spread: Spread) -> None:
-    """Fill masks up to `keep` entries of all ranks together with the earliest of those at the threshold."""
-    numbers = [
-        part.count_nonzero() for mask, score in zip(masks, scores, strict=True) for part in (mask, score == threshold)
-    ]
-    sums = spread.sums(numbers)
-    missing = keep - sum(sums[::2])
-    for mask, score, share, number in zip(masks, scores, spread.shares, sums[1::2], strict=True):
-        if missing == 0:
-            return
-        tie = score == threshold
-        if number <= missing:
-            mask |= tie
+def _with_ties(scores: list[Tensor], threshold: Tensor, keep: int, spread: Spread) -> Iterator[Tensor]:
+    """Masks of what is above the threshold, filled up to `keep` entries of all ranks together with the earliest at it."""
+    numbers = spread.sums([part.count_nonzero() for score in scores for part in (score > threshold, score == threshold)])
+    missing = keep - sum(numbers[::2])
+    for share, number in zip(spread.shares, numbers[1::2], strict=True):
+        score = scores.pop(0)
+        mask = (score > threshold).contiguous()
+        if 0 < number <= missing:
+            mask |= score == threshold
             missing -= number
-            continue
-        # The cut falls into this tensor: the place in the whole decides.
-        entries = tie.flatten().nonzero().squeeze(1)
-        places = share.places(entries)
-        last = _kth_place(places if share.counts else places[:0], missing - 1, share.numel, spread)
-        mask.view(-1)[entries[places <= last]] = True
-        return
+        elif number and missing:
+            # The cut falls into this tensor: the place in the whole decides.
+            entries = (score == threshold).flatten().nonzero().squeeze(1)
+            places = share.places(entries)
+            last = _kth_place(places if share.counts else places[:0], missing - 1, share.numel, spread)
+            mask.view(-1)[entries[places <= last]] = True
+            missing = 0
+        del score
+        yield mask
 
 
 def _kth_place(places: Tensor, k: int, numel: int, spread: Spread) -> Tensor:

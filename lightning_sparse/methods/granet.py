@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, final
 
 import torch
@@ -19,6 +19,7 @@ from lightning_sparse.core import (
     Window,
     check_choice,
     check_sparsity,
+    lay_out,
 )
 from lightning_sparse.families import Rewiring
 from lightning_sparse.functional import ALLOCATIONS, cubic, magnitude
@@ -130,7 +131,7 @@ class GraNet(Rewiring):
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         super().check(run, until)
-        self._initial.plan(self.chosen).kept_weights(self.initial_sparsity)  # refuses what layers cannot hold
+        lay_out(self._initial, self.chosen).kept_weights(self.initial_sparsity)  # refuses what layers cannot hold
         self._pruned = self._span.fraction(run, "end")
         last = min(Span.parse(self.rewiring_end).fraction(run), until)
         if not self.window.start <= self._pruned <= last + 1e-9:
@@ -139,10 +140,10 @@ class GraNet(Rewiring):
                 f"{self.window.start:.0%} and stop at {last:.0%}; move it between them."
             )
 
-    def first_masks(self) -> dict[str, Tensor]:
+    def first_masks(self) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
         if self.initial_sparsity == 0:
             return {name: torch.ones_like(self.masks[name]) for name in self.masks}
-        return self._initial.plan(self.chosen).random_masks(self.drawn_seed, self.initial_sparsity)
+        return lay_out(self._initial, self.chosen).random_masks(self.drawn_seed, self.initial_sparsity)
 
     def planned_sparsity(self, position: Position) -> float:
         """What the cubic schedule asks for at this position; the final sparsity when regeneration has ended, too."""

@@ -21,6 +21,7 @@ from lightning_sparse.core import (
     Target,
     Window,
     check_choice,
+    lay_out,
 )
 from lightning_sparse.families import ShadowWeights
 from lightning_sparse.families.budgeted import refuse_parted_owl
@@ -122,7 +123,7 @@ class MovementPruning(ShadowWeights):
     def check(self, run: RunLength, until: float = 1.0) -> None:
         self.window.check(run, until, f"{self.label} ends its schedule")
         refuse_parted_owl(self.quota, self.layouts)
-        self._plan = self.quota.plan(self.chosen)
+        self._plan = lay_out(self.quota, self.chosen)
         self._plan.check()
 
     @property

@@ -21,6 +21,7 @@ from lightning_sparse.core import (
     Transposable,
     Window,
     check_number,
+    lay_out,
     parse_structure,
 )
 from lightning_sparse.families import ShadowWeights
@@ -129,7 +130,7 @@ class SRSTE(ShadowWeights):
     def check(self, run: RunLength, until: float = 1.0) -> None:
         self.window.check(run, until, f"{self.label} chooses its last masks")
         self._asked = -1
-        self._plan = self.budget.plan(self.chosen)
+        self._plan = lay_out(self.budget, self.chosen)
         self._targets = {target.name: target for target in self.chosen}
 
     @property

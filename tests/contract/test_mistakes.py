@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sparse.core import Position
+from lightning_sparse.core import Position, lay_out
 from lightning_sparse.families import Pruning
 from lightning_sparse.functional import magnitude
 from lightning_sparse.loop import Step
@@ -194,7 +194,7 @@ class RenamesItsArgument(Honest):
 class ChecksNothing(Honest):
     def check(self, *args: Any) -> None:
         self.window.resolve(args[0])
-        self._plan = self.quota.plan(self.chosen)
+        self._plan = lay_out(self.quota, self.chosen)
 
 
 class TakesAllInstead(Honest):

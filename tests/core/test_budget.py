@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sparse.core import Budget, find_targets
+from lightning_sparse.core import Budget, find_targets, lay_out
 from lightning_sparse.functional import magnitude
 
 NET = nn.Sequential(nn.Conv2d(4, 10, 3), nn.ConvTranspose2d(20, 10, 2), nn.Linear(100, 50), nn.Linear(40, 25))
@@ -12,7 +12,7 @@ TOTAL = sum(SIZES)
 
 
 def masks(budget: Budget, sparsity: float | None = None) -> list[torch.Tensor]:
-    return budget.plan(TARGETS).masks([magnitude(t.weight) for t in TARGETS], sparsity)
+    return lay_out(budget, TARGETS).masks([magnitude(t.weight) for t in TARGETS], sparsity)
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform", "uniform+", "er", "erk", "erk+"])
@@ -56,7 +56,7 @@ def test_along_any_schedule_nothing_returns_and_the_end_is_exact(
     allocation: str, layer_sparsity: dict[str, float], structure: str
 ) -> None:
     budget = Budget(0.7, allocation, structure, layer_sparsity)
-    plan = budget.plan(TARGETS)
+    plan = lay_out(budget, TARGETS)
     kept, goal = list(SIZES), plan.kept_weights()
     alive = [torch.ones_like(t.weight, dtype=torch.bool) for t in TARGETS]
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +76,7 @@ def test_along_any_schedule_nothing_returns_and_the_end_is_exact(
 
 def test_nearly_full_budgets_of_their_own_do_not_fail_on_the_way() -> None:
     budget = Budget(0.9, "global", layer_sparsity={"*": 0.9})
-    budget.plan(TARGETS).check()
+    lay_out(budget, TARGETS).check()
     for step in range(0, 1000, 7):
         made = masks(budget, 0.9 * step / 1000)
         assert sum(int(m.count_nonzero()) for m in made) == TOTAL - int(0.9 * step / 1000 * TOTAL + 0.5)
@@ -86,7 +86,7 @@ def test_a_score_without_a_value() -> None:
     scores = [magnitude(t.weight) for t in TARGETS]
     scores[2][0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"The score of '2.weight' holds NaN"):
-        Budget(0.5).plan(TARGETS).masks(scores)
+        lay_out(Budget(0.5), TARGETS).masks(scores)
 
 
 def test_two_of_four() -> None:
@@ -108,7 +108,7 @@ def test_channels_are_whole(allocation: str) -> None:
     if allocation == "uniform":
         assert kept == [6, 6, 30, 15]
     assert sum(kept) == round(0.6 * (10 + 10 + 50 + 25))
-    total, layers = budget.plan(TARGETS).kept_weights()
+    total, layers = lay_out(budget, TARGETS).kept_weights()
     counted = {t.name: int(m.count_nonzero()) for t, m in zip(TARGETS, made, strict=True)}
     assert layers == ({} if allocation == "global" else counted)
     assert total == (None if allocation == "global" else sum(counted.values()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Budget, Target, describe, find_targets, layers, register_layer
+from lightning_sparse.core import Budget, Target, describe, find_targets, lay_out, layers, register_layer
 from lightning_sparse.core.computed import uses_its_zeros, why_computed
 
 
@@ -135,7 +135,7 @@ def test_stacks_come_apart_and_together() -> None:
 def test_each_expert_is_a_layer_of_its_own(allocation: str, structure: str) -> None:
     net = nn.Sequential(nn.Linear(8, 16), Experts(4, 16, 8), nn.Linear(16, 8))
     alone = nn.Sequential(nn.Linear(8, 16), *(Experts(1, 16, 8) for _ in range(4)), nn.Linear(16, 8))
-    plans = [Budget(0.5, allocation, structure).plan(find_targets(module)) for module in (net, alone)]
+    plans = [lay_out(Budget(0.5, allocation, structure), find_targets(module)) for module in (net, alone)]
     assert plans[0].units == plans[1].units
     total, kept = plans[0].kept_weights()
     assert (total, kept["0.weight"]) == (plans[1].kept_weights()[0], plans[1].kept_weights()[1]["0.weight"])
@@ -150,7 +150,7 @@ def test_each_expert_is_a_layer_of_its_own(allocation: str, structure: str) -> N
 
 
 def test_global_scores_compete_across_experts() -> None:
-    plan = Budget(0.5).plan(find_targets(Experts(4, 16, 8)))
+    plan = lay_out(Budget(0.5), find_targets(Experts(4, 16, 8)))
     scores = [torch.rand_like(target.weight) for target in plan.targets]
     scores[0][0] -= 2
     masks = plan.masks(scores)
@@ -160,7 +160,7 @@ def test_global_scores_compete_across_experts() -> None:
 
 @pytest.mark.parametrize("layer", [Experts(2, 4, 8), Experts(2, 4, 8, transposed=True), Conv1D(8, 4), nn.LSTM(4, 8)])
 def test_two_of_four_holds_along_inputs(layer: nn.Module) -> None:
-    plan = Budget(None, structure="2:4").plan(find_targets(layer))
+    plan = lay_out(Budget(None, structure="2:4"), find_targets(layer))
     for target, mask in zip(plan.targets, plan.masks([torch.rand_like(t.weight) for t in plan.targets]), strict=True):
         groups = mask.movedim(target.input_dim, -1).reshape(-1, 4).sum(1)
         assert groups.tolist() == [2] * len(groups)

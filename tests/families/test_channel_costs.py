@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_sparse import ACDC, SNIP, LotteryTicket, MagnitudePruning, RandomSparsity, SynFlow
-from lightning_sparse.core import Budget, ChannelCosts, Coupling, count_macs, find_targets
+from lightning_sparse.core import Budget, ChannelCosts, Coupling, count_macs, find_targets, lay_out
 from lightning_sparse.functional import normalized
 from lightning_sparse.models import ResNet
 from lightning_sparse.observe import SparsityTable
@@ -187,4 +187,4 @@ def test_the_costs_of_grouped_units() -> None:
 def test_a_limit_that_rounds_up_is_noticed() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     with pytest.raises(ValueError, match="keeps 2 units, but max_layer_sparsity=0.6 keeps 4, rounded up in every layer"):
-        Budget(0.6, structure="channel", max_layer_sparsity=0.6).plan(find_targets(net)).check()
+        lay_out(Budget(0.6, structure="channel", max_layer_sparsity=0.6), find_targets(net)).check()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import SNIP, CKARegularization, LotteryTicket, MagnitudePruning, RandomSparsity, RigL, WeightPenalty
-from lightning_sparse.core import Budget, Coupling, find_targets
+from lightning_sparse.core import Budget, Coupling, find_targets, lay_out
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.models import ResNet
 from lightning_sparse.testing import Toy, fit, loader, toy, trainer
@@ -251,7 +251,7 @@ def test_a_group_that_holds_less_than_planned_gets_nothing_back() -> None:
     )
     scores = [torch.rand(4, 2), torch.rand(4, 4)]
     scores[0][1:] = -torch.inf
-    masks = budget.plan(chosen, coupling).masks(scores, kept=[2, 16])
+    masks = lay_out(budget, chosen, coupling).masks(scores, kept=[2, 16])
     assert int(masks[0].sum()) == 2
     assert masks[0][0].all()
 

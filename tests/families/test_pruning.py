@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_sparse import MagnitudePruning, RandomSparsity
-from lightning_sparse.core import Budget, find_targets
+from lightning_sparse.core import Budget, find_targets, lay_out
 from lightning_sparse.families import Masked
 from lightning_sparse.functional import SCHEDULES, exact_count, random_generator, random_score
 from lightning_sparse.models import ResNet
@@ -168,7 +168,7 @@ def test_every_weight_has_the_same_chance() -> None:
     targets, budget = find_targets(net), Budget(0.5, "uniform")
     for seed in range(60):
         score = random_score(net[0].weight, random_generator(seed, 0, "0.weight"))
-        counts += budget.plan(targets).masks([score])[0]
+        counts += lay_out(budget, targets).masks([score])[0]
     assert counts.mean() == 30
     assert abs(float(counts.std()) - 15**0.5) < 0.25  # binomial: n p q = 60 / 4
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sparse.core import Budget, find_targets
+from lightning_sparse.core import Budget, find_targets, lay_out
 from lightning_sparse.functional import outlier_share, owl, ria_score, row_ranks, wanda_score
 from tests.helpers.oracles import sample
 
@@ -96,7 +96,7 @@ def test_no_layer_is_emptied_or_overfilled(density: float) -> None:
 def test_a_budget_by_outliers_is_exact() -> None:
     """And along a schedule no layer gets anything back."""
     net = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.Linear(40, 50), torch.nn.Linear(50, 40))
-    plan = Budget(0.77, "owl", layer_sparsity={"2": 0.5}).plan(find_targets(net))
+    plan = lay_out(Budget(0.77, "owl", layer_sparsity={"2": 0.5}), find_targets(net))
     plan.check()
     assert plan.kept_weights() == (1380, {"2.weight": 1000})
     scores = [heavy(0, 1.0), heavy(1, 4.0).T, heavy(2, 2.0)]

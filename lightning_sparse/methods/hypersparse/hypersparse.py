@@ -296,9 +296,8 @@ class HyperSparse(Masked):
         return state, pruned
 
     def _magnitude_masks(self) -> MaskSet:
-        sizes = [weight.detach().abs() for weight in self.weights.values()]
-        masks = MaskSet(self.weights)
-        masks.replace(dict(zip(self.weights, top_k_masks(sizes, self._kept(masks.total), self.spread), strict=True)))
+        masks, sizes = MaskSet(self.weights), [weight.detach().abs() for weight in self.weights.values()]
+        masks.replace(zip(self.weights, top_k_masks(sizes, self._kept(masks.total), self.spread), strict=True))
         return masks
 
     def _prune(self, epoch: int, reason: str) -> None:

@@ -18,6 +18,7 @@ from lightning_sparse.core import (
     RunLength,
     Target,
     Window,
+    lay_out,
     least_over_ranks,
     owner_of,
     refuse_shorter_run,
@@ -202,7 +203,7 @@ class SparseConnectivityLearning(ShadowWeights):
         self._kept_before = {target.name: target.size for target in self.chosen}
         self.cost = self._first_price
         if self.budget is not None:
-            self.promise(self.budget.plan(self.chosen).kept_units())
+            self.promise(lay_out(self.budget, self.chosen).kept_units())
         super().begin()
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ class SparseConnectivityLearning(ShadowWeights):
             if self.min_kept:
                 score.view(-1)[variable.flatten().topk(self.min_kept).indices] = torch.inf
             scores.append(score)
-        for variable, mask in zip(self.variables.values(), budget.plan(self.chosen).masks(scores), strict=True):
+        for variable, mask in zip(self.variables.values(), lay_out(budget, self.chosen).masks(scores), strict=True):
             kept = variable.clamp(min=torch.finfo(variable.dtype).tiny)
             variable.copy_(torch.where(mask, kept, variable.clamp(max=0)))
         self.take_in(self.weights)
@@ -364,7 +365,7 @@ class SparseConnectivityLearning(ShadowWeights):
         return 0.0
 
     def _check_target(self, budget: Budget, until: float) -> None:
-        plan = budget.plan(self.chosen)
+        plan = lay_out(budget, self.chosen)
         plan.check()
         promised = plan.kept_units()
         if promised < self.min_kept * len(self.chosen):

@@ -1,0 +1,332 @@
+"""A budget laid out on the weights of a model: how many units each of them keeps, and which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.core.budget import Budget
+from lightning_sparse.core.channel_costs import ChannelCosts
+from lightning_sparse.core.checks import refuse_nan
+from lightning_sparse.core.coupling import Coupling
+from lightning_sparse.core.layout import spread_over
+from lightning_sparse.core.patterns import matches_name
+from lightning_sparse.core.structure import Coupled, Structure, Unstructured
+from lightning_sparse.core.target import Target
+from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, outlier_share, owl, random_generator, top_k_masks
+from lightning_sparse.functional.order import each_top_k_mask
+from lightning_sparse.functional.spread import Spread
+
+__all__ = ["Plan", "lay_out"]
+
+
+def lay_out(
+    budget: Budget, targets: Sequence[Target], coupling: Coupling | None = None, costs: ChannelCosts | None = None
+) -> Plan:
+    """Lay a budget out on the weights of a model.
+
+    Args:
+        budget: that is shared.
+        targets: the weights.
+        coupling: which channels go together, for `coupled`.
+        costs: of the network, where sparsity counts those.
+    """
+    return Plan(budget, targets, budget.structure if coupling is None else Coupled(coupling), costs)
+
+
+class Plan:
+    """A budget laid out on weights: how many units each of them keeps, at every sparsity on the way.
+
+    Where a weight is a stack of independent matrices, such as experts, each matrix counts as a layer of its own.
+
+    Args:
+        budget: that is shared.
+        targets: the weights.
+        structure: what is removed as one piece.
+        costs: of the network, by which the number of units is found where sparsity does not count them.
+
+    Raises:
+        ValueError: if a layer with a sparsity of its own is not among the weights.
+    """
+
+    def __init__(
+        self, budget: Budget, targets: Sequence[Target], structure: Structure, costs: ChannelCosts | None = None
+    ) -> None:
+        self.budget, self.targets, self.structure, self.costs = budget, targets, structure, costs
+        self._matrices = [target.matrices() for target in targets]
+        self._layers = [matrix for matrices in self._matrices for matrix in matrices]
+        self._pools = structure.pools(self._layers)
+        self._sizes = [pool.size for pool in self._pools]
+        self.units = sum(self._sizes)
+        """How many units there are."""
+        self._own = self._sparsities_of_their_own()
+        everyone = range(len(self._sizes))
+        if budget.allocation == "global":
+            free = tuple(pool for pool in everyone if pool not in self._own)
+            self._groups = [(pool,) for pool in self._own] + ([free] if free else [])
+        else:
+            self._groups = [(pool,) for pool in everyone]
+        self._room = [sum([self._sizes[pool] for pool in group]) for group in self._groups]
+
+    def check(self) -> None:
+        """Refuse what cannot be reached on these weights, before any training."""
+        if self.costs is not None:
+            self._check_costs(self.costs)
+            return
+        sparsity, kept = self.budget.sparsity, self.kept_units()
+        least = sum([self._least(pool) for pool in self._open])
+        if self.budget.max_layer_sparsity < 1 and kept < least:
+            raise ValueError(
+                f"sparsity={sparsity} keeps {kept:,} units, but max_layer_sparsity={self.budget.max_layer_sparsity} keeps "
+                f"{least:,}, rounded up in every layer; lower the one or raise the other."
+            )
+        if kept == 0:
+            raise ValueError(f"sparsity={sparsity} of {self.units:,} units leaves nothing; lower it or choose more layers.")
+        if self.structure.keeps_one and kept < len(self._pools):
+            what = "groups of coupled layers" if isinstance(self.structure, Coupled) else "layers"
+            raise ValueError(
+                f"sparsity={sparsity} keeps {kept} units, fewer than there are {what} ({len(self._pools)}), and each keeps "
+                "one; lower it."
+            )
+        alone = self._kept_alone(self._final)
+        for index, layer in enumerate(self._layers):
+            if alone.get(index) == 0:
+                raise ValueError(
+                    f"sparsity={sparsity} with allocation='{self.budget.allocation}' leaves nothing of '{layer.name}' "
+                    f"({self.structure.units(layer)} units); lower it, exclude the layer, or use allocation='global'."
+                )
+
+    def _check_costs(self, costs: ChannelCosts) -> None:
+        """Refuse what is not reached even with as few channels as layers may have."""
+        sparsity, limited = self.budget.sparsity, "" if self.budget.max_layer_sparsity == 1 else " that the limit leaves"
+        assert isinstance(self.structure, Coupled)
+        fewest = [torch.arange(size) < max(1, self._least(pool)) for pool, size in enumerate(self._sizes)]
+        cost = costs(self.structure.together(fewest))
+        if cost > (1 - sparsity) * costs.dense:
+            raise ValueError(
+                f"sparsity={sparsity} of {costs.dense:,} {self.budget.measure} cannot be reached: with the fewest channels"
+                f"{limited} in every layer {cost:,} remain; lower it, or choose more layers."
+            )
+
+    @property
+    def _open(self) -> list[int]:
+        """Pools whose units compete with those of others."""
+        return [pool for pool in range(len(self._sizes)) if pool not in self._own]
+
+    def _least(self, pool: int) -> int:
+        """Units that a pool keeps in any case."""
+        return self._sizes[pool] - math.floor(self.budget.max_layer_sparsity * self._sizes[pool] + 1e-6)
+
+    def kept_units(self, sparsity: float | None = None) -> int:
+        """How many units remain at a sparsity (default: the final one)."""
+        return self.units - exact_count(self.budget.sparsity if sparsity is None else sparsity, self.units)
+
+    def kept_weights(self, sparsity: float | None = None) -> tuple[int | None, dict[str, int]]:
+        """Weights that remain at a sparsity (default: the final one): in all, and per layer where scores have no say."""
+        if self.costs is not None:
+            return None, {}
+        numbers = self._final if sparsity is None else self._counts(sparsity)
+        alone, kept, first = self._kept_alone(numbers), {}, 0
+        for target, matrices in zip(self.targets, self._matrices, strict=True):
+            mine = [alone[index] for index in range(first, first + len(matrices)) if index in alone]
+            first += len(matrices)
+            if len(mine) == len(matrices):
+                kept[target.name] = sum(mine)
+        if len(kept) == len(self.targets):
+            return sum(kept.values()), kept
+        return (self.kept_units(sparsity) if isinstance(self.structure, Unstructured) else None), kept
+
+    def _kept_alone(self, numbers: Sequence[int]) -> dict[int, int]:
+        """Weights that remain in each matrix where scores have no say, from the units of every group."""
+        by_score = self.budget.allocation == "owl"
+        alone = {
+            group[0]: number
+            for group, number in zip(self._groups, numbers, strict=True)
+            if len(group) == 1 and not (by_score and group[0] not in self._own)
+        }
+        return self.structure.entries(alone, self._layers)
+
+    def masks(
+        self, scores: Sequence[Tensor], sparsity: float | None = None, kept: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Masks with exactly the due number of units, the best by score.
+
+        Args:
+            scores: one tensor per weight; higher survives.
+            sparsity: at this moment of a schedule; default: the final one.
+            kept: weights that each layer keeps so far. No layer gets more, and none goes below its final number, so
+                that nothing returns and every layer ends exactly.
+
+        Raises:
+            ValueError: if a score is NaN.
+        """
+        apart = [part for target, score in zip(self.targets, scores, strict=True) for part in target.unstack(score)]
+        ranked = self.structure.rank(apart, self._layers)
+        held = None if kept is None else self.structure.held(self._kept_apart(kept, apart), self._layers, ranked)
+        due = self.budget.sparsity if sparsity is None else sparsity
+        try:
+            ranked = self._limited(ranked)
+            chosen = self._best(ranked, due, held) if self.costs is None else self._affordable(ranked, due, held, self.costs)
+        except ValueError:
+            refuse_nan(scores, [target.name for target in self.targets])
+            raise
+        spread = iter(self.structure.spread(chosen, self._layers, apart))
+        return [
+            target.restack([next(spread) for _ in matrices])
+            for target, matrices in zip(self.targets, self._matrices, strict=True)
+        ]
+
+    def each_mask(self, scores: list[Tensor], sparsity: float, kept: Sequence[int]) -> Iterator[Tensor]:
+        """What `masks` returns, one after the other; the list of scores is emptied, and where single weights compete, each
+        score is let go as soon as the mask of its weight is made.
+        """
+        alone = isinstance(self.structure, Unstructured) and len(self._layers) == len(self.targets)
+        if not alone or len(self._groups) > 1 or self.budget.max_layer_sparsity < 1:
+            masks = self.masks(scores, sparsity, kept)
+            scores.clear()
+            while masks:
+                yield masks.pop(0)
+            return
+        try:
+            masks_to_be = each_top_k_mask(scores, self._counts(sparsity, kept)[0], self._spread(self._groups[0]))
+            yield next(masks_to_be)
+        except ValueError:
+            refuse_nan(scores, [target.name for target in self.targets])
+            raise
+        yield from masks_to_be
+
+    def _best(self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None) -> list[Tensor]:
+        """Masks of the pools, of the highest scores."""
+        chosen: dict[int, Tensor] = {}
+        for group, number in zip(self._groups, self._counts(sparsity, held, ranked), strict=True):
+            masks = top_k_masks([ranked[pool] for pool in group], number, self._spread(group))
+            chosen.update(zip(group, masks, strict=True))
+        return [chosen[pool] for pool in range(len(ranked))]
+
+    def _affordable(
+        self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None, costs: ChannelCosts
+    ) -> list[Tensor]:
+        """The same with as many units as the costs allow: one more would be too many."""
+        assert isinstance(self.structure, Coupled)
+
+        def with_units(kept: int) -> list[Tensor]:
+            return self._best(ranked, (self.units - kept) / self.units, held)
+
+        low, high = len(self._sizes), self.units if held is None else sum(held)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if costs(self.structure.together(with_units(middle))) <= (1 - sparsity) * costs.dense:
+                low = middle
+            else:
+                high = middle - 1
+        return with_units(low)
+
+    def _limited(self, ranked: list[Tensor]) -> list[Tensor]:
+        """Scores in which what a layer keeps in any case comes first."""
+        if self.budget.max_layer_sparsity == 1:
+            return ranked
+        for pool in self._open:
+            first = top_k_masks([ranked[pool]], self._least(pool), self._spread([pool]))[0]
+            ranked[pool] = ranked[pool].masked_fill(first, torch.inf)
+        return ranked
+
+    def _kept_apart(self, kept: Sequence[int], scores: Sequence[Tensor]) -> list[int]:
+        """Weights that each matrix keeps so far; in a stack those that do not rank last."""
+        counts: list[int] = []
+        for count, matrices in zip(kept, self._matrices, strict=True):
+            mine = scores[len(counts) : len(counts) + len(matrices)]
+            counts += [count] if len(matrices) == 1 else self._ranked(mine, matrices)
+        return counts
+
+    def _ranked(self, scores: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:
+        """How many entries of each matrix do not rank last."""
+        numbers, spread = [(score > -torch.inf).count_nonzero() for score in scores], spread_over(m.layout for m in matrices)
+        return [int(number) for number in numbers] if spread is None else spread.sums(numbers)
+
+    def _spread(self, group: Sequence[int]) -> Spread | None:
+        """How the units of some pools are spread over ranks."""
+        layers = [layer for pool in group for layer in self._pools[pool].layers]
+        return spread_over(self.structure.layout(self._layers[layer]) for layer in layers)
+
+    def random_masks(self, seed: int, sparsity: float | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Pairs of name and mask, drawn at random; the same on every rank and device."""
+        due = self.budget.sparsity if sparsity is None else sparsity
+        draws = (target.draw(random_generator(seed, 0, target.name)) for target in self.targets)
+        together = self.budget.allocation == "global" or isinstance(self.structure, Coupled)
+        masks = iter(self.masks([*draws], due)) if together else self._alone(draws, self._counts(due))
+        for target, mask in zip(self.targets, masks, strict=True):
+            yield target.name, mask.to(target.weight.device)
+
+    def _alone(self, scores: Iterable[Tensor], numbers: Sequence[int]) -> Iterator[Tensor]:
+        """Masks of weights that do not compete, so that the scores of only one are in memory."""
+        first = 0
+        for target, matrices, score in zip(self.targets, self._matrices, scores, strict=True):
+            apart, chosen = target.unstack(score), []
+            for pool, ranked in enumerate(self.structure.rank(apart, matrices), first):
+                chosen += top_k_masks([ranked], numbers[pool], self._spread([pool]))
+            yield target.restack(self.structure.spread(chosen, matrices, apart))
+            first += len(matrices)
+
+    @cached_property
+    def _final(self) -> list[int]:
+        return self._counts(self.budget.sparsity)
+
+    def _counts(
+        self, sparsity: float, held: Sequence[int] | None = None, ranked: Sequence[Tensor] | None = None
+    ) -> list[int]:
+        """Units to keep in every group of pools that compete with each other; most groups are single pools.
+
+        Args:
+            sparsity: at this moment.
+            held: units that every pool keeps so far.
+            ranked: the scores of all units, where there are any.
+        """
+        densities, total = self._densities(sparsity, ranked), self.kept_units(sparsity)
+        if held is None:
+            return counts(densities, self._room, total)
+        high = [sum([held[pool] for pool in group]) for group in self._groups]
+        final = self._final if self.budget.allocation != "owl" else [self._final_of(group[0]) for group in self._groups]
+        low = list(map(min, final, high)) if self.costs is None else [0] * len(high)
+        return counts(densities, self._room, min(total, sum(high)), low, high)
+
+    def _final_of(self, pool: int) -> int:
+        """The least that a pool keeps in the end, where the scores share: its own share, if it has been given one."""
+        return self._final[pool] if pool in self._own else 0
+
+    def _densities(self, sparsity: float, ranked: Sequence[Tensor] | None = None) -> list[float]:
+        """What every group keeps. Layers with a sparsity of their own go along in proportion to the whole."""
+        way = sparsity / self.budget.sparsity if self.budget.sparsity else 1.0
+        own = {pool: 1 - value * way for pool, value in self._own.items()}
+        if self.budget.allocation == "owl":
+            shares = [0.0] * len(self._sizes) if ranked is None else [outlier_share(score) for score in ranked]
+            return owl(shares, 1 - sparsity, self._sizes, own)
+        if self.budget.allocation != "global":
+            shapes = [self._layers[pool.layers[0]].shape for pool in self._pools]
+            return ALLOCATIONS[self.budget.allocation](shapes, 1 - sparsity, own, self._sizes)
+        left = (1 - sparsity) * self.units - sum([density * self._sizes[pool] for pool, density in own.items()])
+        room = self._room[-1] if len(own) < len(self._groups) else 0
+        if not -1e-6 <= left <= room + 1e-6:
+            total = self.kept_units(sparsity)
+            raise ValueError(
+                f"sparsity={sparsity} keeps {total:,} units, but layer_sparsity keeps {total - round(left):,} and the "
+                f"other layers hold {room:,}; choose another sparsity or free a layer."
+            )
+        return [*own.values(), *([left / room] if room else [])]
+
+    def _sparsities_of_their_own(self) -> dict[int, float]:
+        """Of pools, in order."""
+        own: dict[int, float] = {}
+        for pattern, value in self.budget.layer_sparsity.items():
+            matching = [matches_name(pattern, target.name) for target in self.targets]
+            places = [hit for hit, matrices in zip(matching, self._matrices, strict=True) for _ in matrices]
+            hits = {layer for layer, hit in enumerate(places) if hit}
+            if not hits:
+                names = ", ".join(target.name for target in self.targets[:8])
+                more = ", ..." if len(self.targets) > 8 else ""
+                raise ValueError(f"layer_sparsity: the glob '{pattern}' matches none of the chosen weights ({names}{more}).")
+            own.update({index: value for index, pool in enumerate(self._pools) if hits & {*pool.layers}})
+        return dict(sorted(own.items()))
