@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -110,6 +110,7 @@ class MaskSet(Masks):
         }
         self._layouts = _layouts(weights or {})
         self._kept = {name: self.numel(name) for name in self._bits}
+        self._uncounted: dict[str, Tensor] = {}
         self._total: int | None = None
         self.changes = 0
         """How often masks have been replaced or loaded."""
@@ -135,10 +136,12 @@ class MaskSet(Masks):
 
     @property
     def counts(self) -> dict[str, int]:
+        self._count()
         return dict(self._kept)
 
     @property
     def kept(self) -> int:
+        self._count()
         return sum(self._kept.values())
 
     @property
@@ -150,14 +153,19 @@ class MaskSet(Masks):
     def dropped(self, name: str) -> Tensor:
         return self._bits[name] == 0
 
-    def replace(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Exchange the masks of some weights.
+    def replace(
+        self,
+        masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        settle: Callable[[str, Tensor], None] = lambda name, entries: None,
+    ) -> None:
+        """Exchange the masks of some weights, one after the other; so they may be made on the way, and none waits in memory.
 
-        Returns:
-            For each weight whose mask is another one now, its unsettled entries: all but those kept before and after.
+        Args:
+            masks: by name, or pairs of name and mask.
+            settle: called for each weight whose mask is another one now, with its name and its unsettled entries: all but
+                those kept before and after.
         """
-        unsettled, kept = {}, {}
-        for name, mask in masks.items():
+        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
             old = self._bits[name]
             if mask.shape != old.shape or mask.dtype != torch.bool:
                 raise ValueError(
@@ -166,17 +174,23 @@ class MaskSet(Masks):
                 )
             bits = mask_bits(mask).to(old.device)
             if self._layouts or not bits.equal(old):  # with parts, all ranks must count the same weights
-                unsettled[name] = (bits & old) == 0
-                self._bits[name], kept[name] = bits, mask.count_nonzero()
-        self._kept |= self.added_up(kept)
+                self._uncounted[name] = mask.count_nonzero()
+                self._bits[name] = bits
+                settle(name, (old & bits) == 0)
+        self._count()
         self.changes += 1  # also where nothing has changed: all ranks must come to the comparison together
-        return unsettled
+
+    def _count(self) -> None:
+        """Count what has been replaced since the last time; waits for the device once."""
+        if self._uncounted:
+            counted, self._uncounted = self._uncounted, {}
+            self._kept |= self.added_up(counted)
 
     def bits(self, name: str, like: Tensor) -> Tensor | None:
         """The mask in the form that is applied, on the device of a tensor; None where nothing is dropped."""
-        if name not in self._bits or self._kept[name] == self.numel(name):
+        bits = self._bits.get(name)
+        if bits is None or (name not in self._uncounted and self._kept[name] == self.numel(name)):
             return None
-        bits = self._bits[name]
         return bits if bits.device == like.device else bits.to(like.device)
 
     @torch.no_grad()
@@ -228,7 +242,8 @@ class MaskSet(Masks):
             for name, saved in kept.items()
         }
         self._bits = {name: mask_bits(mask) for name, mask in masks.items()}
-        self._kept, self._total = self.added_up({name: mask.count_nonzero() for name, mask in masks.items()}), None
+        self._kept, self._total, self._uncounted = {}, None, {name: mask.count_nonzero() for name, mask in masks.items()}
+        self._count()
         self.changes += 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -129,14 +129,18 @@ class Budgeted(Masked):
             sparsity: the fraction removed after this.
             score: of a weight, by name; higher survives.
         """
-        weights, masks = self.weights, self.masks
-        scores = [score(name, weight) for name, weight in weights.items()]
-        for layer, name in enumerate(weights):
-            scores[layer] = scores[layer].masked_fill(masks.dropped(name), -torch.inf)
-        chosen = self.plan.masks(scores, sparsity, list(masks.counts.values()))
-        self.set_masks(dict(zip(weights, chosen, strict=True)))
+        self.set_masks(zip(self.weights, self._best(sparsity, score), strict=True))
 
-    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+    def _best(self, sparsity: float, score: Callable[[str, Tensor], Tensor]) -> Iterator[Tensor]:
+        """The masks to be, of all weights in order; each is let go where it is asked for, and all scores before."""
+        masks = self.masks
+        scores = [score(name, weight).masked_fill(masks.dropped(name), -torch.inf) for name, weight in self.weights.items()]
+        chosen = self.plan.masks(scores, sparsity, list(masks.counts.values()))
+        del scores
+        while chosen:
+            yield chosen.pop(0)
+
+    def set_masks(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         super().set_masks(masks)
         self._follow_channels()
 

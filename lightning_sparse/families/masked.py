@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -53,24 +53,32 @@ class Masked(Sparsifier):
     def resume(self) -> None:
         self.masks.apply_(self.weights)
 
-    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+    def set_masks(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Exchange masks, and bring weights, moments and moving averages in line.
 
         Args:
-            masks: by name; True = kept. Masks left out stay.
+            masks: True = kept. By name, or pairs of name and mask, which may be made one after the other: so the new masks
+                of a network are never in memory together. Masks left out stay.
         """
-        weights, mine = self.weights, self.masks
-        before = mine.counts
+        copies, before = (self.weights, *self.run.averages()), self.masks.counts
         self._molds.clear()  # they hold the old masks
-        unsettled = mine.replace(masks)
-        for optimizer in self.run.optimizers:
-            for name, entries in unsettled.items():
-                clear_moments(optimizer, weights[name], entries)
-        for copy in (weights, *self.run.averages()):
-            mine.apply_({name: copy[name] for name in unsettled})
-        for name, kept in mine.counts.items():
+        self.masks.replace(masks, lambda name, entries: self.bring_in_line(name, entries, copies))
+        for name, kept in self.masks.counts.items():
             if kept == 0 and before[name]:
                 self.warn_of_empty(name, "Use a lower sparsity, allocation='erk', or give the layer its own layer_sparsity.")
+
+    def bring_in_line(self, name: str, entries: Tensor, copies: Sequence[Mapping[str, nn.Parameter]]) -> None:
+        """A weight has a new mask; what is dropped becomes zero, and what optimizers know of it.
+
+        Args:
+            name: of the weight.
+            entries: True = not kept before and after.
+            copies: the weights by name, and those of moving averages.
+        """
+        for optimizer in self.run.optimizers:
+            clear_moments(optimizer, copies[0][name], entries)
+        for copy in copies:
+            self.masks.apply_({name: copy[name]})
 
     def clean(self) -> None:
         """Weights and moments may have come back from elsewhere; bring all of them in line."""

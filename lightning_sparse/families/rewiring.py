@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -181,9 +181,9 @@ class Rewiring(Budgeted):
         """What the run starts from."""
         return self.plan.random_masks(self.drawn_seed)
 
-    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+    def set_masks(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         super().set_masks(masks)
-        self.explored.replace({name: self.explored[name] | masks[name] for name in self.explored if name in masks})
+        self.explored.replace((name, self.explored[name] | self.masks[name]) for name in self.explored)
 
     @property
     def explored_rate(self) -> float | None:
@@ -241,36 +241,42 @@ class Rewiring(Budgeted):
     def rewire(self, fraction: float) -> None:
         """Drop this share of every layer's connections, and grow as many."""
         self.updates += 1
-        masks = {}
-        for target in self.chosen:
-            name, weight = target.name, target.weight.detach()
-            gradient = self.gradients.get(name) if self.reads_gradients else weight.new_empty(0)
-            if gradient is None or drop_count(self.masks.counts[name], fraction) == 0:
-                continue  # a layer that took no part in this step says nothing
-            keep, grow = self.keep_score(name, weight, gradient), self.grow_score(name, weight, gradient)
-            try:
-                masks[name] = self._rewired(target, keep, grow, fraction)
-            except ValueError as error:
-                raise ValueError(f"{self.label} cannot rewire '{name}': {error}") from None
-        self.set_masks(masks)
+        self.set_masks(self._moved(fraction))
         if isinstance(self.plan.structure, FanIn):  # less than one connection per output is lost where some are ablated
             self.promise(self.masks.kept, self.masks.counts)
 
-    def _rewired(self, target: Target, keep: Tensor, grow: Tensor, fraction: float) -> Tensor:
-        """The new mask of a weight; each matrix of a stack keeps its own number of connections."""
+    def _moved(self, fraction: float) -> Iterator[tuple[str, Tensor]]:
+        """The new mask of one weight after the other; its gradient has served then, and is let go."""
+        counts = self.masks.counts
+        for target in self.chosen:
+            name, weight = target.name, target.weight.detach()
+            gradient = self.gradients.pop(name, None) if self.reads_gradients else weight.new_empty(0)
+            if gradient is None or drop_count(counts[name], fraction) == 0:
+                continue  # a layer that took no part in this step says nothing
+            keep, grow = self.keep_score(name, weight, gradient), self.grow_score(name, weight, gradient)
+            del gradient
+            try:
+                mask = self._rewired(target, counts[name], keep, grow, fraction)
+            except ValueError as error:
+                raise ValueError(f"{self.label} cannot rewire '{name}': {error}") from None
+            del keep, grow
+            yield name, mask
+
+    def _rewired(self, target: Target, count: int, keep: Tensor, grow: Tensor, fraction: float) -> Tensor:
+        """The new mask of a weight with so many connections; each matrix of a stack keeps its own number of them."""
         matrices, masks = target.matrices(), []
         least = 0.0 if target is self.chosen[-1] else self.min_salient
         now = target.unstack(self.masks[target.name])
-        parts = zip(now, self._kept(target, now, matrices), *map(target.unstack, (keep, grow)), matrices, strict=True)
+        parts = zip(now, self._kept(target, count, now, matrices), *map(target.unstack, (keep, grow)), matrices, strict=True)
         for mask, kept, keep_score, grow_score, matrix in parts:
             structure = self.plan.structure
             masks.append(structure.regrow(matrix, mask, keep_score, grow_score, fraction, kept, least))
         return target.restack(masks)
 
-    def _kept(self, target: Target, masks: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:
+    def _kept(self, target: Target, count: int, masks: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:
         """How many connections each matrix of a weight has."""
         if not target.stack_dims:
-            return [self.masks.counts[target.name]]
+            return [count]
         numbers, spread = [mask.count_nonzero() for mask in masks], spread_over(matrix.layout for matrix in matrices)
         return [int(number) for number in numbers] if spread is None else spread.sums(numbers)
 

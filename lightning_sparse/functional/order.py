@@ -114,7 +114,7 @@ def top_k_masks(scores: Sequence[Tensor], keep: int, spread: Spread | None = Non
     threshold = kth_smallest(scores, total - keep, spread=spread)
     masks = [(score > threshold).contiguous() for score in scores]
     if spread is not None:
-        _add_ties(masks, [score == threshold for score in scores], keep, spread)
+        _add_ties(masks, scores, threshold, keep, spread)
         return masks
     missing = keep - sum([int(mask.count_nonzero()) for mask in masks])
     for score, mask in zip(scores, masks, strict=True):
@@ -126,13 +126,17 @@ def top_k_masks(scores: Sequence[Tensor], keep: int, spread: Spread | None = Non
     return masks
 
 
-def _add_ties(masks: Sequence[Tensor], ties: Sequence[Tensor], keep: int, spread: Spread) -> None:
-    """Fill masks up to `keep` entries of all ranks together with the earliest ties."""
-    sums = spread.sums([part.count_nonzero() for pair in zip(masks, ties, strict=True) for part in pair])
+def _add_ties(masks: Sequence[Tensor], scores: Sequence[Tensor], threshold: Tensor, keep: int, spread: Spread) -> None:
+    """Fill masks up to `keep` entries of all ranks together with the earliest of those at the threshold."""
+    numbers = [
+        part.count_nonzero() for mask, score in zip(masks, scores, strict=True) for part in (mask, score == threshold)
+    ]
+    sums = spread.sums(numbers)
     missing = keep - sum(sums[::2])
-    for mask, tie, share, number in zip(masks, ties, spread.shares, sums[1::2], strict=True):
+    for mask, score, share, number in zip(masks, scores, spread.shares, sums[1::2], strict=True):
         if missing == 0:
             return
+        tie = score == threshold
         if number <= missing:
             mask |= tie
             missing -= number

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +47,36 @@ def test_fingerprints_notice_a_single_entry() -> None:
     flipped[1, 1] = ~flipped[1, 1]
     other.replace({"a": flipped})
     assert (masks.fingerprint() == other.fingerprint()).tolist() == [False, True]
+
+
+def test_masks_are_exchanged_one_after_the_other() -> None:
+    masks, settled = mask_set(), {}
+
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "b", torch.arange(4) > 1
+        assert masks["b"].count_nonzero() == 2, "the first is in place before the second is made"
+        assert settled["b"].equal(torch.arange(4) < 2), "and settled: the other two are kept before and after"
+        assert masks.bits("b", torch.ones(4)) is not None, "it can be applied, though nobody has counted it yet"
+        yield "a", torch.arange(15).reshape(3, 5) % 3 == 0
+
+    masks.replace(made(), settled.__setitem__)
+    assert masks.counts == {"a": 5, "b": 2}
+    assert [*settled] == ["b"], "the second is what it was"
+
+
+def test_masks_that_were_exchanged_before_an_error_are_counted() -> None:
+    masks = mask_set()
+
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "b", torch.tensor([True, False, False, False])
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        masks.replace(made())
+    assert masks.counts == {"a": 5, "b": 1}
+    tensor = torch.ones(4)
+    masks.apply_({"b": tensor})
+    assert tensor.tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("mask", [torch.ones(3, 5), torch.ones(5, 3, dtype=torch.bool)])

@@ -19,6 +19,23 @@ from tests.helpers.modules import double
 from tests.helpers.oracles import slow_regrow
 from tests.helpers.rewiring import METHODS, STEPS, Diary
 
+# ---- one layer after the other ---------------------------------------------------------------------------------------
+
+
+def test_a_gradient_is_let_go_when_its_layer_is_rewired() -> None:
+    left = []
+
+    class Watched(RigL):
+        def grow_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
+            left.append((len(self.gradients), len(self.chosen)))
+            return super().grow_score(name, weight, gradient)
+
+    fit(toy(), Watched(0.5, every="3 steps"))
+    layers = left[0][1]
+    assert layers > 2
+    assert [number for number, _ in left[:layers]] == [*range(layers - 1, -1, -1)]
+
+
 # ---- the whole training, by hand ------------------------------------------------------------------------------------
 
 

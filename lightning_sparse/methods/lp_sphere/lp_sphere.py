@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse.core import (
     MaskSet,
@@ -281,11 +281,11 @@ class LpSphere(Masked):
     # ---- what falls, and what returns --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        for name in self.momenta.keys() & masks.keys():
-            self.momenta[name].masked_fill_(self.masks.dropped(name) | ~masks[name], 0)
-        super().set_masks(masks)
-        for name in self.spheres.keys() & masks.keys():  # what returns takes up what is left of it
+    def bring_in_line(self, name: str, entries: Tensor, copies: Sequence[Mapping[str, nn.Parameter]]) -> None:
+        super().bring_in_line(name, entries, copies)
+        if name in self.momenta:
+            self.momenta[name].masked_fill_(entries, 0)
+        if name in self.spheres:  # what returns takes up what is left of it
             weight = self.spheres[name].target.weight
             weight.copy_(from_dual(self.duals[name], self.spheres[name].p))
             self.masks.apply_({name: weight})
