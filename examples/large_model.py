@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model for two short epochs, to see that it works")
     options = parser.parse_args()
     if options.quick:
-        options.epochs, options.stop, options.windows, options.width, options.depth = 2, 1, 128, 32, 1
+        options.epochs, options.stop, options.windows, options.width, options.depth = 2, 1, 512, 32, 1
 
     folder = Path(options.folder)
     trainer = L.Trainer(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,20 +49,3 @@ def test_the_page_lists_every_example() -> None:
     folder = ROOT / "examples"
     listed = re.findall(r"\| \[`(\w+\.py)`\]", (folder / "README.md").read_text())
     assert sorted(listed) == sorted(file.name for file in folder.glob("*.py"))
-
-
-def run(name: str, folder: Path, *options: str) -> str:
-    """What an example prints in a process of its own."""
-    command = [sys.executable, str(ROOT / "examples" / name), "--quick", *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_an_image_classifier(tmp_path: Path) -> None:
-    assert "| SparseGPT, with its dense self as a teacher |" in run("finetune_timm.py", tmp_path)
-
-
-def test_a_large_model_on_two_ranks_and_then_on_one(tmp_path: Path) -> None:
-    run("large_model.py", tmp_path, "--devices=2")
-    assert "The plain decoder holds 90.0" in run("large_model.py", tmp_path, "--devices=1", "--resume")
