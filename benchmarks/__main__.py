@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="data", help="folder of the data, in torchvision's layout")
     parser.add_argument("--download", action="store_true", help="fetch the data if they are not in that folder")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--work", type=Path, help="folder where states of trainings stay, to be gone on from")
     parser.add_argument("--only", nargs="*", default=(), metavar="PATTERN", help="parts that are called like this")
     parser.add_argument("--rounds", type=int, help="how often something is measured, instead of the suite's number")
     parser.add_argument("--epochs", type=int, help="of each training, instead of the suite's, to see that it runs")
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             quick=given.quick,
             rounds=given.rounds,
             epochs=given.epochs,
+            work=given.work,
             only=given.only,
             part=(number, count),
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,8 +24,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.accuracy import have_data
-from benchmarks.record import Options, markdown
-from benchmarks.trainers import quiet
+from benchmarks.record import Options, Parts
+from benchmarks.trainers import trained
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import CIFAR10, Digits
 from lightning_sparse.export import Quantization, export_ladder, fold_norms, remove_dead
@@ -41,25 +41,32 @@ def accuracy(module: nn.Module, data: Any) -> dict[str, float]:
     return {"test accuracy": float(sum(right)) / len(data.parts["test"][1])}
 
 
-def resnet(options: Options) -> dict[str, Any]:
-    have_data(CIFAR10, options)
-    data: Any = Digits() if options.quick else CIFAR10(root=options.data)
-    epochs = options.epochs or (1 if options.quick else 5)
-    L.seed_everything(0, verbose=False)
-    module = Classifier(ResNet, data.num_classes, data.in_channels, data.image_size).to(memory_format=torch.channels_last)
-    pruning = MagnitudePruning(0.5, structure="coupled", allocation="uniform")
-    quiet([pruning], "cpu", max_epochs=epochs, limit_val_batches=0, precision="bf16-mixed").fit(module, data)
-    module = module.to(memory_format=torch.contiguous_format)
-    data.setup("test")
-    inputs = next(iter(data.test_dataloader()))[0][:BATCH]
-    calibration = [x for (x, _), _ in zip(data.train_dataloader(), range(16), strict=False)]
-    both = {"evaluate": lambda made: accuracy(made, data), "quantization": Quantization(calibration)}
-    return {
-        "as trained": ladder(module, inputs, options, **both),
-        "normalization folded": ladder(module, inputs, options, fold=True, **both),
-        "trained": f"{epochs} epochs of {type(data).__name__}, seed 0; MagnitudePruning(0.5, structure='coupled', "
-        "allocation='uniform')",
-    }
+def resnet(options: Options) -> Parts:
+    """As trained, and with its normalizations folded, which eight bits have anyway."""
+
+    @cache
+    def made() -> tuple[nn.Module, Tensor, dict[str, Any]]:
+        have_data(CIFAR10, options)
+        data: Any = Digits() if options.quick else CIFAR10(root=options.data)
+        L.seed_everything(0, verbose=False)
+        module = Classifier(ResNet, data.num_classes, data.in_channels, data.image_size).to(
+            memory_format=torch.channels_last
+        )
+        pruning = MagnitudePruning(0.5, structure="coupled", allocation="uniform")
+        network = trained(module, data, [pruning], "export-resnet", options, epochs=4)
+        data.setup("fit")
+        batches = [x for (x, _), _ in zip(data.train_dataloader(), range(16), strict=False)]
+        data.setup("test")
+        inputs = next(iter(data.test_dataloader()))[0][:BATCH]
+        both = {"evaluate": lambda made: accuracy(made, data), "quantization": Quantization(batches, tolerance=0.005)}
+        return network.to(memory_format=torch.contiguous_format), inputs, both
+
+    def climb(fold: bool) -> dict[str, Any]:
+        network, inputs, both = made()
+        return ladder(network, inputs, options, fold=fold, **both)
+
+    yield ("as trained",), partial(climb, fold=False)
+    yield ("normalization folded",), partial(climb, fold=True)
 
 
 def mlp(options: Options) -> dict[str, Any]:
@@ -116,43 +123,44 @@ def structured(structure: str) -> nn.Module:
     return net
 
 
-def structures(options: Options) -> dict[str, Any]:
-    """What each structure gains on each target; the table of the guide is printed."""
+STRUCTURES = ("dense", "unstructured, 95 %", "2:4", "blocks of 16 x 16, 90 %", "channels, half")
+TARGETS = ("compact", "removed", "kernels", "onnx", "int8", "edge", "ethos_u85")
+
+
+def structures(options: Options) -> Parts:
+    """What each structure gains on each target; `python -m benchmarks.tables` makes the table of the guide of it."""
     inputs = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    names = ("dense", "unstructured, 95 %", "2:4", "blocks of 16 x 16, 90 %", "channels, half")
-    found = {n: ladder(structured(n), inputs, options, quantization=Quantization([inputs], error=1)) for n in names}
-    print(structure_table(found))
-    return found
+    for structure in STRUCTURES:
+        judged = Quantization([inputs], error=1)  # random weights have no accuracy
+        yield (structure,), partial(climbed, structure, inputs, options, quantization=judged)
 
 
-def structure_table(found: Mapping[str, Any]) -> str:
-    """A row for each structure and a column for each target: bytes of dense in its runtime, and how many times as fast."""
-    targets = ("compact", "removed", "kernels", "onnx", "int8", "edge", "ethos_u85")
-    rows = [["structure", *(f"`{target}`" for target in targets)]]
+def climbed(structure: str, inputs: Tensor, options: Options, **more: Any) -> dict[str, Any]:
+    return ladder(structured(structure), inputs, options, **more)
+
+
+def structure_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each structure and a cell for each target: the share of the dense bytes, and how many times as fast."""
+    rows = [["structure", *(f"`{target}`" for target in TARGETS)]]
     for structure, numbers in found.items():
-        cells = []
-        for target in targets:
-            rung = numbers["rungs"].get(target, {})
-            if not rung.get("file"):
-                cells.append("no")
-                continue
-            estimates = rung["estimates"]
-            if estimates:
-                share = estimates["encoded weight bytes"] / estimates["encoded weight bytes if no weight were zero"]
-                cycles = estimates["cycles if no weight were zero"] / estimates["cycles"]
-                cells.append(f"{share:.2f} of the encoded weights; {cycles:.2f} times as fast (estimates)")
-                continue
-            gain = numbers["gain"].get(target, {}).get(BATCH)
-            faster = "" if gain is None else "no faster" if "faster" not in _pace(numbers, target) else f"{gain:.1f} times"
-            share = numbers["bytes, of dense"].get(target)
-            cells.append("; ".join(filter(None, ["" if share is None else f"{share:.2f}", faster])))
-        rows.append([structure, *cells])
-    return markdown(rows)
+        rows.append([structure, *(_gained(numbers, target) for target in TARGETS)])
+    return rows
 
 
-def _pace(numbers: Mapping[str, Any], target: str) -> str:
-    said: str = numbers["outcome"][target]
-    return "" if said.endswith("no faster") else said
+def _gained(numbers: Mapping[str, Any], target: str) -> str:
+    """What a rung gains beside the dense model in the same runtime, in words where it gains nothing."""
+    rung = numbers["rungs"][target]
+    if not rung["file"]:
+        nothing = {"removed": "nothing to remove", "kernels": "no faster"}.get(target, "not made")
+        return "slower, no smaller" if rung["note"].startswith("left out") else nothing
+    if estimates := rung["estimates"]:
+        share = estimates["encoded weight bytes"] / estimates["encoded weight bytes if no weight were zero"]
+        gain = estimates["cycles if no weight were zero"] / estimates["cycles"]
+        return f"{share:.2f} of the encoded weights, {f'{gain:.1f} times' if gain > 1.05 else 'no faster'} (estimates)"
+    share, outcome = numbers["bytes, of dense"][target], numbers["outcome"][target]
+    if outcome.endswith(("no faster", "slower")):
+        return f"{share:.2f}, {'no faster' if outcome.endswith('no faster') else 'slower'}"
+    return f"{share:.2f}, {numbers['gain'][target][str(BATCH)]:.1f} times"
 
 
 def carriers(options: Options) -> dict[str, Any]:

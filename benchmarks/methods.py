@@ -2,6 +2,7 @@
 
     python -m benchmarks cost-methods          a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
     python -m benchmarks cost-structures       the same for AC/DC and for SR-STE in its three forms
+    python -m benchmarks cost-finetuning       for what takes a model that exists, beside a random mask
     python -m benchmarks memory-methods        peak memory of a training, each in a process of its own (on Linux)
 
 For every method one short training, in which it takes part in every other step; each of its steps is compared with the mean
@@ -27,6 +28,9 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import nn
+
 from benchmarks.overhead import memory_parts, places
 from benchmarks.record import Options, Parts
 from benchmarks.trainers import Net, quiet, random_images
@@ -38,20 +42,26 @@ from lightning_sparse import (
     SRSTE,
     STR,
     CKARegularization,
+    Distillation,
     GraNet,
     GraSP,
     HyperSparse,
+    KeepSparsity,
     LayerSparsity,
     LotteryTicket,
     LpSphere,
     MagnitudePruning,
+    MovementPruning,
     RandomSparsity,
     RigL,
     SparseConnectivityLearning,
+    SparseGPT,
     SynFlow,
     TrainableThreshold,
+    Wanda,
     WeightPenalty,
 )
+from lightning_sparse.core import InputTap
 from lightning_sparse.loop import Method, Sparsifier
 
 EPOCHS = 4
@@ -85,19 +95,35 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
     "LpSphere(sparsity)": lambda: LpSphere(p=1.07, sparsity=0.9, **OFTEN),
     "LayerSparsity": LayerSparsity,
     "CKARegularization": lambda: CKARegularization(every_n_batches=2),
+    "KeepSparsity": KeepSparsity,
+    "Wanda": lambda: Wanda(0.9, batches=1),
+    "Wanda(schedule)": lambda: Wanda(0.9, batches=1, **OFTEN),
+    "SparseGPT": lambda: SparseGPT(0.9, batches=1),
+    "MovementPruning": lambda: MovementPruning(0.9, **OFTEN),
+    "Distillation": Distillation,
 }
 
 
 STRUCTURED = ("ACDC", "SRSTE", "SRSTE(soft)", "SRSTE(transposable)")
 """Those of the suite `cost-structures`."""
 
+FINETUNING = ("KeepSparsity", "Wanda", "Wanda(schedule)", "SparseGPT", "MovementPruning", "Distillation")
+"""Those of the suite `cost-finetuning`."""
+
 
 class EveryOther(Turns):
     """A method takes part in every other step, from the first on, and what it keeps is weighed."""
 
     def __init__(self, method: Sparsifier, device: str) -> None:
-        super().__init__([method], lambda module: {"own": Way([method]), "dense": Way()}, swing=False, device=device)
+        own = Way([method], enter=partial(self.look, True), leave=partial(self.look, False))
+        super().__init__([method], lambda module: {"own": own, "dense": Way()}, swing=False, device=device)
         self.method, self.bytes = method, 0.0
+
+    def look(self, on: bool) -> None:
+        """Whether a method that looks at inputs all the time does so now."""
+        tap = vars(self.method).get("_tap")
+        if isinstance(tap, InputTap):
+            tap.open = on
 
     def counts(self) -> bool:
         weights = sum(weight.numel() for weight in self.method.weights.values())
@@ -121,9 +147,11 @@ def compared(steps: Sequence[Step], changed: bool) -> list[tuple[Step, float]]:
 
 def measure(name: str, model: str, batch: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
     """One training of one method, with at least so many of its steps."""
-    method = METHODS[name]()
+    method, net = METHODS[name](), Net(model)
+    if name == "KeepSparsity":
+        thin_out(net)
     turns = EveryOther(method, device)
-    turns.fit(Net(model), batch, 2 * math.ceil(rounds / EPOCHS), EPOCHS)
+    turns.fit(net, batch, 2 * math.ceil(rounds / EPOCHS), EPOCHS)
     row: dict[str, Any] = {}
     for title, changed in (("between", False), ("change", True)):
         if found := compared(turns.steps, changed):
@@ -132,6 +160,14 @@ def measure(name: str, model: str, batch: int, rounds: int, device: str = "cpu")
                 row[title]["inside"] = statistics.median(s.inside / (s.seconds - s.inside) for s, _ in found)
     dense = [step.seconds for before, step in pairwise(turns.steps) if step.way == "dense" and not before.changed]
     return {**row, "dense, ms": 1e3 * statistics.median(dense), "bytes per weight": turns.bytes}
+
+
+@torch.no_grad()
+def thin_out(net: nn.Module) -> None:
+    """Leave a tenth of every matrix, for who keeps what is there."""
+    for weight in net.parameters():
+        if weight.ndim > 1:
+            weight *= torch.rand_like(weight) < 0.1
 
 
 def peak(name: str, model: str, batch: int, device: str = "cpu") -> float:
@@ -143,7 +179,7 @@ def peak(name: str, model: str, batch: int, device: str = "cpu") -> float:
 def takes(model: str) -> list[str]:
     """What can do something for a model: layers must be able to merge, or there must be two to compare."""
     unfit = {"LayerSparsity": model != "mlp", "CKARegularization": model == "quick"}
-    return [name for name in METHODS if not unfit.get(name) and name not in STRUCTURED]
+    return [name for name in METHODS if not unfit.get(name) and name not in (*STRUCTURED, *FINETUNING)]
 
 
 def structured(options: Options) -> Parts:
@@ -151,6 +187,14 @@ def structured(options: Options) -> Parts:
     for model, batch in places(options):
         for name in STRUCTURED:
             yield (f"{model}, batch {batch}", name), partial(measure, name, model, batch, options.times(12), options.device)
+
+
+def finetuning(options: Options) -> Parts:
+    """The same for what takes a model that exists; of each kind of model one, since hooks and teachers cost what it does."""
+    for model, batch in places(options) if options.quick or options.device != "cpu" else [("vit", 32), ("resnet18", 128)]:
+        rounds = options.times(8 if batch == 128 else 12, quick=12)
+        for name in ("RandomSparsity", *FINETUNING):
+            yield (f"{model}, batch {batch}", name), partial(measure, name, model, batch, rounds, options.device)
 
 
 def parts(options: Options) -> Parts:

@@ -2,8 +2,8 @@
 
 A weight of 4096 x 4096, 2,048 rows of inputs, half of the weights removed, or two of every four kept. Both take the products
 of the inputs as they are and end with a pruned weight; they take turns in one run, each time is a ratio to ours of the same
-round, and each peak is that of a process of its own. What both come to is compared, too: where scores differ, masks are the
-same.
+round, and each peak is that of a process of its own. What both come to is compared too, in both widths of numbers: in
+float64 masks are the same.
 """
 
 from __future__ import annotations
@@ -82,16 +82,21 @@ def times(size: int, pattern: str, rounds: int, device: str) -> dict[str, Any]:
     return ratios(in_turns(ways, rounds, device, warm_up=0), "ours")
 
 
-def agreement(size: int, pattern: str) -> dict[str, float]:
-    """Entries that only one of the two has removed, and the largest difference elsewhere, by the largest weight."""
+def agreement(size: int, pattern: str) -> dict[str, dict[str, float]]:
+    """By the type of numbers: entries that only one of the two has removed, and the largest difference elsewhere, by the
+    largest weight. An entry of other rounding at a threshold changes the rest of its row, in both the same way it can.
+    """
     weight, products = layer(size)
-    mine, theirs = (way(weight, products, PATTERNS[pattern]) for way in WAYS.values())
-    same = (mine == 0) == (theirs == 0)
-    return {
-        "entries": weight.numel(),
-        "other masks": float((~same).sum()),
-        "largest difference": float((mine - theirs)[same].abs().max() / theirs.abs().max()),
-    }
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        mine, theirs = (way(weight.to(dtype), products.to(dtype), PATTERNS[pattern]) for way in WAYS.values())
+        same = (mine == 0) == (theirs == 0)
+        found[str(dtype).removeprefix("torch.")] = {
+            "entries": weight.numel(),
+            "other masks": float((~same).sum()),
+            "largest difference": float((mine - theirs)[same].abs().max() / theirs.abs().max()),
+        }
+    return found
 
 
 def peak(way: str, size: int, pattern: str, device: str = "cpu") -> float:

@@ -7,6 +7,7 @@ python -m benchmarks ladders-structures    the export ladder of one small networ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy import have_data
 from benchmarks.export import BATCH, accuracy, ladder
-from benchmarks.record import Options
-from benchmarks.trainers import quiet
+from benchmarks.record import Options, Parts
+from benchmarks.trainers import trained
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import Digits, FashionMNIST
 from lightning_sparse.export import use_kernels
@@ -62,38 +63,41 @@ def timed(models: Mapping[str, nn.Module], batch: int, rounds: int) -> dict[str,
     return {"milliseconds": {name: asdict(timing) for name, timing in times.items()}, "speed": speed}
 
 
-@torch.no_grad()
-def fan_in(options: Options) -> dict[str, Any]:
+def fan_in(options: Options) -> Parts:
     """At four sparsities and two batches."""
-    found = {}
     for sparsity in (0.8, 0.9, 0.95, 0.99):
-        made = partial(perceptron, partial(fan_in_mask, fan_in=round((1 - sparsity) * WIDTH)))
-        models: dict[str, nn.Module] = {"dense": made()}
-        for kernel in ("condensed", "csr"):
-            models[kernel] = use_kernels(made(), {str(i): kernel for i in range(LAYERS)})
-        condensed: Any = models["condensed"]
-        gathered = nn.Sequential(
-            *(Gathered(dense, part.indices, part.values) for dense, part in zip(models["dense"], condensed, strict=True))  # type: ignore[call-overload]
-        )
         for batch in (1, 64):
-            # A gather of a batch makes a tensor of batch x outputs x fan-in, so it is compiled for one sample only.
-            more = {"inductor": torch.compile(gathered, dynamic=False)} if batch == 1 else {}
-            found[f"{sparsity:g}, batch {batch}"] = timed({**models, **more}, batch, options.times(100))
-    return {"width": WIDTH, "layers": LAYERS, "threads": torch.get_num_threads(), "at": found}
+            yield (f"{sparsity:g}, batch {batch}",), partial(condensed, sparsity, batch, options)
 
 
 @torch.no_grad()
-def blocks(options: Options) -> dict[str, Any]:
+def condensed(sparsity: float, batch: int, options: Options) -> dict[str, Any]:
+    made = partial(perceptron, partial(fan_in_mask, fan_in=round((1 - sparsity) * WIDTH)))
+    models: dict[str, nn.Module] = {"dense": made()}
+    for kernel in ("condensed", "csr"):
+        models[kernel] = use_kernels(made(), {str(i): kernel for i in range(LAYERS)})
+    if batch == 1:  # a gather of a batch makes a tensor of batch x outputs x fan-in
+        narrow: Any = models["condensed"]
+        layers = zip(models["dense"], narrow, strict=True)  # type: ignore[call-overload]
+        gathered = nn.Sequential(*(Gathered(dense, part.indices, part.values) for dense, part in layers))
+        models["inductor"] = torch.compile(gathered, dynamic=False)
+    return timed(models, batch, options.times(100))
+
+
+def blocks(options: Options) -> Parts:
     """At 90 % and two batches."""
-    found = {}
     for size in (4, 8, 16):
-        made = partial(perceptron, partial(tenth_of_blocks, size=size))
-        models: dict[str, nn.Module] = {"dense": made()}
-        for kernel in (f"bsr{size}", "csr"):
-            models[kernel] = use_kernels(made(), {str(i): kernel for i in range(LAYERS)})
         for batch in (1, 64):
-            found[f"{size}x{size}, batch {batch}"] = timed(models, batch, options.times(100))
-    return {"width": WIDTH, "layers": LAYERS, "threads": torch.get_num_threads(), "at": found}
+            yield (f"{size}x{size}, batch {batch}",), partial(in_blocks, size, batch, options)
+
+
+@torch.no_grad()
+def in_blocks(size: int, batch: int, options: Options) -> dict[str, Any]:
+    made = partial(perceptron, partial(tenth_of_blocks, size=size))
+    models: dict[str, nn.Module] = {"dense": made()}
+    for kernel in (f"bsr{size}", "csr"):
+        models[kernel] = use_kernels(made(), {str(i): kernel for i in range(LAYERS)})
+    return timed(models, batch, options.times(100))
 
 
 def tenth_of_blocks(score: Tensor, size: int) -> Tensor:
@@ -112,18 +116,20 @@ SMALL: dict[str, dict[str, Any]] = {
 """How the network is pruned under each structure; its last layer has ten outputs, which blocks of 8 do not divide."""
 
 
-def ladders(options: Options) -> dict[str, Any]:
+def ladders(options: Options) -> Parts:
     """Gradual pruning by magnitude, then all rungs in turns: speed times dense, bytes, accuracy on every rung."""
+    for structure in SMALL:
+        yield (structure,), partial(under, structure, options)
+
+
+def under(structure: str, options: Options) -> dict[str, Any]:
     have_data(FashionMNIST, options)
     data: Any = Digits() if options.quick else FashionMNIST(root=options.data)
-    found = {}
-    for structure, how in SMALL.items():
-        L.seed_everything(0, verbose=False)
-        module = Classifier(partial(MLP, hidden=(1024, 1024)), data.num_classes, data.in_channels, data.image_size)
-        epochs = options.epochs or (1 if options.quick else 5)
-        pruning = MagnitudePruning(structure=structure, **how)
-        quiet([pruning], "cpu", max_epochs=epochs, limit_val_batches=0).fit(module, data)
-        data.setup("test")
-        inputs = next(iter(data.test_dataloader()))[0][:BATCH]
-        found[structure] = ladder(module.eval(), inputs, options, evaluate=lambda made: accuracy(made, data))
-    return found
+    L.seed_everything(0, verbose=False)
+    module = Classifier(partial(MLP, hidden=(1024, 1024)), data.num_classes, data.in_channels, data.image_size)
+    pruning = MagnitudePruning(structure=structure, **SMALL[structure])
+    name = f"ladders-structures-{re.sub('[^a-z0-9]+', '-', structure)}"
+    network = trained(module, data, [pruning], name, options, epochs=5)
+    data.setup("test")
+    inputs = next(iter(data.test_dataloader()))[0][:BATCH]
+    return ladder(network, inputs, options, evaluate=lambda made: accuracy(made, data))

@@ -195,6 +195,7 @@ COST = (
     Measurements("cost-updates", updates.parts),
     Measurements("cost-sharded", sharded.parts),
     Measurements("cost-rewiring", rewiring.parts),
+    Measurements("cost-sparsegpt", sparsegpt.parts),
     Measurements("cost-hypersparse", hypersparse.parts),
     Measurements("cost-sparse-connectivity-learning", scl.costs),
     Measurements("cost-masking", masking.parts),
@@ -203,11 +204,12 @@ COST = (
     Measurements("cost-monitor", monitor.parts),
     Measurements("memory-overhead", overhead.memory_parts),
     Measurements("memory-methods", methods.peaks),
-    Measurements("export-resnet", whole(export.resnet)),
+    Measurements("export-resnet", export.resnet),
     Measurements("export-mlp", whole(export.mlp)),
     Measurements("export-carriers", whole(export.carriers)),
     Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness", robustness.parts, same=("lightning_sparse", "torch")),
+    Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
 )
 
 CHANNELS = ("channels, half of the MACs", "channels, half of the MACs, uniform")
@@ -220,12 +222,11 @@ COMING = (
     Comparison("desk-structures-resnet20", CIFAR, STRUCTURED, (0.9,)),
     Comparison("desk-channels-resnet20", CIFAR, ("dense", *CHANNELS), (0.5,)),
     Measurements("cost-structures", methods.structured),
-    Measurements("kernels-fan-in", whole(structures.fan_in)),
-    Measurements("kernels-blocks", whole(structures.blocks)),
-    Measurements("ladders-structures", whole(structures.ladders)),
-    Measurements("cost-sparsegpt", sparsegpt.parts),
-    Measurements("export-structures", whole(export.structures)),
-    Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
+    Measurements("cost-finetuning", methods.finetuning),
+    Measurements("kernels-fan-in", structures.fan_in),
+    Measurements("kernels-blocks", structures.blocks),
+    Measurements("ladders-structures", structures.ladders),
+    Measurements("export-structures", export.structures),
 )
 """Whose numbers have not been measured, or not all of them, on a quiet machine yet."""
 

@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, made from the results, and its figures.
+"""The tables of docs/evidence.md, and some of other pages, made from the results, and its figures.
 
     python -m benchmarks.tables                            write the tables into the page
     python -m benchmarks.tables cka                        print one
@@ -12,6 +12,7 @@ step. The best of a column is bold.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +21,13 @@ from typing import Any
 
 from benchmarks.accuracy import Comparison
 from benchmarks.claims import CLAIMS, progress
+from benchmarks.export import structure_rows
 from benchmarks.record import RESULTS, Row, markdown, pick, spread
 from benchmarks.suites import SUITES
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 LARGE = PAGE.with_name("large-models.md")
+GUIDE = PAGE.with_name("guide.md")
 
 LABELS = {
     "dense": "dense (0 %)",
@@ -257,6 +260,47 @@ def peaks(columns: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[
     return [["peak memory, times a plain training's", *places(columns)], *rows]
 
 
+def sparsegpt() -> list[Row]:
+    """One large layer beside a plain version of the published loop."""
+    columns = {title.rpartition(", ")[2]: column for title, column in numbers("cost-sparsegpt").items()}
+    rows = [["ours, s", *(f"{c['time']['ours']['seconds']:.1f}" for c in columns.values())]]
+    rows.append(["the published loop, times that", *(ratio(c["time"]["published loop"], 1) for c in columns.values())])
+    for way in ("ours", "published loop"):
+        sizes = [c["peak in MiB"][way] for c in columns.values()]
+        rows.append([f"{way}: peak beyond weight and products, MiB", *(f"{size:.0f}" for size in sizes)])
+    for dtype in ("float32", "float64"):
+        found = [c["agreement"][dtype]["other masks"] for c in columns.values()]
+        rows.append([f"entries that one of the two alone removes, {dtype}", *(f"{count:,.0f}" for count in found)])
+    return [["4096 x 4096, 2,048 rows", *columns], *rows]
+
+
+def perplexity() -> list[Row]:
+    """What `examples/finetune_lm.py` has found: right after pruning, and after steps of training."""
+    found = [json.loads(line) for line in (RESULTS / "finetune-lm.jsonl").read_text().splitlines()]
+    dense = [run["perplexity"] for run in found if run["method"] == "dense"]
+    after = [str(step) for step in found[0]["after"]]
+    head = ["removed", "", "teacher", *(f"after {step} steps" if step != "0" else "pruned" for step in after), "seeds"]
+    rows = [["", "dense", "", spread(dense, 3, 1), *[""] * (len(after) - 1), str(len(dense))]]
+    pruned = [run for run in found if run["method"] != "dense"]
+    for structure, method, teacher in dict.fromkeys((run["structure"], run["method"], run["teacher"]) for run in pruned):
+        mine = [run["perplexity"] for run in pick(pruned, structure=structure, method=method, teacher=teacher)]
+        cells = [spread([one[step] for one in mine], 3, 1) for step in after]
+        rows.append([structure, method, "yes" if teacher else "no", *cells, str(len(mine))])
+    return [head, *rows]
+
+
+def finetuning() -> list[Row]:
+    """Steps of what takes a model that exists, and what of them is spent inside."""
+    columns = numbers("cost-finetuning")
+    rows = []
+    for method in columns["vit, batch 32"]:
+        found = [column.get(method, {}).get("between") for column in columns.values()]
+        cells = [ratio(one) if one else "" for one in found]
+        shares = [f"{100 * one['inside']:.1f}" if one and "inside" in one else "" for one in found]
+        rows.append([f"`{method}`", *(cell for pair in zip(cells, shares, strict=True) for cell in pair)])
+    return [["", *(cell for place in places(columns) for cell in (place, "inside, %"))], *rows]
+
+
 def sharded() -> list[Row]:
     """Masks on weights of which each of two ranks holds half."""
     columns = {title.split()[2]: column for title, column in numbers("cost-sharded").items()}
@@ -283,13 +327,17 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "lpss": lpss,
     "simulation": simulation,
     **{name: make for name, (make, _) in CLAIMS.items()},
+    "perplexity": perplexity,
     "overhead": overhead,
     "peaks": lambda: memory("memory-overhead"),
     "updates": updates,
+    "sparsegpt": sparsegpt,
+    "finetuning": finetuning,
     "methods": methods,
     "inside": inside,
     "memory": lambda: memory("memory-methods"),
     "sharded": sharded,
+    "exports": lambda: structure_rows(SUITES["export-structures"].content(RESULTS).get("numbers", {})),
 }
 
 
@@ -306,7 +354,7 @@ def filled(page: str) -> str:
     def fresh(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n\n{block(match[1])}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- (?!end)(\w+) -->.*?<!-- end -->", fresh, page, flags=re.DOTALL)
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}) -->.*?<!-- end -->", fresh, page, flags=re.DOTALL)
 
 
 # ---- the figure --------------------------------------------------------------------------------------------------------
@@ -408,7 +456,7 @@ def main() -> None:
     elif options.table:
         print(block(options.table))
     else:
-        for page in (PAGE, LARGE):
+        for page in (PAGE, LARGE, GUIDE):
             page.write_text(filled(page.read_text()))
 
 

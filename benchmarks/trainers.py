@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+import lightning_sparse
+from benchmarks.record import Options
 from lightning_sparse import AtomicCheckpointIO
 from lightning_sparse.models import ResNet
 
@@ -83,6 +85,18 @@ def resumable(
     )
     options = {"enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
     return [Pause(stop, checkpoint), saving], options, checkpoint if checkpoint.exists() else None
+
+
+def trained(
+    module: L.LightningModule, data: Any, callbacks: Sequence[L.Callback], name: str, options: Options, epochs: int
+) -> L.LightningModule:
+    """A module in evaluation mode, trained on the CPU; with `--work` its state stays there, and is not made twice."""
+    length = options.epochs or (1 if options.quick else epochs)
+    checkpoint = options.work and options.work / f"{name}-{length}-epochs-{lightning_sparse.__version__}.ckpt"
+    saving, keeping, begun = resumable(checkpoint, length, options.stop)
+    trainer = quiet([*callbacks, *saving], "cpu", max_epochs=length, limit_val_batches=0, **keeping)
+    trainer.fit(module, data, ckpt_path=begun, weights_only=False)
+    return module.eval()
 
 
 def perceptron(*sizes: int) -> nn.Module:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lightning_sparse.functional import round_symmetric
 from tests.helpers.overlays import ROOT
 
 
@@ -49,3 +51,18 @@ def test_the_page_lists_every_example() -> None:
     folder = ROOT / "examples"
     listed = re.findall(r"\| \[`(\w+\.py)`\]", (folder / "README.md").read_text())
     assert sorted(listed) == sorted(file.name for file in folder.glob("*.py"))
+
+
+def test_a_sparse_network_is_made_ready_for_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    runpy.run_path(str(ROOT / "examples" / "sparse_int8.py"))["main"](str(tmp_path), 3)
+    said = capsys.readouterr().out
+    zeros = [int(count.replace(",", "")) for count in re.findall(r"with ([\d,]+) zeros", said)]
+    weights = torch.load(tmp_path / "ready" / "last.ckpt", weights_only=True)["state_dict"]
+    matrices = [weight for weight in weights.values() if weight.ndim > 1]
+    assert len(zeros) == 2
+    assert zeros[1] == sum(int((weight == 0).sum()) for weight in matrices)
+    assert zeros[1] >= zeros[0] > 0.6 * sum(weight.numel() for weight in matrices)
+    assert all(torch.equal(weight, round_symmetric(weight)) for weight in matrices), "on the grid of int8"
+    assert (tmp_path / "deployed" / "model-int8.onnx").exists()

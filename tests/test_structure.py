@@ -203,6 +203,15 @@ def test_wandb_and_pytest_are_imported_by_those_who_use_them() -> None:
     assert said.strip() == "set()"
 
 
+def test_the_package_brings_no_more_than_lightning_has_imported() -> None:
+    code = (
+        "import sys, lightning; before = set(sys.modules); import lightning_sparse; "
+        "print({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(ast.literal_eval(said)) <= {"lightning", "lightning_sparse", "torch"}
+
+
 def test_no_method_imports_another() -> None:
     for path in (PACKAGE / "methods").rglob("*.py"):
         own = path.relative_to(PACKAGE / "methods").parts[0].removesuffix(".py")

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_sparse.export import whole_weights
 from lightning_sparse.observe.checkpoint_io import newest_readable, why_unreadable
 
 __all__ = ["check_fit", "load_weights", "usable"]
@@ -110,12 +111,12 @@ def _compare(model: pl.LightningModule, weights: Mapping[str, Any], ckpt_path: s
 
 
 def load_weights(model: pl.LightningModule, ckpt_path: str) -> None:
-    """Give a model the weights of a checkpoint.
+    """Give a model the weights of a checkpoint: a file, or the folder that a sharded run has written.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is no checkpoint, or holds another model.
     """
-    weights = _read(usable(ckpt_path))["state_dict"]
+    weights = whole_weights(usable(ckpt_path))
     _compare(model, weights, ckpt_path)
     model.load_state_dict(weights)

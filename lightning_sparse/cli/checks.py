@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from lightning_sparse.observe.report import why_unwritable
 
 __all__ = ["check_settings"]
 
@@ -80,12 +81,5 @@ def _check_folder(folder: str | None) -> None:
     """A run that could not save anything is noticed now, not after it."""
     if folder is None or "://" in str(folder):
         return
-    path = Path(folder)
-    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"0" * 4096)
-    except OSError as error:
-        raise ValueError(
-            f"trainer.default_root_dir='{folder}' cannot be written ({error.strerror}); choose another folder."
-        ) from error
+    if (reason := why_unwritable(Path(folder))) is not None:
+        raise ValueError(f"trainer.default_root_dir='{folder}' cannot be written ({reason}); choose another folder.")

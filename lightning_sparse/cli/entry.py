@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from typing import TextIO
 
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.completion import completion
@@ -40,6 +42,9 @@ OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
         lambda args: completion(args, [*RUN, *OTHERS]),
     ),
 }
+
+TELLS = "lightning.pytorch.utilities.rank_zero"
+"""The logger of what Lightning says once, whatever the number of processes."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -75,7 +80,27 @@ def _run(given: list[str]) -> None:
     else:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python")
+            warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")  # Lightning's own use of torch
+            _prepare_log()
             SparseCLI(with_named_configs(with_saved_config(given, folder)))
+
+
+def _prepare_log() -> None:
+    """What Lightning says stands above the progress bar, and recommends no products."""
+    logging.getLogger(TELLS).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    for logger in (logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")):
+        logger.handlers = [_Stderr() if type(handler) is logging.StreamHandler else handler for handler in logger.handlers]
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is now: a progress bar that stands there moves on."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def _help() -> str:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from rich.console import Console
+from rich import get_console
 from torch import Tensor, nn
 
 from lightning_sparse.cli.checkpoints import load_weights
@@ -103,7 +103,7 @@ class Export(pl.Trainer):
             quantization=Quantization(few, tolerance=int8_tolerance) if few else None,
             overwrite=overwrite,
         )
-        rank_zero_only(Console().print)(report.table())
+        rank_zero_only(get_console().print)(report.table())
         return report
 
 

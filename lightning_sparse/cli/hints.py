@@ -60,12 +60,17 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
     if ambiguous := re.search(r"ambiguous option: -*([\w.]+)\S* could match (.*)", message):
         return _unknown_option(ambiguous[1], re.findall(r"--([\w.]+)", ambiguous[2]), cls)
     if key and (choices := _choices(message, key[1], cls)):
-        others = f", or write {kinds}" if (kinds := _kinds(message)) else ""
+        kinds = _kinds(message)
+        if any(isinstance(choice, int) for choice in choices):  # it may be one of these numbers, not any
+            kinds = kinds.removeprefix("a whole number").removeprefix(" or ")
+        others = f", or write {kinds}" if kinds else ""
         unknown_value = f"{value} is unknown;" if (value := _value(message)) else ":"
         return f"{key[1]}{unknown_value} choose from {choices}{others}."
     if required := re.search(r"following arguments are required: (.*)", message):
         return _required(required[1])
     if unknown := re.search(r"Expected a dot import path string: (\w+)", message):
+        if key and "Expected a <class 'float'>" in message:  # or an object that holds one
+            return f"{key[1]}='{unknown[1]}' must be a number."
         near = difflib.get_close_matches(unknown[1], _known_classes(key[1] if key else ""), n=1, cutoff=0.5)
         remedy = f"did you mean '{near[0]}'?" if near else "write its import path, such as package.module.Class."
         return f"'{unknown[1]}'{where} is not a known class; {remedy}"
@@ -155,4 +160,8 @@ def _known_classes(key: str) -> list[str]:
     base = KINDS_OF_CLASSES.get(key.rpartition(".")[2].rstrip("+"), object)
     ours = (lightning_sparse, lightning_sparse.models, lightning_sparse.data, lightning_sparse.observe)
     named = {name: getattr(module, name) for module in (*ours, loggers, callbacks) for name in module.__all__}
-    return [name for name, found in named.items() if inspect.isclass(found) and issubclass(found, base)]
+    return [name for name, found in named.items() if _can_be_made(found) and issubclass(found, base)]
+
+
+def _can_be_made(found: Any) -> bool:
+    return inspect.isclass(found) and not inspect.isabstract(found)

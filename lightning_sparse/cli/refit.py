@@ -7,7 +7,7 @@ from typing import Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
+from rich import get_console
 
 from lightning_sparse.cli.checkpoints import load_weights
 from lightning_sparse.cli.results import side_by_side
@@ -54,5 +54,5 @@ class Refit(pl.Trainer):
         self.fit(merged.train(), datamodule=datamodule)
         after = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
         if tests and self.is_global_zero:
-            Console().print(side_by_side("Refit", merged=before, refit=after))
+            get_console().print(side_by_side("Refit", merged=before, refit=after))
         return merged

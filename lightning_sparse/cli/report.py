@@ -18,5 +18,11 @@ def report(args: list[str]) -> None:
     asked = parser.parse_args(args)
     if not asked.output.resolve().parent.is_dir():
         raise FileNotFoundError(f"--output '{asked.output}': there is no folder '{asked.output.parent}'; make it first.")
-    write_report(asked.output, *(run for file in find_reports(asked.runs) for run in read_report(file)))
+    runs = [run for file in find_reports(asked.runs) for run in read_report(file)]
+    try:
+        write_report(asked.output, *runs)
+    except OSError as error:
+        raise ValueError(
+            f"--output '{asked.output}' cannot be written ({error.strerror or error}); choose another folder."
+        ) from error
     print(asked.output)

@@ -8,18 +8,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
+from rich import get_console
 
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.checkpoints import check_fit, usable
 from lightning_sparse.cli.checks import check_settings
 from lightning_sparse.cli.parser import SparseParser
+from lightning_sparse.cli.progress import OneLineBar
 from lightning_sparse.cli.results import side_by_side
 from lightning_sparse.cli.saved_config import SaveRunConfig
 from lightning_sparse.cli.trainer import SparseTrainer
@@ -104,12 +105,16 @@ class SparseCLI(LightningCLI):
             rank_zero_only(print)(f"lightning-sparse: {hint}", file=sys.stderr)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Two methods of one class need names, or checkpoints could not tell them apart."""
-        made = self.config_init[self.subcommand].trainer.callbacks or []
+        """Two methods of one class need names, or checkpoints could not tell them apart; the bar stays on a line."""
+        settings = self.config_init[self.subcommand].trainer
+        made = settings.callbacks if isinstance(settings.callbacks, list) else [one for one in (settings.callbacks,) if one]
         keys = [callback.state_key for callback in made if isinstance(callback, Sparsifier)]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice:
             raise ValueError(f"{twice} is configured twice; keep one, or give each its own targets and a name.")
+        callbacks = kwargs.get("callbacks", made)
+        if settings.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
+            kwargs["callbacks"] = [*callbacks, OneLineBar()]
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody has chosen another
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -127,14 +132,15 @@ class SparseCLI(LightningCLI):
         self.instantiate_classes()  # model, data and callbacks once more, new, with the same arguments
         ours = (Sparsifier, SparsityMonitor, SparsityTable, Checkpoint, SaveConfigCallback)
         callbacks = [c for c in self.config_init[self.subcommand].trainer.callbacks or [] if not isinstance(c, ours)]
-        quiet = {"logger": DummyLogger(), "enable_checkpointing": False, "enable_model_summary": False}
+        quiet: dict[str, Any] = {"logger": DummyLogger(), "log_every_n_steps": 0}
+        quiet |= {"enable_checkpointing": False, "enable_model_summary": False}
         trainer = self.instantiate_trainer(callbacks=callbacks, **quiet)
         trainer.fit(self.model, datamodule=self.datamodule)
         dense = trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
         for monitor in monitors:
             monitor.beside_dense(dense)
         if trainer.is_global_zero:
-            Console().print(side_by_side("Same recipe, same seed", sparse=sparse, dense=dense))
+            get_console().print(side_by_side("Same recipe, same seed", sparse=sparse, dense=dense))
 
 
 class _Parsers(Exception):

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_sparse.observe.checkpoint_io import SHARDED, why_unreadable
 from lightning_sparse.observe.monitor import run_folder
 
 __all__ = ["FILE", "SaveRunConfig", "with_saved_config"]
@@ -96,7 +97,7 @@ def with_saved_config(args: list[str], folder: str) -> list[str]:
         return args
     position = given.index("--ckpt_path")
     checkpoint = args[position].partition("=")[2] or "".join(args[position + 1 : position + 2])
-    if not Path(checkpoint).is_file():
+    if not Path(checkpoint).is_file() and not (Path(checkpoint).is_dir() and why_unreadable(checkpoint) is None):
         raise FileNotFoundError(f"ckpt_path='{checkpoint}' is not a file; give one that a run saved.")
     found = _config_of(Path(checkpoint))
     saved = yaml.safe_load(found.read_text())
@@ -130,8 +131,9 @@ def _config_of(checkpoint: Path) -> Path:
 
 
 def _fingerprint_in(checkpoint: str) -> str | None:
+    file = Path(checkpoint) / SHARDED if Path(checkpoint).is_dir() else checkpoint
     try:
-        states = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
+        states = torch.load(file, map_location="cpu", weights_only=True)["callbacks"]
     except Exception:  # what is wrong with the file is said where it is read
         return None
     found: str | None = states.get("SaveRunConfig", {}).get("fingerprint")

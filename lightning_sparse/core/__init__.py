@@ -17,11 +17,12 @@ from lightning_sparse.core.channel_costs import ChannelCosts
 from lightning_sparse.core.checks import check_choice, check_number, check_schedule, check_sparsity, check_whole
 from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
+from lightning_sparse.core.coupling_engine import CouplingEngine, Member, Positions
 from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
-from lightning_sparse.core.dependencies import Dependencies, Group, Positions, coupled_outputs, find_coupling
+from lightning_sparse.core.dependencies import Dependencies, Group, coupled_outputs, find_coupling
 from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
-from lightning_sparse.core.inputs import InputTap, as_matrix, from_matrix, input_rows, shows_inputs
+from lightning_sparse.core.inputs import InputTap, Reading, as_matrix, from_matrix, input_rows, shows_inputs
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
 from lightning_sparse.core.layout import (
     Layout,
@@ -52,10 +53,18 @@ from lightning_sparse.core.linear import (
     padding_of,
 )
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
-from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold
+from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold, add_up
 from lightning_sparse.core.memory import Layouts, Memory, Remembered
 from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
-from lightning_sparse.core.networks import Network, callee, copy_model, find_networks, shared_parameters, trained_part
+from lightning_sparse.core.networks import (
+    Network,
+    callee,
+    copy_model,
+    find_networks,
+    is_training,
+    shared_parameters,
+    trained_part,
+)
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
 from lightning_sparse.core.sources import align_names, read_masks, read_tensors
@@ -64,6 +73,7 @@ from lightning_sparse.core.structures import StructureName, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
 from lightning_sparse.core.target import Target
 from lightning_sparse.core.targets import Candidate, Selection, describe, find_targets, select_targets
+from lightning_sparse.core.torch_pruning_engine import torch_pruning
 from lightning_sparse.core.transposable import Transposable
 from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
 
@@ -91,6 +101,7 @@ __all__ = [
     "Coupled",
     "CoupledVectors",
     "Coupling",
+    "CouplingEngine",
     "Coverage",
     "Dependencies",
     "Exponents",
@@ -107,6 +118,7 @@ __all__ = [
     "LiveMasks",
     "MaskSet",
     "Masks",
+    "Member",
     "Memory",
     "Mold",
     "NOfM",
@@ -117,6 +129,7 @@ __all__ = [
     "Plan",
     "Position",
     "Positions",
+    "Reading",
     "Remembered",
     "RunLength",
     "Selection",
@@ -128,6 +141,7 @@ __all__ = [
     "Transposable",
     "Unstructured",
     "Window",
+    "add_up",
     "align_names",
     "analyze",
     "as_matrix",
@@ -173,6 +187,7 @@ __all__ = [
     "is_depthwise",
     "is_layer",
     "is_linear",
+    "is_training",
     "join",
     "kind_of",
     "layout_of",
@@ -202,6 +217,7 @@ __all__ = [
     "summarize",
     "tensors_in",
     "to_cpu",
+    "torch_pruning",
     "total_over_ranks",
     "trained_part",
     "whole",

@@ -2,33 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 
 from lightning_sparse.core.layers import kind_of
 from lightning_sparse.core.linear import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lightning_sparse.core.target import Target
 
-__all__ = ["InputTap", "as_matrix", "from_matrix", "input_rows", "shows_inputs"]
+__all__ = ["InputTap", "Reading", "as_matrix", "from_matrix", "input_rows", "shows_inputs"]
 
 
 def shows_inputs(layer: nn.Module, parameter: str = "weight") -> bool:
-    """Whether a call of a layer shows what one of its weights is multiplied with: of linear layers and convolutions.
+    """Whether a call of a layer shows what one of its weights is multiplied with.
 
-    Not of attention, recurrent layers and fused experts, which multiply several matrices out of sight.
+    So it is of linear layers and convolutions, of `nn.MultiheadAttention`, of recurrent cells, and of the weights by which
+    `nn.RNN`, `nn.LSTM` and `nn.GRU` read their input. Other weights of these, and fused experts, multiply out of sight.
     """
     kind = kind_of(layer, parameter)
-    return kind is not None and kind.reads_input and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return kind is not None and (kind.reads_input or _argument(layer, parameter) is not None)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a layer multiplies one of its weights with in one call.
+
+    Args:
+        layer: that is called.
+        tensors: one for all outputs, or one for each part of them that reads an input of its own.
+    """
+
+    layer: nn.Module
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def single(self) -> Tensor | None:
+        """The one vector that all outputs read, for each row; None for patches, and where parts read different ones."""
+        return self.tensors[0] if len(self.tensors) == 1 and not isinstance(self.layer, CONVOLUTIONS) else None
+
+    def rows(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """For which groups of the weight's matrix these are rows, and the rows as `input_rows` gives them.
+
+        Args:
+            dtype: of the rows; None is float32, or wider if the input is.
+        """
+        for index, tensor in enumerate(self.tensors):
+            wide = torch.promote_types(tensor.dtype, torch.float32) if dtype is None else dtype
+            yield self._part(index), input_rows(self.layer, tensor.to(wide))
+
+    def squares(self) -> Iterator[tuple[slice, Tensor, int]]:
+        """For which groups, the sums over rows of their squares, (groups, columns), and how many rows there are.
+
+        Places of a convolution are taken apart after samples have been added up, which is as many times cheaper.
+        """
+        for index, tensor in enumerate(self.tensors):
+            squares = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
+            samples = 1
+            if isinstance(self.layer, CONVOLUTIONS) and squares.ndim == len(self.layer.kernel_size) + 2:
+                samples, squares = len(squares), squares.sum(0, keepdim=True)
+            rows = input_rows(self.layer, squares)
+            yield self._part(index), rows.sum(1), rows.shape[1] * samples
+
+    def _part(self, index: int) -> slice:
+        return slice(None) if len(self.tensors) == 1 else slice(index, index + 1)
 
 
 def as_matrix(target: Target, tensor: Tensor) -> Tensor:
     """A tensor of a weight's shape as (groups, outputs of a group, columns); columns count kernel positions, then inputs.
 
-    So m consecutive columns are m inputs at one kernel position, as `n:m` has them.
+    Groups are those of a convolution, or the parts that read query, key and value. So m consecutive columns are m inputs at
+    one kernel position, as `n:m` has them.
 
     Example:
         >>> layer = nn.Conv2d(4, 6, 3, groups=2)
@@ -47,7 +98,8 @@ def from_matrix(target: Target, matrix: Tensor) -> Tensor:
 
 
 def _split(tensor: Tensor, target: Target) -> Tensor:
-    return tensor.reshape(target.groups, -1, *tensor.shape[1:])
+    groups = target.groups * target.parts
+    return tensor.reshape(groups, tensor.shape[0] // groups, *tensor.shape[1:])
 
 
 def _order(target: Target) -> list[int]:
@@ -119,19 +171,19 @@ def _spaced(layer: Any, x: Tensor) -> Tensor:
 
 
 class InputTap:
-    """Shows the inputs of the layers that hold some weights, as rows, while it is open.
+    """Shows what some weights are multiplied with, whenever their layers are called while it is open.
 
     Looks at the modules it was made for alone: copies of the model carry its hooks along, and are not seen.
 
     Args:
         module: that holds the weights.
         names: of the weights; a weight that several layers share is seen in each of them.
-        see: is told the name of a weight, the layer, and its input.
+        see: is told the name of a weight, and what it is multiplied with.
         training: whether only calls in training mode and with gradients count.
 
     Example:
         >>> net, seen = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), []
-        >>> tap = InputTap(net, ["1.weight"], lambda name, layer, x: seen.append((name, tuple(x.shape))))
+        >>> tap = InputTap(net, ["1.weight"], lambda name, reading: seen.append((name, tuple(reading.single.shape))))
         >>> _ = net(torch.ones(5, 2))
         >>> seen
         [('1.weight', (5, 3))]
@@ -139,26 +191,23 @@ class InputTap:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        names: Sequence[str],
-        see: Callable[[str, nn.Module, Tensor], None],
-        training: bool = False,
+        self, module: nn.Module, names: Sequence[str], see: Callable[[str, Reading], None], training: bool = False
     ) -> None:
         self.open, self.training = True, training
         self._see = see
+        self._layers: list[nn.Module] = []
+        self._handles: list[Any] = []
+        self._inside = ExitStack()
         parameters = dict(module.named_parameters())
         wanted = {id(parameters[name]): name for name in names}
-        self._layers = [
-            (layer, wanted[id(parameter)])
-            for layer in module.modules()
-            for leaf, parameter in layer.named_parameters(recurse=False)
-            if id(parameter) in wanted and shows_inputs(layer, leaf)
-        ]
-        self._handles = [
-            layer.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-            for index, (layer, _) in enumerate(self._layers)
-        ]
+        for layer in module.modules():
+            for leaf, parameter in layer.named_parameters(recurse=False):
+                if id(parameter) in wanted and shows_inputs(layer, leaf):
+                    self._attach(layer, self._look(wanted[id(parameter)], leaf))
+            if isinstance(layer, nn.MultiheadAttention) and (name := wanted.get(id(layer.out_proj.weight))) is not None:
+                self._attach(layer, self._look_inside(name))
+                leave = layer.register_forward_hook(lambda *_: self._inside.close(), always_call=True)
+                self._handles.append(leave)
 
     def remove(self) -> None:
         """Take the hooks off the model; safe to call again."""
@@ -167,14 +216,89 @@ class InputTap:
         self._handles.clear()
         self._layers = []
 
-    def _hook(self, index: int) -> Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]:
+    def _attach(self, layer: nn.Module, look: Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]) -> None:
+        index = len(self._layers)
+        self._layers.append(layer)
+
         # A function, not a method: a copy of the model then shares it, and does not copy the tap.
+        def hook(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+            counts = not self.training or (module.training and torch.is_grad_enabled())
+            if self.open and counts and index < len(self._layers) and self._layers[index] is module:
+                look(module, args, kwargs)
+
+        self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _look(self, name: str, leaf: str) -> Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]:
+        """At the arguments of a call."""
+
         def look(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-            if not self.open or self._layers[index][0] is not module:
-                return
-            if self.training and not (module.training and torch.is_grad_enabled()):
-                return
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            self._see(self._layers[index][1], module, inputs.detach())
+            if tensors := _read(module, leaf, args, kwargs):
+                self._see(name, Reading(module, tuple(tensor.detach() for tensor in tensors)))
 
         return look
+
+    def _look_inside(self, name: str) -> Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]:
+        """At what attention hands to its last layer, which it does not call."""
+
+        def look(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+            self._inside.enter_context(_Attended(lambda x: self._see(name, Reading(module, (x.detach(),)))))
+
+        return look
+
+
+class _Attended(TorchFunctionMode):
+    """Shows what `F.multi_head_attention_forward` gives to its last projection.
+
+    It is called with the identity in place of that projection, which changes no number, and the projection is applied to
+    what comes out.
+    """
+
+    def __init__(self, see: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.multi_head_attention_forward:
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(func).bind(*args, **(kwargs or {})).arguments
+        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+        unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        attended, shares = func(**{**given, "out_proj_weight": unit, "out_proj_bias": None})
+        self._see(attended)
+        return F.linear(attended, weight, bias), shares
+
+
+def _argument(layer: nn.Module, parameter: str) -> tuple[str, ...] | None:
+    """By which arguments of a call, by name, a weight out of sight is multiplied; None where they do not show it."""
+    if isinstance(layer, nn.MultiheadAttention):
+        known = type(layer).forward is nn.MultiheadAttention.forward
+        return _OF_ATTENTION.get(parameter) if known else None
+    if isinstance(layer, nn.RNNCellBase):
+        return {"weight_ih": ("input",), "weight_hh": ("hx",)}.get(parameter)
+    if isinstance(layer, nn.RNNBase):
+        return ("input",) if parameter in ("weight_ih_l0", "weight_ih_l0_reverse") else None
+    return None
+
+
+_OF_ATTENTION = {
+    "in_proj_weight": ("query", "key", "value"),
+    "q_proj_weight": ("query",),
+    "k_proj_weight": ("key",),
+    "v_proj_weight": ("value",),
+}
+
+
+def _read(layer: nn.Module, parameter: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """What a call multiplies a weight with; one tensor if all parts of the weight read the same, none if nothing."""
+    names = _argument(layer, parameter)
+    if names is None:
+        return (args[0] if args else next(iter(kwargs.values())),)
+    given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+    tensors = [_vectors(given[name]) for name in names if given.get(name) is not None]
+    return tuple(tensors) if any(tensor is not tensors[0] for tensor in tensors) else tuple(tensors[:1])
+
+
+def _vectors(given: Any) -> Tensor:
+    """An input, or a hidden state without the state of its cell."""
+    found: Tensor = given.data if isinstance(given, PackedSequence) else given[0] if isinstance(given, tuple) else given
+    return found

@@ -28,6 +28,7 @@ class LayerKind:
         stack_dims: dimensions that count matrices which have nothing to do with each other, such as experts.
         by_name: whether names choose such weights, and not only `type:` patterns.
         reads_input: whether a call of the layer multiplies the vectors of its input, or patches of it, with the weight.
+        parts: equal parts of the outputs that may each read another input, as those of query, key and value.
     """
 
     fits: LayerTypes | Callable[[nn.Module], bool]
@@ -37,6 +38,7 @@ class LayerKind:
     stack_dims: tuple[int, ...] = ()
     by_name: bool = True
     reads_input: bool = False
+    parts: int = 1
 
     def holds(self, layer: nn.Module) -> bool:
         """Whether a layer is of this kind."""
@@ -183,7 +185,8 @@ LAYER_KINDS = [
     LayerKind(nn.Bilinear),
     LayerKind(TRANSPOSED_CONVOLUTIONS, output_dim=1, input_dim=0, reads_input=True),
     LayerKind(PLAIN_CONVOLUTIONS, reads_input=True),
-    LayerKind(nn.MultiheadAttention, "in_proj_weight|[qkv]_proj_weight"),
+    LayerKind(nn.MultiheadAttention, "in_proj_weight", parts=3),
+    LayerKind(nn.MultiheadAttention, "[qkv]_proj_weight"),
     LayerKind(nn.RNNBase, r"weight_(ih|hh|hr)_l\d+(_reverse)?"),  # gates are outputs
     LayerKind(nn.RNNCellBase, "weight_ih|weight_hh"),
     LayerKind(_are_experts, _EXPERTS, output_dim=1, input_dim=2, stack_dims=(0,)),

@@ -15,7 +15,7 @@ from lightning_sparse.core.layout import Layout, layout_of, spread_over
 from lightning_sparse.core.pieces import Piece, whole
 from lightning_sparse.functional import any_bits, apply_bits_, is_for_one_thread, mask_bits, pack, unpack
 
-__all__ = ["LiveMasks", "MaskSet", "Masks", "Mold"]
+__all__ = ["LiveMasks", "MaskSet", "Masks", "Mold", "add_up"]
 
 
 class Masks(ABC):
@@ -82,12 +82,22 @@ class Masks(ABC):
 
     def added_up(self, counts: Mapping[str, Tensor]) -> dict[str, int]:
         """Counts of this rank's parts, for all ranks together; waits for the device once."""
-        layouts, numbers = self.layouts, list(counts.values())
-        spread = spread_over(layouts.get(name) for name in counts)
-        if spread is not None:
-            return dict(zip(counts, spread.sums(numbers), strict=True))
-        together = torch.stack([count.to(numbers[0].device) for count in numbers]).tolist() if numbers else []
-        return dict(zip(counts, together, strict=True))
+        return add_up(counts, self.layouts)
+
+
+def add_up(counts: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, int]:
+    """Counts of parts of weights that this rank holds, for all ranks together; waits for the device once.
+
+    Args:
+        counts: by name of the weight.
+        layouts: where parts lie, by name; without the weights of which this rank holds all.
+    """
+    numbers = list(counts.values())
+    spread = spread_over(layouts.get(name) for name in counts)
+    if spread is not None:
+        return dict(zip(counts, spread.sums(numbers), strict=True))
+    together = torch.stack([count.to(numbers[0].device) for count in numbers]).tolist() if numbers else []
+    return dict(zip(counts, together, strict=True))
 
 
 class MaskSet(Masks):

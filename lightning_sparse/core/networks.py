@@ -13,7 +13,7 @@ from torch import fx, nn
 from lightning_sparse.core.libraries import first_line
 from lightning_sparse.core.linear import is_linear
 
-__all__ = ["Network", "callee", "copy_model", "find_networks", "shared_parameters", "trained_part"]
+__all__ = ["Network", "callee", "copy_model", "find_networks", "is_training", "shared_parameters", "trained_part"]
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,32 @@ def shared_parameters(module: nn.Module) -> set[int]:
     return twice
 
 
+def is_training(model: nn.Module) -> bool:
+    """Whether a Trainer is in the middle of fitting a model, a LightningModule."""
+    state = getattr(_trainer_of(model), "state", None)
+    return getattr(state, "status", None) == "running" and getattr(state, "fn", None) == "fit"
+
+
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy that leaves the Trainer of a LightningModule behind.
 
     Raises:
         ValueError: if it cannot be made.
     """
-    trainer: Any = None
-    if isinstance(getattr(type(model), "trainer", None), property):
-        with suppress(RuntimeError):  # no Trainer has it
-            trainer = model.trainer
+    trainer = _trainer_of(model)
     try:
         return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
     except Exception as error:
         said = f"{type(model).__name__} cannot be copied ({first_line(error)})"
         raise ValueError(f"{said}; make masks of torch.nn.utils.prune permanent with prune.remove.") from None
+
+
+def _trainer_of(model: nn.Module) -> Any:
+    """The Trainer that a LightningModule is attached to, if there is one."""
+    if isinstance(getattr(type(model), "trainer", None), property):
+        with suppress(RuntimeError):  # no Trainer has it
+            return model.trainer
+    return None
 
 
 def callee(model: nn.Module, network: str | None = None) -> tuple[str, nn.Module]:

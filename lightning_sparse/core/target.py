@@ -29,6 +29,7 @@ class Target:
         groups: of a convolution, else 1.
         stack_dims: dimensions that count independent matrices, such as experts.
         layout_known: whether the dimensions come from a known kind of layer, and are not only assumed.
+        parts: equal parts of the outputs that may each read another input.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Target:
     groups: int = 1
     stack_dims: tuple[int, ...] = ()
     layout_known: bool = True
+    parts: int = 1
 
     @classmethod
     def of(cls, name: str, weight: nn.Parameter, layer: nn.Module) -> Target:
@@ -46,7 +48,7 @@ class Target:
         known = kind is not None
         kind = kind or LayerKind(nn.Module)
         groups = int(getattr(layer, "groups", 1))
-        return cls(name, weight, kind.output_dim, kind.input_dim, groups, kind.stack_dims, known)
+        return cls(name, weight, kind.output_dim, kind.input_dim, groups, kind.stack_dims, known, kind.parts)
 
     @property
     def layout(self) -> Layout | None:

@@ -268,9 +268,10 @@ def _check_patterns(patterns: list[str], parameters: list[_Parameter]) -> None:
         else:
             known = [parameter.name for parameter in parameters]
             known += [name.rpartition(".")[0] for name in known]
-        near = difflib.get_close_matches(bare.removeprefix("type:").removeprefix("re:"), known, n=1, cutoff=0.3)
-        near = near or known[:1]
-        hint = f"did you mean '{near[0]}'?" if near else "the model has no parameters."
+        near = difflib.get_close_matches(bare.removeprefix("type:").removeprefix("re:"), known, n=1, cutoff=0.5)
+        named = [parameter for parameter in parameters if not isinstance(parameter.layer, nn.Embedding)] or parameters
+        some = [f"'{one.name}' or 'type:{type(one.layer).__name__}'" for one in named[:1]]
+        hint = f"did you mean '{near[0]}'?" if near else f"write such as {some[0]}." if some else "it has no parameters."
         raise ValueError(f"targets: '{pattern}' matches nothing in the model; {hint}")
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Masks, copy_model
+from lightning_sparse.core import Masks, copy_model, is_training
 
 __all__ = ["AdapterRow", "MergedAdapters", "merge_adapters"]
 
@@ -21,12 +21,14 @@ class AdapterRow(NamedTuple):
         zeros: entries that are zero, before and after.
         total: entries there are.
         lost: the share of the adapter's change that fell on zeros and was left out, by the norm.
+        stray: entries that the masks drop, but that somebody had written to before the merge; they are zero now.
     """
 
     name: str
     zeros: int
     total: int
     lost: float
+    stray: int = 0
 
 
 class MergedAdapters(NamedTuple):
@@ -41,9 +43,12 @@ class MergedAdapters(NamedTuple):
     rows: list[AdapterRow]
 
     def __str__(self) -> str:
-        lines = [("weight", "zeros", "sparsity", "change left out")]
-        lines += [(r.name, f"{r.zeros:,} of {r.total:,}", f"{r.zeros / r.total:.2%}", f"{r.lost:.2%}") for r in self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        lines = [("weight", "zeros", "sparsity", "change left out", "")]
+        for row in self.rows:
+            note = f"{row.stray:,} of them were not zero before" if row.stray else ""
+            zeros = f"{row.zeros:,} of {row.total:,}"
+            lines.append((row.name, zeros, f"{row.zeros / row.total:.2%}", f"{row.lost:.2%}", note))
+        widths = [max(len(line[column]) for line in lines) for column in range(5)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
@@ -59,11 +64,13 @@ def merge_adapters(
     Args:
         model: of `peft.get_peft_model`, or a module that holds one, such as a LightningModule; it stays as it is.
         masks: True = kept, by the names of base weights in the model (`KeepSparsity().masks` has them); for weights without
-            one, and where it is None, zero is what is zero now.
+            one, and where it is None, zero is what is zero now. Entries that the masks drop and somebody has written to are
+            zero afterwards, and the report counts them.
         adapters: names of those that are merged; None takes the active ones.
 
     Raises:
-        ValueError: if there are no adapters, they are merged already, or their base has no zeros.
+        ValueError: if there are no adapters, they are merged already, their base has no zeros, or a Trainer is training
+            the module.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -74,16 +81,21 @@ def merge_adapters(
         >>> [(row.name, row.zeros, row.total) for row in rows], type(merged[0]).__name__
         ([('0.weight', 8, 16)], 'Linear')
     """
+    if is_training(model):
+        raise ValueError(
+            f"A Trainer is training this {type(model).__name__}, and what methods have attached to it would come along; "
+            "merge after trainer.fit, or from a checkpoint."
+        )
     merged = copy_model(model)
     places = [path for path, part in merged.named_modules() if _is_adapted(part)]
     outermost = [path for path in places if not any(path.startswith(f"{o}." if o else "") for o in places if o != path)]
     if not outermost:
         raise ValueError(f"{type(model).__name__} holds no adapters of peft; give the model that get_peft_model returned.")
-    changed: list[tuple[nn.Module, str, Tensor, float]] = []
+    changed: list[_Merged] = []
     for path, layer in merged.named_modules():
         if _is_tuned(layer):
             changed += _merge_layer(path, layer, masks, adapters)
-    if not any(not bool(mask.all()) for _, _, mask, _ in changed):
+    if all(bool(found.mask.all()) for found in changed):
         raise ValueError(
             "The base of these adapters has no zeros, so there is nothing to keep; merge them with merge_and_unload(), or "
             "give masks."
@@ -98,13 +110,21 @@ def merge_adapters(
             merged = plain
     names = {id(layer): path for path, layer in merged.named_modules()}
     rows = []
-    for layer, leaf, mask, lost in changed:
+    for layer, leaf, mask, lost, stray in changed:
         name = f"{names.get(id(layer), type(layer).__name__)}.{leaf}".lstrip(".")
         weight = layer.get_parameter(leaf)
         if bool(weight[~mask.to(weight.device)].count_nonzero()):
             raise RuntimeError(f"'{name}' is not zero after the merge where its base was; its adapter merges otherwise.")
-        rows.append(AdapterRow(name, int((~mask).count_nonzero()), mask.numel(), lost))
+        rows.append(AdapterRow(name, int((~mask).count_nonzero()), mask.numel(), lost, stray))
     return MergedAdapters(merged, rows)
+
+
+class _Merged(NamedTuple):
+    base: nn.Module
+    leaf: str
+    mask: Tensor
+    lost: float
+    stray: int
 
 
 def _is_adapted(part: nn.Module) -> bool:
@@ -119,8 +139,8 @@ def _is_tuned(layer: nn.Module) -> bool:
 @torch.no_grad()
 def _merge_layer(
     path: str, layer: Any, masks: Mapping[str, Tensor] | Masks | None, adapters: Sequence[str] | None
-) -> list[tuple[nn.Module, str, Tensor, float]]:
-    """Merge what adapts one layer; its base, the names of its weights, their masks, and what was left out."""
+) -> list[_Merged]:
+    """Merge what adapts one layer, whose base has one weight or several."""
     if layer.merged:
         raise ValueError(
             f"The adapter of '{path}' is merged already, so the zeros of its base cannot be told any more; call "
@@ -143,7 +163,7 @@ def _merge_layer(
         whole = float(change.norm())
         lost = float(change[~mask].norm()) / whole if whole else 0.0
         weight.masked_fill_(~mask, 0)
-        found.append((base, leaf, mask, lost))
+        found.append(_Merged(base, leaf, mask, lost, int(before[leaf][~mask].count_nonzero())))
     return found
 
 

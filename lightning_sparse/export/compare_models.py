@@ -17,6 +17,7 @@ from lightning_sparse.core import Call, callee, tensors_in
 __all__ = [
     "Timing",
     "difference",
+    "have_equal_weights",
     "interleaved",
     "measure",
     "runner",
@@ -120,3 +121,15 @@ def measure(first: Callable[[], Any], second: Callable[[], Any], rounds: int, de
     """Median milliseconds of two functions that take turns."""
     found = interleaved({"first": first, "second": second}, rounds, device)
     return found["first"].median, found["second"].median
+
+
+def have_equal_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models of the same code hold the same numbers, so that whatever is measured of one holds for the other.
+
+    Example:
+        >>> net = nn.Linear(2, 3)
+        >>> have_equal_weights(net, net), have_equal_weights(net, nn.Linear(2, 3))
+        (True, False)
+    """
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -13,6 +13,7 @@ from lightning_sparse.core import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
     Call,
+    CouplingEngine,
     Dependencies,
     Group,
     in_count,
@@ -20,6 +21,7 @@ from lightning_sparse.core import (
     is_layer,
     out_count,
     padding_of,
+    torch_pruning,
 )
 
 __all__ = ["DeadGroup", "Round", "bias_is_exact", "constants_of", "fed_outputs"]
@@ -43,23 +45,25 @@ class DeadGroup(Group):
 class Round:
     """Everything that can be removed from a model as it is."""
 
-    def __init__(self, model: nn.Module, inputs: list[Call], refused: dict[str, str]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: list[Call], refused: dict[str, str], engine: CouplingEngine = torch_pruning
+    ) -> None:
         self.model, self.refused = model, refused
-        self.graph = Dependencies(model, inputs[0])
+        self.graph = Dependencies(model, inputs[0], engine)
         self.constants = constants_of(self.graph.network, [replace(call, network="") for call in inputs])
         self.fed = {name: fed_outputs(layer).tolist() for name, layer in self.graph.layers.items()}
         self.read = {name: _read(layer).tolist() for name, layer in self.graph.layers.items()}
 
     def groups(self) -> Iterator[DeadGroup]:
         """Groups with something to remove."""
-        seen: dict[nn.Module, set[int]] = {}
+        seen: dict[str, set[int]] = {}
         for name, layer in self.graph.layers.items():
             if is_depthwise(layer):
                 continue
-            left = [channel for channel in range(out_count(layer)) if channel not in seen.get(layer, ())]
-            for node, produces, channels in self.graph.members(name, left)[0] if left else ():
-                if produces:
-                    seen.setdefault(node.module, set()).update(*channels.values())
+            left = [channel for channel in range(out_count(layer)) if channel not in seen.get(name, ())]
+            for member in self.graph.members(name, left) if left else ():
+                if member.produces and member.name is not None:
+                    seen.setdefault(self.graph.path(member.name), set()).update(*member.channels.values())
             group = self._dead(name, left) if left else None
             if group is not None:
                 yield group
@@ -67,7 +71,7 @@ class Round:
     def _dead(self, root: str, chosen: list[int]) -> DeadGroup | None:
         """Shrink a set of channels of a root until every one left is dead wherever it is read."""
         while True:
-            found, foreign = self.graph.group(root, *self.graph.members(root, chosen))
+            found, foreign = self.graph.group(root, chosen)
             if foreign:
                 if not all(self.fed[root][channel] for channel in chosen):
                     self.refused[root] = foreign

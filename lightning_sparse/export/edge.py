@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.core import Call, callee, copy_model, first_line, need, silenced
 from lightning_sparse.export.batch_norm import fold_norms
+from lightning_sparse.export.onnx import batch_sizes
 from lightning_sparse.export.quantization import check_reached
 
 __all__ = ["check_codes", "executorch_runner", "save_ethos_u85", "save_executorch"]
@@ -53,13 +54,12 @@ def save_executorch(
     called, one = _prepared(model, call, calibration)
     with _muted():
         try:
-            program = torch.export.export(called, one.args, dict(one.kwargs))
             if calibration:
                 library = _need("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
                 config = library.get_symmetric_quantization_config(is_per_channel=True)
                 quantizer = library.XNNPACKQuantizer().set_global(config)
-                converted = _quantized(called, program, quantizer, calibration)
-                program = torch.export.export(converted, one.args, dict(one.kwargs))
+                called = _quantized(called, quantizer, calibration)
+            program = torch.export.export(called, one.args, dict(one.kwargs))
             lowered = edge.to_edge_transform_and_lower(program, partitioner=[partitioner()])
             left = _left(lowered)
             Path(path).write_bytes(lowered.to_executorch().buffer)
@@ -73,8 +73,9 @@ def save_ethos_u85(
 ) -> tuple[dict[str, float], list[str]]:
     """Write a model as a program in int8 for Arm's Ethos-U85-256, compiled by Vela, for one sample at a time.
 
-    Vela encodes weights without their zeros, so this is where unstructured sparsity makes a program smaller. Nothing can be
-    run here: outputs need Arm's simulator or the device, and the numbers are what the compiler expects.
+    Vela encodes weights without their zeros, so this is where unstructured sparsity makes a program smaller. Linear layers
+    have one scale, by which codes are smaller numbers that take fewer bits; convolutions have one for each output. Nothing
+    can be run here: outputs need Arm's simulator or the device, and the numbers are what the compiler expects.
 
     Args:
         model: trained, with exact zeros.
@@ -100,10 +101,9 @@ def save_ethos_u85(
         try:
             spec = arm.EthosUCompileSpec("ethos-u85-256")
             spec.dump_intermediate_artifacts_to(folder)
-            config = library.get_symmetric_quantization_config(is_per_channel=True)
-            quantizer = library.EthosUQuantizer(spec).set_global(config)
-            program = torch.export.export(called, one.args, dict(one.kwargs))
-            converted = _quantized(called, program, quantizer, calibration)
+            by_output, by_layer = (library.get_symmetric_quantization_config(is_per_channel=each) for each in (True, False))
+            quantizer = library.EthosUQuantizer(spec).set_global(by_output).set_module_type(nn.Linear, by_layer)
+            converted = _quantized(called, quantizer, calibration)
             program = torch.export.export(converted, one.args, dict(one.kwargs))
             lowered = edge.to_edge_transform_and_lower(
                 program,
@@ -190,18 +190,28 @@ def _of_itself(batch: Any) -> Call:
     return replace(Call.of(batch), network=None)
 
 
-def _quantized(called: nn.Module, program: Any, quantizer: Any, calibration: Sequence[Any]) -> Any:
-    """The program in int8, ranges read off the calibration data."""
+def _quantized(called: nn.Module, quantizer: Any, calibration: Sequence[Any]) -> Any:
+    """The network in int8, ranges read off the calibration data: in batches, or sample by sample if it takes no batch."""
     tools = _need("torchao.quantization.pt2e.quantize_pt2e", "torchao")
-    prepared = tools.prepare_pt2e(program.module(), quantizer)
-    with torch.no_grad():
-        for batch in calibration:
-            for sample in samples_of(_of_itself(batch).fit(called)):
-                prepared(*sample.args, **sample.kwargs)
-    converted = tools.convert_pt2e(prepared)
+    batches = [_of_itself(batch).fit(called) for batch in calibration]
+    try:
+        converted = _calibrated(called, tools, quantizer, [batch.at_least_two() for batch in batches], several=True)
+    except Exception:
+        samples = [sample for batch in batches for sample in samples_of(batch)]
+        converted = _calibrated(called, tools, quantizer, samples, several=False)
     weights = [weight.detach() for weight in called.parameters() if weight.ndim > 1]
     check_codes(weights, [*converted.buffers(), *converted.parameters()])
     return converted
+
+
+@torch.no_grad()
+def _calibrated(called: nn.Module, tools: Any, quantizer: Any, calls: Sequence[Call], several: bool) -> Any:
+    sizes = batch_sizes(called, calls[0]) if several else None
+    program = torch.export.export(called, calls[0].args, dict(calls[0].kwargs), dynamic_shapes=sizes)
+    prepared = tools.prepare_pt2e(program.module(), quantizer)
+    for call in calls:
+        prepared(*call.args, **call.kwargs)
+    return tools.convert_pt2e(prepared)
 
 
 def check_codes(weights: Sequence[Tensor], tensors: Iterable[Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_sparse.core import Call, callee, first_line, is_cut, silenced
-from lightning_sparse.export.compare_models import difference, interleaved
+from lightning_sparse.export.compare_models import difference, have_equal_weights, interleaved
 from lightning_sparse.export.export_report import ExportReport, Rung, Runtime, dense_in
 from lightning_sparse.export.merge_report import count_parameters
 from lightning_sparse.export.quantization import Elsewhere, Quantization, relative_error
@@ -215,9 +215,12 @@ class _Climb:
 
     def evaluate(self, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> None:
         """Metrics of everything that is a module, or can stand in for one."""
-        for name, module in {"dense": self.ladder.dense, **{n: m.module for n, m in self.made.items()}}.items():
-            if module is not None:
-                self.report.rungs[name].metrics = dict(evaluate(module))
+        dense = self.ladder.dense
+        known = self.report.rungs["dense"].metrics = dict(evaluate(dense))
+        for name, made in self.made.items():
+            if made.module is not None:
+                same = not self.report.is_other_network(name) and have_equal_weights(made.module, dense)
+                self.report.rungs[name].metrics = dict(known if same else evaluate(made.module))
         for name in self.errors:
             elsewhere = Elsewhere(self.ladder.dense, self.ladder.inputs, self.timed[name])
             metrics = dict(evaluate(elsewhere.module))

@@ -2,7 +2,7 @@
 
 A channel may go if every layer that reads it either multiplies it by zeros, or is given the same number for every input
 because all that feeds it is zero. What is coupled with a channel through additions, concatenations, depthwise layers and
-normalization is found on a dependency graph, in `core/dependencies.py`.
+normalization is what an engine answers, see `core/coupling_engine.py`.
 
 A dead filter still emits a constant c, from its bias or its normalization. It is folded into the bias of the next layer
 where that is exact:
@@ -30,6 +30,7 @@ from lightning_sparse.core import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
     Call,
+    CouplingEngine,
     Positions,
     copy_model,
     first_line,
@@ -38,6 +39,7 @@ from lightning_sparse.core import (
     is_layer,
     out_count,
     tensors_in,
+    torch_pruning,
 )
 from lightning_sparse.export.blueprint import Blueprint, Kept, cut
 from lightning_sparse.export.compare_models import difference, runner
@@ -64,7 +66,12 @@ class Removal:
 
 
 def remove_dead(
-    model: nn.Module, inputs: Any, *, tolerance: float = 1e-5, network: str | None = None
+    model: nn.Module,
+    inputs: Any,
+    *,
+    tolerance: float = 1e-5,
+    network: str | None = None,
+    engine: CouplingEngine = torch_pruning,
 ) -> tuple[nn.Module, Removal]:
     """A copy without the channels that do nothing, in evaluation mode; its outputs are equal up to rounding.
 
@@ -77,12 +84,13 @@ def remove_dead(
         inputs: a batch of real inputs; a tuple holds positional arguments, a dictionary named ones.
         tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller).
         network: the part of the model that takes the inputs, by name; None finds it.
+        engine: that finds out which channels are coupled; Torch-Pruning's graph unless you give another.
 
     Returns:
         The smaller model, and what was removed.
 
     Raises:
-        ValueError: if Torch-Pruning is missing or cannot trace the model, or there is nothing to remove.
+        ValueError: if the engine is missing or cannot trace the model, or there is nothing to remove.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -97,7 +105,7 @@ def remove_dead(
     expected = [runner(now, probe)() for probe in probes]
     while True:
         removal.refused.clear()
-        groups = list(Round(now, probes, removal.refused).groups())
+        groups = list(Round(now, probes, removal.refused, engine).groups())
         groups, smaller, kept = _without_most(now, groups, probes, expected, tolerance, removal.refused)
         if not groups:
             break

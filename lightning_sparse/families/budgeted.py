@@ -31,7 +31,20 @@ from lightning_sparse.loop import Step
 from lightning_sparse.loop.arguments import arguments
 from lightning_sparse.loop.dry_run import dry_run, example_inputs
 
-__all__ = ["Budgeted"]
+__all__ = ["Budgeted", "refuse_parted_owl"]
+
+
+def refuse_parted_owl(quota: Budget, layouts: Mapping[str, Any]) -> None:
+    """Outliers are looked for in whole layers.
+
+    Raises:
+        ValueError: if they are asked for, and weights are cut into shards.
+    """
+    if quota.allocation == "owl" and layouts:
+        raise ValueError(
+            "allocation='owl' looks for outliers in whole layers, and weights are cut into shards here; write another "
+            "allocation, such as 'uniform'."
+        )
 
 
 class Budgeted(Masked):
@@ -93,11 +106,7 @@ class Budgeted(Masked):
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         coupling = self._find_coupling() if isinstance(self.quota.structure, Coupled) else None
-        if self.quota.allocation == "owl" and self.layouts:
-            raise ValueError(
-                "allocation='owl' looks for outliers in whole layers, and weights are cut into shards here; write another "
-                "allocation, such as 'uniform'."
-            )
+        refuse_parted_owl(self.quota, self.layouts)
         self._costs = {} if coupling is None else self._costs_of(coupling)
         self._plan = self.quota.plan(self.chosen, coupling, self._costs.get(self.quota.measure))
         self._plan.check()

@@ -27,8 +27,19 @@ class Enough(Exception):
     """Raised by whoever looks at inputs, when the rest of a batch does not matter."""
 
 
+@contextmanager
+def _step_by_step() -> Iterator[None]:
+    """Attention of torch in evaluation mode does all its work in one call, out of sight, unless it is told not to."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 class SeesInputs(Budgeted):
-    """Works on linear layers and convolutions, whose inputs can be seen; other weights stay dense, and a line says so.
+    """Works on weights whose inputs can be seen (see `core.shows_inputs`); others stay dense, and a line says so.
 
     Inputs are looked at on a silent copy of the module, in evaluation mode and without gradients, on `batches` batches of
     the training set on every rank (where gradients are accumulated, as many times that as an optimizer step takes).
@@ -46,6 +57,9 @@ class SeesInputs(Budgeted):
         layer = self._layers[path]
         if not shows_inputs(layer, leaf):
             return f"is in a layer ({type(layer).__name__}) whose calls do not show what it is multiplied with"
+        layout = target.layout
+        if layout is not None and (target.groups * target.parts > 1 or {*layout.cut} - {target.output_dim}):
+            return "is cut into shards otherwise than by its outputs"
         return super().misfit(target)
 
     @property
@@ -64,7 +78,7 @@ class SeesInputs(Budgeted):
         """
         trainer, module = self.run.trainer, self.run.module
         refuse_unrepeatable_data(trainer, module, self.label)
-        with dry_run(trainer, module) as twin, torch.no_grad():
+        with dry_run(trainer, module) as twin, torch.no_grad(), _step_by_step():
             count = self.batches * self.run.accumulation(trainer.current_epoch)
             batches = list(itertools.islice(training_batches(trainer), count))
             if not batches:

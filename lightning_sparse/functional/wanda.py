@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from lightning_sparse.functional.penalties import alone
 
 __all__ = ["ria_score", "row_ranks", "wanda_score"]
 
@@ -26,7 +30,7 @@ def wanda_score(matrix: Tensor, norms: Tensor) -> Tensor:
     return matrix.detach().abs().to(norms.dtype) * norms.unsqueeze(-2)
 
 
-def ria_score(matrix: Tensor, norms: Tensor, power: float = 0.5) -> Tensor:
+def ria_score(matrix: Tensor, norms: Tensor, power: float = 0.5, total: Callable[[Tensor], Tensor] = alone) -> Tensor:
     r"""How much a weight is of its output's and of its input's weights, times the norm of the input to a power.
 
     $$ \left(\frac{|w_{ij}|}{\sum_k |w_{kj}|} + \frac{|w_{ij}|}{\sum_k |w_{ik}|}\right) \|x_j\|_2^a $$
@@ -38,6 +42,7 @@ def ria_score(matrix: Tensor, norms: Tensor, power: float = 0.5) -> Tensor:
         matrix: weights, (..., outputs, inputs).
         norms: of the inputs, (..., inputs), up to a factor.
         power: a.
+        total: makes sums over all outputs of sums over those that this rank holds.
 
     Example:
         >>> ria_score(torch.tensor([[1.0, 1.0], [3.0, 0.0]]), torch.tensor([4.0, 1.0]))
@@ -45,7 +50,7 @@ def ria_score(matrix: Tensor, norms: Tensor, power: float = 0.5) -> Tensor:
                 [3.5000, 0.0000]])
     """
     size = matrix.detach().abs().to(norms.dtype)
-    of_input, of_output = size.sum(-2, keepdim=True), size.sum(-1, keepdim=True)
+    of_input, of_output = total(size.sum(-2, keepdim=True)), size.sum(-1, keepdim=True)
     share = size / of_input.clamp(min=1e-30) + size / of_output.clamp(min=1e-30)  # 0 where there is nothing to share
     return share * norms.pow(power).unsqueeze(-2)
 

@@ -24,6 +24,7 @@ from lightning_sparse.loop.privates import combined_loader, compiler_context, fo
 __all__ = [
     "dry_run",
     "example_inputs",
+    "is_repeatable",
     "loss_of",
     "record_calls",
     "refuse_unrepeatable_data",
@@ -165,18 +166,30 @@ def refuse_unrepeatable_data(trainer: pl.Trainer, module: pl.LightningModule, la
     Raises:
         ValueError: if the data can be read only once, or `training_step` fetches its batches itself.
     """
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+    if _fetches(module):
         raise ValueError(
             f"{label} goes through the training set by itself, which a training_step(dataloader_iter) does not allow; take "
             "batches instead."
         )
+    for data in _read_once(trainer):
+        raise ValueError(
+            f"{label} goes through the training set by itself, but {type(data).__name__} can be read only once; "
+            "give a loader that starts anew with every iter()."
+        )
+
+
+def is_repeatable(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether `training_outputs` can go through the training set, and training still gets all of it."""
+    return not _fetches(module) and next(_read_once(trainer), None) is None
+
+
+def _fetches(module: pl.LightningModule) -> bool:
+    return is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+
+
+def _read_once(trainer: pl.Trainer) -> Iterator[Any]:
     for loader in _combined(trainer).flattened:
-        for data in (loader, getattr(loader, "dataset", None)):
-            if isinstance(data, Iterator):
-                raise ValueError(
-                    f"{label} goes through the training set by itself, but {type(data).__name__} can be read only once; "
-                    "give a loader that starts anew with every iter()."
-                )
+        yield from (data for data in (loader, getattr(loader, "dataset", None)) if isinstance(data, Iterator))
 
 
 def train_but_leaves(module: nn.Module) -> None:

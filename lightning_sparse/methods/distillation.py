@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, final
+from contextlib import suppress
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_sparse.core import (
@@ -20,11 +22,13 @@ from lightning_sparse.core import (
     align_names,
     check_number,
     copy_model,
+    is_cut,
     read_tensors,
     trained_part,
 )
 from lightning_sparse.functional import distillation_loss
-from lightning_sparse.loop import Sparsifier
+from lightning_sparse.loop import Shards, Sparsifier
+from lightning_sparse.loop.dry_run import dry_run, is_repeatable, take_step, training_batches
 
 __all__ = ["Distillation"]
 
@@ -64,8 +68,8 @@ class Distillation(Sparsifier):
         name: tells two callbacks of one class apart.
 
     Raises:
-        ValueError: at the start of fit for a file that does not fit, or a layer that is not there; in the first batch for
-            outputs of other shapes.
+        ValueError: at the start of fit for a file that does not fit, a layer that is not there, or outputs of other shapes,
+            for which one batch is tried on a silent copy; in the first batch where data can be read only once.
 
     Example:
         >>> Distillation("start", strength=0.5, features=["layer4"]).label
@@ -73,6 +77,7 @@ class Distillation(Sparsifier):
     """
 
     removes_weights = False
+    shards: ClassVar[Shards] = "data"
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("sparsity", "allocation", "structure", "layer_sparsity"),
         "it removes nothing by itself; list it beside a method that does",
@@ -106,11 +111,9 @@ class Distillation(Sparsifier):
         if strength == 0 and (not features or feature_strength == 0):
             raise ValueError("strength=0 and no features leave nothing to learn from the teacher; give one of them.")
         self._teacher: nn.Module | None = None
-        self._network: nn.Module | None = None
         self._path = ""
-        self._handle: Any = None
-        self._seen: tuple[Call, Any] | None = None
-        self._taps: tuple[FeatureTap, FeatureTap] | None = None
+        self._student: _Watched | None = None
+        self._tap: FeatureTap | None = None
         self._terms: dict[str, Tensor] = {}
 
     # ---- the teacher -------------------------------------------------------------------------------------------------
@@ -120,12 +123,47 @@ class Distillation(Sparsifier):
         network = self.run.module.get_submodule(self._path)
         if isinstance(self.teacher, nn.Module):
             self._teacher = self.teacher
+        elif is_cut(network):
+            raise ValueError(
+                f"{self.label}: teacher='{self.teacher}' needs a copy of the network, whose weights are cut into shards; "
+                "give a module."
+            )
         else:
             self._teacher = copy_model(network)  # now, for others prune when they begin
             if self.teacher != START:
                 self._load(self._teacher, read_tensors(self.teacher, "teacher"))
         for layers, whole, whose in ((self._pairs, network, "network"), (self._pairs.values(), self._teacher, "teacher")):
             _refuse_missing(layers, whole, whose)
+        if self.brought is None and not self.goes_on and is_repeatable(self.run.trainer, self.run.module):
+            self._rehearse(self._teacher)
+
+    def _rehearse(self, teacher: nn.Module) -> None:
+        """Compare the first batch once, on a silent copy: what does not fit is refused before anything is touched."""
+        student, tap = self._tried(), FeatureTap(self._layers(teacher), grad=False)
+        modes = {part: part.training for part in teacher.modules()}
+        try:
+            if student is not None:
+                with self.run.trainer.precision_plugin.train_step_context(), isolate_rng():
+                    self._compare(self._seen(student), teacher.to(self.run.module.device).eval(), tap)
+        finally:
+            tap.remove()
+            for part, mode in modes.items():
+                part.training = mode
+
+    def _tried(self) -> _Watched | None:
+        """A copy of the network that has been called as in the first batch; None where a copy cannot be trained."""
+        trainer, module, student = self.run.trainer, self.run.module, None
+        with suppress(Exception), dry_run(trainer, module) as twin, torch.enable_grad():
+            batch = next(training_batches(trainer))
+            watched = self._watched(twin)
+            try:
+                watched.start()
+                with trainer.precision_plugin.train_step_context():
+                    take_step(twin, batch, 0)
+                student = watched
+            finally:
+                watched.remove()
+        return student
 
     @property
     def _pairs(self) -> Mapping[str, str]:
@@ -168,51 +206,58 @@ class Distillation(Sparsifier):
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # graphs made before do not know of the hooks
         self._teacher.to(self.run.module.device).requires_grad_(False).eval()
-        self._network = self.run.module.get_submodule(self._path)
-        self._handle = self._network.register_forward_hook(self._hook(), with_kwargs=True)
-        mine = [FeatureLayer(name, self._network.get_submodule(name)) for name in self._pairs]
-        theirs = [FeatureLayer(name, self._teacher.get_submodule(name)) for name in self._pairs.values()]
-        self._taps = FeatureTap(mine), FeatureTap(theirs, grad=False)
+        self._student = self._watched(self.run.module)
+        self._tap = FeatureTap(self._layers(self._teacher), grad=False)
 
-    def _hook(self) -> Callable[..., None]:
-        # A function, not a method: a copy of the model then shares it, and does not copy the teacher.
-        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if module is self._network and module.training and torch.is_grad_enabled():
-                self._seen = Call(args, kwargs), output
+    def _watched(self, module: nn.Module) -> _Watched:
+        return _Watched(module.get_submodule(self._path), [*self._pairs])
 
-        return see
+    def _layers(self, teacher: nn.Module) -> list[FeatureLayer]:
+        return [FeatureLayer(name, teacher.get_submodule(name)) for name in self._pairs.values()]
 
     # ---- the terms ---------------------------------------------------------------------------------------------------
 
     def before_batch(self, position: Position) -> None:
-        self._seen = None
-        if self._taps is not None:
-            self._taps[0].open = True
+        if self._student is not None:
+            self._student.start()
 
     def feature_penalty(self) -> Tensor | None:
+        assert self._student is not None
         assert self._teacher is not None
-        assert self._taps is not None
-        if self._seen is None:
-            if self._terms:
-                return None  # a batch in which the network had no part
+        assert self._tap is not None
+        if self._terms and not self._student.called:
+            return None  # a batch in which the network had no part
+        terms = self._compare(self._seen(self._student), self._teacher, self._tap)
+        self._terms = {name: term.detach() for name, term in terms.items()}
+        return torch.stack([*terms.values()]).sum()
+
+    def _seen(self, student: _Watched) -> _Seen:
+        """What the network has put out.
+
+        Raises:
+            ValueError: if it has not been called.
+        """
+        seen = student.take()
+        if seen is None:
             raise ValueError(
                 f"{self.label} saw no call of the network '{self._path or type(self.run.module).__name__}' in the first "
                 "batch's training_step; name the part that is called with network=..."
             )
-        (call, output), self._seen = self._seen, None
-        mine = self._taps[0].take()
+        return seen
+
+    def _compare(self, seen: _Seen, teacher: nn.Module, tap: FeatureTap) -> dict[str, Tensor]:
+        """The terms, by name."""
         with torch.no_grad():
-            self._taps[1].open = True
-            answer = self._teacher(*call.args, **call.kwargs)
-            theirs = self._taps[1].take()
+            tap.open = True
+            answer = teacher(*seen.call.args, **seen.call.kwargs)
+            theirs = tap.take()
         terms = {}
         if self.strength:
-            terms["outputs"] = self.strength * self._compare_outputs(_logits(output), _logits(answer))
-        if mine:
-            losses = [self._compare_features(*pair) for pair in zip(mine, theirs, strict=True)]
+            terms["outputs"] = self.strength * self._compare_outputs(_logits(seen.output), _logits(answer))
+        if seen.features:
+            losses = [self._compare_features(*pair) for pair in zip(seen.features, theirs, strict=True)]
             terms["features"] = self.feature_strength * torch.stack(losses).sum()
-        self._terms = {name: term.detach() for name, term in terms.items()}
-        return torch.stack([*terms.values()]).sum()
+        return terms
 
     def _compare_outputs(self, student: Tensor | None, teacher: Tensor | None) -> Tensor:
         shapes = [None if part is None else tuple(part.shape) for part in (student, teacher)]
@@ -238,21 +283,66 @@ class Distillation(Sparsifier):
         return (student.float() - teacher.float()).square().mean()
 
     def batch_end(self, output: Any, batch: Any) -> None:
-        self._seen = None
-        if self._taps is not None:
-            self._taps[0].take()  # nobody may have asked for the term
+        if self._student is not None:
+            self._student.take()  # nobody may have asked for the term
 
     def numbers(self) -> Mapping[str, float | Tensor]:
         """The terms of the last batch, as they are added to the loss."""
         return self._terms
 
     def release(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        for tap in self._taps or ():
-            tap.remove()
-        self._handle = self._taps = self._seen = self._network = self._teacher = None
+        for watched in (self._student, self._tap):
+            if watched is not None:
+                watched.remove()
+        self._student = self._tap = self._teacher = None
         self._terms = {}
+
+
+class _Seen(NamedTuple):
+    call: Call
+    output: Any
+    features: list[tuple[FeatureLayer, Tensor]]
+
+
+class _Watched:
+    """What a network is called with in training, what it puts out, and what some of its layers do."""
+
+    def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
+        self._network: nn.Module | None = network
+        self._last: tuple[Call, Any] | None = None
+        self._features: list[tuple[FeatureLayer, Tensor]] = []
+        self._handle = network.register_forward_hook(self._hook(), with_kwargs=True)
+        self._tap = FeatureTap([FeatureLayer(name, network.get_submodule(name)) for name in layers])
+
+    @property
+    def called(self) -> bool:
+        """Whether it has been, since the start."""
+        return self._last is not None
+
+    def start(self) -> None:
+        """A batch begins."""
+        self._last, self._tap.open = None, True
+
+    def take(self) -> _Seen | None:
+        """The last call since the start, after which nothing is held; None if there was none."""
+        last, self._last = self._last, None
+        features, self._features = self._features or self._tap.take(), []
+        return None if last is None else _Seen(*last, features)
+
+    def remove(self) -> None:
+        """Take the hooks off the network; what was seen can still be taken."""
+        self._handle.remove()
+        self._features = self._tap.take()
+        self._tap.remove()
+        self._network = None
+
+    def _hook(self) -> Callable[..., None]:
+        # A function, not a method: a copy of the model then shares it, and does not copy the teacher.
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if module is self._network and module.training and torch.is_grad_enabled():
+                self._last = Call(args, kwargs), output
+
+        return see
 
 
 def _logits(output: Any) -> Tensor | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, final
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_sparse.core import RunLength, Target, check_sparsity, read_masks
+from lightning_sparse.core import RunLength, Target, add_up, check_sparsity, read_masks
 from lightning_sparse.families import Masked
 from lightning_sparse.functional import find_n_m
+from lightning_sparse.loop import Shards
 
 __all__ = ["KeepSparsity"]
 
@@ -45,6 +45,7 @@ class KeepSparsity(Masked):
     """
 
     takes_frozen: ClassVar[bool] = True
+    shards: ClassVar[Shards] = "any"
     refused: ClassVar = dict.fromkeys(
         ("sparsity", "allocation", "structure", "layer_sparsity"),
         "it keeps the zeros that are there; to remove more, use a method that prunes, such as MagnitudePruning",
@@ -63,6 +64,7 @@ class KeepSparsity(Masked):
         self.min_sparsity = min_sparsity
         check_sparsity("min_sparsity", min_sparsity)
         self._found: dict[str, Tensor] = {}
+        self._zeros: dict[str, int] = {}
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         if self.brought is not None or self.goes_on:
@@ -71,17 +73,19 @@ class KeepSparsity(Masked):
         if self.source is None:
             self._found = {name: weight.detach() != 0 for name, weight in weights.items()}
         else:
-            shapes = {name: weight.shape for name, weight in weights.items()}
-            masks = read_masks(self.source, shapes, "source")
-            self._found = {name: mask.to(weights[name].device) for name, mask in masks.items()}
-        if not any(map(self._is_sparse, self._found.values())):
+            masks = read_masks(self.source, {target.name: target.shape for target in self.chosen}, "source")
+            for target in self.chosen:
+                mask = masks[target.name] if target.layout is None else target.layout.local(masks[target.name])
+                self._found[target.name] = mask.to(weights[target.name].device)
+        self._zeros = self._counted({name: ~mask for name, mask in self._found.items()})
+        if not any(map(self._is_sparse, self.chosen)):
             self._refuse_dense()
 
     def begin(self) -> None:
         super().begin()
-        found, self._found = self._found, {}
-        rank_zero_info("\n".join([f"{self.label} has found:", *self._table(found)]))
-        self.set_masks({name: mask for name, mask in found.items() if self._is_sparse(mask)})
+        rank_zero_info("\n".join([f"{self.label} has found:", *self._table()]))
+        self.set_masks({target.name: self._found[target.name] for target in self.chosen if self._is_sparse(target)})
+        self._found = {}
         counts = self.masks.counts
         self.promise(sum(counts.values()), counts)
 
@@ -89,12 +93,16 @@ class KeepSparsity(Masked):
         self._found = {}
         super().release()
 
-    def _is_sparse(self, mask: Tensor) -> bool:
-        kept = int(mask.count_nonzero())
-        return 0 < kept < mask.numel() and 1 - kept / mask.numel() >= self.min_sparsity
+    def _counted(self, flags: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many entries of whole weights are flagged; all ranks must ask."""
+        return add_up({name: flag.count_nonzero() for name, flag in flags.items()}, self.layouts.get("entries", {}))
+
+    def _is_sparse(self, target: Target) -> bool:
+        zeros = self._zeros[target.name]
+        return 0 < zeros < target.size and zeros / target.size >= self.min_sparsity
 
     def _refuse_dense(self) -> None:
-        zeros = {name: 1 - int(mask.count_nonzero()) / mask.numel() for name, mask in self._found.items()}
+        zeros = {target.name: self._zeros[target.name] / target.size for target in self.chosen}
         partly = {name: share for name, share in zeros.items() if share < 1}
         name = max(partly or zeros, key=lambda name: zeros[name])
         where = "the model" if self.source is None else f"source='{self.source}'"
@@ -104,24 +112,28 @@ class KeepSparsity(Masked):
             "MagnitudePruning."
         )
 
-    def _table(self, found: dict[str, Tensor]) -> list[str]:
+    def _table(self) -> list[str]:
+        written = {name: weight.detach()[~self._found[name]] != 0 for name, weight in self.weights.items()}
+        changed = self._counted(written) if self.source else {}
         rows = [("layer", "zeros", "sparsity", "pattern", "")]
-        rows += [self._row(target, found[target.name]) for target in self.chosen]
+        rows += [self._row(target, changed.get(target.name, 0)) for target in self.chosen]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
-    def _row(self, target: Target, mask: Tensor) -> tuple[str, str, str, str, str]:
-        zeros = mask.numel() - int(mask.count_nonzero())
-        pattern = find_n_m(mask, target.input_dim) if self._is_sparse(mask) and target.layout_known else None
+    def _row(self, target: Target, written: int) -> tuple[str, str, str, str, str]:
+        zeros, sparse, mask = self._zeros[target.name], self._is_sparse(target), self._found[target.name]
+        pattern = None
+        if sparse and target.layout_known:
+            whole = mask if target.layout is None else target.layout.gather(mask)
+            pattern = find_n_m(whole, target.input_dim) if whole.numel() else None  # the first rank has it, and prints
         notes = []
-        if zeros == mask.numel():
+        if zeros == target.size:
             notes.append("left dense: zero throughout, an initialization")
-        elif not self._is_sparse(mask):
+        elif not sparse:
             notes.append("left dense" + (": zeros by chance" if zeros else ""))
         if not target.weight.requires_grad:
             notes.append("frozen")
-        written = int(torch.count_nonzero(target.weight.detach()[~mask])) if self.source and self._is_sparse(mask) else 0
-        if written:
+        if sparse and written:
             notes.append(f"{written:,} of them are set to zero now")
-        share = f"{zeros / mask.numel():.2%}"
-        return target.name, f"{zeros:,} of {mask.numel():,}", share, ":".join(map(str, pattern or ())), "; ".join(notes)
+        share, counts = f"{zeros / target.size:.2%}", f"{zeros:,} of {target.size:,}"
+        return target.name, counts, share, ":".join(map(str, pattern or ())), "; ".join(notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,10 +23,11 @@ from lightning_sparse.core import (
     check_choice,
 )
 from lightning_sparse.families import ShadowWeights
+from lightning_sparse.families.budgeted import refuse_parted_owl
 from lightning_sparse.families.ramp import Ramp
 from lightning_sparse.functional import MOVEMENT_SCORES
 from lightning_sparse.functional.schedules import Schedule, ScheduleName
-from lightning_sparse.loop import Step
+from lightning_sparse.loop import Shards, Step
 
 __all__ = ["MovementPruning"]
 
@@ -69,9 +70,11 @@ class MovementPruning(ShadowWeights):
         'MovementPruning'
     """
 
+    shards: ClassVar[Shards] = "any"
+
     masks = Remembered(MaskSet)
     window = Remembered[Window]()
-    sums = Remembered[dict[str, Tensor]](dict)
+    sums = Remembered[dict[str, Tensor]](dict, over="entries")
     """Of what scores are made from, over all steps; in float32 or wider."""
 
     def __init__(
@@ -114,10 +117,11 @@ class MovementPruning(ShadowWeights):
         return self.window.is_over
 
     def misfit(self, target: Target) -> str | None:
-        return self.quota.structure.misfit(target)
+        return self.quota.structure.unfit(target)
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         self.window.check(run, until, f"{self.label} ends its schedule")
+        refuse_parted_owl(self.quota, self.layouts)
         self._plan = self.quota.plan(self.chosen)
         self._plan.check()
 

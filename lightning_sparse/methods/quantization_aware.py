@@ -29,9 +29,9 @@ class QuantizationAware(Sparsifier):
     normalization that is folded later scales whole outputs, so codes stay what they were trained as. What chosen layers
     are given is rounded too, with a range for each sample.
 
-    Train sparse first; then fine-tune with this callback and one whose masks have found their place, in any order of the
-    two; then `export` with the rung `int8`. A weight that another method keeps out of sight, moves by itself or thresholds
-    anew in every step cannot be rounded beside it, and is refused.
+    Train sparse first; then fine-tune with this callback and one whose masks have found their place, such as `KeepSparsity`,
+    in any order of the two; then `export` with the rung `int8`. Zeros that nobody holds are refused, and so is a weight that
+    another method keeps out of sight, moves by itself or thresholds anew in every step.
 
     At stations `before_step` and `after_step`, at the cost of some ten passes over the weights per step, of three over the
     inputs of each layer, and of one more copy of the weights in memory and in checkpoints.
@@ -95,6 +95,21 @@ class QuantizationAware(Sparsifier):
                     f"{other.label} and {self.label} both hold another '{shared}' than the model shows; train with "
                     f"{other.label} first, then fine-tune with {self.label} and a method that keeps the masks."
                 )
+        if self.brought is None:
+            self._refuse_loose_zeros()
+
+    def _refuse_loose_zeros(self) -> None:
+        """Zeros of a model that was pruned before need somebody who holds them; those that rounding makes do not."""
+        others = [other for other in self.run.trainer.callbacks if isinstance(other, Sparsifier)]  # type: ignore[attr-defined]
+        held = {id(weight) for other in others if other.removes_weights for weight in other.weights.values()}
+        for name, weight in self.weights.items():
+            share = float((weight == 0).float().mean())
+            if id(weight) in held or not share >= 0.1 or torch.equal(weight, self._rounded(name, weight)):
+                continue
+            raise ValueError(
+                f"{share:.0%} of '{name}' are zero, and {self.label} alone would train them; put KeepSparsity() beside it, "
+                "or leave such weights out of its targets."
+            )
 
     def begin(self) -> None:
         self.dense = {name: weight.detach().clone() for name, weight in self.weights.items()}

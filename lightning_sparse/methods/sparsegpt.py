@@ -7,20 +7,19 @@ from typing import ClassVar, final
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sparse.core import (
-    CONVOLUTIONS,
     AllocationName,
     InputTap,
     NOfM,
+    Reading,
     StructureName,
     Target,
     Unstructured,
     as_matrix,
     check_whole,
     from_matrix,
-    input_rows,
 )
 from lightning_sparse.families.sees_inputs import Enough, SeesInputs
 from lightning_sparse.functional import compensate, inverse_factor
@@ -123,6 +122,7 @@ class SparseGPT(SeesInputs):
         """The weights of a layer, and its mask."""
         structure = self.quota.structure
         matrix = as_matrix(target, target.weight.detach()).to(factor.dtype, copy=True)
+        matrix = matrix.reshape(len(factor), -1, matrix.shape[-1])  # one group where all parts read the same
         n_m = (structure.n, structure.m) if isinstance(structure, NOfM) else None
         mask = compensate(matrix, factor, keep, n_m=n_m, dead=dead, block_size=self.block_size)
         return from_matrix(target, matrix), from_matrix(target, mask)
@@ -145,9 +145,10 @@ class SparseGPT(SeesInputs):
         dtype = torch.promote_types(target.weight.dtype, torch.float32)
         products = torch.zeros(groups, columns, columns, dtype=dtype, device=target.weight.device)
 
-        def add(name: str, layer: nn.Module, inputs: Tensor) -> None:
-            rows = input_rows(layer, inputs.to(products))
-            products.baddbmm_(rows.transpose(1, 2), rows)
+        def add(name: str, reading: Reading) -> None:
+            for part, rows in reading.rows(dtype):
+                rows = rows.expand(len(products[part]), -1, -1)
+                products[part].baddbmm_(rows.transpose(1, 2), rows)
             if not repeated:
                 raise Enough  # of this batch: what comes behind the layer does not matter
 
@@ -155,6 +156,8 @@ class SparseGPT(SeesInputs):
         send()
         tap.remove()
         products = self.everywhere(products)
+        if target.parts > 1 and all(part.equal(products[0]) for part in products[1:]):
+            products = products[:1]
         return products, products.diagonal(dim1=-2, dim2=-1) == 0
 
     def _order(self, twin: LightningModule, send: Callable[..., None]) -> tuple[list[list[str]], set[str]]:
@@ -187,20 +190,20 @@ class _Order:
         self._leaders: dict[str, str] = {}
         self._last: tuple[str, Tensor, int] | None = None
 
-    def note(self, name: str, layer: nn.Module, inputs: Tensor) -> None:
+    def note(self, name: str, reading: Reading) -> None:
         """A layer is called."""
         self.calls[name] = self.calls.get(name, 0) + 1
         if name in self._in_batch:
             self.repeated.add(name)
         self._in_batch.add(name)
-        leader = name
-        if self._last is not None and not isinstance(layer, CONVOLUTIONS):
+        leader, inputs = name, reading.single
+        if self._last is not None and inputs is not None:
             first, before, version = self._last
             same = inputs.data_ptr() == before.data_ptr() and inputs.shape == before.shape
             if same and inputs.stride() == before.stride() and inputs._version == version:
                 leader = first
-        if leader == name:
-            self._last = name, inputs, inputs._version  # kept, so that no other tensor can take its place
+        if leader == name:  # kept, so that no other tensor can take its place
+            self._last = None if inputs is None else (name, inputs, inputs._version)
         if self._leaders.setdefault(name, leader) != leader:
             self._leaders[name] = name
 

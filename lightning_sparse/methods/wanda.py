@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Literal, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sparse.core import (
     AllocationName,
     Channels,
     InputTap,
     Position,
+    Reading,
     Remembered,
     StructureName,
     as_matrix,
     check_choice,
     check_whole,
     from_matrix,
-    input_rows,
 )
 from lightning_sparse.families.pruning import Pruning
 from lightning_sparse.families.sees_inputs import SeesInputs
 from lightning_sparse.functional import ria_score, row_ranks, wanda_score
 from lightning_sparse.functional.schedules import Schedule, ScheduleName
+from lightning_sparse.loop import Shards
 
 __all__ = ["Wanda"]
 
 COMPARISONS = ("output", "layer")
+
+
+class _Place(NamedTuple):
+    """Where in `Wanda.seen` the columns of a weight are, by groups, and where the rows of each group are counted."""
+
+    sums: slice
+    counts: slice
+    groups: int
 
 
 @final
@@ -75,8 +84,10 @@ class Wanda(SeesInputs, Pruning):
         'Wanda'
     """
 
+    shards: ClassVar[Shards] = "data"
+
     seen = Remembered[Tensor](lambda: torch.zeros(0), averaged=True)
-    """Sums of squares of all columns of all weights, and behind them of each weight how many rows were added."""
+    """Sums of squares of all columns of all weights, and behind them of each group how many rows were added."""
 
     def __init__(
         self,
@@ -116,7 +127,7 @@ class Wanda(SeesInputs, Pruning):
                 "write compare='layer', or allocation='uniform'."
             )
         self._tap: InputTap | None = None
-        self._places: dict[str, tuple[int, slice]] = {}
+        self._places: dict[str, _Place] = {}
         self._norms: dict[str, Tensor] = {}
 
     # ---- what reaches the weights ------------------------------------------------------------------------------------
@@ -140,13 +151,13 @@ class Wanda(SeesInputs, Pruning):
 
     def _lay_out(self) -> None:
         """Where the columns of each weight lie in `seen`, and where its rows are counted."""
-        places, start = {}, 0
-        for target in self.chosen:
-            groups, _, columns = as_matrix(target, target.weight).shape
-            places[target.name] = slice(start, start + groups * columns)
-            start += groups * columns
-        self._places = {name: (start + index, place) for index, (name, place) in enumerate(places.items())}
-        self._size = start + len(places)
+        shapes = {target.name: as_matrix(target, target.weight).shape for target in self.chosen}
+        columns = sum(groups * width for groups, _, width in shapes.values())
+        self._places, start, counts = {}, 0, columns
+        for name, (groups, _, width) in shapes.items():
+            self._places[name] = _Place(slice(start, start + groups * width), slice(counts, counts + groups), groups)
+            start, counts = start + groups * width, counts + groups
+        self._size = counts
 
     def _watch(self) -> None:
         """Look on while training goes on, as long as more is to be pruned."""
@@ -156,23 +167,23 @@ class Wanda(SeesInputs, Pruning):
             torch.compiler.reset()  # graphs made before do not know of the hooks
         self._tap = InputTap(self.run.module, [*self.weights], self._add, training=True)
 
-    def _add(self, name: str, layer: nn.Module, inputs: Tensor) -> None:
-        rows = input_rows(layer, inputs.float() if inputs.dtype != torch.float64 else inputs)
-        count, place = self._places[name]
-        self.seen[place] += rows.square().sum(1).flatten().to(self.seen)
-        self.seen[count] += rows.shape[1]
+    def _add(self, name: str, reading: Reading) -> None:
+        place = self._places[name]
+        for part, sums, rows in reading.squares():
+            self.seen[place.sums].view(place.groups, -1)[part] += sums.to(self.seen)
+            self.seen[place.counts][part] += rows
 
     def _measure(self) -> None:
         """The norms of all inputs, over rows and ranks, up to one factor for all."""
         total = self.everywhere(self.seen.clone())
         for name, target in self.targets_by_name.items():
-            count, place = self._places[name]
-            if float(total[count]) == 0:
+            place = self._places[name]
+            if not bool(total[place.counts].all()):
                 self.refuse_unreached(name)
-            norms = (total[place] / total[count]).sqrt()
+            norms = (total[place.sums].view(place.groups, -1) / total[place.counts].unsqueeze(1)).sqrt()
             if not bool(norms.isfinite().all()):
                 self.refuse_infinite(name)
-            self._norms[name] = norms.view(target.groups, -1).to(target.weight.device)
+            self._norms[name] = norms.to(target.weight.device)
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 
@@ -190,7 +201,8 @@ class Wanda(SeesInputs, Pruning):
     def score(self, name: str, weight: Tensor) -> Tensor:
         target = self.targets_by_name[name]
         matrix = as_matrix(target, weight)
-        score = (ria_score if self.relative else wanda_score)(matrix, self._norms[name])
+        norms = self._norms[name]
+        score = ria_score(matrix, norms, total=self.total(name)) if self.relative else wanda_score(matrix, norms)
         if self.compare == "output" and not isinstance(self.quota.structure, Channels):
             dropped = as_matrix(target, self.masks.dropped(name))
             score = row_ranks(score.masked_fill(dropped, -torch.inf))

@@ -24,6 +24,8 @@ LEAST_DENSITY = 1e-5
 POINTS, CELLS, COLUMNS = 300, 6000, 120
 """More than these cannot be told apart on a screen."""
 HEIGHT, ROW = 250, 18
+MANY = 10
+"""More curves are drawn thinner."""
 
 CONFIG: dict[str, Any] = {
     "background": None,
@@ -80,7 +82,7 @@ class Axis:
             low, high = min(found) / 1.15, min(max(found) * 1.15, 1.0)
             stops = [1 - stop for stop in STOPS if low <= 1 - stop <= high]
             if len(stops) < 4:  # of runs that are almost the same
-                stops = [density / 100 for density in range(math.ceil(100 * low), math.floor(100 * high) + 1)] or stops
+                stops = _even_stops(low, high) or stops
             axis = alt.Axis(values=stops, labelExpr="format(1 - datum.value, '~%')", title=title)
             scale = alt.Scale(type="log", domain=[low, high], reverse=True, nice=False)
         return (alt.X if name == "x" else alt.Y)(f"{field or name}:Q", axis=axis, scale=scale)
@@ -180,7 +182,9 @@ def lines(curves: Sequence[Curve], x: Axis, y: Axis, label: str, marks: bool = F
     )
     colored = base.encode(color=color, opacity=SHOWN)
     layers = [
-        colored.mark_line(strokeWidth=2, strokeJoin="round").encode(strokeDash=dash, detail="run:N", order="i:Q"),
+        colored.mark_line(strokeWidth=2 if len(curves) <= MANY else 1, strokeJoin="round").encode(
+            strokeDash=dash, detail="run:N", order="i:Q"
+        ),
         colored.transform_filter("datum.mark")
         .mark_point(filled=True, size=70, stroke="var(--paper)", strokeWidth=0.8)
         .encode(shape=shape),
@@ -279,6 +283,21 @@ def heat_map(
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _even_stops(low: float, high: float, most: int = 8) -> list[float]:
+    """Densities at a distance of one percent, or as many as leave few of them.
+
+    Example:
+        >>> _even_stops(0.11, 0.315), _even_stops(0.02, 0.045)
+        ([0.15, 0.2, 0.25, 0.3], [0.02, 0.03, 0.04])
+    """
+    for step in (1, 2, 5, 10, 20):
+        first, last = math.ceil(100 * low / step - 1e-9), math.floor(100 * high / step + 1e-9)
+        stops = [step * number / 100 for number in range(first, last + 1)]
+        if len(stops) <= most:
+            return stops
+    return []
 
 
 def _spec(chart: alt.Chart | alt.LayerChart | alt.FacetChart, label: str, height: int = HEIGHT) -> Spec:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_sparse.core import first_line
 
-__all__ = ["AtomicCheckpointIO", "newest_readable", "why_unreadable"]
+__all__ = ["SHARDED", "AtomicCheckpointIO", "newest_readable", "why_unreadable"]
 
 PART = ".part"
 """The end of the name of a file that is being written; what a kill leaves of it the next write of that name replaces."""

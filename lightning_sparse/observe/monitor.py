@@ -13,11 +13,10 @@ from typing import Any, final
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
+from rich import get_console
 from torch import Tensor, nn
 
 from lightning_sparse.core import (
@@ -37,12 +36,13 @@ from lightning_sparse.loop.dry_run import dry_run, size_of, take_step, train_but
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.privates import logged_step
 from lightning_sparse.loop.sparsifier import Sparsifier, sparsifiers
-from lightning_sparse.observe.facts import describe_run, name_of, tags_of
+from lightning_sparse.observe.asked import AskedMetric
+from lightning_sparse.observe.facts import command_line_of, describe_run, name_of, tags_of
 from lightning_sparse.observe.history import History, best_of, choose_metric
 from lightning_sparse.observe.loggers import conclude, introduce
 from lightning_sparse.observe.page import Run
 from lightning_sparse.observe.pictures import corner, picture
-from lightning_sparse.observe.report import FILE, describe_machine, write_report
+from lightning_sparse.observe.report import FILE, describe_machine, why_unwritable, write_report
 from lightning_sparse.observe.table import render
 from lightning_sparse.observe.wandb import Dashboard
 
@@ -73,11 +73,15 @@ class SparsityMonitor(Callback):
     once, at the start, a forward pass of a copy of the module is made, to count its MACs.
 
     Args:
-        metric: what accuracy is drawn from; None takes validation accuracy, or what comes nearest.
+        metric: what accuracy is drawn from, as it is logged; None takes validation accuracy, or what comes nearest.
         table: print what is left of each layer when training ends.
         report: write `report.html`, one page that needs nothing else, beside the logs of the first logger or into the
             Trainer's `default_root_dir`; `lightning-sparse report` lays several side by side.
         artifacts: give Weights & Biases the best checkpoint, with its sparsity and accuracy.
+
+    Raises:
+        ValueError: before the first step if a metric is never logged, or after the first epoch if that could not be known
+            before; and if there is no room for the report.
     """
 
     def __init__(self, metric: str | None = None, table: bool = True, report: bool = True, artifacts: bool = True) -> None:
@@ -92,6 +96,7 @@ class SparsityMonitor(Callback):
         self._seen, self._begun = -1, False
         self._dead: set[str] = set()
         self._concluded: _Concluded | None = None
+        self._asked = AskedMetric(metric)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -105,6 +110,7 @@ class SparsityMonitor(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._begun = False
+        self._asked.begin()
         if stage == "fit" and not sparsifiers(trainer):
             rank_zero_info("SparsityMonitor: no method of lightning_sparse in this Trainer; only exact zeros are counted.")
 
@@ -114,7 +120,14 @@ class SparsityMonitor(Callback):
         if trainer.global_step == 0:
             self.history = History()
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._asked.after_validation(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._asked.after_epoch(trainer)
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._asked.before_training(trainer, pl_module, batch)
         if not self._begun and (trainer.is_global_zero or is_cut(pl_module)):  # now all methods have
             self._begun = True
             self._begin(trainer, pl_module, batch)
@@ -131,6 +144,13 @@ class SparsityMonitor(Callback):
                 "targets=['type:<class>'], or leave SparsityMonitor out."
             )
             return
+        if self.report and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = run_folder(trainer)
+            if (reason := why_unwritable(folder)) is not None:
+                raise ValueError(
+                    f"SparsityMonitor cannot write its report into '{folder}' ({reason}); choose another "
+                    "default_root_dir, or write report=False."
+                )
         self._before = self._masks(trainer)
         if is_cut(pl_module):
             rank_zero_info("SparsityMonitor: MACs are left out, because weights are cut into shards.")
@@ -166,6 +186,10 @@ class SparsityMonitor(Callback):
         self._before = {}
         if not (self._begun and self.history.rows):  # no batch, nothing to see, or a rank that need not help
             return
+        try:
+            self._asked.after_epoch(trainer)
+        except ValueError as error:  # the only epoch is over, and stays
+            rank_zero_warn(str(error))
         row = self.history.rows[-1]
         self._log(trainer, self._summary(), row["step"])
         conclude(trainer, describe_run(trainer, pl_module), {**self._numbers(row), **self._summary()})
@@ -174,7 +198,7 @@ class SparsityMonitor(Callback):
                 if isinstance(masks := method.mask_set, Masks) and len(masks):
                     rows = method.summary()  # all ranks count together
                     if trainer.is_global_zero:
-                        Console().print("", render(rows, title=method.label))
+                        get_console().print("", render(rows, title=method.label))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._conclude(trainer, pl_module, row["step"])
 
@@ -185,8 +209,7 @@ class SparsityMonitor(Callback):
         if not trainer.is_global_zero:
             return
         self._concluded = _Concluded(run, folder / FILE if self.report else None, step, id(pl_module), self._boards)
-        self._write()
-        if self.report:
+        if self._write():
             rank_zero_info(f"SparsityMonitor: see {folder / FILE}")
         best = _best_checkpoint(trainer)
         for board in self._boards:
@@ -217,13 +240,23 @@ class SparsityMonitor(Callback):
             self._concluded.run["dense"]["test"] = {name: float(value) for name, value in tested.items()}
             self._write()
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
+        """Whether there is a page now."""
         done = self._concluded
         assert done is not None
-        if done.page is not None:
+        if done.page is None:
+            return False
+        try:
             write_report(done.page, done.run)
-            for board in done.boards:
-                board.report(done.step, done.page)
+        except OSError as error:  # training is over, and worth more than its report
+            rank_zero_warn(
+                f"SparsityMonitor: '{done.page}' cannot be written ({error.strerror or error}), and the run goes on without "
+                "it; make room, and a test of the model in this process writes it again."
+            )
+            return False
+        for board in done.boards:
+            board.report(done.step, done.page)
+        return True
 
     def _whole(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The masks that are drawn; where they are cut, all ranks must call it, and the first one gets them."""
@@ -383,9 +416,8 @@ def run_folder(trainer: pl.Trainer) -> Path:
 
 def _config(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     """What the run was configured with: all of it from the command line, else what methods and module remember."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SaveConfigCallback):
-            return str(callback.parser.dump(callback.config, skip_none=False))
+    if (saved := command_line_of(trainer)) is not None:
+        return str(saved.parser.dump(saved.config, skip_none=False))
     known: dict[str, Any] = {method.label: method.config() for method in sparsifiers(trainer)}
     known |= {
         type(module).__name__: dict(module.hparams),

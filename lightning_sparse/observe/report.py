@@ -6,19 +6,25 @@ import json
 import platform
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import lightning
 import torch
 
 from lightning_sparse._version import __version__
+from lightning_sparse.observe.checkpoint_io import PART
 from lightning_sparse.observe.page import DATA, Run, page
 
-__all__ = ["FILE", "describe_machine", "find_reports", "read_report", "write_report"]
+__all__ = ["FILE", "describe_machine", "find_reports", "read_report", "why_unwritable", "write_report"]
 
 FILE = "report.html"
+ROOM = 4 * 2**20
+"""Bytes that must be free for a report and the configuration beside it."""
 
 
 def describe_machine() -> dict[str, str]:
@@ -40,9 +46,35 @@ def describe_machine() -> dict[str, str]:
 
 
 def write_report(path: Path, *runs: Run) -> None:
-    """Write the page of a run, or of several."""
+    """Write the page of a run, or of several: all of it or nothing, and the one before stays until then.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    text, part = page(*runs), path.with_name(path.name + PART)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(*runs), encoding="utf-8")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why a report could not be written into a folder, which need not be there yet; None if it could.
+
+    Args:
+        folder: of a run.
+    """
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"0" * 4096)
+    except OSError as error:
+        return error.strerror or str(error)
+    free = shutil.disk_usage(existing).free
+    return None if free >= ROOM else f"{free / 2**20:.1f} MB of room, and {ROOM / 2**20:g} MB are needed"
 
 
 def find_reports(paths: Sequence[str | Path]) -> list[Path]:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
+from rich import get_console
 from rich.table import Table
 
 from lightning_sparse.core import HEADER, SUMS, LayerRow, Masks
 
 __all__ = ["SparsityTable", "render"]
 
+SHORTEST = 12
+"""Characters that are left of a name, however narrow the terminal is."""
+
 
 def render(rows: list[LayerRow], title: str = "") -> Table:
-    """The rows as a rich table, the total and the whole model set off."""
+    """The rows as a rich table, the total and the whole model set off; long names keep their end where there is no room."""
+    cells = [row.cells() for row in rows]
+    others = sum(max(map(len, column)) for column in list(zip(HEADER, *cells, strict=True))[1:])
+    room = max(get_console().width - others - 3 * len(HEADER) - 1, SHORTEST)
     table = Table(title=title or None, title_justify="left")
     for column, heading in enumerate(HEADER):
         table.add_column(heading, justify="left" if column == 0 else "right", overflow="fold")
-    for row in rows:
+    for row, (layer, *numbers) in zip(rows, cells, strict=True):
         is_sum = row.layer in SUMS
         if row.layer == SUMS[0]:
             table.add_section()
-        table.add_row(*row.cells(), style="bold" if is_sum else None)
+        shown = layer if len(layer) <= room else "…" + layer[1 - room :]
+        table.add_row(shown, *numbers, style="bold" if is_sum else None)
     return table
 
 
@@ -36,4 +43,4 @@ class SparsityTable(Callback):
             if isinstance(masks := getattr(callback, "mask_set", None), Masks) and len(masks):
                 rows = callback.summary()  # where weights are cut into shards, all ranks count together
                 if trainer.is_global_zero:
-                    Console().print("", render(rows, title=callback.label))  # the progress bar may still stand
+                    get_console().print("", render(rows, title=callback.label))  # the progress bar may still stand

@@ -139,6 +139,9 @@ MISTAKES = [
         [CHOOSER, "--trainer.callbacks.schedule=quartic"],
         "schedule='quartic' is unknown; choose from ['cubic', 'linear'], or write the import path of a function.",
     ),
+    (["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=abc"], "lr='abc' must be a number."),
+    (["--trainer.precision=abc"], "'32', '16', 'bf16'], or write null."),
+    (["--trainer.logger=NoLogger"], "'NoLogger' in trainer.logger is not a known class; did you mean 'CometLogger'?"),
     ([CHOOSER, "--trainer.callbacks.kind=l1"], "Chooser does not take kind: it is called penalty now."),
     ([CHOOSER, "--trainer.callbacks.color=red"], "'color' is not an option of Chooser; see --help"),
     (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 import wandb
 import yaml
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch.distributed.checkpoint import save
 
 from lightning_sparse import AtomicCheckpointIO
 from lightning_sparse.cli import SparseCLI, main
@@ -27,8 +30,10 @@ LOGGERS = {
 
 
 @pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("sys.argv", ["lightning-sparse"])
+    yield
+    wandb.finish()  # else the next logger of another test goes on with its run
 
 
 def fit(*more: str) -> Path:
@@ -97,6 +102,27 @@ def test_refit_finds_the_configuration_too(capsys: pytest.CaptureFixture[str]) -
     assert "depth         8 -> 2" in capsys.readouterr().out
     assert (Path("runs") / "config.yaml").read_text() == before
     assert list(Path("runs/refit").rglob("*.ckpt"))
+
+
+def test_the_folder_of_a_sharded_run_is_a_checkpoint_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """As Lightning lays it down: weights in shards, and all else beside them."""
+    file = fit(*LOGGERS["none"], "--trainer.default_root_dir=runs")
+    content = torch.load(file, weights_only=True)
+    folder = file.with_name("sharded.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is only one process
+        save({"state_dict": content.pop("state_dict")}, checkpoint_id=folder)
+    files = ["export", f"--ckpt_path={folder}", "--rungs=[plain]", "--rounds=0", "--calibrate=0", "--compiled=false"]
+    assert "is not a file" in refusal(capsys, *files, "--to=too_early")
+    torch.save(content, folder / "meta.pt")
+    main([*files, "--to=sharded"])
+    main([*files, f"--ckpt_path={file}", "--to=whole"])
+    exported, whole = (torch.load(Path(name) / "plain.pt", weights_only=True) for name in ("sharded", "whole"))
+    assert exported.keys() == whole.keys()
+    assert all(torch.equal(exported[name], whole[name]) for name in whole)
+    content["callbacks"]["SaveRunConfig"]["fingerprint"] = "of another run"
+    torch.save(content, folder / "meta.pt")
+    assert "is of another run" in refusal(capsys, *files, "--to=third")
 
 
 def test_a_broken_checkpoint_is_skipped_when_a_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

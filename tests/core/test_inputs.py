@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import InputTap, Target, as_matrix, from_matrix, input_rows, shows_inputs
+from lightning_sparse.core import InputTap, Reading, Target, as_matrix, from_matrix, input_rows, shows_inputs
 
 
 class Turned(nn.Module):
@@ -54,6 +56,10 @@ def test_rows_times_the_matrix_are_the_outputs(layer: Any, shape: tuple[int, ...
     found = outputs.permute(1, 0, 2).flatten(1)
     torch.testing.assert_close(found, expected.reshape(found.shape))
     assert from_matrix(target, matrix).equal(layer.weight)
+    [(part, sums, count)] = Reading(layer, (x,)).squares()
+    assert part == slice(None)
+    assert count == outputs.shape[1]
+    torch.testing.assert_close(sums, input_rows(layer, x).square().sum(1))
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=IDS)
@@ -70,11 +76,131 @@ def test_consecutive_columns_are_consecutive_inputs(layer: Any, shape: tuple[int
 
 
 def test_what_shows_its_inputs() -> None:
-    attention, recurrent = nn.MultiheadAttention(4, 2), nn.LSTM(3, 4)
-    assert not shows_inputs(attention, "in_proj_weight")
-    assert not shows_inputs(attention.out_proj)
-    assert not shows_inputs(recurrent, "weight_ih_l0")
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x
+
+    recurrent = nn.LSTM(3, 4, 2, bidirectional=True)
+    attention = nn.MultiheadAttention(4, 2)
+    shown = [*(name for name, weight in recurrent.named_parameters() if weight.ndim > 1 and shows_inputs(recurrent, name))]
+    assert shown == ["weight_ih_l0", "weight_ih_l0_reverse"]
+    assert shows_inputs(attention, "in_proj_weight")
+    assert shows_inputs(attention.out_proj)
+    assert shows_inputs(nn.GRUCell(3, 4), "weight_hh")
+    assert not shows_inputs(Own(4, 2), "in_proj_weight")
+    assert not shows_inputs(attention, "in_proj_bias")
     assert not shows_inputs(nn.LayerNorm(4))
+
+
+def read(module: nn.Module, run: Callable[[], Any], **options: Any) -> dict[str, Tensor]:
+    """What each weight puts out for what it is seen to read, without biases, side by side."""
+    owners = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()}
+    names = [name for name, _ in module.named_parameters() if shows_inputs(owners[name], name.rpartition(".")[2])]
+    products: dict[str, list[Tensor]] = {}
+
+    def see(name: str, reading: Reading) -> None:
+        layer = owners[name]
+        target = Target.of(name, module.get_parameter(name), layer)
+        matrix = as_matrix(target, target.weight)
+        assert from_matrix(target, matrix).equal(target.weight)
+        for part, rows in reading.rows():
+            products.setdefault(name, []).extend((rows @ matrix[part].transpose(1, 2)).detach().unbind(0))
+
+    tap = InputTap(module, names, see, **options)
+    try:
+        run()
+    finally:
+        tap.remove()
+    return {
+        name: torch.cat([*found], -1 if len({len(part) for part in found}) == 1 else 0) for name, found in products.items()
+    }
+
+
+ATTENTION = {
+    "sequence first": {},
+    "batch first": {"batch_first": True},
+    "without biases": {"bias": False},
+    "sizes of their own": {"kdim": 6, "vdim": 10},
+}
+
+
+@pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
+@pytest.mark.parametrize("train", [True, False])
+def test_attention(options: dict[str, Any], train: bool) -> None:
+    """What is seen gives queries, keys and values, and what comes out."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, dropout=0.5, **options).train(train)
+    query, key = torch.randn(5, 3, 8), torch.randn(5, 3, options.get("kdim", 8))
+    value = torch.randn(5, 3, options.get("vdim", 8))
+    torch.manual_seed(1)
+    expected, shares = attention(query, key, value)
+    drawn = torch.rand(1)
+    outputs: list[Any] = []
+
+    def run() -> None:
+        torch.manual_seed(1)
+        outputs.extend((*attention(query, key, value=value), torch.rand(1)))
+
+    found = read(attention, run)
+    assert outputs[0].equal(expected)
+    assert outputs[1].equal(shares)
+    assert outputs[2].equal(drawn)
+    split = {f"{part}_proj_weight": getattr(attention, f"{part}_proj_weight") for part in "qkv"}
+    if "kdim" not in options:
+        split = dict(zip(split, attention.in_proj_weight.chunk(3), strict=True))
+        found |= dict(zip(split, found.pop("in_proj_weight").chunk(3, -1), strict=True))
+    for name, x in zip(split, (query, key, value), strict=True):
+        torch.testing.assert_close(found[name], (x @ split[name].T).detach().flatten(0, 1))
+    bias = 0 if attention.out_proj.bias is None else attention.out_proj.bias
+    expected = expected.transpose(0, 1) if "batch_first" in options else expected
+    torch.testing.assert_close(found["out_proj.weight"] + bias, expected.flatten(0, 1))
+
+
+def test_attention_of_one_sequence_to_itself_is_read_once() -> None:
+    attention, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
+    seen: list[Reading] = []
+    tap = InputTap(attention, ["in_proj_weight"], lambda name, reading: seen.append(reading))
+    attention(x, x, x)
+    assert [len(reading.tensors) for reading in seen] == [1]
+    assert seen[0].single is not None
+    assert seen[0].single.equal(x)
+    attention(x, x, x + 0)
+    assert seen[1].single is None
+    assert [part for part, _ in seen[1].rows()] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    tap.remove()
+
+
+def test_an_exception_from_inside_leaves_nothing_on() -> None:
+    attention, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
+
+    def stop(name: str, reading: Reading) -> None:
+        raise KeyError(name)
+
+    tap = InputTap(attention, ["out_proj.weight"], stop)
+    with pytest.raises(KeyError, match=r"out_proj\.weight"):
+        attention(x, x, x)
+    tap.remove()
+    attention(x, x, x)
+    assert not attention._forward_hooks
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell(3, 4, bias=False), nn.GRUCell(3, 4, bias=False), nn.LSTMCell(3, 4, bias=False)])
+def test_cells(cell: Any) -> None:
+    x, hidden = torch.randn(2, 3), torch.randn(2, 4)
+    state = (hidden, torch.randn(2, 4)) if isinstance(cell, nn.LSTMCell) else hidden
+    found = read(cell, lambda: cell(x, state))
+    torch.testing.assert_close(found["weight_ih"], (x @ cell.weight_ih.T).detach())
+    torch.testing.assert_close(found["weight_hh"], (hidden @ cell.weight_hh.T).detach())
+    assert read(cell, lambda: cell(x)).keys() == {"weight_ih"}, "nothing reaches a state that begins with zeros"
+
+
+def test_recurrent_layers_show_what_they_read_first() -> None:
+    recurrent, x = nn.LSTM(3, 4, 2, bidirectional=True), torch.randn(5, 2, 3)
+    for given in (x, nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 5]))):
+        found = read(recurrent, lambda given=given: recurrent(given))
+        assert found.keys() == {"weight_ih_l0", "weight_ih_l0_reverse"}
+        torch.testing.assert_close(found["weight_ih_l0"], (x.flatten(0, 1) @ recurrent.weight_ih_l0.T).detach())
 
 
 def test_a_shared_weight_is_seen_in_each_layer_and_copies_are_not() -> None:
@@ -82,11 +208,9 @@ def test_a_shared_weight_is_seen_in_each_layer_and_copies_are_not() -> None:
     second.weight = first.weight
     net = nn.Sequential(first, second)
     seen: list[tuple[str, int]] = []
-    tap = InputTap(net, ["0.weight"], lambda name, layer, x: seen.append((name, len(x))), training=True)
+    tap = InputTap(net, ["0.weight"], lambda name, reading: seen.append((name, len(reading.tensors[0]))), training=True)
     net(torch.ones(2, 3))
     assert seen == [("0.weight", 2)] * 2
-    import copy
-
     copy.deepcopy(net)(torch.ones(2, 3))
     with torch.no_grad():
         net(torch.ones(2, 3))

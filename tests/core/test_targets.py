@@ -104,6 +104,7 @@ def test_tied_weights_appear_once_and_embeddings_protect() -> None:
         ("layer.0", "'layer.0' matches nothing in the model; did you mean 'layers.0'"),
         ("!heads", "'!heads' matches nothing in the model; did you mean 'head'"),
         ("type:Linaer", "did you mean 'Linear'"),
+        ("decoder", "'decoder' matches nothing in the model; write such as "),
         ("re:(", "not a regular expression"),
         (":end", "the ends of the network are ':first' and ':last'"),
     ],

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,34 @@ def test_a_merge_inside_the_training_is_undone_and_told(caplog: pytest.LogCaptur
     fit(module, KeepSparsity())
     assert "Something outside the optimizer's step moves pruned entries of 'net.base_model.model.1.base_layer" in caplog.text
     assert all(found.equal(expected) for found, expected in zip(zeros(module), zeros(net()), strict=True))
+
+
+def test_entries_that_somebody_has_written_to_are_counted() -> None:
+    module, method = Adapted(), KeepSparsity()
+    fit(module, method)
+    mask = method.masks["net.base_model.model.1.base_layer.weight"]
+    module.net.base_model.model[1].base_layer.weight.data[~mask] = torch.tensor([1.0, 0.0]).repeat(1024)[
+        : int((~mask).sum())
+    ]
+    report = merge_adapters(module, method.masks)
+    assert [row.stray for row in report.rows] == [-(-int((~mask).sum()) // 2), 0]
+    assert f"{report.rows[0].stray:,} of them were not zero before" in str(report).splitlines()[1]
+    assert report.model.net[1].weight.eq(0).equal(net()[1].weight.eq(0))
+
+
+def test_not_while_a_trainer_trains_it() -> None:
+    said: list[str] = []
+
+    class Impatient(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+            with pytest.raises(ValueError, match=".") as error:
+                merge_adapters(pl_module)
+            said.append(str(error.value))
+
+    module = Adapted()
+    fit(module, KeepSparsity(), Impatient(), max_epochs=1)
+    assert said[0].startswith("A Trainer is training this Adapted, and what methods have attached to it would come along")
+    assert merge_adapters(module).rows
 
 
 def merged_already() -> nn.Module:

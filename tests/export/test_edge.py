@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.core import Call
 from lightning_sparse.export import Quantization, export_ladder
 
 
@@ -90,3 +92,78 @@ def test_a_lost_zero_is_found() -> None:
     lost[1, 1] = 1
     with pytest.raises(ValueError, match=r"zeros of a weight of shape \(2, 3\) would be lost: they have another"):
         check_codes([weight], [lost])
+
+
+# ---- without the extra: what is around the libraries, with stand-ins for them ------------------------------------------
+
+
+def test_an_operator_that_the_runtime_lacks_is_named() -> None:
+    from lightning_sparse.export.edge import _said
+
+    lacking = RuntimeError("Missing out variants: {'aten::fft_rfft', 'aten::linalg_qr'}\nin a graph")
+    sentence = str(_said(small(), "ExecuTorch", lacking))
+    assert sentence == "ExecuTorch cannot compile Sequential (it has no kernel for aten::fft_rfft, aten::linalg_qr)."
+    other = _said(small(), "Vela", RuntimeError("no such shape\nat line 3"))
+    assert str(other) == "Vela cannot compile Sequential (no such shape)."
+    lost = ValueError("zeros of a weight of shape (2, 3) would be lost: they have another code than 0.")
+    assert _said(small(), "Vela", lost) is lost
+
+
+def test_operators_that_stay_on_the_cpu_are_listed() -> None:
+    from lightning_sparse.export.edge import _left
+
+    class Called:
+        def __init__(self, name: str) -> None:
+            self.__name__ = name
+
+        def __call__(self) -> None: ...
+
+    names = (
+        "executorch_call_delegate",
+        "getitem",
+        "aten.sort.default",
+        "quantized_decomposed.dequantize",
+        "aten.cumsum.default",
+    )
+    nodes = [SimpleNamespace(op="call_function", target=Called(name)) for name in names]
+    nodes += [SimpleNamespace(op="placeholder", target="x")]
+    lowered = SimpleNamespace(exported_program=lambda: SimpleNamespace(graph=SimpleNamespace(nodes=nodes)))
+    assert _left(lowered) == ["aten.cumsum.default", "aten.sort.default"]
+
+
+def test_samples_go_one_at_a_time_and_what_is_no_batch_goes_with_each() -> None:
+    from lightning_sparse.export.edge import samples_of
+
+    scale = torch.tensor([2.0])
+    calls = list(samples_of(Call((torch.arange(6.0).reshape(3, 2), scale))))
+    assert [call.args[0].tolist() for call in calls] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert all(call.args[1] is scale for call in calls)
+
+
+def test_calibration_must_reach_every_layer_of_a_program() -> None:
+    from lightning_sparse.export.edge import _prepared
+
+    with pytest.raises(ValueError, match="layer '0' is given nothing but zeros by the 1 batches of calibration data"):
+        _prepared(small(), Call.of(images()), [torch.zeros(2, 1, 8, 8)])
+
+
+def test_a_program_is_run_sample_by_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime writes every result into the same memory."""
+    from lightning_sparse.export.edge import executorch_runner
+
+    memory = torch.zeros(1, 2)
+
+    class Method:
+        def execute(self, given: list[Tensor]) -> list[Tensor]:
+            assert given[0].is_contiguous()
+            return [memory.copy_(given[0] * 2)]
+
+    program = SimpleNamespace(load_method=lambda name: Method())
+    runtime = SimpleNamespace(load_program=lambda data: program if data == b"program" else None)
+    stand_in: Any = ModuleType("executorch.runtime")
+    stand_in.Runtime = SimpleNamespace(get=lambda: runtime)
+    monkeypatch.setitem(sys.modules, "executorch", ModuleType("executorch"))
+    monkeypatch.setitem(sys.modules, "executorch.runtime", stand_in)
+    (tmp_path / "net.pte").write_bytes(b"program")
+    x = torch.randn(2, 3).t()
+    assert torch.equal(executorch_runner(tmp_path / "net.pte")(x), x * 2)

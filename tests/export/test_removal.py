@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.core import Call, Dependencies, Member, coupled_outputs
 from lightning_sparse.export import count_parameters, load_model, remove_dead, save_model
 from tests.helpers.nets import NETS, kill, sample, unsettle
 
@@ -158,3 +160,48 @@ def test_all_dead_leaves_one() -> None:
     smaller, _ = remove_dead(net, torch.randn(3, 4))
     assert smaller[0].out_features == 1
     torch.testing.assert_close(smaller(torch.ones(2, 4)), net(torch.ones(2, 4)))
+
+
+def test_another_engine_may_answer_which_channels_are_coupled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def by_hand(network: nn.Module, call: Call) -> Mapping[str, Sequence[Member]]:
+        """Of two linear layers, and an output that this engine does not follow."""
+        asked.append((network.training, call.network, call.samples))
+        both = {channel: [channel] for channel in range(network.get_submodule("0").out_features)}
+        out = [Member("2", True, {0: [0], 1: [1]}), Member(None, False, {0: [0], 1: [1]}, "it is what comes out")]
+        return {"0": [Member("0", True, both), Member("2", False, both)], "2": out}
+
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    kill(net[0], [1, 4])
+    kill(net[2], [0])
+    x = torch.randn(3, 4)
+    smaller, removal = remove_dead(net, x, engine=by_hand)
+    torch.testing.assert_close(smaller(x), net(x))
+    assert removal.removed == {"0": 2}
+    assert removal.refused == {"2": "it is what comes out"}
+    assert set(asked) == {(False, "", 3)}
+    assert coupled_outputs(net, x, engine=by_hand) == [["0"]]
+
+
+def test_a_layer_is_fed_by_those_before_it_alone() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+            self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+            self.last = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = x.relu_() + self.second(x)
+            return self.last(self.depthwise(x + self.third(x)))  # type: ignore[no-any-return]
+
+    graph = Dependencies(Stream(), torch.randn(2, 4, 8, 8))
+    assert graph.sources("second", through=True) == {"first"}
+    assert graph.sources("third", through=True) == {"first", "second"}
+    assert graph.sources("last", through=True) == {"first", "second", "third"}
+    assert graph.sources("last", through=False) == {"depthwise"}
+    assert graph.sources("first", through=True) == set()

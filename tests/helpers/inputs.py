@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparse.testing import loader
+from lightning_sparse.testing import fit, loader
 
 LAYERS = {"net.0.weight": 0, "net.2.weight": 2, "net.6.weight": 6, "net.8.weight": 8}
 
@@ -31,3 +33,18 @@ def inputs(net: nn.Sequential, x: Tensor) -> dict[str, Tensor]:
                 found[f"net.{index}.weight"] = x
             x = layer(x)
     return found
+
+
+class Note(L.Callback):
+    """Weights before the first step."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.global_step == 0:
+            self.weights = {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def solved(method: L.Callback, module: L.LightningModule) -> dict[str, Tensor]:
+    """The weights as a method that prunes before the first step leaves them."""
+    note = Note()
+    fit(module, method, note, max_epochs=1)
+    return note.weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse import Distillation, MagnitudePruning, SparseGPT
-from lightning_sparse.testing import Toy, fit, network, toy
+from lightning_sparse.testing import Toy, fit, loader, network, toy, trainer
+from tests.helpers.data import DATA, Talkative, run
 
 
 def plain() -> Toy:
@@ -217,12 +218,71 @@ REFUSED: list[tuple[Callable[[], Toy], Make, str]] = [
 ]
 
 
+class Begun(L.Callback):
+    """Whether a batch has been trained on."""
+
+    batches = 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.batches += 1
+
+
 @pytest.mark.parametrize(("make", "method", "sentence"), REFUSED, ids=[row[-1][:30] for row in REFUSED])
 def test_refusals(make: Callable[[], Toy], method: Make, sentence: str, tmp_path: Path) -> None:
+    begun = Begun()
     with pytest.raises(ValueError, match=".") as error:
-        fit(make(), method(tmp_path))
+        fit(make(), method(tmp_path), begun)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+    assert begun.batches == 0
+
+
+def test_a_refusal_leaves_the_teacher_as_it_was() -> None:
+    net = wide().train()
+    net[0].eval()
+    before = [(part.training, len(part._forward_hooks)) for part in net.modules()]
+    with pytest.raises(ValueError, match="logits of equal shape"):
+        fit(toy(), Distillation(net, features=["2"]))
+    assert [(part.training, len(part._forward_hooks)) for part in net.modules()] == before
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_data_that_can_be_read_once_are_refused_in_the_first_batch() -> None:
+    """A batch to try is a batch that training would not get."""
+    begun = Begun()
+    with pytest.raises(ValueError, match="logits of equal shape"):
+        trainer(Distillation(wide()), begun, max_epochs=1).fit(toy(), once(), loader(1))
+    assert begun.batches == 1
+    trainer(Distillation(teacher_net()), begun, max_epochs=1).fit(toy(), once(), loader(1))
+    assert begun.batches == 1 + 4
+
+
+def once() -> Iterator[Any]:
+    yield from loader()
+
+
+def test_what_cannot_be_copied_is_tried_in_the_first_batch() -> None:
+    class Locked(Toy):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("no copies")
+
+    begun = Begun()
+    with pytest.raises(ValueError, match="logits of equal shape"):
+        fit(Locked(), Distillation(wide()), begun)
+    assert begun.batches == 1
+
+
+def test_nobody_notices_the_trial() -> None:
+    plain_one, watched = Talkative(), Talkative()
+    watched.load_state_dict(plain_one.state_dict())
+    data = next(iter(DATA.values()))
+    expected, got = (
+        run(plain_one, data),
+        run(watched, data, Distillation(strength=0.0, features=["0"], feature_strength=1e-30)),
+    )
+    assert {name for name in got["logged"] if "Distillation" not in name} == {*expected["logged"]}
+    assert expected["random"] == got["random"]
+    assert all(expected["weights"][name].equal(value) for name, value in got["weights"].items())
 
 
 def test_a_part_that_is_named() -> None:

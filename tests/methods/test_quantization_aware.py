@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sparse import STR, MagnitudePruning, QuantizationAware
+from lightning_sparse import STR, KeepSparsity, MagnitudePruning, QuantizationAware
 from lightning_sparse import SparseConnectivityLearning as SCL
 from lightning_sparse.functional import fake_quantize, round_symmetric
 from lightning_sparse.testing import Toy, fit, toy
@@ -167,3 +167,22 @@ def test_methods_that_hold_weights_of_their_own_are_refused(other: Any) -> None:
 def test_two_of_them_are_refused() -> None:
     with pytest.raises(ValueError, match=r"both hold another 'net.0.weight' than the model shows"):
         fit(toy("sgd"), QuantizationAware(), QuantizationAware(bits=4, name="again"))
+
+
+def test_zeros_that_nobody_holds_are_refused() -> None:
+    def sparse() -> Toy:
+        module = toy("sgd")
+        weight = module.get_parameter("net.0.weight")
+        weight.data[torch.rand_like(weight) < 0.5] = 0
+        return module
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"% of 'net.0.weight' are zero, and QuantizationAware alone .* put KeepSparsity"):
+        fit(sparse(), QuantizationAware())
+    fit(sparse(), QuantizationAware(targets="!net.0"), max_steps=1)
+    fit(sparse(), QuantizationAware(), KeepSparsity(), max_steps=1)
+    again = toy("sgd")
+    method = QuantizationAware(bits=3)
+    fit(again, method, max_steps=2)
+    assert float((again.get_parameter("net.0.weight") == 0).float().mean()) > 0.1
+    fit(again, method, max_steps=1)  # what rounding has made zero is no mask

@@ -16,7 +16,7 @@ from lightning_sparse.core import Target, as_matrix, from_matrix
 from lightning_sparse.functional import compensate, inverse_factor
 from lightning_sparse.testing import Toy, fit, fit_on_ranks, loader, network, run_on_ranks, toy
 from tests.helpers.data import DATA, Talkative, run
-from tests.helpers.inputs import LAYERS, batches, inputs
+from tests.helpers.inputs import LAYERS, Note, batches, inputs, solved
 
 HALF = {"net.0.weight": 36, "net.2.weight": 288, "net.6.weight": 1024, "net.8.weight": 32}
 
@@ -38,20 +38,6 @@ def walk(net: nn.Sequential, x: Tensor, kept: dict[str, int], n_m: tuple[int, in
         compensate(matrix, inverse_factor(products), kept[name], n_m=n_m, dead=dead)
         layer.weight.data.copy_(from_matrix(target, matrix))
     return {name: net[index].weight.detach() for name, index in LAYERS.items()}
-
-
-class Note(L.Callback):
-    """Weights before the first step."""
-
-    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
-        if trainer.global_step == 0:
-            self.weights = {name: value.clone() for name, value in module.named_parameters()}
-
-
-def solved(method: SparseGPT, module: L.LightningModule) -> dict[str, Tensor]:
-    note = Note()
-    fit(module, method, note, max_epochs=1)
-    return note.weights
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -161,6 +147,29 @@ def test_products_are_those_of_all_ranks() -> None:
     expected = walk(toy().double().net, both, HALF)
     close(first, expected)
     assert all(first[name].equal(second[name]) for name in first)
+
+
+class Repeated(Toy):
+    """Inputs of which half are copies of the others, and fewer rows than columns."""
+
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.Linear(256, 16), nn.ReLU(), nn.Linear(16, 4)))
+
+    def loss(self, batch: Any) -> Tensor:
+        x = batch[0].flatten(1)
+        return F.cross_entropy(self.net(torch.cat([x, x, 1e4 * x, 0 * x], 1)), batch[1])
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
+def test_inputs_that_repeat_are_damped(structure: str) -> None:
+    torch.manual_seed(0)
+    module = Repeated()
+    method = SparseGPT(0.5, batches=1, damping=1e-9, structure=structure)
+    weights = solved(method, module)
+    for name in ("net.0.weight", "net.2.weight"):
+        assert weights[name].isfinite().all()
+        assert (weights[name] == 0).equal(~method.masks[name])
+    assert method.masks.sparsity == 0.5
 
 
 class Unreached(Toy):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparse import GraNet, MagnitudePruning, RandomSparsity, RigL, Wanda
+from lightning_sparse import GraNet, MagnitudePruning, RandomSparsity, RigL, SparseGPT, Wanda
 from lightning_sparse.testing import Toy, fit, fit_on_ranks, loader, network, run_on_ranks, toy
 from tests.helpers.data import DATA, Talkative, run
-from tests.helpers.inputs import LAYERS, batches, inputs
+from tests.helpers.inputs import LAYERS, batches, inputs, solved
 
 
 def slow_masks(net: nn.Sequential, x: Tensor, kept: dict[str, int], relative: bool = False) -> dict[str, Tensor]:
@@ -184,14 +184,6 @@ class Experts(Toy):
         return F.cross_entropy(self.net[0](batch[0].flatten(1)) + self.net[1](batch[0].flatten(1)), batch[1])
 
 
-class Attending(Toy):
-    def __init__(self) -> None:
-        super().__init__(net=nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True))
-
-    def loss(self, batch: Any) -> Tensor:
-        return self.net(batch[0].squeeze(1)).square().mean()
-
-
 def test_an_expert_without_tokens_is_a_sentence() -> None:
     with pytest.raises(ValueError, match=r"no input has reached 'net.2.weight' in batches=8; take more .*'!net.2'"):
         fit(Experts(), Wanda(0.5))
@@ -200,13 +192,100 @@ def test_an_expert_without_tokens_is_a_sentence() -> None:
     assert method.masks.sparsity == 0.5
 
 
-@pytest.mark.filterwarnings("ignore:.*leaves out")
-def test_what_multiplies_out_of_sight_stays_dense(caplog: pytest.LogCaptureFixture) -> None:
+class Recurrent(Toy):
+    def __init__(self) -> None:
+        super().__init__(net=nn.LSTM(8, 8, batch_first=True))
+        self.head = nn.Linear(8, 4)
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.head(self.net(batch[0].squeeze(1))[0][:, -1]), batch[1])
+
+
+@pytest.mark.parametrize("method", [Wanda, SparseGPT])
+def test_what_multiplies_out_of_sight_stays_dense(method: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    method = Wanda(0.5)
-    fit(Attending(), method)
-    assert [*method.masks] == ["net.linear1.weight", "net.linear2.weight"]
-    assert "it is in a layer (MultiheadAttention) whose calls do not show what it is multiplied with" in caplog.text
+    module, made = Recurrent(), method(0.5)
+    fit(module, made)
+    assert [*made.masks] == ["net.weight_ih_l0", "head.weight"]
+    assert "leaves 'net.weight_hh_l0' dense: it is in a layer (LSTM) whose calls do not show what it is mul" in caplog.text
+    assert module.net.weight_hh_l0.ne(0).all()
+
+
+# ---- attention of torch ----------------------------------------------------------------------------------------------
+
+
+class Attending(Toy):
+    """Attention of one sequence to itself or to another, in one module or written out; some tokens are padding."""
+
+    def __init__(self, fused: bool, cross: bool = False) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            super().__init__(net=nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True))
+        self.fused, self.cross = fused, cross
+        attention = self.net.self_attn
+        if not fused:
+            self.parts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+            for index, part in enumerate(self.parts[:3]):
+                part.weight.data.copy_(attention.in_proj_weight[8 * index :][:8])
+                part.bias.data.zero_()
+            self.parts[3].load_state_dict(attention.out_proj.state_dict())
+            self.net.self_attn = nn.Identity()
+
+    def attend(self, x: Tensor, y: Tensor, padding: Tensor) -> Tensor:
+        if self.fused:
+            attended: Tensor = self.net.self_attn(x, y, y, key_padding_mask=padding)[0]
+            return attended
+        q, k, v = (part(z).unflatten(-1, (2, 4)).transpose(1, 2) for part, z in zip(self.parts, (x, y, y), strict=False))
+        attended = F.scaled_dot_product_attention(q, k, v, ~padding[:, None, None])
+        out: Tensor = self.parts[3](attended.transpose(1, 2).flatten(2))
+        return out
+
+    def loss(self, batch: Any) -> Tensor:
+        x = batch[0].squeeze(1)
+        y = x[:, :5].flip(2) if self.cross else x
+        padding = (torch.arange(y.shape[1]) > 3).expand(len(x), -1)
+        x = self.net.norm1(x + self.attend(x, y, padding))
+        return self.net.linear2(self.net.linear1(x).relu()).square().mean()
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("method", [Wanda, SparseGPT])
+def test_attention_is_pruned_as_if_it_were_written_out(method: Any, cross: bool) -> None:
+    """In 2:4 the outputs of query, key and value do not compete, so nothing else tells the two apart."""
+    ends = {}
+    for fused in (True, False):
+        module, made = Attending(fused, cross), method(structure="2:4", batches=2)
+        ends[fused] = (made, solved(made, module))
+    names = [f"parts.{index}.weight" for index in range(4)]
+    split = [*(f"net.self_attn.in_proj_weight[{index}]" for index in range(3)), "net.self_attn.out_proj.weight"]
+    weights = ends[True][1]
+    weights |= dict(zip(split, weights["net.self_attn.in_proj_weight"].chunk(3), strict=False))
+    for name, other in [*zip(names, split, strict=True), *2 * [("net.linear1.weight", "net.linear1.weight")]]:
+        torch.testing.assert_close(ends[False][1][name], weights[other], rtol=1e-4, atol=1e-5)
+        assert (ends[False][1][name] == 0).equal(weights[other] == 0)
+        assert (weights[other] == 0).float().mean() == 0.5
+
+
+def test_encoders_of_torch_with_padding() -> None:
+    """Without gradients, they would take a path on which nothing is seen."""
+
+    class Padded(Toy):
+        def __init__(self) -> None:
+            super().__init__(net=nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2))
+
+        def loss(self, batch: Any) -> Tensor:
+            x = batch[0].squeeze(1)
+            return self.net(x, src_key_padding_mask=(torch.arange(8) > 5).expand(len(x), -1))[:, :6].square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            """Torch warns there of its nested tensors."""
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    for method in (Wanda(0.5), Wanda(0.5, end=0.5), SparseGPT(0.5)):
+        fit(Padded(), method)
+        assert len(method.masks) == 8
+        assert method.masks.sparsity == 0.5
+    assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
 def test_bad_inputs_are_a_sentence() -> None:

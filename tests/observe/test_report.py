@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from html.parser import HTMLParser
@@ -260,3 +261,40 @@ def test_names_of_runs_are_distinct(tmp_path: Path) -> None:
         f"MagnitudePruning 75%, {run['name']} (2)",
         "MagnitudePruning 75%, seed 3",
     ]
+
+
+def test_no_room_for_a_report_is_said_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    module = toy()
+    with pytest.raises(ValueError, match=r"SparsityMonitor cannot write its report into '.*file.*' .*; choose another"):
+        fit(module, MagnitudePruning(0.5), SparsityMonitor(table=False), default_root_dir=tmp_path / "file" / "x")
+    assert module.trainer.global_step == 0
+
+
+def test_a_disk_that_is_full_in_the_end_does_not_cost_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str, **options: Any) -> None:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module = toy()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.warns(
+            UserWarning, match=r"report.html' cannot be written \(No space left on device\), and the run goes on"
+        ):
+            ended = fit(module, MagnitudePruning(0.5), SparsityMonitor(table=False), default_root_dir=tmp_path)
+    assert ended.state.finished
+    assert list(tmp_path.iterdir()) == [], "no half of a page"
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("before")
+    monkeypatch.setattr(
+        Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+    )
+    monkeypatch.setattr("lightning_sparse.observe.report.page", lambda *runs: "after")
+    with pytest.raises(OSError, match="Input/output error"):
+        write_report(path)
+    assert path.read_text() == "before"
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]

@@ -134,6 +134,7 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: HyperSparse(1.0), "sparsity=1 would remove everything; write 0.99"),
     (lambda: HyperSparse("0.9"), "sparsity='0.9' must be a number in [0, 1)"),
     (lambda: HyperSparse(0.9, strength=0), "strength=0 must be a positive number"),
+    (lambda: HyperSparse(0.9, strength=float("inf")), "strength=inf must be a positive number"),
     (lambda: HyperSparse(0.9, growth="fast"), "growth='fast' must be a positive number"),
     (lambda: HyperSparse(0.9, max_pull=float("nan")), "max_pull=nan must be a positive number"),
     (lambda: HyperSparse(0.9, penalty="l0"), "penalty='l0' is unknown; choose from ['hypersparse', 'l1', 'l2']"),

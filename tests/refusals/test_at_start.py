@@ -114,7 +114,12 @@ class Untraceable(Toy):
 
 
 AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callback]], dict[str, Any], str]] = [
-    (toy, lambda: [MagnitudePruning(0.5, targets=["head"])], {}, "'head' matches nothing in the model; did you mean"),
+    (
+        toy,
+        lambda: [MagnitudePruning(0.5, targets=["head"])],
+        {},
+        "'head' matches nothing in the model; write such as 'net.0.weight' or 'type:Conv2d'.",
+    ),
     (toy, lambda: [MagnitudePruning(0.5, targets=["*", "!re:net"])], {}, "chooses no weight of Toy"),
     (
         Frozen,

@@ -10,26 +10,32 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse import (
     SET,
     SNIP,
     STR,
     CKARegularization,
+    Distillation,
     GraNet,
     HyperSparse,
+    KeepSparsity,
     LotteryTicket,
     LpSphere,
     MagnitudePruning,
+    MovementPruning,
     RandomSparsity,
     RigL,
     SparseConnectivityLearning,
+    SparseGPT,
     SynFlow,
     TrainableThreshold,
+    Wanda,
     WeightPenalty,
 )
 from lightning_sparse.core import local, owner_of
+from lightning_sparse.functional import n_m_mask
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.testing import fit, run_on_ranks
 from tests.helpers.oracles import slow_cka
@@ -56,9 +62,36 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
     "sphere, official": lambda: LpSphere(0.5, p=1.3, every="1 steps", seed=3),
     "str": lambda: STR(strength=1e-2, initial_threshold=0.02),
     "threshold": lambda: TrainableThreshold(strength=1e-2),
+    "keep": lambda: KeepSparsity(min_sparsity=0.2),
+    "movement": lambda: MovementPruning(0.8, every="2 steps"),
+    "movement 2:4": lambda: MovementPruning(structure="2:4", score="fisher", every="2 steps", targets=["net.5", "net.7"]),
+    "wanda": lambda: Wanda(0.8, batches=2),
+    "wanda by layer": lambda: Wanda(0.8, batches=2, compare="layer", allocation="global", relative=True),
+    "wanda later": lambda: Wanda(0.8, batches=2, end=0.7, every="2 steps"),
+    "teacher": lambda: Distillation(teacher(), features=["0", "5"]),
     "snip": lambda: SNIP(0.8, batches=2),
     "synflow": lambda: SynFlow(0.8, iterations=5),
 }
+
+
+def teacher() -> nn.Module:
+    """Another network of the same layers, the same on all ranks."""
+    net = ShardedToy().net
+    for parameter in net.parameters():
+        parameter.data.mul_(1.5)
+    return net
+
+
+def made(name: str, optimizer: str) -> ShardedToy:
+    """What is trained; for who keeps zeros, with some: a pattern in one layer, and hardly any in another."""
+    module = ShardedToy(optimizer)
+    if name == "keep":
+        for index in (0, 5):
+            weight = module.net[index].weight.data
+            weight[weight.abs() < weight.abs().median()] = 0
+        module.net[7].weight.data[~n_m_mask(module.net[7].weight.abs(), 2, 4)] = 0
+        module.net[3].weight.data[0, :3] = 0
+    return module
 
 
 class Zeros(Callback):
@@ -95,15 +128,18 @@ def masks_of(method: Sparsifier) -> dict[str, Tensor]:
     return {name: layouts[name].gather(masks[name]) if name in layouts else masks[name] for name in masks}
 
 
+TWO_BY_TWO = ["magnitude", "rigl", "str", "keep", "movement"]
+
+
 def trained(rank: int, ranks: int, name: str, folder: Path, optimizer: str, tensor: int = 1) -> dict[str, Any]:
     """A run, and the same stopped in the middle of an epoch and resumed from a distributed checkpoint."""
-    method, module = METHODS[name](), ShardedToy(optimizer)
+    method, module = METHODS[name](), made(name, optimizer)
     zeros = Zeros(method)
     files = ModelCheckpoint(folder, "{step}", every_n_train_steps=7, save_top_k=-1)
     fit_sharded(rank, ranks, module, zeros, method, files, tensor=tensor)
     seen = {"weights": whole_state(module), "masks": masks_of(method), "looks": zeros.looks}
     seen["counts"] = {} if method.mask_set is None else dict(method.mask_set.counts)
-    again, resumed = METHODS[name](), ShardedToy(optimizer)
+    again, resumed = METHODS[name](), made(name, optimizer)
     torch.rand(1 + rank)
     fit_sharded(rank, ranks, resumed, again, tensor=tensor, ckpt_path=folder / "step=7.ckpt")
     return {**seen, "resumed": whole_state(resumed), "resumed masks": masks_of(again)}
@@ -127,16 +163,16 @@ def compare(seen: list[dict[str, Any]], module: pl.LightningModule, method: Spar
 def test_two_ranks_train_as_one_process(name: str, tmp_path: Path) -> None:
     optimizer = "adamw" if len(name) % 2 else "sgd"
     seen = run_on_ranks(trained, 2, name, tmp_path, optimizer, timeout=300)
-    method, module = METHODS[name](), ShardedToy(optimizer)
+    method, module = METHODS[name](), made(name, optimizer)
     fit(module, method)
     compare(seen, module, method)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "rigl", "str"])
+@pytest.mark.parametrize("name", TWO_BY_TWO)
 def test_so_do_two_by_two(name: str, tmp_path: Path) -> None:
     """FSDP2 over tensor parallelism."""
     seen = run_on_ranks(trained, 4, name, tmp_path, "adamw", 2, timeout=300, ranks=4)
-    method, module = METHODS[name](), ShardedToy("adamw")
+    method, module = METHODS[name](), made(name, "adamw")
     fit(module, method)
     compare(seen, module, method)
 
@@ -162,3 +198,37 @@ def test_similarity_is_that_of_the_samples_of_each_rank() -> None:
     for found in run_on_ranks(similar, timeout=300):
         for name, value in module.state_dict().items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def told(rank: int) -> list[str]:
+    said: list[str] = []
+    for method in (Distillation(), SparseGPT(0.5), MovementPruning(0.5, allocation="owl")):
+        with pytest.raises(ValueError, match=".") as error:
+            fit_sharded(rank, 2, ShardedToy(), method)
+        said.append(str(error.value))
+    return said
+
+
+def test_what_needs_whole_weights_is_refused_on_all_ranks() -> None:
+    for said in run_on_ranks(told, timeout=300):
+        assert "teacher='start' needs a copy of the network, whose weights are cut into shards; give a module" in said[0]
+        assert "SparseGPT does not support strategy=ModelParallelStrategy, which cuts weights into shards" in said[1]
+        assert "allocation='owl' looks for outliers in whole layers" in said[2]
+
+
+def found(rank: int) -> str:
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_sparse.methods.keep_sparsity.rank_zero_info", lines.append)
+        fit_sharded(rank, 2, made("keep", "sgd"), KeepSparsity(min_sparsity=0.2))
+    return lines[0]
+
+
+def test_the_table_of_zeros_counts_whole_weights() -> None:
+    rows = [" ".join(line.split()) for line in run_on_ranks(found, timeout=300)[0].splitlines()]
+    assert rows[2:] == [
+        "net.0.weight 40 of 81 49.38%",
+        "net.3.weight 3 of 972 0.31% left dense: zeros by chance",
+        "net.5.weight 47 of 96 48.96%",
+        "net.7.weight 20 of 40 50.00% 2:4",
+    ]

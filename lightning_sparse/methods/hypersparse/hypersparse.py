@@ -152,7 +152,8 @@ class HyperSparse(Masked):
             raise ValueError("sparsity=0 would regularize for nothing; leave the callback out to train densely.")
         for argument in ("strength", "growth", "max_pull", "alignment"):
             value = getattr(self, argument)
-            if value is not None and not (isinstance(value, Real) and float(value) > 0):
+            infinite = value == math.inf and argument != "max_pull"  # which is none by default
+            if value is not None and (infinite or not (isinstance(value, Real) and float(value) > 0)):
                 raise ValueError(f"{argument}={value!r} must be a positive number.")
         check_choice("penalty", penalty, PENALTIES)
         if learning_rate_schedule is not None:
