@@ -1,10 +1,10 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: check static format lint types test oldest
+.PHONY: check static format lint types spelling docs docs-serve test oldest
 
 check: static test
 
-static: format lint types
+static: format lint types spelling docs
 
 format:
 	$(PYTHON) -m ruff format --check .
@@ -14,6 +14,18 @@ lint:
 
 types:
 	$(PYTHON) -m mypy
+
+spelling:
+	$(PYTHON) -m codespell_lib
+
+# Warnings are errors: a broken link, an unknown name and a broken formula are told with file and line.
+docs:
+	@$(PYTHON) -c "import furo, myst_nb, sphinx_copybutton, sphinx_design" 2> /dev/null \
+		|| { echo "make docs needs packages that are not installed; run pip install -e '.[docs]'." >&2; exit 1; }
+	$(PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/site
+
+docs-serve: docs
+	$(PYTHON) -m http.server --directory build/site
 
 test:
 	$(PYTHON) -m pytest -n auto

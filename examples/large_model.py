@@ -2,6 +2,7 @@
 
     python examples/large_model.py --devices 2
     python examples/large_model.py --devices 4 --resume
+    python examples/large_model.py --quick
 
 Two processes on a CPU will do; with GPUs, one process each. It learns to predict the next byte of Python's own library.
 """
@@ -118,7 +119,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--folder", default="runs/large_model")
+    parser.add_argument("--quick", action="store_true", help="a small model for two short epochs, to see that it works")
     options = parser.parse_args()
+    if options.quick:
+        options.epochs, options.stop, options.windows, options.width, options.depth = 2, 1, 512, 32, 1
 
     folder = Path(options.folder)
     trainer = L.Trainer(

@@ -78,3 +78,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_citation_names_this_version() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == lightning_sparse.__version__
+
+
+def test_the_readme_begins_with_what_decides() -> None:
+    page = (ROOT / "README.md").read_text()
+    first = page.partition("\n## ")[0]
+    assert len(first.splitlines()) < 40
+    assert [first.count(mark) for mark in ("```python", "![", "\n- **", "```bash")] == [1, 1, 3, 2]
+    assert page.count(".[dev]") == 1, ".ci/run takes the test command from the line that has it"
+
+
+def test_the_readme_counts_the_foreign_models() -> None:
+    table = (ROOT / "docs" / "models.md").read_text().partition("<!-- models -->")[2].partition("<!-- end")[0]
+    models = sum(line.startswith("| ") for line in table.splitlines()) - 2
+    assert f"{models} of {models} models" in (ROOT / "README.md").read_text()

@@ -47,6 +47,12 @@ def test_a_language_model(language_model: Any, capsys: pytest.CaptureFixture[str
     assert "seconds" not in out
 
 
+def test_the_page_lists_every_example() -> None:
+    folder = ROOT / "examples"
+    listed = re.findall(r"\| \[`(\w+\.py)`\]", (folder / "README.md").read_text())
+    assert sorted(listed) == sorted(file.name for file in folder.glob("*.py"))
+
+
 def test_a_sparse_network_is_made_ready_for_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)

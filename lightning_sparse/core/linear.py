@@ -21,9 +21,17 @@ __all__ = [
 ]
 
 PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Convolutions that are not transposed."""
+
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Transposed convolutions."""
+
 CONVOLUTIONS = (*PLAIN_CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+"""All convolutions."""
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Batch normalizations."""
+
 CHANNEL_NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """Norms that treat each channel by itself."""
 

@@ -40,6 +40,7 @@ SUMS = ("total", "whole model", "coupled channels", "parameters", "macs")
 """Names of the rows that are not layers; the last three where channels leave the network."""
 
 HEADER = ("layer", "kept", "target", "density")
+"""The columns of the table of layers."""
 
 
 def summarize(

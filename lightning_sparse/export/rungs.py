@@ -33,6 +33,7 @@ __all__ = ["RUNGS", "Ladder", "Made", "RungName", "call_with", "device_of"]
 RungName = Literal[
     "plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx", "int8", "edge", "ethos_u85"
 ]
+"""The name of a rung of the export ladder."""
 
 
 @dataclass

@@ -151,3 +151,4 @@ PENALTIES: dict[str, Penalty] = {
     "group_lasso": Penalty(group_lasso, group_lasso_gradient, group_soft_threshold_),
     "hoyer": Penalty(hoyer, hoyer_gradient),
 }
+"""The penalties by name, each with its gradient and, where it has one, its proximal map."""

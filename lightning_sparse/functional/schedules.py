@@ -90,3 +90,4 @@ SCHEDULES: dict[str, Schedule] = {
     "cosine": cosine,
     "exponential": exponential,
 }
+"""The schedules by name."""

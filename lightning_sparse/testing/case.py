@@ -27,6 +27,7 @@ from lightning_sparse.testing.toys import fit, toy
 __all__ = ["Case", "Inapplicable", "Make", "Recording", "quiet", "recorded", "require"]
 
 Make: TypeAlias = Callable[[], Callback | Sequence[Callback]]
+"""Makes the callbacks of a case, new ones at each call."""
 
 
 class Inapplicable(Exception):

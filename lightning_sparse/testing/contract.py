@@ -13,6 +13,7 @@ from lightning_sparse.testing.toys import OPTIMIZERS
 __all__ = ["CHECKS", "Check", "check_method", "run_check"]
 
 Check: TypeAlias = Callable[[Case], None]
+"""One check of the contract: it raises an `AssertionError` if the case breaks a promise."""
 
 
 def _each(name: str, check: Callable[..., None], **choices: list[object]) -> dict[str, Check]:

@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
 }
+"""The optimizers with which the contract trains, by name."""
 
 
 def network(dropout: float = 0.1) -> nn.Sequential:
