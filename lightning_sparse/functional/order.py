@@ -121,7 +121,8 @@ def each_top_k_mask(scores: list[Tensor], keep: int, spread: Spread | None = Non
     if any([bool(flag) for flag in flags]) if spread is None else spread.any(flags):  # noqa: C419 - faster than a generator
         raise ValueError("A score is NaN, so nothing can be ranked; look for a diverged loss or a bad weight.")
     if keep in (0, total):
-        yield from [torch.full_like(score, keep > 0, dtype=torch.bool) for score in scores]
+        while scores:
+            yield torch.full_like(scores.pop(0), keep > 0, dtype=torch.bool)
         return
     threshold = kth_smallest(scores, total - keep, spread=spread)
     if spread is not None:
