@@ -30,8 +30,10 @@ def make_sources(app: Sphinx) -> None:
 
 
 def stay_inside(app: Sphinx, name: str, content: list[str]) -> None:
-    """Links to notebooks lead to their copies in the site."""
+    """Links to notebooks lead to their copies in the site, and those of notebooks to its pages."""
     content[0] = re.sub(r"\]\((?:\.\./)+notebooks/", f"]({'../' * name.count('/')}notebooks/", content[0])
+    if name.startswith("notebooks/"):
+        content[0] = content[0].replace("](../docs/", "](../")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
