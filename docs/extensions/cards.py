@@ -21,8 +21,13 @@ __all__ = ["arguments_table", "claim", "cost", "formula", "overlays", "setup"]
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BY_NAME = {method.__name__: method for method in METHODS}
-PLACES = {"resnet18, batch 128": "ResNet-18 at batch 128", "mlp, batch 128": "a perceptron of 2 M weights at batch 128"}
-NOT_MEASURED = "Not measured by `python -m benchmarks cost-methods` yet."
+PLACES = {
+    "resnet18, batch 128": "ResNet-18 at batch 128",
+    "mlp, batch 128": "a perceptron of 2 M weights at batch 128",
+    "vit, batch 32": "ViT-tiny at batch 32",
+}
+SUITES = ("cost-methods", "cost-finetuning")
+NOT_MEASURED = "Not measured yet."
 
 
 def arguments_table(method: str) -> str:
@@ -46,11 +51,12 @@ def formula(method: str) -> str:
 
 def cost(method: str) -> str:
     """What the committed results say about time and memory."""
-    times, peaks = _numbers("cost-methods"), _numbers("memory-methods")
-    place = next((place for place in PLACES if method in times[place]), None)
-    if place is None:
+    peaks = _numbers("memory-methods")
+    suites = [_numbers(suite) for suite in SUITES]
+    found = [(place, times[place][method]) for times in suites for place in PLACES if method in times.get(place, {})]
+    if not found:
         return NOT_MEASURED
-    row = times[place][method]
+    place, row = found[0]
     between, change = row["between"], row.get("change")
     if "inside" in between:
         share = 100 * between["inside"]
@@ -61,7 +67,7 @@ def cost(method: str) -> str:
         said.append(f"A step that changes masks: {100 * change['inside']:.0f} % more.")
     if (kept := row.get("bytes per weight")) is not None:
         said.append(f"Kept in memory: {kept:.0f} byte{'' if round(kept) == 1 else 's'} per weight.")
-    ratios = [mine / plain for mine, plain in zip(peaks[place].get(method, []), peaks[place]["dense"], strict=False)]
+    ratios = [mine / plain for mine, plain in zip(peaks.get(place, {}).get(method, []), peaks[place]["dense"], strict=False)]
     if ratios:
         said.append(f"Peak memory: {statistics.median(ratios):.2f} times that of plain training.")
     return " ".join(said) + " ([All costs](../evidence.md#what-it-costs).)"

@@ -54,7 +54,9 @@ def test_cost_is_read_from_the_results() -> None:
     assert cards.cost("RigL").startswith("Inside the method: **0.6 %** of a training step of ResNet-18 at batch 128")
     assert "1 byte per weight" in cards.cost("RigL")
     assert "perceptron" in cards.cost("LayerSparsity")
-    assert cards.cost("KeepSparsity") == cards.NOT_MEASURED
+    assert cards.cost("KeepSparsity").startswith("Inside the method: **0.3 %** of a training step of ResNet-18 at batch 128")
+    assert "ViT-tiny at batch 32" in cards.cost("MovementPruning")
+    assert cards.cost("QuantizationAware") == cards.NOT_MEASURED
 
 
 def test_a_claim_is_that_of_the_evidence_page() -> None:
