@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from lightning_sparse.core import Call, callee, copy_model, first_line, is_linea
 from lightning_sparse.export import ExportReport, Quantization, RungName, export_ladder
 from lightning_sparse.export import recalibrate as recalibrate_norms
 from lightning_sparse.loop.dry_run import record_calls
+from lightning_sparse.observe.report import why_unwritable
 
 __all__ = ["Export", "inputs_of"]
 
@@ -131,6 +133,8 @@ def inputs_of(
 def _check(to: str, batch_size: int, recalibrate: int, calibrate: int) -> None:
     if not to:
         raise ValueError("to='' names no folder; write --to FOLDER.")
+    if (reason := why_unwritable(Path(to))) is not None:
+        raise ValueError(f"to='{to}' cannot be written ({reason}); choose another folder.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if recalibrate < 0:

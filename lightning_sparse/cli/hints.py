@@ -74,6 +74,11 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
         near = difflib.get_close_matches(unknown[1], _known_classes(key[1] if key else ""), n=1, cutoff=0.5)
         remedy = f"did you mean '{near[0]}'?" if near else "write its import path, such as package.module.Class."
         return f"'{unknown[1]}'{where} is not a known class; {remedy}"
+    if call := re.search(r"Unexpected import path format: (.+)", message):
+        return (
+            f"'{call[1]}'{where} is not the import path of a class; write the class alone, such as MagnitudePruning, and "
+            "its arguments as options of their own."
+        )
     if key and (base := re.search(r"not correspond to a subclass of (\w+)", message)):
         return f"{key[1]}{_value(message)} must be a subclass of {base[1]}; write the import path of one."
     if key and (kinds := _kinds(message)):

@@ -141,6 +141,10 @@ MISTAKES = [
     ),
     (["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=abc"], "lr='abc' must be a number."),
     (["--trainer.precision=abc"], "'32', '16', 'bf16'], or write null."),
+    (
+        ["--trainer.callbacks=lightning_sparse.MagnitudePruning(0.9)"],
+        "'lightning_sparse.MagnitudePruning(0.9)' in trainer.callbacks is not the import path of a class; write the class",
+    ),
     (["--trainer.logger=NoLogger"], "'NoLogger' in trainer.logger is not a known class; did you mean 'CometLogger'?"),
     ([CHOOSER, "--trainer.callbacks.kind=l1"], "Chooser does not take kind: it is called penalty now."),
     ([CHOOSER, "--trainer.callbacks.color=red"], "'color' is not an option of Chooser; see --help"),
@@ -316,3 +320,6 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         main(["export", f"--ckpt_path={checkpoint}"])
     assert "to='' names no folder; write --to FOLDER." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", f"--ckpt_path={checkpoint}", "--to=/dev/null/deployed"])
+    assert "to='/dev/null/deployed' cannot be written (Not a directory); choose another folder." in capsys.readouterr().err
