@@ -181,23 +181,24 @@ class Plan:
         ]
 
     def each_mask(self, scores: list[Tensor], sparsity: float, kept: Sequence[int]) -> Iterator[Tensor]:
-        """What `masks` returns, one after the other; the list of scores is emptied, and where single weights compete, each
-        score is let go as soon as the mask of its weight is made.
+        """What `masks` returns, one mask after the other. The list of scores is emptied: where single weights compete, each
+        score leaves it before its mask is given; else all of them do at the start.
         """
-        alone = isinstance(self.structure, Unstructured) and len(self._layers) == len(self.targets)
-        if not alone or len(self._groups) > 1 or self.budget.max_layer_sparsity < 1:
+        single = isinstance(self.structure, Unstructured) and len(self._layers) == len(self.targets)
+        if not single or len(self._groups) > 1 or self.budget.max_layer_sparsity < 1:
             masks = self.masks(scores, sparsity, kept)
             scores.clear()
             while masks:
                 yield masks.pop(0)
             return
         try:
-            masks_to_be = each_top_k_mask(scores, self._counts(sparsity, kept)[0], self._spread(self._groups[0]))
-            yield next(masks_to_be)
+            best = each_top_k_mask(scores, self._counts(sparsity, kept)[0], self._spread(self._groups[0]))
+            first = next(best)
         except ValueError:
             refuse_nan(scores, [target.name for target in self.targets])
             raise
-        yield from masks_to_be
+        yield first
+        yield from best
 
     def _best(self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None) -> list[Tensor]:
         """Masks of the pools, of the highest scores."""

@@ -107,10 +107,10 @@ def top_k_masks(scores: Sequence[Tensor], keep: int, spread: Spread | None = Non
 
 
 def each_top_k_mask(scores: list[Tensor], keep: int, spread: Spread | None = None) -> Iterator[Tensor]:
-    """The masks of `top_k_masks`, one after the other; the list is emptied on the way, so that scores can leave the memory.
+    """The masks of `top_k_masks`, one after the other; each score leaves the list, and so the memory, before its mask comes.
 
     Args:
-        scores: as there; on ranks that hold parts, each is let go when its mask is made.
+        scores: as there; the list is emptied.
         keep: as there.
         spread: as there.
     """
@@ -130,11 +130,13 @@ def each_top_k_mask(scores: list[Tensor], keep: int, spread: Spread | None = Non
         return
     masks = [(score > threshold).contiguous() for score in scores]
     missing = keep - sum([int(mask.count_nonzero()) for mask in masks])
-    for score, mask in zip(scores, masks, strict=True):
+    while masks:
+        score, mask = scores.pop(0), masks.pop(0)
         if missing > 0:
             ties = (score == threshold).flatten().nonzero().squeeze(1)[:missing]
             mask.view(-1)[ties] = True
             missing -= ties.numel()
+        del score
         yield mask
 
 

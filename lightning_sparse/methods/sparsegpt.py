@@ -114,8 +114,9 @@ class SparseGPT(SeesInputs):
                 for name in names:
                     target = self.targets_by_name[name]
                     solved, masks[name] = self._solve(target, factor, dead, kept[name])
-                    for weight in (copies[name], weights[name]):
-                        weight.copy_(solved)
+                    copies[name].copy_(solved)
+            for name, weight in weights.items():  # not before all layers are done: one of them may be refused
+                weight.copy_(copies[name])
         self.set_masks(masks)
 
     def _solve(self, target: Target, factor: Tensor, dead: Tensor, keep: int) -> tuple[Tensor, Tensor]:

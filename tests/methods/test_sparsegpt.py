@@ -185,7 +185,23 @@ class Blank(Toy):
         return super().loss((batch[0] * 0, batch[1]))
 
 
+class Deaf(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0
+
+
+class BlankBehind(Toy):
+    """Only the second layer cannot be pruned, when the first one has been."""
+
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Deaf(), nn.Linear(8, 4)))
+
+
 REFUSED = [
+    (
+        BlankBehind,
+        "'net.3.weight' cannot be pruned on batches=8. The inputs are zero throughout or not finite",
+    ),
     (
         Unreached,
         "no input has reached 'spare.weight' in batches=8; take more batches, or leave it",
@@ -199,6 +215,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("make", "sentence"), REFUSED, ids=[sentence[:20] for _, sentence in REFUSED])
 def test_refusals(make: type[Toy], sentence: str) -> None:
+    module = make()
+    before = copy.deepcopy(module.state_dict())
     with pytest.raises(ValueError, match=".") as error:
-        fit(make(), SparseGPT(0.5))
+        fit(module, SparseGPT(0.5))
     assert sentence in str(error.value)
+    assert all(value.equal(before[name]) for name, value in module.state_dict().items()), "nothing has been touched"

@@ -45,7 +45,7 @@ def resumed(rank: int, ranks: int, name: str, path: Path) -> dict[str, Tensor]:
     return whole_state(module)
 
 
-def close(found: dict[str, Tensor], expected: dict[str, Any]) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Any]) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
@@ -56,21 +56,21 @@ def test_a_whole_checkpoint_goes_anywhere(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"step={STEP}.ckpt"
     alone = ShardedToy("adamw")
     fit(alone, METHODS[name](), ckpt_path=path)
-    close(dict(alone.state_dict()), expected)
-    close(run_on_ranks(resumed, 4, name, path, ranks=4, timeout=300)[0], expected)
+    assert_close(dict(alone.state_dict()), expected)
+    assert_close(run_on_ranks(resumed, 4, name, path, ranks=4, timeout=300)[0], expected)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_from_one_process_to_two(name: str, tmp_path: Path) -> None:
     module = ShardedToy("adamw")
     fit(module, METHODS[name](), files(tmp_path))
-    close(run_on_ranks(resumed, 2, name, tmp_path / f"step={STEP}.ckpt", timeout=300)[0], dict(module.state_dict()))
+    assert_close(run_on_ranks(resumed, 2, name, tmp_path / f"step={STEP}.ckpt", timeout=300)[0], dict(module.state_dict()))
 
 
 def test_a_distributed_checkpoint_goes_onto_four_ranks_and_into_the_plain_model(tmp_path: Path) -> None:
     expected = run_on_ranks(saved, "rigl", tmp_path, False, timeout=300)[0]
     path = tmp_path / f"step={STEP}.ckpt"
-    close(run_on_ranks(resumed, 4, "rigl", path, ranks=4, timeout=300)[0], expected)
+    assert_close(run_on_ranks(resumed, 4, "rigl", path, ranks=4, timeout=300)[0], expected)
 
     plain = ShardedToy()
     weights = whole_weights(path)
@@ -78,7 +78,7 @@ def test_a_distributed_checkpoint_goes_onto_four_ranks_and_into_the_plain_model(
     sparsity = 1 - sum(int(w.count_nonzero()) for n, w in weights.items() if "weight" in n) / 1186
     assert sparsity >= 0.8 - 1e-3
     fit(ShardedToy("adamw"), METHODS["rigl"](), files(tmp_path / "alone"))
-    close(weights, whole_weights(tmp_path / "alone" / f"step={STEP}.ckpt"))
+    assert_close(weights, whole_weights(tmp_path / "alone" / f"step={STEP}.ckpt"))
     report = export_ladder(plain.float(), torch.rand(2, 1, 8, 8), tmp_path / "out", network="net", rungs=["plain"], rounds=0)
     assert list(report.rungs) == ["dense", "plain"]
 

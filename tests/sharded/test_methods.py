@@ -145,7 +145,7 @@ def trained(rank: int, ranks: int, name: str, folder: Path, optimizer: str, tens
     return {**seen, "resumed": whole_state(resumed), "resumed masks": masks_of(again)}
 
 
-def compare(seen: list[dict[str, Any]], module: pl.LightningModule, method: Sparsifier) -> None:
+def assert_same_training(seen: list[dict[str, Any]], module: pl.LightningModule, method: Sparsifier) -> None:
     masks, first = masks_of(method), seen[0]
     assert first["masks"].keys() == masks.keys()
     for name, mask in masks.items():
@@ -165,7 +165,7 @@ def test_two_ranks_train_as_one_process(name: str, tmp_path: Path) -> None:
     seen = run_on_ranks(trained, 2, name, tmp_path, optimizer, timeout=300)
     method, module = METHODS[name](), made(name, optimizer)
     fit(module, method)
-    compare(seen, module, method)
+    assert_same_training(seen, module, method)
 
 
 @pytest.mark.parametrize("name", TWO_BY_TWO)
@@ -174,7 +174,7 @@ def test_so_do_two_by_two(name: str, tmp_path: Path) -> None:
     seen = run_on_ranks(trained, 4, name, tmp_path, "adamw", 2, timeout=300, ranks=4)
     method, module = METHODS[name](), made(name, "adamw")
     fit(module, method)
-    compare(seen, module, method)
+    assert_same_training(seen, module, method)
 
 
 def similar(rank: int) -> dict[str, Tensor]:
