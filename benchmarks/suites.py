@@ -227,6 +227,7 @@ COMING = (
     Measurements("kernels-blocks", structures.blocks),
     Measurements("ladders-structures", structures.ladders),
     Measurements("export-structures", export.structures),
+    Measurements("export-heads", whole(export.heads)),
 )
 """Whose numbers have not been measured, or not all of them, on a quiet machine yet."""
 
