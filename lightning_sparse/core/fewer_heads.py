@@ -36,10 +36,9 @@ class FewerHeads(nn.MultiheadAttention):
         if attention.bias_k is not None or attention.add_zero_attn:
             raise ValueError("it adds a key and a value of its own (add_bias_kv, add_zero_attn)")
         made = cls.__new__(cls)
-        made.__dict__.update(attention.__dict__)
-        for held in ("_parameters", "_buffers", "_modules"):
-            made.__dict__[held] = dict(getattr(attention, held))
-        made._qkv_same_embed_dim = False  # or the layers of torch that hold it go past its forward pass
+        held = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(attention).items()}
+        # The layers of torch that hold it would go past its forward pass if all projections were of one size.
+        vars(made).update({**held, "_qkv_same_embed_dim": False})
         return made
 
     def forward(

@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_sparse.core import Attention, Call, FewerHeads, find_attentions, places_of, row_of, without_heads
+from tests.helpers.attention import Fused, Separate
 
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
-    q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-
-
-class Separate(nn.Module):
-    """Three projections with names of nobody's, of which keys and values may be fewer."""
-
-    def __init__(self, shared: int = 1) -> None:
-        super().__init__()
-        self.ask, self.out = nn.Linear(12, 12), nn.Linear(12, 12)
-        self.match, self.carry = nn.Linear(12, 12 // shared), nn.Linear(12, 12 // shared)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.out(attend(self.ask(x), self.match(x), self.carry(x), 3))
-        return out
-
-
-class Fused(nn.Module):
-    """One projection: all queries, then all keys, then all values; or these three head by head."""
-
-    def __init__(self, interleaved: bool = False) -> None:
-        super().__init__()
-        self.num_heads, self.interleaved = 4, interleaved
-        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.interleaved:
-            parts = self.qkv(x).view(*x.shape[:2], self.num_heads, 9).split(3, -1)
-            q, k, v = (part.flatten(2) for part in parts)
-        else:
-            q, k, v = self.qkv(x).chunk(3, -1)
-        out: Tensor = x + self.out(attend(q, k, v, 3))
-        return out
 
 
 class Torch(nn.Module):
@@ -93,8 +57,6 @@ def test_heads_are_found_in_every_layout(layout: str, zero: bool) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_outputs_are_those_of_a_model_whose_heads_are_zero(layout: str) -> None:
-    import copy
-
     net, heads, _ = LAYOUTS[layout]
     zeroed, smaller = copy.deepcopy(net).eval(), copy.deepcopy(net).eval()
     (attention,) = find_attentions(net, [Call((X,))]).attentions
@@ -179,8 +141,6 @@ def both(heads: list[int], **kwargs: Any) -> tuple[nn.MultiheadAttention, nn.Mul
         for head in heads:
             for name, row in places_of(holder, attention)[head]:
                 row_of(holder, name, row).zero_()
-    import copy
-
     smaller = copy.deepcopy(holder)
     without_heads(smaller, attention, heads)
     cut: Any = smaller["a"]

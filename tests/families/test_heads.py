@@ -15,7 +15,7 @@ from lightning_sparse.export import carry_optimizer, count_parameters, load_mode
 from lightning_sparse.models import VisionTransformer
 from lightning_sparse.observe import SparsityTable
 from lightning_sparse.testing import Toy, fit, loader, toy, trainer
-from tests.core.test_attention import Fused, Separate
+from tests.helpers.attention import Fused, Separate, attend
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -172,8 +172,6 @@ class Sized(Separate):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.ask(x).view(-1, 8, 12), self.match(x), self.carry(x)
-        from tests.core.test_attention import attend
-
         out: Tensor = x + self.out(attend(q, k, v, 3))
         return out
 
