@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, Self, final
 
 import torch
@@ -36,7 +37,7 @@ class FewerHeads(nn.MultiheadAttention):
         if attention.bias_k is not None or attention.add_zero_attn:
             raise ValueError("it adds a key and a value of its own (add_bias_kv, add_zero_attn)")
         made = cls.__new__(cls)
-        held = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(attention).items()}
+        held = {name: copy(value) if isinstance(value, dict) else value for name, value in vars(attention).items()}
         # The layers of torch that hold it would go past its forward pass if all projections were of one size.
         vars(made).update({**held, "_qkv_same_embed_dim": False})
         return made
@@ -53,7 +54,7 @@ class FewerHeads(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> Any:
         """As in `nn.MultiheadAttention`; `is_causal` is a hint there, and `attn_mask` says what is meant."""
-        given = query, key, value
+        given: tuple[Tensor, ...] = query, key, value
         single = query.ndim == 2
         if single or not self.batch_first:
             given = tuple(x.unsqueeze(0) if single else x.transpose(0, 1) for x in given)

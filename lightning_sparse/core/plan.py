@@ -36,7 +36,10 @@ def lay_out(
         coupling: which channels go together, for `coupled` and `heads`.
         costs: of the network, where sparsity counts those.
     """
-    return Plan(budget, targets, budget.structure if coupling is None else type(budget.structure)(coupling), costs)
+    structure = budget.structure
+    if coupling is not None and isinstance(structure, Coupled):
+        structure = type(structure)(coupling)
+    return Plan(budget, targets, structure, costs)
 
 
 class Plan:

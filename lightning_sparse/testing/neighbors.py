@@ -224,7 +224,8 @@ class _Tied(Toy):
     def configure_model(self) -> None:
         if isinstance(self.net, nn.Identity):
             *layers, last = network()
-            extra, twin = (nn.Linear(last.in_features, last.in_features) for _ in range(2))
+            width: Any = last.in_features
+            extra, twin = nn.Linear(width, width), nn.Linear(width, width)
             twin.weight = extra.weight
             self.net = nn.Sequential(*layers, extra, twin, last)
 
