@@ -270,7 +270,7 @@ def _check(
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be above 0: rounding alone changes outputs a little.")
     if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
-        raise ValueError(f"input_range={input_range} must be the least and the largest input, such as [0, 1].")
+        raise ValueError(f"input_range={input_range} must be the smallest and the largest input, such as [0, 1].")
     if rounds < 0:
         raise ValueError(f"rounds={rounds} must be 0, for no measurement, or more.")
     if Path(to).is_file() or (Path(to).is_dir() and any(Path(to).iterdir()) and not overwrite):

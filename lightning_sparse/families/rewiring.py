@@ -47,28 +47,29 @@ class Rewiring(Budgeted):
     is done.
 
     Args:
-        sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
+        sparsity: the fraction removed, in [0, 1); optional with `structure='n:m'`.
         start: when rewiring starts: a fraction of the run, `'n epochs'` or `'n steps'`. At 0 the random mask counts as the
             first update.
-        end: when it ends; the number of connections moved is 0 from there on.
-        every: time between updates; `'n epochs'` updates at the start of epochs, all else after steps. About a hundred steps
-            or more: what has been grown needs time to matter before it is judged.
-        drop_fraction: share of each layer's connections that an update drops, in (0, 1).
-        final_drop_fraction: to which it falls at `end`, in [0, 1).
+        end: when rewiring ends; no connections move after that.
+        every: time between updates; `'n epochs'` updates at the start of epochs, everything else after steps. About a
+            hundred steps or more: what has been grown needs time to matter before it is judged.
+        drop_fraction: fraction of each layer's connections that an update drops, in (0, 1).
+        final_drop_fraction: the drop fraction at `end`, in [0, 1).
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
-        allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+` (first layer
-            dense), or `global` (every weight has the same chance). With `n:m` every layer has the same share.
+        allocation: how sparsity is distributed over the layers: `erk`, `erk+` (last layer dense), `er`, `uniform`,
+            `uniform+` (first layer dense), or `global` (every weight has the same chance). With `n:m` every layer has the
+            same sparsity.
         structure: `unstructured`; `n:m`: every group of m inputs keeps n connections at all times; `fan_in`: every output of
             a layer has the same number of connections (SRigL, Lasby et al. 2024, https://arxiv.org/abs/2305.02299); or
             `block:RxC`: whole blocks move.
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        min_salient: with `structure='fan_in'`: outputs of which less than this share of the fan-in survives or grows are
-            ablated (published: 0.3 for convolutional networks, 0.95 for transformers), in [0, 1]; never those of the last
-            layer. 0 ablates none.
-        track_explored: remember which weights have ever been active, a byte each, for `explored_rate`.
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        min_salient: with `structure='fan_in'`: ablate outputs where less than this fraction of the fan-in survives or grows,
+            in [0, 1] (published: 0.3 for convolutional networks, 0.95 for transformers); never in the last layer. 0 ablates
+            none.
+        track_explored: record which weights have ever been active, one byte each, for `explored_rate`.
         seed: of the mask and of all that is grown at random. None takes the seed of `seed_everything`, or draws one.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
     """
 
     has_scores: ClassVar[bool] = False

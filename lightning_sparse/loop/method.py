@@ -45,7 +45,7 @@ class Method(Memory, ABC):
     """Base of every method: overrides the stations it needs and leaves the rest.
 
     Args:
-        targets: patterns that choose the weights; see `core.find_targets`.
+        targets: patterns that select the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart, in checkpoints and messages.
     """
 

@@ -57,7 +57,7 @@ class Sparsifier(Method, Callback):
     """A method as a Lightning callback. The first one of a Trainer runs the loop for all.
 
     Args:
-        targets: patterns that choose the weights; see `core.find_targets`.
+        targets: patterns that select the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart, in checkpoints and messages.
     """
 

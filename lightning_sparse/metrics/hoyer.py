@@ -29,7 +29,7 @@ class HoyerSparsity(Metric):
     Li et al. 2021, https://arxiv.org/abs/2103.16013, by its official repository.
 
     Args:
-        targets: patterns that choose the weights; see `core.find_targets`.
+        targets: patterns that select the weights; see `core.find_targets`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 2))

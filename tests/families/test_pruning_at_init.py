@@ -327,7 +327,7 @@ REFUSED: list[tuple[Callable[[], L.LightningModule], Callable[[], L.Callback], s
     (
         lambda: Variant(lambda loss: Once.apply(loss) ** 2),
         lambda: GraSP(0.5),
-        "GraSP needs second derivatives of the loss, and this model has none",
+        "GraSP needs second derivatives of the loss, which this model does not have; replace",
     ),
     (Unused, lambda: SNIP(0.5), "does not depend on 'spare.weight'; exclude it with targets=['!spare.weight']"),
     (Unused, lambda: SynFlow(0.5), "saw no call of the network 'Unused'"),

@@ -86,7 +86,7 @@ def test_the_table_says_what_was_found(caplog: pytest.LogCaptureFixture) -> None
     fit(module, method)
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in caplog.text.splitlines() if line.startswith("net.")}
     assert lines == {
-        "net.0.weight": "72 of 72 100.00% left dense: zero throughout, an initialization",
+        "net.0.weight": "72 of 72 100.00% left dense: entirely zero, an initialization",
         "net.2.weight": "2 of 576 0.35% left dense: zeros by chance",
         "net.6.weight": "1,024 of 2,048 50.00% 2:4",
         "net.8.weight": "30 of 64 46.88%",
@@ -260,8 +260,8 @@ def dense(tmp_path: Path) -> Path:
 
 
 REFUSED: list[tuple[Callable[[Path], Path] | None, str]] = [
-    (None, "KeepSparsity finds no sparse weight in the model: the most zeros are in 'net.0.weight', 0.00%, and min_spa"),
-    (dense, "w.pt': the most zeros are in 'net.0.weight', 0.00%"),
+    (None, "KeepSparsity found no sparse weight in the model: 'net.0.weight' has the most zeros, 0.00%, and min_spa"),
+    (dense, "w.pt': 'net.0.weight' has the most zeros, 0.00%"),
     (other_shapes, "'net.6.weight' has shape (16, 64), but 'net.6.weight' has shape (16, 128); give a file of this model"),
     (other_names, "has nothing for 'net.0.weight'; it has ['conv.weight']. Give a file of this model, or leave the layer"),
     (no_file, "missing.pt' is not a file; give a checkpoint, a state dict, safetensors or masks"),
