@@ -26,15 +26,15 @@ def check_choice(name: str, value: Any, choices: Iterable[str], more: str = "") 
 
 
 def check_number(name: str, value: Any) -> None:
-    """Refuse what is not a finite number from 0 up."""
+    """Refuse what is not a finite number >= 0."""
     if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
-        raise ValueError(f"{name}={value!r} must be a number from 0 up.")
+        raise ValueError(f"{name}={value!r} must be a number >= 0.")
 
 
 def check_whole(name: str, value: Any, least: int, more: str = "") -> None:
     """Refuse what is not a whole number, or is too small."""
     if not isinstance(value, Integral) or int(value) < least:
-        raise ValueError(f"{name}={value!r} must be a whole number from {least} up{more}.")
+        raise ValueError(f"{name}={value!r} must be an integer >= {least}{more}.")
 
 
 def check_sparsity(name: str, value: Any) -> None:

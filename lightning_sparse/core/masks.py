@@ -239,7 +239,7 @@ class MaskSet(Masks):
         return saved
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole masks at one bit per weight; where weights are cut, all ranks must call it, and the first one gets them."""
+        """Whole masks at one bit per weight; with sharded weights, all ranks must call it, and the first one gets them."""
         saved: dict[str, Any] = whole(self.pieces())
         return saved
 

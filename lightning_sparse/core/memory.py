@@ -35,7 +35,7 @@ class Remembered(Generic[T]):
         create: makes the value that a fresh start has. Without it, the constructor of the class sets the value, which has a
             `reset` besides, for a fresh start.
         averaged: tensors of which every rank holds a part of its own; a checkpoint has their mean over ranks.
-        over: what tensors keyed by weight names hold where weights are cut into shards, and ranks hold parts: `entries` (a
+        over: what tensors keyed by weight names hold where weights are sharded, and ranks hold parts: `entries` (a
             number per entry), `outputs` (a number per output, and 1 in place of all other dimensions), or `sums` (added up
             over ranks). Checkpoints have whole tensors. None: every rank holds the same.
 
@@ -110,7 +110,7 @@ class Memory:
         """Everything as numbers, strings, lists, dictionaries and CPU tensors; boolean tensors at one bit each.
 
         Args:
-            layouts: where weights are cut into shards; then all ranks must call it, and the first one gets whole tensors.
+            layouts: where weights are sharded; then all ranks must call it, and the first one gets whole tensors.
         """
         return {name: _encode(_gather(getattr(self, name), layouts, self._over(name))) for name in self.remembered()}
 
@@ -142,7 +142,7 @@ class Memory:
         Args:
             weights: by name.
             device: of all else.
-            layouts: where weights are cut into shards; of whole tensors, parts stay.
+            layouts: where weights are sharded; of whole tensors, parts stay.
         """
         for name in self.remembered():
             value = getattr(self, name)

@@ -39,11 +39,11 @@ def refuse_parted_owl(quota: Budget, layouts: Mapping[str, Any]) -> None:
     """Outliers are looked for in whole layers.
 
     Raises:
-        ValueError: if they are asked for, and weights are cut into shards.
+        ValueError: if they are asked for, and weights are sharded.
     """
     if quota.allocation == "owl" and layouts:
         raise ValueError(
-            "allocation='owl' looks for outliers in whole layers, and weights are cut into shards here; write another "
+            "allocation='owl' looks for outliers in whole layers, and weights are sharded here; write another "
             "allocation, such as 'uniform'."
         )
 

@@ -177,7 +177,7 @@ class PruningAtInitOnData(PruningAtInit):
         Raises:
             ValueError: if the loss does not depend on one of them.
         """
-        # Where weights are cut, the twin is the module itself, and shows other parameters between forward and backward.
+        # Where weights are sharded, the twin is the module itself, and shows other parameters between forward and backward.
         for weight in self.weights.values() if self.layouts else twin.parameters():
             owner_of(weight).grad = None
         loss.backward()  # type: ignore[no-untyped-call] # not autograd.grad: checkpointed activations refuse that

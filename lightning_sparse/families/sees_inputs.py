@@ -59,7 +59,7 @@ class SeesInputs(Budgeted):
             return f"is in a layer ({type(layer).__name__}) whose calls do not show what it is multiplied with"
         layout = target.layout
         if layout is not None and (target.groups * target.parts > 1 or {*layout.cut} - {target.output_dim}):
-            return "is cut into shards otherwise than by its outputs"
+            return "is sharded otherwise than by its outputs"
         return super().misfit(target)
 
     @property

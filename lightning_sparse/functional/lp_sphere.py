@@ -53,10 +53,10 @@ def check_vectors(weight: Tensor, name: str, remedy: str, dim: Dims = 0) -> None
         dim: that counts the vectors.
 
     Raises:
-        ValueError: if it is cut into shards, is a vector itself, or has vectors of a single entry.
+        ValueError: if it is sharded, is a vector itself, or has vectors of a single entry.
     """
     if hasattr(weight, "placements"):  # a DTensor, known without importing torch.distributed.tensor
-        raise ValueError(f"{name} is cut into shards, and the norm of an output needs all of it; use 'ddp', or {remedy}.")
+        raise ValueError(f"{name} is sharded, and the norm of an output needs all of it; use 'ddp', or {remedy}.")
     if weight.ndim < 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)} and no vector per output; {remedy}.")
     if weight.numel() == count_along(weight, dim):

@@ -57,6 +57,8 @@ class MovementPruning(ShadowWeights):
         start: when pruning starts: a fraction of the run, `'n epochs'` or `'n steps'`. Scores are summed from the first step
             on.
         end: when the final sparsity is reached and masks become fixed.
+        every: time between updates; `'n epochs'` updates at the start of epochs, everything else after steps.
+        schedule: how sparsity grows from 0: `constant` (all at once), `linear`, `cubic`, `cosine`, `exponential`, or a
             function of (progress, start value, end value).
         allocation: how sparsity is distributed over the layers: `uniform` (as published), `uniform+`, `er`, `erk`, `erk+`,
             `owl` (layers with more outliers among their scores keep more), or `global` (scores of all layers compete).

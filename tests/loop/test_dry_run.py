@@ -184,7 +184,7 @@ class Refuse(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter")
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"Once can be read only once; give a loader that starts anew"):
+    with pytest.raises(ValueError, match=r"Once can be read only once; use a loader that restarts"):
         trainer(Refuse(), max_steps=2).fit(toy(), DataLoader(Once(), 8), loader(1))
 
     class Uncopyable(Talkative):

@@ -59,7 +59,7 @@ def test_zeros_that_a_checkpoint_brings(tmp_path: Path) -> None:
     first = toy()
     fit(first, MagnitudePruning(0.8, start=0, end=0), ModelCheckpoint(tmp_path, "last"))
     second, method = toy(seed=3), KeepSparsity()
-    with pytest.warns(UserWarning, match="KeepSparsity begins in the middle of a run"):
+    with pytest.warns(UserWarning, match="KeepSparsity starts in the middle of a run"):
         fit(second, method, ckpt_path=tmp_path / "last.ckpt", max_epochs=4)
     assert all(found.equal(zeros(first)[name]) for name, found in zeros(second).items())
     assert not second.net[6].weight.equal(first.net[6].weight)

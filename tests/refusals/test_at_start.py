@@ -205,10 +205,10 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (toy, lambda: [MagnitudePruning(0.5), ModelPruning("l1_unstructured")], {}, "cannot share a Trainer with ModelPruning"),
     (toy, lambda: [MagnitudePruning(0.5, targets=[5])], {}, "targets: 5 is not a pattern"),
-    (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": 0}, "max_epochs=0 trains nothing; give a number from 1 up"),
-    (toy, lambda: [MagnitudePruning(0.5)], {"max_steps": 0}, "max_steps=0 trains nothing; give a number from 1 up"),
-    (toy, lambda: [RandomSparsity(0.5)], {"limit_train_batches": 0}, "has nothing to train on: the training set gives no"),
-    (toy, lambda: [RandomSparsity(0.5)], {"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be a number from"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": 0}, "max_epochs=0 trains nothing; give a number >= 1"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_steps": 0}, "max_steps=0 trains nothing; give a number >= 1"),
+    (toy, lambda: [RandomSparsity(0.5)], {"limit_train_batches": 0}, "has nothing to train on: the training set yields no"),
+    (toy, lambda: [RandomSparsity(0.5)], {"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be a number >= 1"),
     (toy, lambda: [SNIP(0.5, batches=10**9)], {}, "batches=1000000000 is more than an epoch has; write at most 4."),
     (Embedded, lambda: [MagnitudePruning(0.5, targets=["type:Embedding"])], {}, "make the layer with sparse=False"),
     (toy, lambda: [MagnitudePruning(0.9999)], {}, "sparsity=0.9999 of 2,760 units leaves nothing"),
@@ -273,7 +273,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         toy,
         lambda: [LpSphere(p=1.2), LpSphere(p=1.3, name="b")],
         {},
-        "LpSphere moves 'net.0.weight' by itself, so LpSphere(name",
+        "LpSphere moves 'net.0.weight' itself, so LpSphere(name",
     ),
     (
         lambda: toy(net=nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))),
@@ -412,7 +412,7 @@ def test_resuming_with_another_configuration(
     with pytest.raises(ValueError, match="MagnitudePruning resumes with") as error:
         fit(make(), callback(), ckpt_path=tmp_path / "last.ckpt", max_epochs=4)
     assert sentence in str(error.value)
-    assert "restore the checkpoint's values, or start anew" in str(error.value)
+    assert "restore the checkpoint's values, or start a new run" in str(error.value)
 
 
 def test_resuming_with_other_weights() -> None:
@@ -420,7 +420,7 @@ def test_resuming_with_other_weights() -> None:
     fit(toy(), method)
     method.brought = method.state_dict()
     method.chosen = find_targets(nn.Sequential(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match=r"MagnitudePruning resumes with other weights than the checkpoint's: .*0.weight"):
+    with pytest.raises(ValueError, match=r"MagnitudePruning resumes with weights other than the checkpoint's: .*0.weight"):
         method.check_brought()
 
 

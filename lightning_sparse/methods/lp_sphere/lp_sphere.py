@@ -84,7 +84,7 @@ class LpSphere(Masked):
             to 0.
         growth_margin: delta, by how much fewer connections return than drop below the target, and more above it.
         start: when connections start to drop and return: a fraction of the run, `'n epochs'` or `'n steps'`.
-        end: when they stop.
+        end: when connections stop dropping and returning.
         every: time between updates, in steps or as a fraction; the published 40 steps are 1/300 of their run.
         of_all_parameters: count `sparsity` over all parameters of the module, norms and biases included, as published; the
             default counts over `targets`.
