@@ -89,7 +89,7 @@ def save_int8(
 
 
 def _without_names(made: Path) -> bytes:
-    """A file in which codes and biases have the names of their parameters, and everything else numbers: a quarter fewer bytes."""
+    """A file whose codes and biases are named after their parameters, and the rest numbered: a quarter fewer bytes."""
     model = need("onnx", "onnx").load(str(made))
     graph = model.graph
     names = {value.name: value.name for value in (*graph.input, *graph.output)}

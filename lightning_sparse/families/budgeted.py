@@ -1,4 +1,4 @@
-"""Methods that promise a sparsity and share it among layers."""
+"""Methods with a target sparsity that is distributed over the layers."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ __all__ = ["Budgeted", "refuse_parted_owl"]
 
 
 def refuse_parted_owl(quota: Budget, layouts: Mapping[str, Any]) -> None:
-    """Outliers are looked for in whole layers.
+    """Refuse `owl` with sharded weights: it counts outliers in whole layers.
 
     Raises:
-        ValueError: if they are asked for, and weights are sharded.
+        ValueError: if `owl` is requested and weights are sharded.
     """
     if quota.allocation == "owl" and layouts:
         raise ValueError(
@@ -49,9 +49,9 @@ def refuse_parted_owl(quota: Budget, layouts: Mapping[str, Any]) -> None:
 
 
 class Budgeted(Masked):
-    """A method that removes an exact share of the weights, or of the channels, that it works on.
+    """A method that removes an exact fraction of its weights or channels.
 
-    With `structure='coupled'` biases and norms go with their channels: they are zero where a channel is gone.
+    With `structure='coupled'` biases and norms are removed with their channels: they are zero where a channel is removed.
 
     Args:
         sparsity: the final fraction removed, in [0, 1); optional with `structure='n:m'`.
@@ -71,12 +71,12 @@ class Budgeted(Masked):
     """
 
     left = Remembered[dict[str, list[int]]](dict)
-    """Of coupled channels, and of what they cost, how much is kept and how much there is."""
+    """Kept and total numbers of coupled channels and of their cost."""
     has_scores: ClassVar[bool] = True
-    """Whether the method scores weights, by which `allocation='owl'` shares."""
+    """Whether the method scores weights, which `allocation='owl'` needs."""
 
     traced = Remembered[dict[str, Any]](dict)
-    """Which channels are coupled; a resumed run may stand where its loader has no batch left to find it with."""
+    """Which channels are coupled; stored because a resumed run may have no batch left in its loader to find out again."""
 
     def __init__(
         self,
@@ -116,8 +116,8 @@ class Budgeted(Masked):
 
     @property
     def plan(self) -> Plan:
-        """The budget laid out on the weights of the running fit."""
-        assert self._plan is not None, "asked before `check`"
+        """The budget applied to the weights of the running fit."""
+        assert self._plan is not None, "called before `check`"
         return self._plan
 
     def begin(self) -> None:
@@ -135,11 +135,11 @@ class Budgeted(Masked):
         super().release()
 
     def prune(self, sparsity: float, score: Callable[[str, Tensor], Tensor]) -> None:
-        """Remove the lowest scores until exactly this fraction is removed; entries removed before come first.
+        """Remove the lowest scores until exactly this fraction is removed; already removed entries come first.
 
         Args:
-            sparsity: the fraction removed after this.
-            score: of a weight, by name; higher survives.
+            sparsity: the total fraction removed afterwards.
+            score: scores a weight, given its name; higher survives.
         """
         masks = self.masks
         scores = [score(name, weight).masked_fill(masks.dropped(name), -torch.inf) for name, weight in self.weights.items()]
@@ -186,7 +186,7 @@ class Budgeted(Masked):
             self.left |= {name: [costs(kept), costs.dense] for name, costs in self._costs.items()}
 
     def summary(self) -> list[LayerRow]:
-        """As of every method; with coupled channels also what is left of them, of all parameters and multiplications."""
+        """As for every method; with coupled channels also the remaining channels, parameters and multiplications."""
         goal = {self.quota.measure: 1 - self.quota.sparsity}
         rows = [
             LayerRow(name, kept, total, int(goal[name] * total) if name in goal else None)

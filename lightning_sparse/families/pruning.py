@@ -17,9 +17,9 @@ __all__ = ["Pruning"]
 
 
 class Pruning(Budgeted):
-    """Removes the weights of lowest score, step by step along a schedule; what is removed stays removed.
+    """Remove the weights of lowest score step by step along a schedule; removed weights stay removed.
 
-    At station `evolve`, at the cost of one selection over all weights per update.
+    Runs at station `evolve`, at the cost of one selection over all weights per update.
 
     Args:
         sparsity: the final fraction removed, in [0, 1); optional with `structure='n:m'`.
@@ -77,7 +77,7 @@ class Pruning(Budgeted):
 
     @abstractmethod
     def score(self, name: str, weight: Tensor) -> Tensor:
-        """How much each entry matters; higher survives. Must be the same on all ranks."""
+        """How important each entry is; higher survives. Must be the same on all ranks."""
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         self.window.check(run, until, f"{self.label} ends its schedule")
@@ -85,7 +85,7 @@ class Pruning(Budgeted):
 
     @property
     def at_target(self) -> bool | None:
-        return None if self.mask_set is None else self.window.is_over  # also of channels, whose weights nobody counts ahead
+        return None if self.mask_set is None else self.window.is_over  # for channels too, whose weights are not known ahead
 
     def evolve(self, position: Position) -> None:
         window = self.window

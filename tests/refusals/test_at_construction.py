@@ -210,7 +210,7 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: SRSTE(structure="channel"), "structure='channel' is not an n:m pattern, which SRSTE needs; use '2:4'"),
     (lambda: SRSTE(structure="4:4"), "structure='4:4' must keep some and remove some"),
     (lambda: SRSTE(structure="transposable 4:8"), "has more patterns than can be searched; take groups of at most 4"),
-    (lambda: SRSTE(structure="transposable 2:4", soft=True), "groups of inputs, not structure='transposable 2:4''"),
+    (lambda: SRSTE(structure="transposable 2:4", soft=True), "groups of inputs, not structure='transposable 2:4'"),
     (lambda: SRSTE(strength=-1), "strength=-1 must be a number >= 0"),
     (lambda: SRSTE(every=0), "every=0 must be a positive fraction, or a whole number of epochs or steps"),
     (lambda: SRSTE(sparsity=0.5), "does not take sparsity: structure determines what is kept, n of every m in every layer"),
