@@ -101,7 +101,7 @@ class PruningAtInitOnData(PruningAtInit):
 
     Args:
         batches: number of training batches used, on every rank; with gradient accumulation, times the number of accumulated
-            steps.
+            batches.
     """
 
     def __init__(

@@ -199,7 +199,7 @@ def test_refusals() -> None:
         def training_step(self, dataloader_iter: Any) -> Any:
             return self.loss(next(dataloader_iter)[0])
 
-    with pytest.raises(ValueError, match=r"which a training_step\(dataloader_iter\) does not allow"):
+    with pytest.raises(ValueError, match=r"which training_step\(dataloader_iter\) does not allow"):
         trainer(Refuse()).fit(Fetching(), loader(), loader(1))
 
 

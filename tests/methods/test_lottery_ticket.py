@@ -342,7 +342,7 @@ def test_rounds_wait_for_the_gradients_of_a_step() -> None:
     assert diary.rounds == [0, 0, 0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.filterwarnings("ignore:.*begins in the middle")
+@pytest.mark.filterwarnings("ignore:.*starts in the middle")
 def test_a_moment_that_has_passed(tmp_path: Path) -> None:
     fit(toy(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
     with pytest.raises(

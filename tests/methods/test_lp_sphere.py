@@ -232,7 +232,7 @@ def test_eta_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates == pytest.approx([0.5 * t / 10 for t in range(1, 11)]), "counted in steps"
 
 
-@pytest.mark.filterwarnings("ignore:.*begins in the middle")
+@pytest.mark.filterwarnings("ignore:.*starts in the middle")
 def test_weights_that_were_exchanged_are_begun_with() -> None:
     method, module = LpSphere(p=1.3, sparsity=0.5, mixing=0.1), toy()
     runner = fit(module, method)

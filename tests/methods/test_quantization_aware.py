@@ -177,7 +177,7 @@ def test_zeros_that_nobody_holds_are_refused() -> None:
         return module
 
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"% of 'net.0.weight' are zero, and QuantizationAware alone .* put KeepSparsity"):
+    with pytest.raises(ValueError, match=r"% of 'net.0.weight' are zero, and QuantizationAware alone .* add KeepSparsity"):
         fit(sparse(), QuantizationAware())
     fit(sparse(), QuantizationAware(targets="!net.0"), max_steps=1)
     fit(sparse(), QuantizationAware(), KeepSparsity(), max_steps=1)
