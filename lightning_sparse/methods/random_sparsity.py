@@ -28,11 +28,11 @@ class RandomSparsity(Budgeted):
         allocation: how sparsity is distributed over the layers: `erk`, `erk+` (last layer dense), `er`, `uniform`,
             `uniform+`, or `global` (every weight has the same chance). With `n:m` every layer has the same sparsity.
         structure: what is removed: `unstructured`, `channel`, `coupled` (channels across all layers that additions tie
-            together, with biases and norms, so that they can be cut out of the network), `fan_in`, `block:RxC`, `n:m` or
-            `transposable n:m`.
+            together, with biases and norms, so that they can be cut out of the network), `heads` (whole attention heads,
+            which can be cut out too), `fan_in`, `block:RxC`, `n:m` or `transposable n:m`.
         layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
         max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights or channels) or, with `structure='coupled'`, the `macs` or
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
         rescale: divide each weight by the square root of its layer's density, so that activations keep their variance.
         seed: seed of the mask. None uses the seed of `seed_everything`, or draws one.

@@ -73,7 +73,7 @@ class Wanda(SeesInputs, Pruning):
             with more outliers among their scores keep more), or with `compare='layer'` also `global`.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
             across all layers that additions tie together, with biases and norms, so that they can be cut out of the
-            network), or `n:m`.
+            network), `heads` (whole attention heads, which can be cut out too), or `n:m`.
         layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
         targets: patterns that select the weights; see `core.find_targets`.
         name: distinguishes several callbacks of the same class.

@@ -67,11 +67,11 @@ class LotteryTicket(Budgeted):
             `uniform+`, `er`, `erk`, `erk+`, `owl` (layers with more outliers among their scores keep more).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
             across all layers that additions tie together, with biases and norms, so that they can be cut out of the
-            network), `fan_in` (the same number of weights in every output), `block:RxC` (outputs by inputs), `n:m` or
-            `transposable n:m` (in both directions).
+            network), `heads` (whole attention heads, which can be cut out too), `fan_in` (the same number of weights in
+            every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (in both directions).
         layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
         max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights or channels) or, with `structure='coupled'`, the `macs` or
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
         targets: patterns that select the weights; see `core.find_targets`.
         name: distinguishes several callbacks of the same class.
