@@ -157,7 +157,7 @@ class Setting:
 
 
 class Large(Digits):
-    """The digits of scikit-learn at twice the size, to see that a suite runs."""
+    """The digits of scikit-learn at twice the size, to check that a suite runs."""
 
     image_size = 16
 
@@ -167,7 +167,7 @@ class Large(Digits):
 
 
 class Work(L.Callback):
-    """What forward passes would cost without multiplications by zero, in the course of a training."""
+    """The cost of forward passes without multiplications by zero, over a training."""
 
     def __init__(self, macs: dict[str, int], every: int = 50) -> None:
         self.macs, self.every, self.readings = macs, every, list[float]()
@@ -204,7 +204,7 @@ def train(
     checkpoint: Path | None = None,
     stop: Path | None = None,
 ) -> dict[str, Any]:
-    """One run; its numbers, with the mean similarity of layers on validation data before and after if asked for.
+    """One run; its numbers, with the mean similarity of layers on validation data before and after if requested.
 
     With `checkpoint`, some twenty times on the way its state goes there, and it goes on from what is there. While the file
     `stop` is there, it waits.
@@ -305,7 +305,7 @@ class Comparison(Trainings):
 
 
 def have_data(data: type[ImageData], options: Options) -> None:
-    """Fetch what is missing if that is wanted, and refuse to go on without it."""
+    """Download missing data if requested, and refuse to continue without it."""
     if options.quick:
         return
     made = data(root=options.data, download=options.download)

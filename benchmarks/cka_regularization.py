@@ -1,4 +1,4 @@
-"""The penalty on similar layers: what it costs, and whether it does what is claimed.
+"""The penalty on similar layers: its cost, and whether it does what is claimed.
 
     python -m benchmarks cost-cka-regularization     a step of ResNet-20
     python -m benchmarks claim-cka --data DIR        accuracy and similarity by form and strength, under random masks
@@ -119,7 +119,7 @@ class Dissimilar(Setting):
 
 @dataclass(frozen=True)
 class Prunable(Dissimilar):
-    """Dense trainings whose networks are then pruned at once, by magnitude over all layers, and tuned without a penalty.
+    """Dense trainings whose networks are then pruned in one shot by global magnitude, and fine-tuned without a penalty.
 
     Args:
         sparsities: one after the other, each from the network as it was trained.
@@ -167,7 +167,7 @@ def parts(options: Options) -> Parts:
 
     ways: dict[str, tuple[Any, ...]] = {"plain step": (), "8 samples": (ours, 8), "all samples": (ours,)}
     yield (f"step of {size}, ratio to the plain step",), partial(turns, ways, rounds)
-    if device == "cpu":  # by itself, because it is slow and leaves caches and memory to the others in another state
+    if device == "cpu":  # separately, because it is slow and changes caches and memory for the others
         ways = {"all samples": (ours,), "all samples, pairwise in float64": (pairwise,)}
         yield (f"step of {size}, ratio to all samples",), partial(turns, ways, max(3, rounds // 5))
         for samples in (8, None):

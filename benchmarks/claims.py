@@ -35,7 +35,7 @@ Pair = tuple[Mapping[int, float], Mapping[int, float]]
 
 
 def runs(name: str) -> Runs:
-    """What has come of a suite so far, and what it is compared with."""
+    """The results of a suite so far, and what they are compared with."""
     found: Runs = list(SUITES[name].content(RESULTS).get("runs", []))
     beside = BESIDE.get(name)
     return found + (SUITES[beside].content(RESULTS)["runs"] if beside else [])
@@ -46,7 +46,7 @@ def by_seed(found: Runs, value: str = "test", **what: Any) -> dict[int, float]:
 
 
 def decides(differences: Sequence[float], lower: bool = False) -> str:
-    """Whether a difference is more than chance, and to which side.
+    """Whether a difference is significant, and in which direction.
 
     Args:
         differences: seed by seed.
@@ -62,7 +62,7 @@ def decides(differences: Sequence[float], lower: bool = False) -> str:
 
 
 def beside(ours: Mapping[int, float], other: Mapping[int, float], digits: int = 2, factor: float = 100) -> Row:
-    """How many seeds both have, their differences, and whether they decide; of what is no percentage, less is better."""
+    """The number of common seeds, their differences, and whether they decide; if it is not a percentage, lower is better."""
     differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
     shown = spread(differences, digits, factor)
     return [
@@ -100,7 +100,7 @@ def tamed() -> list[Row]:
 
 
 def unfavorable() -> list[Row]:
-    """Weight decay, and the penalty at that, each of the strength that is best on validation data; and the refits."""
+    """Weight decay, and the penalty on top of it, each at the strength that is best on validation data; and the refits."""
     rows = []
     for setting in SUITES["claim-layers"].settings:
         found = pick(runs("claim-layers"), setting=setting)
@@ -287,7 +287,7 @@ CLAIMS = {
 
 
 def progress(names: Sequence[str]) -> str:
-    """How much of suites has come."""
+    """How much of the suites is done."""
     options = Options(out=RESULTS)
     counts = []
     for name in names:

@@ -1,4 +1,4 @@
-"""Ways of masking and penalizing that people use now; they can take turns with ours on one model.
+"""Common implementations of masks and penalties, which can be interleaved with ours on one model.
 
 Each is made of the module that all ways train, and of what each layer is to keep.
 """

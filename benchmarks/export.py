@@ -1,4 +1,4 @@
-"""What the export ladder gains on this machine; all rungs are timed in turns beside the dense model.
+"""The gains of the export ladder on this machine; all rungs are timed interleaved with the dense model.
 
 python -m benchmarks export-resnet --data DIR    ResNet-20 trained on CIFAR-10 with half of its channels masked
 python -m benchmarks export-resnet --quick       the same on the digits of scikit-learn, for an epoch
@@ -45,7 +45,7 @@ def accuracy(module: nn.Module, data: Any) -> dict[str, float]:
 
 
 def resnet(options: Options) -> Parts:
-    """As trained, and with its normalizations folded, which eight bits have anyway."""
+    """As trained, and with its normalizations folded, which int8 always does."""
 
     @cache
     def made() -> tuple[nn.Module, Tensor, dict[str, Any]]:
@@ -131,7 +131,7 @@ TARGETS = ("compact", "removed", "kernels", "onnx", "int8", "edge", "ethos_u85")
 
 
 def structures(options: Options) -> Parts:
-    """What each structure gains on each target; `python -m benchmarks.tables` makes the table of the guide of it."""
+    """The gain of each structure on each target; `python -m benchmarks.tables` makes the table of the guide from it."""
     inputs = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     for structure in STRUCTURES:
         judged = Quantization([inputs], error=1)  # random weights have no accuracy
@@ -151,7 +151,7 @@ def structure_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _gained(numbers: Mapping[str, Any], target: str) -> str:
-    """What a rung gains beside the dense model in the same runtime, in words where it gains nothing."""
+    """The gain of a rung over the dense model in the same runtime, in words if there is none."""
     rung = numbers["rungs"][target]
     if not rung["file"]:
         nothing = {"removed": "nothing to remove", "kernels": "no faster"}.get(target, "not made")

@@ -1,4 +1,4 @@
-"""Everything that only a CUDA device can answer, in order of value, within a time limit.
+"""Everything that needs a CUDA device, in order of value, within a time limit.
 
     python -m benchmarks.gpu --out results --minutes 9 [--data DIR]     run what `results` does not hold yet
     python -m benchmarks.gpu --out results --device cpu --quick         see that it runs, without a GPU
@@ -49,7 +49,7 @@ def contract(options: Options) -> dict[str, Any]:
 
 
 def order_statistics(options: Options) -> dict[str, Any]:
-    """The k-th smallest value, beside what torch offers; and whether all give the same value."""
+    """The k-th smallest value, compared with torch's functions; and whether all agree."""
     table: dict[str, Any] = {}
     for n in [100_000] if options.quick else [1_000_000, 25_000_000, 100_000_000, 1_000_000_000]:
         values, k, found = torch.rand(n, device=options.device), int(0.9 * n), set()
@@ -68,7 +68,7 @@ def order_statistics(options: Options) -> dict[str, Any]:
 
 
 def fit(method: Sparsifier, device: str, wrap: Callable[[Any], Any] = lambda module: module, **more: Any) -> dict[str, Any]:
-    """Three epochs on random images; the sparsity of the masks and of the weights in the end, and how long it took."""
+    """Three epochs on random images; the final sparsity of masks and weights, and the time."""
     module = Net("convolutions")
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), fused=device == "cuda")
     data = torch.utils.data.TensorDataset(torch.rand(512, 3, 32, 32), torch.randint(0, 10, (512,)))
@@ -128,7 +128,7 @@ CHECKS = {
 
 
 def trainings(options: Options, suites: Sequence[Comparison] = PAPER) -> list[tuple[Suite, int]]:
-    """The runs of the papers' own recipes that are not done and have their data; first seeds first, short before long."""
+    """The unfinished runs of the papers' own recipes whose data is available; first seeds first, short before long."""
     work = []
     for suite in sorted(suites, key=lambda suite: suite.setting.epochs):
         try:

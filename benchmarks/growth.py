@@ -35,7 +35,7 @@ class Epsilon(L.Callback):
 
 
 class Growth(L.Callback):
-    """Notes where connections have grown since the batch before."""
+    """Records where connections have grown since the previous batch."""
 
     def __init__(self, method: Rewiring) -> None:
         self.method = method
@@ -50,7 +50,7 @@ class Growth(L.Callback):
         self.masks = masks
 
     def shares(self) -> dict[str, float]:
-        """Over all updates, by how much they grew; and outputs without connections in the end."""
+        """Growth over all updates, and the final number of outputs without connections."""
         total = sum(update["grown"] for update in self.updates)
         empty = [~mask.flatten(1).any(1) for mask in self.masks.values()]
         return {
@@ -78,7 +78,7 @@ def where(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Watched(Setting):
-    """A setting in which growth is looked at; `, eps=0.1` after the name of a method says so to every batch norm."""
+    """A setting in which growth is recorded; `, eps=0.1` after the name of a method sets it for every batch norm."""
 
     def callbacks(self, method: str, sparsity: float) -> list[L.Callback]:
         name, comma, _ = method.partition(", eps=0.1")

@@ -1,4 +1,4 @@
-"""What the HyperSparse penalty costs per optimizer step: `python -m benchmarks cost-hypersparse`.
+"""The cost of the HyperSparse penalty per optimizer step: `python -m benchmarks cost-hypersparse`.
 
 A penalty over the weights of a VGG-19 (20 M) beside the published way, which sorts all magnitudes for the quantile and
 differentiates the normalized sum by autograd; and steps of a ResNet-32 with and without it.
@@ -35,7 +35,7 @@ def published(weights: Sequence[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def closed_form(weights: Sequence[nn.Parameter]) -> None:
-    """As the callbacks' station for penalties adds it: layer by layer into the gradient."""
+    """As the penalty station of the callbacks adds it: layer by layer into the gradient."""
     scale = hypersparse_scale(weights, SPARSITY)
     for weight in weights:
         [gradient] = hypersparse_gradient([weight], SPARSITY, scale)
@@ -58,7 +58,7 @@ def penalty(width: float, rounds: int, device: str = "cpu") -> dict[str, Any]:
 
 
 def step(depth: int, width: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
-    """A training step with and without the penalty, taking turns on one model."""
+    """A training step with and without the penalty, interleaved on one model."""
     torch.manual_seed(0)
     net = ResNet(depth=depth, width=width).to(device)
     weights = [target.weight for target in find_targets(net)]

@@ -1,4 +1,4 @@
-"""Layer sparsity: deep networks that become shallow, and what they lose or win.
+"""Layer sparsity: deep networks that become shallow, and what they lose or gain.
 
     python -m benchmarks desk-layers-simulation              the simulation of the note, E1: five seeds, every fit
     python -m benchmarks claim-layers                        ten seeds, teachers without a layer that could merge
@@ -147,7 +147,7 @@ SIMULATION = {
     "width 40": teacher(width=40),
 }
 GRIDS: dict[str, Any] = {"strengths": (0.1, 0.3, 1.0, 3.0), "decays": (3e-3, 1e-2, 3e-2, 1e-1), "tuned": True}
-"""Weight decay is chosen first, without the penalty; then the penalty has to help at that."""
+"""Weight decay is chosen first, without the penalty; then the penalty has to improve on it."""
 SIGNED = {
     "eight layers": teacher(1.0, **GRIDS),
     "width 40": teacher(1.0, width=40, **GRIDS),

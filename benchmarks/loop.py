@@ -1,4 +1,4 @@
-"""How benchmarks reach into the loop of a running fit: the only file that knows how it is built."""
+"""Access to the loop of a running fit: the only benchmark file that depends on its internals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hand_over(method: Sparsifier, methods: Sequence[Sparsifier]) -> None:
     method.loop.methods = list(methods)
     for one in methods:
         if isinstance(one, Masked) and one.mask_set is not None:
-            one.clean()  # the others have moved what it has pruned, and its moments
+            one.clean()  # the others have moved its pruned entries and their moments
             one.watch = Watch()
             for optimizer in one.run.optimizers:
                 one.watch.note(Step(optimizer, one.loop.ownership.of(optimizer)[id(one)]))
@@ -44,7 +44,7 @@ def stand_in(method: Rewiring, owner: Masked) -> None:
 
 @contextmanager
 def watched(station: Callable[[Any], Any], change: Callable[[Any], Any]) -> Iterator[None]:
-    """While this lasts, what loops do at their stations and what exchanges masks are wrapped by these."""
+    """Wrap the stations of loops and the replacement of masks in these while active."""
     functions = [(Loop, name, station) for name in STATIONS] + [(MaskSet, "replace", change)]
     originals = [getattr(owner, name) for owner, name, _ in functions]
     for (owner, name, wrap), original in zip(functions, originals, strict=True):

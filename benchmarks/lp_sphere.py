@@ -1,4 +1,4 @@
-"""Training on unit Lp spheres: what a step costs, and the published recipe.
+"""Training on unit Lp spheres: the cost of a step, and the published recipe.
 
 python -m benchmarks cost-lp-sphere                     time of a step of ResNet-20 at batch 128, beside SGD
 python -m benchmarks desk-lp-sphere --data DIR          accuracy on Fashion-MNIST, reduced for one CPU core

@@ -1,4 +1,4 @@
-"""What it costs to apply a mask once: `python -m benchmarks cost-masking`.
+"""The cost of applying a mask once: `python -m benchmarks cost-masking`.
 
 A pass over one tensor beside a copy of it, in the cache and out of it; and what masks add to a step where layers are so
 small that nothing but calls can cost: chains of linear layers of 16 x 16. All ways take turns in one run.
@@ -44,7 +44,7 @@ def one_pass(n: int, rounds: int, cold: bool, device: str = "cpu") -> dict[str, 
 
 
 def chain(layers: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
-    """Steps of a chain with masks and without, and what is spent inside stations."""
+    """Steps of a chain with and without masks, and the time inside stations."""
     turns = overhead.train(f"chain of {layers}", 32, WARM_UP + rounds, ["dense", "MagnitudePruning"], device)
     table = turns.table("dense")
     table["inside MagnitudePruning's stations"] = turns.inside_of("MagnitudePruning", table["dense"]["seconds"])

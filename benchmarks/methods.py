@@ -1,4 +1,4 @@
-"""What every method adds to a training step, and what it holds in memory.
+"""What every method adds to a training step, and the memory it uses.
 
     python -m benchmarks cost-methods          a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
     python -m benchmarks cost-structures       the same for AC/DC and for SR-STE in its three forms
@@ -112,7 +112,7 @@ FINETUNING = ("KeepSparsity", "Wanda", "Wanda(schedule)", "SparseGPT", "Movement
 
 
 class EveryOther(Turns):
-    """A method takes part in every other step, from the first on, and what it keeps is weighed."""
+    """A method is active in every other step, starting with the first, and its memory is measured."""
 
     def __init__(self, method: Sparsifier, device: str) -> None:
         own = Way([method], enter=partial(self.look, True), leave=partial(self.look, False))
@@ -171,7 +171,7 @@ def thin_out(net: nn.Module) -> None:
 
 
 def peak(name: str, model: str, batch: int, device: str = "cpu") -> float:
-    """By how many MiB memory grows at most in one training of one method, or of none."""
+    """Peak memory growth in MiB in one training of one method, or of none."""
     callbacks = [] if name == "dense" else [METHODS[name]()]
     return growth(lambda: quiet(callbacks, device, max_epochs=EPOCHS).fit(Net(model), random_images(batch, 1)), device)
 

@@ -1,4 +1,4 @@
-"""What SparsityMonitor adds to a training that logs every step: `python -m benchmarks cost-monitor`.
+"""The overhead of SparsityMonitor in a training that logs every step: `python -m benchmarks cost-monitor`.
 
 One training of ResNet-20, pruned by magnitude, with a CSVLogger and `log_every_n_steps=1`; the monitor is switched on and
 off from step to step. Two numbers: the step with it over the step without it, by pairs of neighbors; and the time inside

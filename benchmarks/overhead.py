@@ -1,4 +1,4 @@
-"""What masks and penalties add to a training step, in time and in memory, beside the ways people use now.
+"""What masks and penalties add to a training step in time and memory, compared with common implementations.
 
     python -m benchmarks cost-overhead         a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
     python -m benchmarks memory-overhead       peak memory of a few steps, each way in a process of its own (on Linux)
@@ -47,7 +47,7 @@ def train(model: str, batch: int, rounds: int, names: list[str], device: str = "
             try:
                 if name in names:
                     ways[name] = PEERS[name](module, found)
-            except Exception as error:  # a peer that is not there, or does not take this model
+            except Exception as error:  # a peer that is not installed, or does not support this model
                 print(f"  {name} is left out: {type(error).__name__}: {' '.join(str(error).split())[:160]}", flush=True)
         if not ways:
             raise LeftOut(f"{names[0]} cannot train {model}")
@@ -68,7 +68,7 @@ def steps(model: str, batch: int, rounds: int, device: str = "cpu", precision: A
 
 
 def peak(name: str, model: str, batch: int) -> float:
-    """By how many MiB memory grows at most in six steps of one way."""
+    """Peak memory growth in MiB in six steps of one way."""
     return growth(lambda: train(model, batch, 6, [name]))
 
 
@@ -98,7 +98,7 @@ def takes(model: str) -> list[str]:
 
 
 def memory_parts(options: Options, module: str = "benchmarks.overhead", takes: Callable[[str], list[str]] = takes) -> Parts:
-    """Peaks of all ways in turns, several times; `dense` is the first of them."""
+    """Peaks of all ways interleaved, several times; `dense` is the first of them."""
     for turn in range(options.times(2, quick=1)):
         for model, batch in places(options):
             for name in takes(model):

@@ -1,4 +1,4 @@
-"""What becomes of the zeros: the same training, masked by this package and in the ways people use now.
+"""What happens to the zeros: the same training, masked by this package and by common implementations.
 
     python -m benchmarks peers                        the table of the README
     python -m benchmarks peers --only fasterai        one of them
@@ -90,7 +90,7 @@ WAYS: dict[str, Callable[[Classifier], L.Callback]] = {
 
 
 class Look(L.Callback):
-    """Listed first: what a neighbor sees once pruning is over; stops the training early if asked, as a time limit would."""
+    """Listed first: what another callback sees once pruning is over; can stop the training early, as a time limit would."""
 
     def __init__(self, stop: int | None) -> None:
         self.stop, self.seen = stop, {"batch end": 1.0, "validation": 1.0}
@@ -114,7 +114,7 @@ def zeros(module: nn.Module) -> float:
 
 
 def share(masks: Sequence[Tensor]) -> float:
-    """Of the entries of all masks those that are set."""
+    """The fraction of mask entries that are set."""
     return round(sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks)), 4)
 
 
@@ -134,7 +134,7 @@ def fit(
 
 
 def moments(module: Classifier, trainer: L.Trainer) -> float:
-    """Share of the zeros of which Adam remembers something."""
+    """Fraction of the zeros with nonzero Adam state."""
     known = []
     for layer in layers(module):
         raw = getattr(layer, "weight_orig", layer.weight)

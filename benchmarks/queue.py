@@ -1,4 +1,4 @@
-"""In the background: what is missing of all suites of trainings, in order of value.
+"""Run the missing parts of all suites of trainings in the background, in order of value.
 
     setsid nohup nice -n 19 python -m benchmarks.queue --data DIR --work DIR --stop FILE > LOG 2>&1 &
     touch FILE      the training finishes its step, leaves its state and waits
@@ -32,7 +32,7 @@ from benchmarks.trainers import wait_while
 
 
 def waiting(options: Options, suites: Sequence[Suite]) -> Iterator[tuple[Suite, int]]:
-    """The parts that are not there yet, and of suites that can be run, the first suites first."""
+    """The missing parts of suites that can be run, the first suites first."""
     for suite in suites:
         missing = suite.missing(options)
         try:

@@ -1,4 +1,4 @@
-"""Suites: parts that are measured or trained once each. A result is a file that says how it was made."""
+"""Suites: parts that are measured or trained once each. A result is a file that records how it was made."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Suite(ABC):
         return {}
 
     def content(self, out: Path) -> dict[str, Any]:
-        """What earlier calls have left."""
+        """The results of earlier calls."""
         path = out / f"{self.name}.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
@@ -96,7 +96,7 @@ class Suite(ABC):
         return [place for place, (key, _) in enumerate(self.parts(options)) if not self.has(content, key)]
 
     def prepare(self, options: Options) -> None:
-        """Refuse to go on with what was made on another machine, or by another version or recipe."""
+        """Refuse to continue results from another machine, version or recipe."""
         found, recipe = self.content(options.out), self.recipe(options)
         theirs = {what: found.get("machine", {}).get(what) for what in self.same} | found.get("recipe", {})
         mine = machine() | recipe
@@ -107,7 +107,7 @@ class Suite(ABC):
                 )
 
     def run(self, options: Options, until: float = math.inf) -> None:
-        """Do what is missing, or this process's share of it, and write after each part; begin none after a moment."""
+        """Run the missing parts, or this process's share of them, and write after each; start none after the deadline."""
         self.prepare(options)
         number, count = options.part
         for place, (key, make) in enumerate(self.parts(options)):
@@ -187,7 +187,7 @@ class Trainings(Suite):
 
     same: ClassVar[Sequence[str]] = ("lightning_sparse",)
     by: ClassVar[Sequence[str]] = ()
-    """What a table tells runs apart by: all but seeds."""
+    """The columns by which a table distinguishes runs: all but seeds."""
     values: ClassVar[Sequence[str]] = ()
     """What it shows of them."""
 

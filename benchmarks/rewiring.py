@@ -1,4 +1,4 @@
-"""What moving connections costs: `python -m benchmarks cost-rewiring`.
+"""The cost of moving connections: `python -m benchmarks cost-rewiring`.
 
 Between updates: no masking, static random masks and each method take turns, step by step, on one model with the same masks
 in one run; each step is compared with the static one of its round. An update: one of every method over all weights of a

@@ -1,4 +1,4 @@
-"""What SIGKILL leaves of a training: killed at random moments, resumed, and compared with one that was not.
+"""Trainings that are killed by SIGKILL at random moments, resumed, and compared with one that was not.
 
     python -m benchmarks robustness                              every method below, and Lightning's ModelPruning beside them
     python -m benchmarks robustness --only gradual --rounds 10   one method, killed ten times
@@ -58,7 +58,7 @@ RUNS: dict[str, Callable[[], list[L.Callback]]] = {
 
 
 class Beat(L.Callback):
-    """Tells the other process how far training is."""
+    """Reports the progress of training to the other process."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "step"
@@ -87,7 +87,7 @@ def bits(trainer: L.Trainer) -> str:
 
 
 def train(name: str, folder: Path) -> None:
-    """In the process that is killed: begin, or go on, and write down the end."""
+    """In the process that is killed: start or resume, and record the end."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)

@@ -1,4 +1,4 @@
-"""What masks cost where two processes hold half of every weight each: `python -m benchmarks cost-sharded`.
+"""The cost of masks when two processes hold half of every weight each: `python -m benchmarks cost-sharded`.
 
 Whole Lightning runs of linear layers under FSDP2, with and without `RigL`, each in processes of its own. What is sent is
 counted, and what a step and an update take is measured inside the run, by the stations of the method. Freed memory goes back
@@ -35,7 +35,7 @@ SIZES = {25_165_824: (6, 2048), 100_663_296: (6, 4096), 402_653_184: (24, 4096)}
 """By the number of weights: layers, and their width."""
 
 M_MMAP_THRESHOLD = -3
-"""Of glibc: what is larger than this is never kept after it was freed."""
+"""glibc: allocations larger than this are always returned after they are freed."""
 
 METHODS: dict[str, Callable[[], list[Sparsifier]]] = {
     "dense": list,
@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[[], list[Sparsifier]]] = {
 
 
 class Stack(pl.LightningModule):
-    """Linear layers, each cut into shards by its rows as soon as it is made."""
+    """Linear layers, each sharded by its rows as soon as it is created."""
 
     def __init__(self, layers: int, width: int, policy: MixedPrecisionPolicy | None = None, compiles: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sparse connectivity learning: what a step costs, what is held in memory, and accuracy against price.
+"""Sparse connectivity learning: the cost of a step, memory, and accuracy against price.
 
     python -m benchmarks cost-sparse-connectivity-learning      ResNet-20, batch 128
     python -m benchmarks desk-prices --data DIR                 LeNet-300-100 on Fashion-MNIST

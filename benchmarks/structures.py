@@ -53,7 +53,7 @@ def perceptron(mask: Callable[[Tensor], Tensor]) -> nn.Sequential:
 
 
 def timed(models: Mapping[str, nn.Module], batch: int, rounds: int) -> dict[str, Any]:
-    """All in turns; milliseconds, and times dense."""
+    """All interleaved; milliseconds, and speed relative to dense."""
     x = torch.randn(batch, WIDTH)
     expected = models["dense"](x)
     for model in models.values():

@@ -1,4 +1,4 @@
-"""The one table of suites, in order of value; `python -m benchmarks` says of each what is missing."""
+"""The table of all suites, in order of value; `python -m benchmarks` lists what is missing in each."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ COMING = (
     Measurements("cost-structures", methods.structured),
     Measurements("export-heads", whole(export.heads)),
 )
-"""Whose numbers have not been measured, or not all of them, on a quiet machine yet."""
+"""Suites whose numbers have not all been measured on a quiet machine yet."""
 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *CLAIMS, *PAPER, *COST, *COMING)}
 QUEUE = (*DESK, *CLAIMS, *(suite for suite in COMING if isinstance(suite, Trainings)), *PAPER)

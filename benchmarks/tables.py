@@ -227,7 +227,7 @@ def methods() -> list[Row]:
 
 
 def inside() -> list[Row]:
-    """What of a step is spent inside every method, between changes of masks and where they change; and what it keeps."""
+    """The part of a step inside every method, between and at changes of masks; and the memory it keeps."""
     columns = numbers("cost-methods")
     rows = []
     for method in columns["mlp, batch 32"]:
@@ -275,7 +275,7 @@ def sparsegpt() -> list[Row]:
 
 
 def perplexity() -> list[Row]:
-    """What `examples/finetune_lm.py` has found: right after pruning, and after steps of training."""
+    """The results of `examples/finetune_lm.py`: right after pruning, and after further training."""
     found = [json.loads(line) for line in (RESULTS / "finetune-lm.jsonl").read_text().splitlines()]
     dense = [run["perplexity"] for run in found if run["method"] == "dense"]
     after = [str(step) for step in found[0]["after"]]
@@ -342,7 +342,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
 
 
 def block(name: str) -> str:
-    """A table; of a claim, as far as it has come, and how far that is."""
+    """A table; for a claim, what is done so far, and how much that is."""
     rows = TABLES[name]()
     said = [f"{progress(CLAIMS[name][1])}"] if name in CLAIMS else []
     return "\n\n".join([*([markdown(rows)] if len(rows) > 1 else []), *said])

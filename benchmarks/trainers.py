@@ -24,14 +24,14 @@ from lightning_sparse.models import ResNet
 
 
 def quiet(callbacks: Sequence[L.Callback] = (), device: str = "auto", **options: Any) -> L.Trainer:
-    """A Trainer of one device that neither says nor writes anything, unless options ask for it."""
+    """A Trainer on one device that prints and writes nothing, unless options request it."""
     how: dict[str, Any] = {"accelerator": "gpu" if device == "cuda" else device, "devices": 1, "logger": False}
     how |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(callbacks=list(callbacks), **how | options)
 
 
 def wait_while(file: Path | None) -> None:
-    """Go on as soon as the file is not there."""
+    """Wait until the file is gone."""
     while file is not None and file.exists():
         sleep(1.0)
 
@@ -118,7 +118,7 @@ def resnet18() -> nn.Module:
 
 
 def chain(layers: int) -> nn.Module:
-    """Of layers so small that calls are all they cost."""
+    """With layers so small that only the calls cost time."""
     return nn.Sequential(
         nn.AdaptiveAvgPool3d((1, 4, 4)), nn.Flatten(), *(nn.Linear(16, 16, bias=False) for _ in range(layers))
     )

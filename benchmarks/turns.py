@@ -1,4 +1,4 @@
-"""Taking turns: functions, or ways of training one model, in one run; and memory, in a process of its own.
+"""Interleaved timing of functions, or of ways of training one model, in one run; and memory, in a separate process.
 
 Two runs of one thing differ by more than what is measured here, through where their memory happens to lie and what else the
 machine does. So ways take turns, step by step, every other round in the other order; each step is compared with one of its
@@ -37,7 +37,7 @@ Numbers = dict[str, float]
 
 
 def now(device: str = "cpu") -> float:
-    """The time, when the device has done all it was given."""
+    """The time once the device has finished all its work."""
     if device != "cpu":
         torch.cuda.synchronize()
     return perf_counter()

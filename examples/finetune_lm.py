@@ -1,13 +1,13 @@
-"""Pruning a language model that is trained already, and training it on: what it forgets, and how fast that comes back.
+"""Prune a trained language model and fine-tune it: how much it forgets, and how fast it recovers.
 
     python examples/finetune_lm.py                  one seed
     python examples/finetune_lm.py --seeds 0 1 2    the table
-    python examples/finetune_lm.py --quick          a twentieth of it, to see that it works
+    python examples/finetune_lm.py --quick          a twentieth of it, to check that it works
 
-A small decoder of the usual kind (attention, feed-forward layers, bytes as tokens) learns the sources of Python's standard
-library, which are on every machine. It is then pruned by magnitude, by Wanda and by SparseGPT, to half of its weights and to
-two of every four, and trained on, with and without its dense self as a teacher. Each result is a line in `--out`; what is
-there is not computed again, so a run that was stopped goes on where it was.
+A small standard decoder (attention, feed-forward layers, bytes as tokens) learns the source code of Python's standard
+library, which is on every machine. It is then pruned by magnitude, by Wanda and by SparseGPT, to half of its weights and to
+two of every four, and fine-tuned, with and without its dense self as a teacher. Each result is a line in `--out`; existing
+results are not computed again, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lightning_sparse import Distillation, MagnitudePruning, SparseGPT, Wanda
 
 CONTEXT, BATCH = 64, 32
 AFTER = (0, 100, 200, 400)
-"""Steps of recovery after which perplexity is measured; 0 is right after pruning."""
+"""Numbers of recovery steps after which perplexity is measured; 0 is right after pruning."""
 
 Prune = Callable[[dict[str, Any]], L.Callback]
 METHODS: dict[str, Prune] = {
@@ -88,7 +88,7 @@ class LanguageModel(L.LightningModule):
         self.net, self.lr = Decoder(), lr
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Cross entropy of every next byte."""
+        """Cross-entropy of every next byte."""
         return F.cross_entropy(self.net(tokens[:, :-1].long()).flatten(0, 1), tokens[:, 1:].long().flatten())
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -104,7 +104,7 @@ class LanguageModel(L.LightningModule):
 
 
 def windows(validation: bool) -> Tensor:
-    """The sources of the standard library in pieces, as bytes; every tenth file is for validation."""
+    """The source code of the standard library in windows of bytes; every tenth file is for validation."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     chosen = [file for index, file in enumerate(files) if (index % 10 == 9) == validation]
     text = b"\n".join(file.read_bytes() for file in chosen)
@@ -115,7 +115,7 @@ def windows(validation: bool) -> Tensor:
 
 @torch.no_grad()
 def perplexity(model: LanguageModel, held_out: Tensor) -> float:
-    """Of the next byte, on data that was not trained on."""
+    """Perplexity of the next byte on held-out data."""
     was_training = model.training
     model.eval()
     losses = [float(model.loss(part)) * len(part) for part in held_out.split(256)]
@@ -124,14 +124,14 @@ def perplexity(model: LanguageModel, held_out: Tensor) -> float:
 
 
 class Probe(L.Callback):
-    """Measures perplexity after some steps."""
+    """Measures perplexity after given numbers of steps."""
 
     def __init__(self, held_out: Tensor, after: tuple[int, ...]) -> None:
         self.held_out, self.after = held_out, after
         self.found: dict[int, float] = {}
 
     def look(self, model: LanguageModel, step: int) -> None:
-        """Measure now, if it is time."""
+        """Measure if this step is due."""
         if step in self.after and step not in self.found:
             self.found[step] = perplexity(model, self.held_out)
 
@@ -143,7 +143,7 @@ class Probe(L.Callback):
 
 
 def train(model: LanguageModel, steps: int, seed: int, *callbacks: L.Callback) -> None:
-    """So many steps on windows that the seed draws."""
+    """Train for this many steps on windows that the seed draws."""
     data = TensorDataset(windows(validation=False))
     loader = DataLoader(data, BATCH, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
     L.Trainer(
@@ -158,7 +158,7 @@ def train(model: LanguageModel, steps: int, seed: int, *callbacks: L.Callback) -
 
 
 def dense_model(folder: Path, seed: int, steps: int) -> LanguageModel:
-    """A trained model, from the folder if it is there."""
+    """A trained model, loaded from the folder if it is there."""
     file = folder / f"dense-seed{seed}-steps{steps}.pt"
     L.seed_everything(seed, verbose=False)
     model = LanguageModel(lr=3e-3)
@@ -179,7 +179,7 @@ def recover(
     after: tuple[int, ...],
     held_out: Tensor,
 ) -> dict[str, float]:
-    """Perplexity right after pruning, and after so many steps of training."""
+    """Perplexity right after pruning, and after given numbers of training steps."""
     L.seed_everything(seed, verbose=False)
     model, probe = LanguageModel(lr=1e-3), Probe(held_out, after)
     model.load_state_dict(dense.state_dict())
@@ -189,7 +189,7 @@ def recover(
 
 
 def table(lines: list[dict[str, Any]], after: tuple[int, ...]) -> str:
-    """Means over seeds, with the standard deviation where there are several."""
+    """Means over seeds, with the standard deviation if there are several."""
 
     def cell(values: list[float]) -> str:
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -208,7 +208,7 @@ def table(lines: list[dict[str, Any]], after: tuple[int, ...]) -> str:
 
 
 def main() -> None:
-    """Compute what is missing, and print all."""
+    """Compute the missing results, and print all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/finetune_lm/results.jsonl"))

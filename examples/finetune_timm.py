@@ -1,10 +1,10 @@
-"""Pruning an image classifier of timm that is trained already, and training it on with its dense self as a teacher.
+"""Prune a trained timm image classifier, and fine-tune it with its dense self as a teacher.
 
     python examples/finetune_timm.py            a few minutes on two cores, with the digits that come with scikit-learn
-    python examples/finetune_timm.py --quick    a tenth of all epochs, to see that it works
+    python examples/finetune_timm.py --quick    a tenth of all epochs, to check that it works
 
-Convolutions and linear layers alike lose three fifths of their weights, by magnitude, by Wanda and by SparseGPT, in one
-shot, and then trained on for a few epochs.
+Convolutions and linear layers alike lose three fifths of their weights in one shot, by magnitude, by Wanda and by SparseGPT,
+and are then fine-tuned for a few epochs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METHODS: dict[str, Callable[[], list[L.Callback]]] = {
 
 
 class Classifier(L.LightningModule):
-    """A model of timm, as it is."""
+    """A timm model, unchanged."""
 
     def __init__(self, lr: float) -> None:
         super().__init__()
@@ -47,13 +47,13 @@ class Classifier(L.LightningModule):
 
 
 def _enlarged(images: Tensor) -> Tensor:
-    """Digits are eight pixels wide, and the model halves its input five times."""
+    """Enlarge the digits: they are eight pixels wide, and the model halves its input five times."""
     return F.interpolate(images, scale_factor=4)
 
 
 @torch.no_grad()
 def accuracy(model: Classifier, data: Digits) -> float:
-    """On images that were not trained on."""
+    """Accuracy on held-out images."""
     was_training = model.training
     model.eval()
     right = [(model.model(_enlarged(x)).argmax(1) == y).float() for x, y in data.val_dataloader()]
@@ -62,7 +62,7 @@ def accuracy(model: Classifier, data: Digits) -> float:
 
 
 class BeforeTheFirstStep(L.Callback):
-    """Measures once, when everything that begins has begun."""
+    """Measures once, when all methods have started."""
 
     def __init__(self, data: Digits) -> None:
         self.data, self.accuracy = data, 0.0
@@ -73,14 +73,14 @@ class BeforeTheFirstStep(L.Callback):
 
 
 def train(model: Classifier, data: Digits, epochs: int, *callbacks: L.Callback) -> None:
-    """On the CPU, silently."""
+    """Train on the CPU without output."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(max_epochs=epochs, callbacks=[*callbacks], accelerator="cpu", **quiet)  # type: ignore[arg-type]
     trainer.fit(model, data.train_dataloader())
 
 
 def main() -> None:
-    """Train, prune in each way, train on, and print what came of it."""
+    """Train, prune in each way, fine-tune, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of all epochs")
     quick = parser.parse_args().quick

@@ -1,10 +1,11 @@
-"""Train a sparse decoder whose weights no rank holds whole, stop it, and go on with another number of ranks.
+"""Train a sparse decoder with sharded weights, stop, and resume on a different number of ranks.
 
     python examples/large_model.py --devices 2
     python examples/large_model.py --devices 4 --resume
     python examples/large_model.py --quick
 
-Two processes on a CPU will do; with GPUs, one process each. It learns to predict the next byte of Python's own library.
+Two processes on a CPU are enough; with GPUs, use one process each. It learns to predict the next byte of Python's own
+library.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CONTEXT = 64
 
 
 class Block(nn.Module):
-    """Causal attention and a perceptron, each added to its input."""
+    """Causal attention and a feed-forward part, each added to its input."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
 
 
 class Model(L.LightningModule):
-    """Builds its network where Lightning knows how many ranks there are, and cuts it block by block."""
+    """Builds its network where Lightning knows the number of ranks, and shards it block by block."""
 
     def __init__(self, width: int = 128, depth: int = 4) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class Model(L.LightningModule):
         self.network: Any = None
 
     def configure_model(self) -> None:
-        if self.network is not None:  # Lightning asks again when it tests or resumes
+        if self.network is not None:  # Lightning calls this again when it tests or resumes
             return
         torch.manual_seed(0)
         self.network = Decoder(self.width, self.depth)
@@ -93,7 +94,7 @@ class Model(L.LightningModule):
 
 
 class Text(Dataset[Tensor]):
-    """Windows into the source of Python's standard library."""
+    """Windows of the source code of Python's standard library."""
 
     def __init__(self, windows: int) -> None:
         folder = Path(sysconfig.get_path("stdlib"))
@@ -109,7 +110,7 @@ class Text(Dataset[Tensor]):
 
 
 def main() -> None:
-    """Train, or go on."""
+    """Train, or resume."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=2, help="ranks")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, on any number of ranks")
@@ -154,7 +155,7 @@ def main() -> None:
 
 
 class Stop(L.Callback):
-    """Stop early; the schedules stay those of the whole run."""
+    """Stop early; the schedules remain those of the whole run."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs

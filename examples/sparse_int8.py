@@ -3,9 +3,9 @@
     python examples/sparse_int8.py              under a minute on two cores, with the digits that come with scikit-learn
     python examples/sparse_int8.py --to FOLDER  keep the files
 
-Four of five weights are zero at the end of the first training. In the second nothing but `KeepSparsity` and
-`QuantizationAware` is needed: the first holds the zeros, the second shows the network what int8 makes of its weights and
-inputs. The optimizer moves the weights behind, and every checkpoint is a plain state dict on the grid of int8.
+Four of five weights are zero after the first training. The second one needs only `KeepSparsity` and `QuantizationAware`: the
+former keeps the zeros, the latter shows the network its weights and inputs as int8 will round them. The optimizer moves the
+underlying dense weights, and every checkpoint is a plain state dict on the int8 grid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_sparse.models import Classifier, ResNet
 
 
 def trainer(folder: str, callbacks: list[L.Callback], epochs: int) -> L.Trainer:
-    """One that writes its last checkpoint and nothing else."""
+    """A Trainer that writes only its last checkpoint."""
     last = ModelCheckpoint(folder, "last", save_top_k=1)
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     return L.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=[*callbacks, last], default_root_dir=folder, **quiet)
@@ -36,23 +36,23 @@ def trainer(folder: str, callbacks: list[L.Callback], epochs: int) -> L.Trainer:
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, data: Digits) -> float:
-    """On images that were not trained on."""
+    """Accuracy on held-out images."""
     right = [(model(x).argmax(1) == y).float() for x, y in data.test_dataloader()]
     return float(torch.cat(right).mean())
 
 
 def zeros(model: torch.nn.Module) -> int:
-    """In all weights of convolutions and linear layers."""
+    """The number of zeros in all weights of convolutions and linear layers."""
     return sum(int((weight == 0).sum()) for weight in model.parameters() if weight.ndim > 1)
 
 
 def network() -> Classifier:
-    """A small ResNet for images of eight pixels."""
+    """A small ResNet for images of 8x8 pixels."""
     return Classifier(lambda *shape: ResNet(*shape, depth=8), num_classes=10, in_channels=1, image_size=8)
 
 
 def main(to: str, epochs: int) -> None:
-    """All three steps."""
+    """Run all three steps."""
     data = Digits()
     L.seed_everything(0, verbose=False)
 
@@ -65,7 +65,7 @@ def main(to: str, epochs: int) -> None:
     ready = network()
     ready.load_state_dict(state)
     trainer(f"{to}/ready", [KeepSparsity(), QuantizationAware()], max(1, epochs // 3)).fit(ready, data)
-    ready.load_state_dict(torch.load(f"{to}/ready/last.ckpt", weights_only=True)["state_dict"])  # plain, and strictly
+    ready.load_state_dict(torch.load(f"{to}/ready/last.ckpt", weights_only=True)["state_dict"])  # plain, loaded strictly
     print(f"made ready for int8: {accuracy(ready.eval(), data):.4f} with {zeros(ready):,} zeros")
 
     batches = [x for x, _ in data.train_dataloader()][:8]

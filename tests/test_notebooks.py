@@ -69,7 +69,7 @@ def test_seeing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert list(names["runs"].rglob("*.wandb"))
 
 
-@pytest.mark.filterwarnings("ignore:HyperSparse goes on with", "ignore:.*has removed all of")
+@pytest.mark.filterwarnings("ignore:HyperSparse continues with", "ignore:.*has removed all of")
 def test_comparing() -> None:
     names = run(ROOT / "notebooks" / "comparing.ipynb")
     assert len(names["curves"]) == 11

@@ -1,4 +1,4 @@
-"""Checkpoints on the command line: what is wrong with one is said before anything else is done."""
+"""Checkpoints on the command line: problems are reported before anything else is done."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lightning_sparse.observe.checkpoint_io import newest_readable, why_unreadab
 __all__ = ["check_fit", "load_weights", "usable"]
 
 BY_NAME = ("last", "best", "hpc")
-"""What Lightning looks for by itself."""
+"""Names that Lightning resolves by itself."""
 
 
 def usable(ckpt_path: str, resume: bool = False) -> str:
-    """The checkpoint to work with. A run goes on from the newest that can be read, if the one that is given cannot.
+    """The checkpoint to work with. If the given one cannot be read, a run resumes from the newest readable one.
 
     Args:
-        ckpt_path: as it is given.
-        resume: whether a training goes on from it.
+        ckpt_path: path as given.
+        resume: whether training resumes from it.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no checkpoint of Lightning, or holds too little.
+        ValueError: if it is not a Lightning checkpoint, or holds too little.
     """
     if ckpt_path in BY_NAME or ":" in ckpt_path:  # a remote file, or one of a registry
         return ckpt_path
@@ -50,7 +50,7 @@ def usable(ckpt_path: str, resume: bool = False) -> str:
         if not (resume and before):
             such = f"the newest beside it that can is '{before}'" if before else "give one that a run saved"
             raise ValueError(f"{broken}; {such}.")
-        rank_zero_warn(f"{broken}; the run goes on from '{before}', the newest beside it that can.")
+        rank_zero_warn(f"{broken}; the run resumes from '{before}', the newest readable one beside it.")
         return usable(str(before), resume)
     if path.is_file():
         _check_content(ckpt_path, resume)
@@ -68,10 +68,11 @@ def _check_content(ckpt_path: str, resume: bool) -> None:
     if not isinstance(content, Mapping) or "state_dict" not in content:
         tensors = isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())
         holds = "a bare state dict" if tensors else f"a {type(content).__name__} without a state_dict"
-        raise ValueError(f"ckpt_path='{ckpt_path}' holds {holds}, not a checkpoint of Lightning; give one that a run saved.")
+        raise ValueError(f"ckpt_path='{ckpt_path}' holds {holds}, not a Lightning checkpoint; give one that a run saved.")
     if resume and not {"loops", "optimizer_states"} <= set(content):
         raise ValueError(
-            f"ckpt_path='{ckpt_path}' holds weights only, from which no training can go on; give one that was saved without "
+            f"ckpt_path='{ckpt_path}' holds only weights, so training cannot resume from it; give one that was saved "
+            f"without "
             "save_weights_only."
         )
 
@@ -88,7 +89,7 @@ def check_fit(model: pl.LightningModule, ckpt_path: str) -> None:
     """
     if not Path(ckpt_path).is_file() or is_overridden("configure_model", model) or not model.strict_loading:
         return
-    if is_overridden("on_load_checkpoint", model):  # who may put right what does not fit
+    if is_overridden("on_load_checkpoint", model):  # the model may fix a misfit itself
         return
     _compare(model, _read(ckpt_path)["state_dict"], ckpt_path)
 
@@ -105,17 +106,17 @@ def _compare(model: pl.LightningModule, weights: Mapping[str, Any], ckpt_path: s
     if said:
         more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
         raise ValueError(
-            f"ckpt_path='{ckpt_path}' does not fit the model that is configured: {said[0]}{more}; configure the model as it "
+            f"ckpt_path='{ckpt_path}' does not fit the configured model: {said[0]}{more}; configure the model as it "
             "was in that run."
         )
 
 
 def load_weights(model: pl.LightningModule, ckpt_path: str) -> None:
-    """Give a model the weights of a checkpoint: a file, or the folder that a sharded run has written.
+    """Load the weights of a checkpoint into a model: from a file, or from the folder that a sharded run wrote.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no checkpoint, or holds another model.
+        ValueError: if it is not a checkpoint, or holds another model.
     """
     weights = whole_weights(usable(ckpt_path))
     _compare(model, weights, ckpt_path)

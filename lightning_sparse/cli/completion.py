@@ -1,6 +1,6 @@
 """`lightning-sparse completion SHELL`: a script that completes commands, options, configurations and methods.
 
-The words are written into the script: importing torch at every key would take seconds.
+The words are written into the script, because importing torch at every key press would take seconds.
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ complete -c lightning-sparse -n "__fish_seen_subcommand_from methods" -f -a "{me
 
 
 def completion(args: list[str], commands: Iterable[str]) -> None:
-    """Print what a shell needs to complete this command line.
+    """Print the script that a shell needs to complete this command line.
 
     Args:
         args: the shell.
-        commands: all that there are.
+        commands: all commands.
     """
     parser = argparse.ArgumentParser(
         "lightning-sparse completion", description="Print a script that completes commands, options and configurations."
     )
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose startup file gets it")
+    parser.add_argument(
+        "shell", choices=("bash", "zsh", "fish"), help="the shell whose startup file will contain the script"
+    )
     shell = parser.parse_args(args).shell
 
     flags = options()

@@ -15,20 +15,20 @@ __all__ = ["config_folder", "config_names", "find_config", "with_named_configs"]
 
 
 def config_folder() -> Path:
-    """Where they are: inside the package that is installed, beside it in a checkout."""
+    """The folder of the configurations: inside the installed package, beside it in a checkout."""
     package = Path(lightning_sparse.__file__).parent
     return next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
 
 
 def config_names() -> list[str]:
-    """All that `--config` knows by name, such as `quickstart` and `methods/rigl`; sweeps are for wandb."""
+    """All names that `--config` accepts, such as `quickstart` and `methods/rigl`; sweeps are for wandb."""
     folder = config_folder()
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
     return sorted(name for name in names if not name.startswith("sweeps/"))
 
 
 def find_config(name: str) -> str:
-    """The file of a configuration: the path itself if it is one, else the one of this package that is called so.
+    """The file of a configuration: the path itself if it is a file, otherwise the one of this package by that name.
 
     Raises:
         FileNotFoundError: if there is neither.
@@ -51,14 +51,14 @@ def find_config(name: str) -> str:
     by_last_part = [known for known in names if known.rpartition("/")[2] == plain.rpartition("/")[2]]
     near = by_last_part or difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
     remedy = f"did you mean '{near[0]}'?" if near else f"give a file, or one of {names}."
-    raise FileNotFoundError(f"--config '{name}' is no file, and no configuration of lightning_sparse; {remedy}")
+    raise FileNotFoundError(f"--config '{name}' is neither a file nor a configuration of lightning_sparse; {remedy}")
 
 
 def _check_syntax(file: str) -> None:
-    """Refuse what the parser would refuse in words of its own.
+    """Refuse a malformed file with a clearer message than the parser's.
 
     Raises:
-        ValueError: if a file is not YAML, or no mapping.
+        ValueError: if a file is not YAML, or not a mapping.
     """
     try:
         content = yaml.safe_load(Path(file).read_text())
@@ -74,7 +74,7 @@ def _check_syntax(file: str) -> None:
 
 
 def with_named_configs(args: Sequence[str]) -> list[str]:
-    """Arguments of the command line with the files of all configurations that are given by name.
+    """The command line with every configuration that is given by name replaced by its file.
 
     Raises:
         FileNotFoundError: if there is no such file.

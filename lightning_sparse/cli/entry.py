@@ -1,4 +1,4 @@
-"""The entry point: `main` runs a command, and what cannot be done ends in one sentence and exit status 2."""
+"""The entry point: `main` runs a command; a failure ends in one sentence and exit status 2."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ RUN = {
     "validate": "validate a checkpoint: validate --ckpt_path FILE",
     "test": "test a checkpoint",
     "predict": "predict with a checkpoint",
-    "refit": "merge the linear layers of a checkpoint, and train on",
+    "refit": "merge the linear layers of a checkpoint, and retrain",
     "export": "smaller and faster files: export --ckpt_path FILE --to DIR",
 }
 OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
-    "report": ("lay runs side by side in one page: report RUN...", report),
+    "report": ("compare runs side by side on one page: report RUN...", report),
     "dashboard": ("arrange a project on Weights & Biases: dashboard --project P", dashboard),
-    "methods": ("list the methods, or what one takes: methods [NAME]", methods),
+    "methods": ("list the methods, or the arguments of one: methods [NAME]", methods),
     "init": ("write configurations and a script to edit: init DIR", init),
     "completion": (
         "complete commands and options: completion bash|zsh|fish",
@@ -44,18 +44,18 @@ OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
 }
 
 TELLS = "lightning.pytorch.utilities.rank_zero"
-"""The logger of what Lightning says once, whatever the number of processes."""
+"""The logger for messages that Lightning prints once, whatever the number of processes."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of `lightning-sparse`; what cannot be done ends in one sentence, not in a traceback.
+    """Entry point of `lightning-sparse`; failures end in one sentence instead of a traceback.
 
-    With LIGHTNING_SPARSE_TRACEBACK=1 in the environment the traceback is shown.
+    Set LIGHTNING_SPARSE_TRACEBACK=1 in the environment to see the traceback.
     """
     given = list(sys.argv[1:] if args is None else args)
     try:
         _run(given)
-    except BrokenPipeError:  # who read along has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         said = sentence_of(error)
@@ -86,14 +86,14 @@ def _run(given: list[str]) -> None:
 
 
 def _prepare_log() -> None:
-    """What Lightning says stands above the progress bar, and recommends no products."""
+    """Print Lightning's messages above the progress bar, and drop product recommendations."""
     logging.getLogger(TELLS).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
     for logger in (logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")):
         logger.handlers = [_Stderr() if type(handler) is logging.StreamHandler else handler for handler in logger.handlers]
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what standard error is now: a progress bar that stands there moves on."""
+    """Writes to the current standard error, so that a progress bar there is not broken."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

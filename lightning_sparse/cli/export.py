@@ -51,25 +51,25 @@ class Export(pl.Trainer):
         """Make a sparse checkpoint smaller and faster: every artifact is verified, and measured against the dense model.
 
         Args:
-            model: that was trained.
-            datamodule: whose test set verifies, and whose training set calibrates.
-            ckpt_path: the checkpoint; without --config, the configuration of its run is looked for next to it and above.
-            to: the folder to write.
-            rungs: which to make; null makes all that suit the model.
-            batch_size: that the model will see in use; latency is measured at it and at 1.
-            tolerance: the largest change of an output, as a share of the largest.
-            fold: batch normalization into the layers before it.
-            recalibrate: batch normalization on this many training batches before anything else; 0 for none.
-            calibrate: int8 on this many training batches; 0 leaves it out.
-            int8_tolerance: the largest change of a test metric by int8, such as 0.01 for a point of accuracy.
-            input_range: the least and largest input, by which the first layer may merge.
-            rounds: how many calls the median latency is taken from.
-            compiled: measure the dense model and smaller networks under torch.compile too, half a minute each.
-            device: to export for, such as cuda for 2:4.
-            precision: of the weights.
-            overwrite: files that are already in the folder.
-            network: the part of the model that is exported, by name. Its inputs are what it is called with in test_step, as
-                they are if a batch does not begin with a tensor; null takes the first tensor of a batch for the model.
+            model: the trained model.
+            datamodule: its test set verifies, and its training set calibrates.
+            ckpt_path: the checkpoint; without --config, the configuration of its run is searched next to it and above.
+            to: output folder.
+            rungs: the rungs to make; null makes all that suit the model.
+            batch_size: batch size in deployment; latency is measured at it and at 1.
+            tolerance: maximum change of an output, relative to the largest output.
+            fold: fold batch normalization into the preceding layers.
+            recalibrate: first re-estimate batch normalization on this many training batches; 0 for none.
+            calibrate: calibrate int8 on this many training batches; 0 skips int8.
+            int8_tolerance: maximum change of a test metric by int8, such as 0.01 for one percentage point of accuracy.
+            input_range: the smallest and largest input, with which the first layer may merge.
+            rounds: number of calls for the median latency.
+            compiled: also measure the dense model and smaller networks under torch.compile, half a minute each.
+            device: device to export for, such as cuda for 2:4.
+            precision: precision of the weights.
+            overwrite: overwrite files that are already in the folder.
+            network: name of the submodule that is exported. Its inputs are those of its call in test_step, unless a batch
+                begins with a tensor; null exports the model itself on the first tensor of a batch.
         """
         _check(to, batch_size, recalibrate, calibrate)
         load_weights(model, ckpt_path)
@@ -115,7 +115,7 @@ def inputs_of(
     stage: Literal["train", "test"],
     network: str | None = None,
 ) -> Iterator[Call]:
-    """What a network is called with on batches: the first tensor of each, or what a step of the model makes of it.
+    """The inputs of a network on batches: the first tensor of each, or the inputs that a step of the model passes to it.
 
     Raises:
         ValueError: if there is no data, or no network is called.
@@ -132,11 +132,11 @@ def inputs_of(
 
 def _check(to: str, batch_size: int, recalibrate: int, calibrate: int) -> None:
     if not to:
-        raise ValueError("to='' names no folder; write --to FOLDER.")
+        raise ValueError("to='' is not a folder; write --to FOLDER.")
     if (reason := why_unwritable(Path(to))) is not None:
         raise ValueError(f"to='{to}' cannot be written ({reason}); choose another folder.")
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        raise ValueError(f"batch_size={batch_size} must be >= 1.")
     if recalibrate < 0:
         raise ValueError(f"recalibrate={recalibrate} must be a number of batches, or 0 to leave the statistics as they are.")
     if calibrate < 0:
@@ -147,7 +147,7 @@ def _one_batch(calls: Iterable[Call], batch_size: int) -> Call:
     """The first samples of calls whose shapes agree."""
     taken: list[Call] = []
     for call in calls:
-        if taken and _shapes(call) != _shapes(taken[0]):  # sequences of another length
+        if taken and _shapes(call) != _shapes(taken[0]):  # sequences of a different length
             break
         taken.append(call)
         if sum(one.samples for one in taken) >= batch_size:
@@ -156,7 +156,7 @@ def _one_batch(calls: Iterable[Call], batch_size: int) -> Call:
 
 
 def _seen_call(model: pl.LightningModule, batch: Any, stage: Literal["train", "test"], network: str | None) -> Call:
-    """How a step of a silent copy of the model calls its network, on a batch."""
+    """How a step of the model calls its network on a batch; run on a copy that logs nothing."""
     twin: Any = copy_model(model).eval()
     vars(twin).update(log=_nothing, log_dict=_nothing)
     kind, step = (
@@ -171,13 +171,13 @@ def _seen_call(model: pl.LightningModule, batch: Any, stage: Literal["train", "t
         calls = record_calls(twin, paths, lambda: getattr(twin, step)(*((batch, 0) if with_index else (batch,))))
     except Exception as error:
         raise ValueError(
-            f"{step} of {kind} fails outside of a run, so the inputs of its network are not known ({first_line(error)}); "
+            f"{step} of {kind} fails outside of a run, so the inputs of its network are unknown ({first_line(error)}); "
             "call export_ladder from Python with the network and its inputs."
         ) from error
     if len(calls) != 1:
         said = f"calls {[call.network for call in calls]}" if calls else f"does not call '{network or 'a network'}'"
         raise ValueError(
-            f"{step} of {kind} {said}, so it is unclear what is exported; write --network=NAME for a part that it calls."
+            f"{step} of {kind} {said}, so it is unclear what to export; set --network=NAME to a submodule that it calls."
         )
     return calls[0]
 

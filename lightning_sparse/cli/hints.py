@@ -1,4 +1,4 @@
-"""Sentences about what the parser refuses: the key, what is wrong with it, what to write instead."""
+"""One-sentence explanations of parser errors: the key, the problem, and what to write instead."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ import lightning_sparse.observe
 
 __all__ = ["explain"]
 
-# As different versions of the parser say it.
+# Wording of different versions of the parser.
 _UNKNOWN_OPTION = r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected|[Uu]nrecognized arguments: -*([\w.]+)"
 
-# Values of an argument, by how the parser calls their type.
+# Values of an argument, by the parser's name of their type.
 _KINDS = {
     "dot import path": "the import path of a function",
     "<class 'float'>": "a number",
-    "<class 'int'>": "a whole number",
+    "<class 'int'>": "an integer",
     "<class 'bool'>": "true or false",
     "Mapping": "a mapping",
     "Sequence": "a list",
@@ -42,12 +42,12 @@ _KINDS = {
 
 
 def explain(message: str, options: Sequence[str] = (), cls: type | None = None) -> str:
-    """One sentence from the parser's report: the key, what is wrong with it, what to write instead.
+    """One sentence from the parser's report: the key, the problem, and what to write instead.
 
     Args:
-        message: of the parser.
-        options: that the parser knows.
-        cls: whose options these are; None for those of the command line itself.
+        message: message of the parser.
+        options: options that the parser knows.
+        cls: the class whose options these are; None for the command line itself.
 
     Example:
         >>> explain("Option 'sparsitty' is not accepted", ["sparsity", "start"])
@@ -62,7 +62,7 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
     if key and (choices := _choices(message, key[1], cls)):
         kinds = _kinds(message)
         if any(isinstance(choice, int) for choice in choices):  # it may be one of these numbers, not any
-            kinds = kinds.removeprefix("a whole number").removeprefix(" or ")
+            kinds = kinds.removeprefix("an integer").removeprefix(" or ")
         others = f", or write {kinds}" if kinds else ""
         unknown_value = f"{value} is unknown;" if (value := _value(message)) else ":"
         return f"{key[1]}{unknown_value} choose from {choices}{others}."
@@ -76,8 +76,8 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
         return f"'{unknown[1]}'{where} is not a known class; {remedy}"
     if call := re.search(r"Unexpected import path format: (.+)", message):
         return (
-            f"'{call[1]}'{where} is not the import path of a class; write the class alone, such as MagnitudePruning, and "
-            "its arguments as options of their own."
+            f"'{call[1]}'{where} is not the import path of a class; write only the class, such as MagnitudePruning, and "
+            "its arguments as separate options."
         )
     if key and (base := re.search(r"not correspond to a subclass of (\w+)", message)):
         return f"{key[1]}{_value(message)} must be a subclass of {base[1]}; write the import path of one."
@@ -95,12 +95,12 @@ def _unknown_option(name: str, options: Sequence[str], cls: type | None) -> str:
     if cls is not None and name in refused:
         return f"{cls.__name__} does not take {name}: {refused[name]}."
     near = _nearest(name, options)
-    remedy = f"did you mean '{near[0]}'?" if near else "see --help and --print_config for what is known."
+    remedy = f"did you mean '{near[0]}'?" if near else "see --help and --print_config for all options."
     return f"'{name}' is not an option{f' of {cls.__name__}' if cls else ''}; {remedy}"
 
 
 def _nearest(name: str, options: Sequence[str]) -> list[str]:
-    """The option that is most likely meant: its whole name, or the last part of it, is like what was written."""
+    """The option that was most likely meant: its whole name, or the last part of it, resembles what was written."""
     last = {option.rpartition(".")[2]: option for option in reversed(options)}
     begins = [option for part, option in last.items() if len(name) > 3 and "." not in name and part.startswith(f"{name}_")]
     whole = difflib.get_close_matches(name, options, n=1, cutoff=0.55)
@@ -118,7 +118,7 @@ def _required(names: str) -> str:
 
 
 def _choices(message: str, key: str, cls: type | None) -> list[Any]:
-    """All that a `Literal` allows; older versions of the parser do not say it, but the class does."""
+    """All choices of a `Literal`; older versions of the parser do not list them, but the class does."""
     hints = {}
     if cls is not None:
         with suppress(Exception):  # a class from elsewhere may have hints that cannot be read
@@ -131,7 +131,7 @@ def _choices(message: str, key: str, cls: type | None) -> list[Any]:
 
 
 def _value(message: str) -> str:
-    """What was given, if the parser says so."""
+    """The given value, if the parser reports it."""
     given = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
     if given is None:
         return ""
@@ -141,11 +141,11 @@ def _value(message: str) -> str:
 
 
 def _kinds(message: str) -> str:
-    """What may be given beside the choices; empty if any of it is not known here."""
+    """What else is allowed beside the choices; empty if any of it is unknown here."""
     expected = [line for line in re.findall(r"Expected an? (.*)", message) if "Literal" not in line]
     found = [next((said for kind, said in _KINDS.items() if kind in line), "") for line in expected]
     if "a number" in found:
-        found = [said for said in found if said != "a whole number"]
+        found = [said for said in found if said != "an integer"]
     return " or ".join(said for said in dict.fromkeys(_KINDS.values()) if said in found) if all(found) else ""
 
 
@@ -157,7 +157,7 @@ KINDS_OF_CLASSES = {
     "network": nn.Module,
     "optimizer": Optimizer,
 }
-"""What a configuration can name where."""
+"""The classes that a configuration can name, by key."""
 
 
 def _known_classes(key: str) -> list[str]:

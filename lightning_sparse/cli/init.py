@@ -21,7 +21,7 @@ from lightning_sparse.data import Digits
 
 
 class Net(L.LightningModule):
-    """Put your own module here: nothing in it knows of sparsity."""
+    """Put your own module here: nothing in it is specific to sparsity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ if __name__ == "__main__":
         max_epochs=10,
         default_root_dir="runs",
         callbacks=[MagnitudePruning(sparsity=0.9), SparsityMonitor()],
-        plugins=[AtomicCheckpointIO()],  # a kill or a full disk leaves the checkpoint before
+        plugins=[AtomicCheckpointIO()],  # a kill or a full disk leaves the previous checkpoint intact
     )
     trainer.fit(Net(), Digits(batch_size=64))
 '''
@@ -79,7 +79,7 @@ data:
 def init(args: list[str]) -> None:
     """Write `experiment.yaml`, `method.yaml` and `train.py` into a folder."""
     parser = argparse.ArgumentParser("lightning-sparse init", description="Write configurations and a script to edit.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write; files that are there are left alone")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write; existing files are left alone")
     folder: Path = parser.parse_args(args).folder
     files = {
         "experiment.yaml": EXPERIMENT,

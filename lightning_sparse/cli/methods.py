@@ -1,4 +1,4 @@
-"""`lightning-sparse methods [NAME]`: what there is, and what each takes; read from signatures and docstrings."""
+"""`lightning-sparse methods [NAME]`: all methods, or the arguments of one; read from signatures and docstrings."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Argument(NamedTuple):
     """One argument of one method.
 
     Args:
-        name: as it is written.
-        default: in Python; `required` without one.
-        meaning: with its range, from the docstring.
-        choices: all strings that it can be, if it can be no other.
+        name: its name in Python.
+        default: its default in Python; `required` without one.
+        meaning: what it does and its range, from the docstring.
+        choices: all strings that it accepts, if it accepts no others.
     """
 
     name: str
@@ -47,10 +47,10 @@ def arguments(method: type) -> Iterator[Argument]:
 
 
 def methods(args: list[str]) -> None:
-    """List the methods, or what one of them takes."""
-    parser = argparse.ArgumentParser("lightning-sparse methods", description="List the methods, or what one of them takes.")
+    """List the methods, or the arguments of one."""
+    parser = argparse.ArgumentParser("lightning-sparse methods", description="List the methods, or the arguments of one.")
     parser.add_argument(
-        "name", nargs="?", help="one of them: its arguments with their ranges, its source, its configurations"
+        "name", nargs="?", help="show the arguments of this method with their ranges, its source, and its configurations"
     )
     name = parser.parse_args(args).name
     if name is None:
@@ -69,7 +69,7 @@ def _list() -> None:
     for method in METHODS:
         line = _first_sentence(method)
         print(f"{method.__name__:{wide}s}{textwrap.shorten(line, WIDTH - wide, placeholder=' ...')}")
-    print("\nWhat one of them takes: lightning-sparse methods NAME")
+    print("\nArguments of a method: lightning-sparse methods NAME")
 
 
 def _describe(method: type[Sparsifier]) -> None:
@@ -95,7 +95,7 @@ def _first_sentence(method: type) -> str:
 
 
 def _configurations(method: type) -> list[str]:
-    """The overlays that have this method."""
+    """The overlays that contain this method."""
     found = []
     for name in config_names():
         if name.startswith("methods/"):
@@ -106,7 +106,7 @@ def _configurations(method: type) -> list[str]:
 
 
 def _choices(hint: Any) -> list[str]:
-    """All strings that a type lists, in order; none where it takes any other string too."""
+    """All strings that a type lists, in order; none if it accepts any string."""
     if get_origin(hint) is Literal:
         return [choice for choice in get_args(hint) if isinstance(choice, str)]
     parts = get_args(hint)
@@ -114,7 +114,7 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _described(method: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each argument; the first to mention it counts."""
+    """The descriptions of arguments in the docstrings of a class and its bases; the first one counts."""
     found: dict[str, str] = {}
     for base in method.__mro__:
         section = re.search(r"^Args:\n((?: .*\n?|\n)+)", inspect.cleandoc(base.__doc__ or ""), flags=re.M)
@@ -124,7 +124,7 @@ def _described(method: type) -> dict[str, str]:
 
 
 def _shown(default: Any) -> str:
-    """A default as it is written in Python, with few digits."""
+    """A default as written in Python, with few digits."""
     if default is inspect.Parameter.empty:
         return "required"
     return f"`{default:.4g}`" if isinstance(default, float) else f"`{default!r}`".replace("'", '"')

@@ -13,9 +13,9 @@ __all__ = ["SparseParser"]
 
 
 class SparseParser(LightningArgumentParser):
-    """Says what is wrong in one sentence.
+    """A parser that reports a problem in one sentence.
 
-    For every class that a configuration names jsonargparse makes a parser of this kind, which knows its class.
+    For every class that a configuration names, jsonargparse makes a parser of this kind, which knows its class.
     """
 
     made_for: type | None = None

@@ -15,16 +15,16 @@ from rich.table import Column
 __all__ = ["OneLineBar", "fitting"]
 
 BAR, TIME, LONGEST = 8, 7, 60
-"""Characters: of a bar at least, of the time, and of a bar at most."""
+"""Characters: minimum for the bar, for the time, and maximum for the bar."""
 
 
 @final
 class OneLineBar(RichProgressBar):
-    """Lightning's `RichProgressBar`, whose metrics give way to the width of the terminal instead of wrapping.
+    """Lightning's `RichProgressBar`, but metrics that do not fit into the terminal are dropped instead of wrapped.
 
-    Metrics are shown in order of what changes first: numbers that were logged, then phases. The version of the run is left
-    out, and so is the speed, which the time that is left says better. The bar ends with the training, so nothing that is
-    printed after it is overwritten.
+    Metrics are shown in order of what changes first: logged numbers, then phases. The run's version is omitted, and so is
+    the speed, because the remaining time is more useful. The bar ends with the training, so nothing printed after it is
+    overwritten.
     """
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
@@ -32,7 +32,7 @@ class OneLineBar(RichProgressBar):
 
     def configure_columns(self, trainer: pl.Trainer) -> list[ProgressColumn]:
         theme = self.theme
-        # Lightning has made its own just before it asks for the others, and puts it behind them just after.
+        # Lightning has created its own just before it asks for the others, and puts it after them afterwards.
         self._metric_component = _Metrics(
             trainer, theme.metrics, theme.metrics_text_delimiter, theme.metrics_format, self._room
         )
@@ -56,7 +56,7 @@ class OneLineBar(RichProgressBar):
         self.teardown(trainer, pl_module, "fit")
 
     def _room(self) -> int:
-        """Characters that are left for metrics, beside all else and a space before each column."""
+        """Characters left for metrics, beside everything else and a space before each column."""
         if self.train_progress_bar_id is None:
             return 0
         task = self.train_progress_bar
@@ -65,7 +65,7 @@ class OneLineBar(RichProgressBar):
 
 
 class _Metrics(MetricsTextColumn):
-    """As many metrics as there is room for, in one line."""
+    """As many metrics as fit into one line."""
 
     def __init__(self, trainer: pl.Trainer, style: Any, delimiter: str, number: str, room: Any) -> None:
         super().__init__(trainer, style, delimiter, number)
@@ -79,12 +79,12 @@ class _Metrics(MetricsTextColumn):
 
 
 def fitting(metrics: Mapping[str, Any], room: int, delimiter: str = " ", number: str = ".3f") -> dict[str, str]:
-    """The metrics that fit into a line, as text; what does not fit gives way to what comes after it.
+    """The metrics that fit into a line, as text; one that does not fit is skipped in favor of later ones.
 
     Args:
-        metrics: by name, those that matter most first.
-        room: characters there are.
-        delimiter: between two.
+        metrics: by name, most important first.
+        room: number of available characters.
+        delimiter: text between two metrics.
         number: format of numbers.
 
     Example:

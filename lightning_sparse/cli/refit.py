@@ -1,4 +1,4 @@
-"""`lightning-sparse refit`: merge the linear layers of a trained network, and train what is left."""
+"""`lightning-sparse refit`: merge the linear layers of a trained network, and retrain the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Refit"]
 
 
 class Refit(pl.Trainer):
-    """A Trainer that can merge a network and train it on."""
+    """A Trainer that can merge a network and retrain it."""
 
     def refit(
         self,
@@ -29,15 +29,15 @@ class Refit(pl.Trainer):
         tolerance: float = 1e-3,
         allow_growth: bool = False,
     ) -> pl.LightningModule:
-        """Merge the linear layers of a trained model and train what is left again, without the layer penalty.
+        """Merge the linear layers of a trained model and retrain what is left, without the layer penalty.
 
         Args:
-            model: whose layers are merged.
-            datamodule: to fit it to.
+            model: the model whose layers are merged.
+            datamodule: data to fit it to.
             ckpt_path: the checkpoint of a fit with LayerSparsity.
-            start: from the merged weights (`warm`), or from new ones in the same structure (`fresh`).
-            tolerance: the largest ratio of negative part to whole of a layer that is merged.
-            allow_growth: merge also where the product has more parameters than its factors.
+            start: start from the merged weights (`warm`), or from new ones in the same structure (`fresh`).
+            tolerance: maximum ratio of negative part to whole for a layer that is merged.
+            allow_growth: also merge where the product has more parameters than its factors.
         """
         load_weights(model, ckpt_path)
         methods = [c for c in self.callbacks if isinstance(c, LayerSparsity)]  # type: ignore[attr-defined]
@@ -49,7 +49,7 @@ class Refit(pl.Trainer):
         before = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}
         if start == "fresh":
             fresh_start(merged)
-        for method in methods:  # what they pin the scale by is ordinary regularization, and stays
+        for method in methods:  # their scale term is ordinary regularization, and stays
             method.strength, method.layer_strength = 0.0, None
         self.fit(merged.train(), datamodule=datamodule)
         after = self.test(merged, datamodule=datamodule, verbose=False)[0] if tests else {}

@@ -1,4 +1,4 @@
-"""Which errors end in a sentence, and in which: those that somebody can mend who has not written the code."""
+"""Which errors are printed as one sentence: those that a user can fix without changing code."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["sentence_of"]
 OURS = str(Path(lightning_sparse.__file__).parent)
 LIBRARIES = (OURS, *{sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}, "<")
 REFUSES = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError, MisconfigurationException)
-"""What a library raises that has been given something it cannot work with; all else is a mistake in code."""
+"""What a library raises when it is given something that it cannot handle; everything else is a bug in code."""
 
 LONGEST = 300
-"""Characters of a sentence of others."""
+"""Maximum length of a sentence from a library."""
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """What to print instead of a traceback; None where only a traceback helps.
+    """The sentence to print instead of a traceback; None if only a traceback helps.
 
-    A refusal of this package speaks for itself. What a library refuses is passed on, unless code of the user is on the way
-    to it: who writes a LightningModule needs to see the line.
+    A refusal of this package is printed as it is. A refusal of a library is passed on, unless it came through the user's
+    code: the author of a LightningModule needs to see the line.
 
     Args:
-        error: that a command has ended with.
+        error: the error that ended a command.
     """
     chain = list(_chain(error))
     for one in chain:
@@ -57,7 +57,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _files(error: BaseException) -> list[str]:
-    """The files of the code that an error has come through, up to where it was raised."""
+    """The files of the code that an error passed through, up to where it was raised."""
     return [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)] or ["<"]
 
 

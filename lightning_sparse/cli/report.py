@@ -1,4 +1,4 @@
-"""`lightning-sparse report RUN...`: runs side by side in one page."""
+"""`lightning-sparse report RUN...`: compare runs side by side on one page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["report"]
 
 
 def report(args: list[str]) -> None:
-    """Lay runs side by side in one page."""
-    parser = argparse.ArgumentParser("lightning-sparse report", description="Lay runs side by side in one page.")
+    """Compare runs side by side on one page."""
+    parser = argparse.ArgumentParser("lightning-sparse report", description="Compare runs side by side on one page.")
     parser.add_argument("runs", nargs="+", help="folders of runs, or their report.html")
     parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="the page (default: comparison.html)")
     asked = parser.parse_args(args)
     if not asked.output.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--output '{asked.output}': there is no folder '{asked.output.parent}'; make it first.")
+        raise FileNotFoundError(f"--output '{asked.output}': there is no folder '{asked.output.parent}'; create it first.")
     runs = [run for file in find_reports(asked.runs) for run in read_report(file)]
     try:
         write_report(asked.output, *runs)

@@ -32,15 +32,15 @@ from lightning_sparse.observe.wandb import open_in_group, stay_offline
 __all__ = ["SparseCLI", "options"]
 
 COMMANDS = {**LightningCLI.subcommands(), "refit": {"model", "datamodule"}, "export": {"model", "datamodule"}}
-"""Commands, and what their methods take that no option is for."""
+"""Commands, and the arguments of their methods that are not options."""
 
 
 class SparseCLI(LightningCLI):
-    """LightningCLI whose model learns the shape of its data, and which can train the dense model beside the sparse one."""
+    """LightningCLI that sets the model's shape from its data, and can train the dense model beside the sparse one."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         self.parsers: list[LightningArgumentParser] = []
-        """The main one, then one for each command."""
+        """The main parser, then one for each command."""
         self._asked = next((arg for arg in args or () if arg in COMMANDS), None)
         super().__init__(
             pl.LightningModule,
@@ -53,7 +53,7 @@ class SparseCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Those of Lightning, `refit` and `export`; if one is asked for, only that, for each takes a second to prepare."""
+        """Lightning's commands, `refit` and `export`; only the requested one, because each takes a second to prepare."""
         return COMMANDS if self._asked is None else {self._asked: COMMANDS[self._asked]}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -75,7 +75,7 @@ class SparseCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """What cannot be meant is refused before anything is made."""
+        """Refuse invalid settings before anything is created."""
         super().parse_arguments(parser, args)
         command = self.config.subcommand
         config = self.config[command]
@@ -84,7 +84,7 @@ class SparseCLI(LightningCLI):
             config["ckpt_path"] = usable(ckpt_path, resume=command == "fit")
 
     def after_instantiate_classes(self) -> None:
-        """A checkpoint of another network is refused before the data are read."""
+        """Refuse a checkpoint of another network before the data is read."""
         if ckpt_path := self.config[self.subcommand].get("ckpt_path"):
             check_fit(self.model, ckpt_path)
 
@@ -99,13 +99,13 @@ class SparseCLI(LightningCLI):
             open_in_group(logger, group_of(self.trainer))
 
     def before_instantiate_classes(self) -> None:
-        """A run that cannot be sent stays here, and the rest of it goes on."""
+        """Keep a run on this machine if it cannot be sent, and continue."""
         logger = str(self.config[self.subcommand].get("trainer.logger", ""))
         if "WandbLogger" in logger and (hint := stay_offline()) is not None:
             rank_zero_only(print)(f"lightning-sparse: {hint}", file=sys.stderr)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Two methods of one class need names, or checkpoints could not tell them apart; the bar stays on a line."""
+        """Two methods of one class need names, or checkpoints could not distinguish them; the bar stays on one line."""
         settings = self.config_init[self.subcommand].trainer
         made = settings.callbacks if isinstance(settings.callbacks, list) else [one for one in (settings.callbacks,) if one]
         keys = [callback.state_key for callback in made if isinstance(callback, Sparsifier)]
@@ -116,20 +116,20 @@ class SparseCLI(LightningCLI):
         if settings.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
             kwargs["callbacks"] = [*callbacks, OneLineBar()]
         trainer = super().instantiate_trainer(**kwargs)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody has chosen another
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user has not chosen another
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def after_fit(self) -> None:
-        """Test the sparse model beside the dense one, if asked to."""
+        """Test the sparse model beside the dense one, if requested."""
         config = self.config[self.subcommand]
         if not config.beside_dense:
             return
         monitors = [c for c in self.trainer.callbacks if isinstance(c, SparsityMonitor)]  # type: ignore[attr-defined]
         sparse = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
         pl.seed_everything(config.seed_everything, workers=True)
-        self.save_config_callback = None  # what the sparse run has written stands
-        self.instantiate_classes()  # model, data and callbacks once more, new, with the same arguments
+        self.save_config_callback = None  # keep what the sparse run has written
+        self.instantiate_classes()  # new model, data and callbacks, with the same arguments
         ours = (Sparsifier, SparsityMonitor, SparsityTable, Checkpoint, SaveConfigCallback)
         callbacks = [c for c in self.config_init[self.subcommand].trainer.callbacks or [] if not isinstance(c, ours)]
         quiet: dict[str, Any] = {"logger": DummyLogger(), "log_every_n_steps": 0}
@@ -144,7 +144,7 @@ class SparseCLI(LightningCLI):
 
 
 class _Parsers(Exception):
-    """Instead of what they would parse."""
+    """Raised with the parsers, instead of parsing."""
 
 
 class _Listing(SparseCLI):

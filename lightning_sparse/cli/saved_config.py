@@ -1,4 +1,4 @@
-"""A run's folder holds its configuration, and whoever reads one of its checkpoints finds it there."""
+"""The configuration of a run in its folder, where commands that read its checkpoints find it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ KEPT = {
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the configuration of a training in the folder of its run, before the first batch.
+    """Save the configuration of a training in the folder of its run, before the first batch.
 
     Whatever the logger, that is the folder above `checkpoints`; checkpoints that go elsewhere get a copy. Every checkpoint
-    keeps a fingerprint of its model and data, so that a folder in which several runs have written is noticed.
+    stores a fingerprint of its model and data, so that a folder into which several runs have written is detected.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":  # a test must not pass for the run that it tests
+        if stage == "fit":  # a test must not be mistaken for the run that it tests
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -62,7 +62,7 @@ class SaveRunConfig(SaveConfigCallback):
             self.parser.save(self.config, str(folder / FILE), skip_none=False, overwrite=True, multifile=False)
         except OSError as error:
             raise ValueError(
-                f"the run cannot write into '{folder}' ({error.strerror}); choose another folder, such as by "
+                f"the run cannot write into '{folder}' ({error.strerror}); choose another folder, for example with "
                 "--trainer.default_root_dir."
             ) from error
 
@@ -75,17 +75,17 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """Tells the model and data of one configuration from those of others."""
+    """A hash that distinguishes the model and data of different configurations."""
     text = json.dumps([config.get("model"), config.get("data")], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def with_saved_config(args: list[str], folder: str) -> list[str]:
-    """Arguments of a command with the configuration of the run its checkpoint is from, unless they name one.
+    """Add to a command the configuration of the run that saved its checkpoint, unless one is given.
 
     Args:
-        args: of the command line.
-        folder: for a file that holds what the command needs.
+        args: arguments of the command line.
+        folder: folder for a file that holds what the command needs.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -104,7 +104,8 @@ def with_saved_config(args: list[str], folder: str) -> list[str]:
     made_with = _fingerprint_in(checkpoint)
     if made_with is not None and made_with != fingerprint(saved):
         raise ValueError(
-            f"'{found}' is of another run than '{checkpoint}': their models or data differ; give the configuration of the "
+            f"'{found}' belongs to another run than '{checkpoint}': their models or data differ; give the configuration of "
+            f"the "
             "checkpoint's own run with --config."
         )
     taken = {key: saved[key] for key in KEPT[args[0]] if key in saved}
@@ -134,7 +135,7 @@ def _fingerprint_in(checkpoint: str) -> str | None:
     file = Path(checkpoint) / SHARDED if Path(checkpoint).is_dir() else checkpoint
     try:
         states = torch.load(file, map_location="cpu", weights_only=True)["callbacks"]
-    except Exception:  # what is wrong with the file is said where it is read
+    except Exception:  # a problem with the file is reported where it is read
         return None
     found: str | None = states.get("SaveRunConfig", {}).get("fingerprint")
     return found

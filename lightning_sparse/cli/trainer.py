@@ -9,4 +9,4 @@ __all__ = ["SparseTrainer"]
 
 
 class SparseTrainer(Refit, Export):
-    """A Trainer that can also merge a network and train it on, or export it."""
+    """A Trainer that can also merge a network and retrain it, or export it."""

@@ -1,4 +1,4 @@
-"""What a network is called with: arguments of any structure, and the tensors in them."""
+"""Calls of a network: arguments of any structure, and the tensors in them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Call:
     Args:
         args: positional arguments.
         kwargs: keyword arguments.
-        network: the part of a model that is called, by name; None is the model itself, or the only network of a
-            LightningModule without a forward pass of its own.
+        network: name of the submodule that is called; None is the model itself, or the only network of a LightningModule
+            without its own forward pass.
 
     Example:
         >>> call = Call.of({"x": torch.ones(4, 2), "t": 3})
@@ -39,7 +39,7 @@ class Call:
 
     @classmethod
     def of(cls, inputs: Any, network: str | None = None) -> Call:
-        """Inputs as Lightning reads `example_input_array`: a tuple holds positional arguments, a dictionary named ones."""
+        """Inputs as in Lightning's `example_input_array`: a tuple holds positional, a dict holds keyword arguments."""
         if isinstance(inputs, cls):
             return inputs if network is None else replace(inputs, network=network)
         if isinstance(inputs, tuple):
@@ -49,13 +49,13 @@ class Call:
         return cls((inputs,), {}, network)
 
     def map(self, apply: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Call:
-        """The same call with every tensor in it exchanged, and everything else that is no container by another function."""
+        """The same call with a function applied to every tensor, and another to everything else that is no container."""
         args, kwargs = (exchange(part, apply, other) for part in (self.args, dict(self.kwargs)))
         return replace(self, args=args, kwargs=kwargs)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors in it."""
+        """All tensors in the call."""
         return list(leaves((self.args, self.kwargs)))
 
     @property
@@ -64,38 +64,38 @@ class Call:
         return next((len(tensor) for tensor in self.tensors if tensor.ndim), 1)
 
     def is_batch(self, tensor: Tensor) -> bool:
-        """Whether a tensor of this call has a row for each sample."""
+        """Whether a tensor of this call has one row per sample."""
         return bool(tensor.ndim) and len(tensor) == self.samples
 
     def first(self, samples: int) -> Call:
-        """The first samples; all of them where samples are not rows of tensors but items of a list."""
+        """The first samples; all of them if samples are not rows of tensors but items of a list."""
         if _holds_lists((self.args, self.kwargs)):
             return self
         return self.map(lambda tensor: tensor[:samples] if self.is_batch(tensor) else tensor)
 
     def at_least_two(self) -> Call:
-        """The same, doubled if there is only one sample: tracers take the size one for a constant."""
+        """The same, doubled if there is only one sample: tracers treat size one as a constant."""
         if self.samples > 1:
             return self
         return self.map(lambda tensor: torch.cat([tensor, tensor]) if self.is_batch(tensor) else tensor)
 
     def fit(self, model: nn.Module) -> Call:
-        """The same on the device of a model, and of its type unless they are integers."""
+        """The same on the device of a model, and in its dtype unless tensors are integers."""
         return self.map(lambda tensor: fit_to(model, tensor))
 
     def bind(self, called: nn.Module) -> dict[str, Any]:
-        """The arguments by their names in the signature of what is called."""
+        """The arguments by their names in the signature of the called module."""
         return inspect.signature(called.forward).bind(*self.args, **self.kwargs).arguments
 
     def __call__(self, model: nn.Module) -> Any:
-        """What the network of a model returns."""
+        """Call the network of a model."""
         called = callee(model, self.network)[1]
         fitted = self.fit(called)
         return called(*fitted.args, **fitted.kwargs)
 
 
 def join(calls: Sequence[Call]) -> Call:
-    """Several calls of the same structure as one of all their samples."""
+    """Join several calls of the same structure into one with all their samples."""
     columns = iter(list(zip(*(call.tensors for call in calls), strict=True)))
 
     def all_of(tensor: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def join(calls: Sequence[Call]) -> Call:
 
 
 def exchange(value: Any, apply: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
-    """The same structure with every tensor in it exchanged: in lists, tuples, mappings and dataclasses of any kind.
+    """Apply a function to every tensor of a structure: lists, tuples, mappings and dataclasses of any kind.
 
     Example:
         >>> exchange({"x": (torch.ones(2), "text")}, lambda tensor: tensor + 1)
@@ -118,7 +118,7 @@ def exchange(value: Any, apply: Callable[[Tensor], Any], other: Callable[[Any], 
         items = {key: exchange(item, apply, other) for key, item in value.items()}
         if type(value) is dict or not isinstance(value, MutableMapping):
             return items
-        made: Any = copy.copy(value)  # classes of their own are asked for attributes too
+        made: Any = copy.copy(value)  # custom classes may have further attributes
         for key, item in items.items():
             made[key] = item
         return made
@@ -135,7 +135,7 @@ def exchange(value: Any, apply: Callable[[Tensor], Any], other: Callable[[Any], 
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
-    """All tensors in a structure that `exchange` knows, in its order.
+    """All tensors in a structure that `exchange` handles, in order.
 
     Example:
         >>> [tensor.item() for tensor in leaves({"a": torch.tensor(1), "b": [None, (torch.tensor(2),)]})]
@@ -155,7 +155,7 @@ def leaves(value: Any) -> Iterator[Tensor]:
 
 
 def fit_to(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Inputs on the device of a model, and of its type unless they are integers."""
+    """Inputs on the device of a model, and in its dtype unless they are integers."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         return inputs
@@ -167,7 +167,7 @@ def _is_record(value: Any) -> bool:
 
 
 def _holds_lists(value: Any) -> bool:
-    """Whether samples are listed one by one, as detectors take them."""
+    """Whether samples are listed one by one, as for detectors."""
     if isinstance(value, Mapping):
         return any(map(_holds_lists, value.values()))
     if isinstance(value, list):

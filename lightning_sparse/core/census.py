@@ -1,6 +1,6 @@
 """What there is to count in masks and weights, over all ranks where each holds a part.
 
-Where weights are cut into shards, all ranks must call these functions, and each gets the same numbers.
+Where weights are sharded, all ranks must call these functions, and each gets the same numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which layers of a network may merge into the next one, found in its `torch.fx` graph, and why the others may not."""
+"""Which layers of a network may merge into the next one, found in its `torch.fx` graph, and why others may not."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Link:
-    """A layer that merges into its successor as soon as its activation does nothing.
+    """A layer that merges into its successor once its activation has no effect.
 
     Args:
-        name: of the layer, in the module that was searched.
-        layer: itself.
+        name: name of the layer in the module that was searched.
+        layer: the layer itself.
         norm: the batch normalization between it and its activation, if any.
-        activated: whether there is an activation to be got rid of; without one the two layers are linear as they are.
-        low: the least value that its inputs take; finite.
+        activated: whether there is an activation to remove; without one the two layers are already linear.
+        low: the smallest value that its inputs take; finite.
         high: the largest value that its inputs take.
         successor: the name of the next layer.
-        nodes: of the graph: the layer, all that lies between, the successor.
-        norm_name: of `norm`.
+        nodes: nodes of the graph: the layer, everything in between, the successor.
+        norm_name: name of `norm`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Link:
     norm_name: str | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What decides whether the layer is linear: its weight and bias, and those of its normalization."""
+        """The parameters that determine whether the layer is linear: weight, bias, and those of its normalization."""
         found = {f"{self.name}.{name}": p for name, p in self.layer.named_parameters(recurse=False)}
         if self.norm is not None:
             found |= {f"{self.norm_name}.{name}": p for name, p in self.norm.named_parameters(recurse=False)}
@@ -62,7 +62,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Chains:
-    """All links of a module, and why its other layers are none.
+    """All links of a module, and why its other layers are not links.
 
     Args:
         links: in the order of the graph.
@@ -74,12 +74,12 @@ class Chains:
 
 
 def find_chains(module: nn.Module, input_range: Sequence[float] | None = None) -> Chains:
-    """All layers of a module that may merge into the next one, by name; what is not one says why.
+    """Find all layers of a module that may merge into the next one, by name, and the reason for each that may not.
 
     Args:
-        module: a network, or a LightningModule that holds networks.
-        input_range: the least and the largest value of what networks are given; None: not known, so that the first layer of
-            each is left alone.
+        module: a network, or a LightningModule that contains networks.
+        input_range: the smallest and the largest input of the networks; None: unknown, so the first layer of each is left
+            alone.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -103,10 +103,10 @@ def analyze(
     """The links of one traced network; see `find_chains`.
 
     Args:
-        network: of `find_networks`.
-        input_range: of what it is given.
+        network: a network from `find_networks`.
+        input_range: range of its inputs.
         shared: ids of parameters that several layers hold.
-        padded: whether pairs of convolutions with zeros padded between them count as links too.
+        padded: whether pairs of convolutions with zero padding between them count as links too.
     """
     modules = dict(network.module.named_modules(remove_duplicate=False))
     bounds = find_bounds(
@@ -138,7 +138,7 @@ def analyze(
 def _follow(
     node: fx.Node, modules: Mapping[str, nn.Module], bounds: Mapping[fx.Node, Bounds], path: str, padded: bool
 ) -> Link | str:
-    """From a layer to the next one; the link, or what is in the way."""
+    """Follow the graph from a layer to the next one; returns the link, or the obstacle."""
     layer = modules[str(node.target)]
     before = node.args[0] if node.args else None
     low, high = bounds.get(before, ANY) if isinstance(before, fx.Node) else ANY
@@ -192,7 +192,7 @@ def _follow(
 
 
 def _between(first: nn.Module, second: nn.Module, shifted: bool, padded: bool) -> str | None:
-    """Why two layers with nothing between them are not one, if they are not."""
+    """Why two adjacent layers cannot be merged, if they cannot."""
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         return None
     if not isinstance(first, PLAIN_CONVOLUTIONS) or type(first) is not type(second):
@@ -246,12 +246,12 @@ def effective_pair(link: Link, tensors: Mapping[str, Tensor] | None = None, shif
 
 
 def is_collapsed(link: Link, smallest: float = 1e-3) -> bool:
-    """Whether a layer's weights are so small that it cuts the signal: on the scale of usual initial values, below 1e-3.
+    """Whether a layer's weights are so small that it cuts off the signal: below 1e-3 on the scale of usual initial values.
 
-    Such a layer has next to no negative part either, but merging it would be no success.
+    Such a layer also has almost no negative part, but merging it would not be a success.
 
     Args:
-        link: of `find_chains`.
+        link: from `find_chains`.
         smallest: the Frobenius norm per square root of the number of outputs.
     """
     weight = effective_pair(link, shifted=False)[0].detach()

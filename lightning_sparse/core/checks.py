@@ -1,4 +1,4 @@
-"""Sentences for arguments that cannot be: what was given, and what to write instead."""
+"""Checks of arguments, with messages that name the given value and the remedy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["check_choice", "check_number", "check_schedule", "check_sparsity", "
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], more: str = "") -> None:
-    """Refuse what is not among the choices.
+    """Refuse a value that is not among the choices.
 
     Args:
-        name: of the argument.
-        value: that was given.
-        choices: all of them.
-        more: what else may be given, such as ` or give a function`.
+        name: name of the argument.
+        value: the given value.
+        choices: all valid values.
+        more: what else is allowed, such as ` or give a function`.
     """
     known = list(choices)
     if not isinstance(value, str) or value not in known:
@@ -26,19 +26,19 @@ def check_choice(name: str, value: Any, choices: Iterable[str], more: str = "") 
 
 
 def check_number(name: str, value: Any) -> None:
-    """Refuse what is not a finite number from 0 up."""
+    """Refuse anything but a finite number >= 0."""
     if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
-        raise ValueError(f"{name}={value!r} must be a number from 0 up.")
+        raise ValueError(f"{name}={value!r} must be a number >= 0.")
 
 
 def check_whole(name: str, value: Any, least: int, more: str = "") -> None:
-    """Refuse what is not a whole number, or is too small."""
+    """Refuse anything but an integer of at least this size."""
     if not isinstance(value, Integral) or int(value) < least:
-        raise ValueError(f"{name}={value!r} must be a whole number from {least} up{more}.")
+        raise ValueError(f"{name}={value!r} must be an integer >= {least}{more}.")
 
 
 def check_sparsity(name: str, value: Any) -> None:
-    """Refuse what is not a fraction below one."""
+    """Refuse anything but a fraction below one."""
     if not isinstance(value, Real):
         raise ValueError(f"{name}={value!r} must be a number in [0, 1): the fraction that is removed.")
     value = float(value)
@@ -50,13 +50,13 @@ def check_sparsity(name: str, value: Any) -> None:
 
 
 def check_schedule(name: str, schedule: Callable[..., Any], start: float, end: float) -> None:
-    """Refuse a function that is no schedule.
+    """Refuse a function that is not a schedule.
 
     Args:
-        name: of the argument.
-        schedule: that was given.
-        start: its value before.
-        end: its value at the end.
+        name: name of the argument.
+        schedule: the given function.
+        start: its start value.
+        end: its end value.
     """
     label = getattr(schedule, "__name__", type(schedule).__name__)
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -78,7 +78,7 @@ def check_schedule(name: str, schedule: Callable[..., Any], start: float, end: f
 
 
 def refuse_nan(scores: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Name the first weight whose score holds NaN.
+    """Name the first weight whose score contains NaN.
 
     Raises:
         ValueError: if there is one.

@@ -1,4 +1,4 @@
-"""Output channels that leave a network together: all that additions couple with one."""
+"""Output channels that are cut out of a network together, because additions tie them together."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ __all__ = ["Coupled"]
 
 
 class Coupled(Channels):
-    """Output channels, each in all the layers that additions couple, with its biases and norms: these can leave a network.
+    """Output channels across all layers that additions tie together, with biases and norms; they can be cut out entirely.
 
-    A channel counts by what all the layers say that hold it or read it. Channels that cannot leave are kept.
+    The score of a channel is computed from all layers that produce or read it. Channels that cannot be removed are kept.
 
     Args:
-        coupling: which channels go together; None before the network is known.
+        coupling: which channels belong together; None before the network is known.
     """
 
     text = "coupled"
     keeps_one = True
     noun: ClassVar = "channels"
-    """What messages call the units."""
+    """The name of the units in messages."""
     counted: ClassVar = "coupled channels"
-    """What tables call them."""
+    """The name of the units in tables."""
     holders: ClassVar = "groups of coupled layers"
-    """What messages call the pools."""
+    """The name of the pools in messages."""
 
     def __init__(self, coupling: Coupling | None = None) -> None:
         self._coupling = coupling
 
     @property
     def coupling(self) -> Coupling:
-        """Which channels go together."""
+        """Which channels belong together."""
         if self._coupling is None:
             raise ValueError(f"structure='{self.text}' needs to know which {self.noun} of the network go together.")
         return self._coupling
 
     def find(self, model: nn.Module, calls: Sequence[Call], weights: Mapping[str, int]) -> Coupling:
-        """Which units a model has.
+        """Find the units of a model.
 
         Args:
-            model: that holds the weights.
-            calls: of its networks, of which none holds another.
-            weights: weight -> how many output channels it has.
+            model: the model that holds the weights.
+            calls: calls of its networks, none of which contains another.
+            weights: weight -> its number of output channels.
 
         Raises:
-            ValueError: if none can leave, or it cannot be found out.
+            ValueError: if none can be removed, or this cannot be determined.
         """
         return find_coupling(model, calls, weights)
 
     def restore(self, state: Mapping[str, Any], weights: Mapping[str, int]) -> Coupling | None:
-        """What `find` has found before, from `Coupling.state`; None if that was of other weights."""
+        """Restore what `find` returned from `Coupling.state`; None if that belongs to other weights."""
         return Coupling.restore(state, weights)
 
     def parts(self, coupling: Coupling) -> list[str]:
-        """Modules whose products between activations get fewer with the units."""
+        """Modules whose products between activations shrink with the units."""
         return []
 
     def misfit(self, target: Target) -> str | None:
@@ -89,7 +89,7 @@ class Coupled(Channels):
         mean = self.coupling.mean(by_channel, by_input)
         ranked = [mean[units.to(mean.device)] for _, units in self.coupling.pools]
         for score in ranked:
-            score[score.argmax()] = torch.inf  # a layer without channels is none
+            score[score.argmax()] = torch.inf  # a layer needs at least one channel
         return ranked
 
     def spread(self, kept: Sequence[Tensor], targets: Sequence[Target], scores: Sequence[Tensor]) -> list[Tensor]:
@@ -97,7 +97,7 @@ class Coupled(Channels):
         return [self.expand(self.coupling.spread(whole, target.name).to(target.weight.device), target) for target in targets]
 
     def together(self, kept: Sequence[Tensor]) -> Tensor:
-        """The masks of all pools as one of all units, on the CPU."""
+        """Merge the masks of all pools into one mask of all units, on the CPU."""
         whole = torch.ones(self.coupling.count, dtype=torch.bool)
         for mask, (_, units) in zip(kept, self.coupling.pools, strict=True):
             whole[units] = mask.cpu()

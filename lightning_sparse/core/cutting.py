@@ -1,4 +1,4 @@
-"""Layers made smaller, in place: what is left of their parameters, buffers and sizes when outputs or inputs leave."""
+"""Make layers smaller in place: their parameters, buffers and sizes after outputs or inputs are removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Kept", "cut", "cut_tensor", "own_tensors"]
 
 @dataclass(frozen=True)
 class Kept:
-    """Which outputs and inputs of a layer are left, as positions in the layer it was; None for all.
+    """Which outputs and inputs of a layer remain, as positions in the original layer; None for all.
 
     Args:
         outputs: rows, filters or channels, ascending; of `nn.MultiheadAttention` those of each of its three projections.
@@ -28,12 +28,12 @@ class Kept:
     inputs: list[int] | None = None
 
     def then(self, after: Kept) -> Kept:
-        """What is left if `after` is kept of what this keeps."""
+        """What remains if `after` is applied after this."""
         return Kept(_then(self.outputs, after.outputs), _then(self.inputs, after.inputs))
 
 
 def cut(layer: Any, kept: Kept) -> None:
-    """Take outputs and inputs out of a layer, in place: its parameters, buffers and sizes."""
+    """Remove outputs and inputs from a layer, in place: its parameters, buffers and sizes."""
     pieces = {name: cut_tensor(layer, name, tensor, kept) for name, tensor in own_tensors(layer).items()}
     if isinstance(layer, CONVOLUTIONS):
         groups = _group_members(layer, kept)
@@ -53,12 +53,12 @@ _IN_NAMES = ("in_features", "in_channels", "nx")
 
 
 def own_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a layer itself."""
+    """Parameters and buffers of the layer itself."""
     return dict((*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)))
 
 
 def cut_tensor(layer: nn.Module, name: str, tensor: Tensor, kept: Kept) -> Tensor:
-    """What is left of a tensor in the shape of one of the layer's: a parameter, a gradient, a moment."""
+    """Cut a tensor with the shape of one of the layer's: a parameter, a gradient, a moment."""
     if isinstance(layer, nn.MultiheadAttention):
         return _take(tensor, 0, _rows(name, len(tensor), kept.outputs))
     if name == "weight" and tensor.ndim >= 2:
@@ -79,7 +79,7 @@ def _out_count(layer: nn.Module) -> int | None:
 
 
 def _rows(name: str, count: int, outputs: list[int] | None) -> list[int] | None:
-    """Rows of a parameter of `nn.MultiheadAttention`, of which some hold all three projections one after the other."""
+    """Rows of a parameter of `nn.MultiheadAttention`; some parameters hold all three projections one after the other."""
     if outputs is None:
         return None
     parts = 3 if name.startswith("in_proj") else 1
@@ -87,7 +87,7 @@ def _rows(name: str, count: int, outputs: list[int] | None) -> list[int] | None:
 
 
 def _group_members(layer: Any, kept: Kept) -> list[tuple[list[int], list[int]]]:
-    """Of each group that is left: positions along the weight's first dimension, and along its second within the group."""
+    """For each remaining group: positions along the weight's first dimension, and along its second within the group."""
     outputs = range(layer.out_channels) if kept.outputs is None else kept.outputs
     inputs = range(layer.in_channels) if kept.inputs is None else kept.inputs
     per_out, per_in = layer.out_channels // layer.groups, layer.in_channels // layer.groups

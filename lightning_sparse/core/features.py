@@ -1,4 +1,4 @@
-"""Which layers' outputs are features to compare, found by the shape of the model or by patterns; and how to see them."""
+"""Which layer outputs are compared, found by the shape of the model or by patterns, and hooks that read them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class FeatureLayer:
     """A module whose output is a feature.
 
     Args:
-        name: as in `named_modules`, without the prefixes of `torch.compile`.
-        module: itself.
-        group: that the patterns have put it in; None where its resolution decides.
+        name: its name in `named_modules`, without the prefixes of `torch.compile`.
+        module: the module itself.
+        group: the group from the patterns; None if its resolution decides.
     """
 
     name: str
@@ -40,33 +40,34 @@ class FeatureLayer:
 
     @property
     def sample_dim(self) -> int:
-        """The dimension that counts the samples: 1 around attention that wants the sequence first."""
+        """The sample dimension: 1 around attention with the sequence first."""
         attention = (m for m in self.module.modules() if isinstance(m, nn.MultiheadAttention))
         return 1 if any(not m.batch_first for m in attention) else 0
 
     @property
     def convolves(self) -> bool:
-        """Whether there is a convolution in it, so that what follows the channels is space."""
+        """Whether it contains a convolution, so that the dimensions after the channels are spatial."""
         return any(isinstance(m, CONVOLUTIONS) for m in self.module.modules())
 
 
 def feature_layers(
     model: nn.Module, layers: Sequence[str] | None = None, groups: Mapping[str, Sequence[str]] | None = None
 ) -> list[FeatureLayer]:
-    """The layers whose outputs are compared, in the order of the model.
+    """Find the layers whose outputs are compared, in the order of the model.
 
-    Found by themselves: the blocks of residual networks and transformers, that is modules with two or more convolutions
-    or linear layers inside that stand in a `Sequential`, `ModuleList` or `ModuleDict`, of a class that does so twice. In a
-    model without blocks every convolution with the normalization and the activation behind it; with fewer than two
-    convolutions every linear layer too, but for the last, which makes the outputs.
+    By default, these are the blocks of residual networks and transformers: modules with two or more convolutions or linear
+    layers inside that are members of a `Sequential`, `ModuleList` or `ModuleDict`, of a class that occurs there twice. In a
+    model without blocks, it is every convolution with the normalization and activation that follow it; with fewer than two
+    convolutions, every linear layer too, except the last one, which makes the outputs.
 
-    Or by patterns: a glob in which `*` stays between two dots (`layer1.*`), a regular expression (`re:blocks`), a type
-    (`type:BasicBlock`); `!` in front excludes. If all exclude, they do so from what is found by itself.
+    Patterns can also select them: a glob in which `*` stays between two dots (`layer1.*`), a regular expression
+    (`re:blocks`), a type (`type:BasicBlock`); a leading `!` excludes. If all patterns exclude, they exclude from the
+    default.
 
     Args:
-        model: to look through.
+        model: the model to search.
         layers: patterns.
-        groups: patterns by the name of the group; only layers of one group are compared.
+        groups: patterns by group name; only layers of the same group are compared.
 
     Raises:
         ValueError: if a pattern matches nothing, fewer than two layers are found, or a group has fewer than two.
@@ -100,13 +101,13 @@ def feature_layers(
 
 
 def group_features(layers: Sequence[FeatureLayer], shapes: Sequence[torch.Size], pairs: str) -> dict[str, list[int]]:
-    """Which features are compared with one another: the indices of the layers by the name of their group.
+    """Group the features that are compared with one another: the indices of the layers by group name.
 
     Args:
-        layers: that were seen.
-        shapes: of their outputs.
-        pairs: `stage` for layers of equal resolution, `all` for all, `auto` for stages unless no stage has two layers.
-            Groups that are given stay.
+        layers: layers whose outputs were seen.
+        shapes: shapes of their outputs.
+        pairs: `stage` for layers of equal resolution, `all` for all, `auto` for stages unless no stage has two layers. Given
+            groups are kept.
 
     Raises:
         ValueError: if no group has two layers.
@@ -137,14 +138,14 @@ def group_features(layers: Sequence[FeatureLayer], shapes: Sequence[torch.Size],
 
 
 class FeatureTap:
-    """Sees the outputs of layers while it is open; what a layer puts out last counts.
+    """Records the outputs of layers while it is open; the last output of a layer counts.
 
-    Looks only at calls in training mode and with gradients, of the very modules it was made for: copies of the model
-    carry its hooks along, and are not seen.
+    It records only calls in training mode with gradients, of the very modules it was made for: copies of the model carry its
+    hooks along but are ignored.
 
     Args:
-        layers: to be seen.
-        grad: False also sees calls in evaluation mode and without gradients.
+        layers: layers to record.
+        grad: False also records calls in evaluation mode and without gradients.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -167,13 +168,13 @@ class FeatureTap:
         self._handles = [module.register_forward_hook(self._hook(index)) for index, module in enumerate(self._modules)]
 
     def take(self) -> list[tuple[FeatureLayer, Tensor]]:
-        """What was seen since, in the order of the layers, samples first; the tap is then closed and holds nothing."""
+        """Return the recorded outputs, in the order of the layers, samples first; this closes the tap and releases them."""
         self.open = False
         seen, self._seen = self._seen, {}
         return [(self.layers[i], _samples_first(seen[i], self.layers[i].sample_dim)) for i in sorted(seen)]
 
     def remove(self) -> None:
-        """Take the hooks off the model; safe to call again."""
+        """Remove the hooks from the model; safe to call again."""
         self.take()
         for handle in self._handles:
             handle.remove()
@@ -181,7 +182,7 @@ class FeatureTap:
         self._modules = []
 
     def _hook(self, index: int) -> Any:
-        # A function, not a method: a copy of the model then shares it, and does not copy the tap.
+        # A function, not a method, so that a copy of the model shares it and does not copy the tap.
         def see(module: nn.Module, inputs: Any, output: Any) -> None:
             if self.open and self._modules[index] is module and (not self.grad or _learns(module)):
                 self._seen[index] = _tensor(output, self.layers[index].name)
@@ -200,7 +201,7 @@ def _learns(module: nn.Module) -> bool:
 
 def _tensor(output: Any, name: str) -> Tensor:
     if isinstance(output, list | tuple) and output:
-        output = output[0]  # what transformers put out beside it are attentions and caches
+        output = output[0]  # the other outputs of transformers are attentions and caches
     if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
         what = f"a {output.dtype} of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
@@ -273,7 +274,7 @@ def _automatic(model: nn.Module, named: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _blocks(module: nn.Module, in_container: bool) -> Iterator[nn.Module]:
-    """The outermost modules that look like blocks; a module that lines up several blocks of one class is a stage."""
+    """The outermost modules that look like blocks; a module that contains several blocks of one class is a stage."""
     if isinstance(module, CONTAINERS):
         for child in module.children():
             yield from _blocks(child, True)
@@ -296,7 +297,7 @@ def _weight_layers(module: nn.Module) -> int:
 
 
 def _units(named: Mapping[str, nn.Module]) -> list[str]:
-    """Where each convolution, or each hidden linear layer, ends: behind its normalization and its activation."""
+    """The end of each convolution or hidden linear layer: after its normalization and its activation."""
     attended = {id(part) for m in named.values() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
     # Not of children(), which hides repetitions.
     places = Counter(
@@ -311,7 +312,7 @@ def _units(named: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _end_of_unit(name: str, named: Mapping[str, nn.Module], places: Mapping[int, int]) -> str:
-    """The order in which modules were put into their parent is the order of calls only in a `Sequential`."""
+    """Only in a `Sequential` is the order of modules in their parent the order of calls."""
     parent_name = name.rpartition(".")[0]
     siblings = [other for other in named if other and other.rpartition(".")[0] == parent_name]
     in_order = isinstance(named[parent_name], nn.Sequential)

@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` with fewer heads than its width has room for, which torch's own class cannot have."""
+"""`nn.MultiheadAttention` with fewer heads than its width allows, which torch's own class does not support."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["FewerHeads"]
 
 @final
 class FewerHeads(nn.MultiheadAttention):
-    """Attention of some of the heads; parameters have the names they had, and the call is the same.
+    """Attention with some of the heads; parameters keep their names, and the call is the same.
 
-    The width of a head stays, so the projections have fewer rows than the input has features, and the output projection
-    reads as many columns.
+    The head width stays, so the projections have fewer rows than the input has features, and the output projection has the
+    same smaller number of columns.
 
     Example:
         >>> attention = nn.MultiheadAttention(8, 4, batch_first=True)
@@ -29,7 +29,7 @@ class FewerHeads(nn.MultiheadAttention):
 
     @classmethod
     def of(cls, attention: nn.MultiheadAttention) -> Self:
-        """The same attention with the same heads, of which some may be cut out.
+        """The same attention with the same heads, some of which may be cut out.
 
         Raises:
             ValueError: if it attends to more than it is given.
@@ -84,7 +84,7 @@ class FewerHeads(nn.MultiheadAttention):
         return tuple(weights), (None, None, None) if biases is None else tuple(biases.split(inner))
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor | None:
-        """What is added to the scores: -inf where a mask is true, or the numbers of a mask of numbers."""
+        """The addend of the scores: -inf where a boolean mask is true, or the values of a numeric mask."""
         parts = []
         if attn_mask is not None:
             per_head = attn_mask.ndim == 3

@@ -1,4 +1,4 @@
-"""Heads of attention: what query, key and value compute for one, and what the output reads of it."""
+"""Attention heads: the query, key and value rows of each head, and the output columns that read it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ __all__ = ["Heads"]
 
 @final
 class Heads(Coupled):
-    """Whole heads of attention: their rows of query, key and value with the biases, and their columns of the output.
+    """Whole attention heads: their rows of query, key and value with the biases, and their columns of the output.
 
-    A head counts by the mean over all of these, each divided by the mean of its weight. Heads that share a key and a value,
-    as in grouped queries, leave together. Each attention keeps one. Weights that belong to no head are left alone.
+    The score of a head is the mean over all of these, each divided by the mean of its weight. Heads that share a key and a
+    value, as in grouped-query attention, are removed together. Each attention keeps at least one. Weights that belong to no
+    head are left alone.
     """
 
     text = "heads"

@@ -1,4 +1,4 @@
-"""What layers multiply their weights with: inputs as rows of a matrix, and weights as matrices that fit them."""
+"""The inputs that layers multiply by their weights, as rows of a matrix, and the matching matrix form of weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["InputTap", "Reading", "as_matrix", "from_matrix", "input_rows", "sho
 
 
 def shows_inputs(layer: nn.Module, parameter: str = "weight") -> bool:
-    """Whether a call of a layer shows what one of its weights is multiplied with.
+    """Whether a call of a layer shows the input of one of its weights.
 
-    So it is of linear layers and convolutions, of `nn.MultiheadAttention`, of recurrent cells, and of the weights by which
-    `nn.RNN`, `nn.LSTM` and `nn.GRU` read their input. Other weights of these, and fused experts, multiply out of sight.
+    This holds for linear layers and convolutions, `nn.MultiheadAttention`, recurrent cells, and the input weights of
+    `nn.RNN`, `nn.LSTM` and `nn.GRU`. Their other weights, and fused experts, multiply internally.
     """
     kind = kind_of(layer, parameter)
     return kind is not None and (kind.reads_input or _argument(layer, parameter) is not None)
@@ -33,11 +33,11 @@ def shows_inputs(layer: nn.Module, parameter: str = "weight") -> bool:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a layer multiplies one of its weights with in one call.
+    """The inputs of one of a layer's weights in one call.
 
     Args:
-        layer: that is called.
-        tensors: one for all outputs, or one for each part of them that reads an input of its own.
+        layer: the layer that is called.
+        tensors: one for all outputs, or one for each part of them that reads its own input.
     """
 
     layer: nn.Module
@@ -45,23 +45,23 @@ class Reading:
 
     @property
     def single(self) -> Tensor | None:
-        """The one vector that all outputs read, for each row; None for patches, and where parts read different ones."""
+        """The one vector per row that all outputs read; None for patches, and if parts read different ones."""
         return self.tensors[0] if len(self.tensors) == 1 and not isinstance(self.layer, CONVOLUTIONS) else None
 
     def rows(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """For which groups of the weight's matrix these are rows, and the rows as `input_rows` gives them.
+        """The groups of the weight's matrix, and their rows as `input_rows` gives them.
 
         Args:
-            dtype: of the rows; None is float32, or wider if the input is.
+            dtype: dtype of the rows; None is float32, or wider if the input is.
         """
         for index, tensor in enumerate(self.tensors):
             wide = torch.promote_types(tensor.dtype, torch.float32) if dtype is None else dtype
             yield self._part(index), input_rows(self.layer, tensor.to(wide))
 
     def squares(self) -> Iterator[tuple[slice, Tensor, int]]:
-        """For which groups, the sums over rows of their squares, (groups, columns), and how many rows there are.
+        """The groups, the sums of squares over their rows, (groups, columns), and the number of rows.
 
-        Places of a convolution are taken apart after samples have been added up, which is as many times cheaper.
+        Kernel positions of a convolution are separated after samples have been summed, which is cheaper by that factor.
         """
         for index, tensor in enumerate(self.tensors):
             squares = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
@@ -76,9 +76,10 @@ class Reading:
 
 
 def as_matrix(target: Target, tensor: Tensor) -> Tensor:
-    """A tensor of a weight's shape as (groups, outputs of a group, columns); columns count kernel positions, then inputs.
+    """A tensor of a weight's shape as (groups, outputs per group, columns); columns are kernel positions, then inputs.
 
-    Groups are those of a convolution, or the parts that read query, key and value. So m consecutive columns are m inputs at
+    Groups are those of a convolution, or the query, key and value parts. So m consecutive columns are m inputs at one kernel
+    position, as `n:m` needs.
     one kernel position, as `n:m` has them.
 
     Example:
@@ -90,7 +91,7 @@ def as_matrix(target: Target, tensor: Tensor) -> Tensor:
 
 
 def from_matrix(target: Target, matrix: Tensor) -> Tensor:
-    """What `as_matrix` was given."""
+    """The inverse of `as_matrix`."""
     shape = _split(target.weight, target).shape
     order = _order(target)
     back = [order.index(dim) for dim in range(len(order))]
@@ -111,12 +112,12 @@ def _order(target: Target) -> list[int]:
 def input_rows(layer: Any, inputs: Tensor) -> Tensor:
     """The inputs of a layer as (groups, rows, columns), so that rows times the transposed matrix are its outputs.
 
-    A linear layer has a row for each vector, whatever the leading dimensions; a convolution has one for each place of its
-    output, unfolded.
+    A linear layer has one row per vector, whatever the leading dimensions; a convolution has one per output position,
+    unfolded.
 
     Args:
-        layer: of which `shows_inputs` is true.
-        inputs: of one call.
+        layer: a layer for which `shows_inputs` is true.
+        inputs: inputs of one call.
 
     Example:
         >>> layer, x = nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False), torch.randn(5, 4, 8, 8)
@@ -146,7 +147,7 @@ def input_rows(layer: Any, inputs: Tensor) -> Tensor:
 
 
 def _padding(layer: Any) -> list[int]:
-    """Zeros before and behind, from the last dimension to the first."""
+    """Zeros before and after, from the last dimension to the first."""
     amounts: list[int] = []
     for dim in reversed(range(len(layer.kernel_size))):
         if layer.padding == "same":
@@ -158,7 +159,7 @@ def _padding(layer: Any) -> list[int]:
 
 
 def _spaced(layer: Any, x: Tensor) -> Tensor:
-    """The input of the convolution that a transposed one is: with zeros in between and around."""
+    """The input of the convolution that a transposed one amounts to: with zeros in between and around."""
     sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], layer.stride, strict=True)]
     spaced = x.new_zeros(*x.shape[:2], *sizes)
     places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in layer.stride))
@@ -171,15 +172,15 @@ def _spaced(layer: Any, x: Tensor) -> Tensor:
 
 
 class InputTap:
-    """Shows what some weights are multiplied with, whenever their layers are called while it is open.
+    """Reports the inputs of some weights whenever their layers are called while it is open.
 
-    Looks at the modules it was made for alone: copies of the model carry its hooks along, and are not seen.
+    It watches only the modules it was made for: copies of the model carry its hooks along but are ignored.
 
     Args:
-        module: that holds the weights.
-        names: of the weights; a weight that several layers share is seen in each of them.
-        see: is told the name of a weight, and what it is multiplied with.
-        training: whether only calls in training mode and with gradients count.
+        module: the module that holds the weights.
+        names: names of the weights; a weight that several layers share is reported for each of them.
+        see: called with the name of a weight and its input.
+        training: whether only calls in training mode with gradients count.
 
     Example:
         >>> net, seen = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), []
@@ -210,7 +211,7 @@ class InputTap:
                 self._handles.append(leave)
 
     def remove(self) -> None:
-        """Take the hooks off the model; safe to call again."""
+        """Remove the hooks from the model; safe to call again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -220,7 +221,7 @@ class InputTap:
         index = len(self._layers)
         self._layers.append(layer)
 
-        # A function, not a method: a copy of the model then shares it, and does not copy the tap.
+        # A function, not a method, so that a copy of the model shares it and does not copy the tap.
         def hook(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             counts = not self.training or (module.training and torch.is_grad_enabled())
             if self.open and counts and index < len(self._layers) and self._layers[index] is module:
@@ -229,7 +230,7 @@ class InputTap:
         self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _look(self, name: str, leaf: str) -> Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]:
-        """At the arguments of a call."""
+        """Read the arguments of a call."""
 
         def look(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             if tensors := _read(module, leaf, args, kwargs):
@@ -238,7 +239,7 @@ class InputTap:
         return look
 
     def _look_inside(self, name: str) -> Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], None]:
-        """At what attention hands to its last layer, which it does not call."""
+        """Read what attention passes to its last layer, which it does not call."""
 
         def look(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             self._inside.enter_context(_Attended(lambda x: self._see(name, Reading(module, (x.detach(),)))))
@@ -247,10 +248,10 @@ class InputTap:
 
 
 class _Attended(TorchFunctionMode):
-    """Shows what `F.multi_head_attention_forward` gives to its last projection.
+    """Reports the input of the last projection in `F.multi_head_attention_forward`.
 
-    It is called with the identity in place of that projection, which changes no number, and the projection is applied to
-    what comes out.
+    It is called with the identity in place of that projection, which changes no number, and the projection is applied to the
+    result.
     """
 
     def __init__(self, see: Callable[[Tensor], None]) -> None:
@@ -269,7 +270,7 @@ class _Attended(TorchFunctionMode):
 
 
 def _argument(layer: nn.Module, parameter: str) -> tuple[str, ...] | None:
-    """By which arguments of a call, by name, a weight out of sight is multiplied; None where they do not show it."""
+    """The names of the arguments of a call that a weight multiplies internally; None if they do not show it."""
     if isinstance(layer, nn.MultiheadAttention):
         known = type(layer).forward is nn.MultiheadAttention.forward
         return _OF_ATTENTION.get(parameter) if known else None
@@ -289,7 +290,7 @@ _OF_ATTENTION = {
 
 
 def _read(layer: nn.Module, parameter: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """What a call multiplies a weight with; one tensor if all parts of the weight read the same, none if nothing."""
+    """The inputs of a weight in a call; one tensor if all parts of the weight read the same, none if there is no input."""
     names = _argument(layer, parameter)
     if names is None:
         return (args[0] if args else next(iter(kwargs.values())),)
@@ -299,6 +300,6 @@ def _read(layer: nn.Module, parameter: str, args: Sequence[Any], kwargs: Mapping
 
 
 def _vectors(given: Any) -> Tensor:
-    """An input, or a hidden state without the state of its cell."""
+    """An input, or a hidden state without its cell state."""
     found: Tensor = given.data if isinstance(given, PackedSequence) else given[0] if isinstance(given, tuple) else given
     return found

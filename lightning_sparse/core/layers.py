@@ -1,4 +1,4 @@
-"""Which layers hold weights, and along which dimensions their outputs and inputs lie: one row per kind of layer."""
+"""Which layers hold weights, and along which dimensions: one row per kind of layer."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ LayerTypes = type[nn.Module] | tuple[type[nn.Module], ...]
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer, and how its weights are laid out.
+    """A kind of layer and the layout of its weights.
 
     Args:
-        fits: the types of the layer, subclasses included; or a function that knows the layer by what it holds.
+        fits: the types of the layer, subclasses included; or a function that recognizes the layer by its attributes.
         weights: a regular expression for the names of the layer's own parameters that are weights.
-        output_dim: the dimension that counts outputs.
-        input_dim: the dimension that counts inputs.
-        stack_dims: dimensions that count matrices which have nothing to do with each other, such as experts.
-        by_name: whether names choose such weights, and not only `type:` patterns.
-        reads_input: whether a call of the layer multiplies the vectors of its input, or patches of it, with the weight.
-        parts: equal parts of the outputs that may each read another input, as those of query, key and value.
+        output_dim: the output dimension.
+        input_dim: the input dimension.
+        stack_dims: dimensions that enumerate independent matrices, such as experts.
+        by_name: whether name patterns select such weights, and not only `type:` patterns.
+        reads_input: whether a call of the layer multiplies the vectors of its input, or patches of it, by the weight.
+        parts: number of equal parts of the outputs that may each read a different input, such as query, key and value.
     """
 
     fits: LayerTypes | Callable[[nn.Module], bool]
@@ -59,20 +59,20 @@ def register_layer(
     input_dim: int = 1,
     stack_dims: int | Sequence[int] = (),
 ) -> None:
-    """Tell all methods how a layer type of your own holds its weights; afterwards it is chosen like `nn.Linear`.
+    """Register the weights of your own layer type with all methods; afterwards it is selected like `nn.Linear`.
 
-    Call it again for weights of the same layer that are laid out differently. What is registered last counts first.
+    Call it again for weights of the same layer with a different layout. The last registration takes precedence.
 
     Args:
         layer_type: the class of the layer; subclasses are included.
         weights: the names of the layer's own parameters that are weights.
-        output_dim: the dimension that counts outputs.
-        input_dim: the dimension that counts inputs.
-        stack_dims: dimensions that count independent matrices, such as experts; each matrix then gets its own share
+        output_dim: the output dimension.
+        input_dim: the input dimension.
+        stack_dims: dimensions that enumerate independent matrices, such as experts; each matrix then gets its own budget
             where layers do.
 
     Raises:
-        ValueError: if it is no layer type, or dimensions overlap.
+        ValueError: if it is not a layer type, or dimensions overlap.
 
     Example:
         >>> import torch
@@ -101,10 +101,10 @@ def register_layer(
 
 
 def kind_of(layer: nn.Module, parameter: str = "weight") -> LayerKind | None:
-    """How a parameter of a layer is laid out, or None if it is not a weight of a known kind of layer.
+    """The layout of a layer's parameter, or None if it is not a weight of a known kind of layer.
 
     Args:
-        layer: that holds the parameter.
+        layer: the layer that holds the parameter.
         parameter: its name in the layer.
 
     Example:
@@ -117,11 +117,11 @@ def kind_of(layer: nn.Module, parameter: str = "weight") -> LayerKind | None:
 
 
 def weight_names(layer: nn.Module) -> list[str]:
-    """Regular expressions for the names of a layer's own parameters that are weights; none if its kind is not known."""
+    """Regular expressions for the names of a layer's own parameters that are weights; none for an unknown kind."""
     return [kind.weights for kind in LAYER_KINDS if kind.by_name and kind.holds(layer)]
 
 
-# Layers of other libraries are known by the sizes they name and the shapes they hold, so nothing has to be imported.
+# Layers of other libraries are recognized by their size attributes and shapes, so nothing has to be imported.
 
 
 def _has_shape(layer: nn.Module, parameter: str, *sizes: str) -> bool:
@@ -135,24 +135,24 @@ def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    """`Linear` of torch-geometric, and whatever else is laid out like `nn.Linear`."""
+    """`Linear` of torch-geometric, and any other layer with the layout of `nn.Linear`."""
     return _has_shape(layer, "weight", "out_features", "in_features") or _has_shape(
         layer, "weight", "out_channels", "in_channels"
     )
 
 
 def _is_transposed_linear(layer: nn.Module) -> bool:
-    """`Conv1D` of transformers, which holds its inputs first."""
+    """`Conv1D` of transformers, which stores its inputs first."""
     return _has_shape(layer, "weight", "nx", "nf")
 
 
 def _is_linear_by_type(layer: nn.Module) -> bool:
-    """`HeteroLinear` of torch-geometric: a matrix for each type of node, inputs first."""
+    """`HeteroLinear` of torch-geometric: one matrix per node type, inputs first."""
     return _has_shape(layer, "weight", "num_types", "in_channels", "out_channels")
 
 
 def _expert_sizes(layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
-    """Of a mixture: the shapes of an expert's first and second matrix, and how many matrices are fused in the first."""
+    """The shapes of an expert's first and second matrix in a mixture, and the number of matrices fused in the first."""
     down, fused = _parameter(layer, "down_proj"), _parameter(layer, "gate_up_proj")
     first = _parameter(layer, "up_proj") if fused is None else fused
     if first is None or down is None or first.ndim != 3 or down.ndim != 3 or len(first) != len(down):
@@ -170,7 +170,7 @@ def _are_experts(layer: nn.Module) -> bool:
 
 
 def _are_transposed_experts(layer: nn.Module) -> bool:
-    """Experts of those that hold inputs first, such as gpt-oss: (experts, inputs, outputs)."""
+    """Experts of mixtures that store inputs first, such as gpt-oss: (experts, inputs, outputs)."""
     sizes = _expert_sizes(layer)
     if sizes is None or not getattr(layer, "is_transposed", True):
         return False
@@ -196,4 +196,4 @@ LAYER_KINDS = [
     LayerKind(_is_linear, reads_input=True),
     LayerKind((nn.Embedding, nn.EmbeddingBag), by_name=False),
 ]
-"""The first row that fits counts."""
+"""The first matching row counts."""

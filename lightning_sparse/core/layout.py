@@ -200,7 +200,7 @@ class Part(nn.Parameter):
 
 
 def is_cut(module: nn.Module) -> bool:
-    """Whether any parameter of a module is cut into shards, or copied, over ranks."""
+    """Whether any parameter of a module is sharded, or copied, over ranks."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 

@@ -67,7 +67,7 @@ def find_spheres(
             )
         if target.parts_outputs:
             raise ValueError(
-                f"'{target.name}' is cut into shards along its inputs, and a sphere needs all inputs of an output on one "
+                f"'{target.name}' is sharded along its inputs, and a sphere needs all inputs of an output on one "
                 f"rank; leave it free with free=[..., '{target.name}'], or cut it along its outputs."
             )
         check_vectors(

@@ -1,4 +1,4 @@
-"""Sets of masks: those that are stored, and those that follow variables."""
+"""Sets of masks: stored ones, and ones that follow variables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Masks(ABC):
     """The masks of named weights; True = kept."""
 
     live: ClassVar[bool]
-    """Whether masks move with every step; then they are counted only as often as Lightning logs."""
+    """Whether masks change in every step; then they are counted only as often as Lightning logs."""
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor: ...
@@ -32,12 +32,12 @@ class Masks(ABC):
 
     @abstractmethod
     def numel(self, name: str) -> int:
-        """How many entries one weight has."""
+        """The number of entries of one weight."""
 
     @property
     @abstractmethod
     def counts(self) -> dict[str, int]:
-        """How many entries of each weight are kept."""
+        """The number of kept entries of each weight."""
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -51,21 +51,21 @@ class Masks(ABC):
 
     @property
     def kept(self) -> int:
-        """How many entries are kept."""
+        """The number of kept entries."""
         return sum(self.counts.values())
 
     @property
     def total(self) -> int:
-        """How many entries there are."""
+        """The number of entries."""
         return sum([self.numel(name) for name in self])
 
     @property
     def sparsity(self) -> float:
-        """The fraction of entries that are dropped."""
+        """The fraction of dropped entries."""
         return 1 - self.kept / self.total if self.total else 0.0
 
     def fingerprint(self) -> Tensor:
-        """One number per mask, in order; two sets with equal numbers have, but for rare chance, equal masks."""
+        """One number per mask, in order; two sets with equal numbers have equal masks, except by rare chance."""
         sums = [zlib.crc32(pack(self[name]).cpu().numpy().tobytes()) for name in self]
         return torch.tensor(sums, dtype=torch.int64)
 
@@ -77,20 +77,20 @@ class Masks(ABC):
 
     @property
     def layouts(self) -> Mapping[str, Layout]:
-        """Where the parts lie that this rank holds; without the weights of which it holds all."""
+        """The positions of this rank's shards; without weights that it holds whole."""
         return {}
 
     def added_up(self, counts: Mapping[str, Tensor]) -> dict[str, int]:
-        """Counts of this rank's parts, for all ranks together; waits for the device once."""
+        """Counts of this rank's shards, summed over all ranks; waits for the device once."""
         return add_up(counts, self.layouts)
 
 
 def add_up(counts: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, int]:
-    """Counts of parts of weights that this rank holds, for all ranks together; waits for the device once.
+    """Sum the counts of this rank's shards over all ranks; waits for the device once.
 
     Args:
         counts: by name of the weight.
-        layouts: where parts lie, by name; without the weights of which this rank holds all.
+        layouts: positions of shards, by name; without weights that this rank holds whole.
     """
     numbers = list(counts.values())
     spread = spread_over(layouts.get(name) for name in counts)
@@ -101,7 +101,7 @@ def add_up(counts: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[
 
 
 class MaskSet(Masks):
-    """Masks that are stored: one bit of knowledge per weight, a byte in memory, a bit on disk.
+    """Stored masks: one bit of information per weight, a byte in memory, a bit on disk.
 
     Example:
         >>> masks = MaskSet({"fc.weight": torch.ones(2, 2)})
@@ -113,7 +113,7 @@ class MaskSet(Masks):
     live = False
 
     def __init__(self, weights: Mapping[str, Tensor] | None = None) -> None:
-        # As int8 with all bits one where kept: a byte per weight, in the form that is applied twice every step.
+        # As int8 with all bits set where kept: a byte per weight, in the form that is applied twice per step.
         self._bits = {
             name: torch.full(weight.shape, -1, dtype=torch.int8, device=weight.device)
             for name, weight in (weights or {}).items()
@@ -168,12 +168,12 @@ class MaskSet(Masks):
         masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         settle: Callable[[str, Tensor], None] = lambda name, entries: None,
     ) -> None:
-        """Exchange the masks of some weights, one after the other; so they may be made on the way, and none waits in memory.
+        """Replace the masks of some weights one after the other, so that they can be generated without all being in memory.
 
         Args:
             masks: by name, or pairs of name and mask.
-            settle: called for each weight whose mask is another one now, with its name and its unsettled entries: all but
-                those kept before and after.
+            settle: called for each weight whose mask has changed, with its name and its unsettled entries: all except those
+                kept before and after.
         """
         for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
             old = self._bits[name]
@@ -183,21 +183,21 @@ class MaskSet(Masks):
                     f"not {mask.dtype} of shape {tuple(mask.shape)}."
                 )
             bits = mask_bits(mask).to(old.device)
-            if self._layouts or not bits.equal(old):  # with parts, all ranks must count the same weights
+            if self._layouts or not bits.equal(old):  # with shards, all ranks must count the same weights
                 self._uncounted[name] = mask.count_nonzero()
                 self._bits[name] = bits
                 settle(name, (old & bits) == 0)
         self._count()
-        self.changes += 1  # also where nothing has changed: all ranks must come to the comparison together
+        self.changes += 1  # also if nothing has changed: all ranks must compare together
 
     def _count(self) -> None:
-        """Count what has been replaced since the last time; waits for the device once."""
+        """Count what was replaced since the last time; waits for the device once."""
         if self._uncounted:
             counted, self._uncounted = self._uncounted, {}
             self._kept |= self.added_up(counted)
 
     def bits(self, name: str, like: Tensor) -> Tensor | None:
-        """The mask in the form that is applied, on the device of a tensor; None where nothing is dropped."""
+        """The mask in the form that is applied, on the device of a tensor; None if nothing is dropped."""
         bits = self._bits.get(name)
         if bits is None or (name not in self._uncounted and self._kept[name] == self.numel(name)):
             return None
@@ -212,14 +212,14 @@ class MaskSet(Masks):
 
     @torch.no_grad()
     def astray(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """The first tensor of which a dropped entry is not +0.0, or None; waits for the device once."""
+        """The first tensor with a dropped entry that is not +0.0, or None; waits for the device once."""
         kept = {name: bits for name, tensor in tensors.items() if (bits := self.bits(name, tensor)) is not None}
         names, found = [*kept], [any_bits(tensors[name], ~bits) for name, bits in kept.items()]
         together = torch.stack([flag.to(found[0].device) for flag in found]).tolist() if found else []
         return next((name for name, flag in zip(names, together, strict=True) if flag), None)
 
     def to(self, weights: Mapping[str, Tensor]) -> None:
-        """Move each mask to the device of its weight; where that is a part, only the mask of the part stays."""
+        """Move each mask to the device of its weight; for a shard, only its part of the mask stays."""
         parts = {name: layout for name, layout in _layouts(weights).items() if name in self._bits}
         for name, layout in parts.items():
             if name not in self._layouts:
@@ -239,12 +239,12 @@ class MaskSet(Masks):
         return saved
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole masks at one bit per weight; where weights are cut, all ranks must call it, and the first one gets them."""
+        """Whole masks at one bit per weight; with sharded weights, all ranks must call it, and the first one gets them."""
         saved: dict[str, Any] = whole(self.pieces())
         return saved
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` or `pieces` returned, on the CPU."""
+        """Restore what `state_dict` or `pieces` returned, on the CPU."""
         kept = {name: saved["kept"] for name, saved in state.items()}
         self._layouts = {name: piece.layout for name, piece in kept.items() if isinstance(piece, Piece)}
         masks = {
@@ -258,13 +258,13 @@ class MaskSet(Masks):
 
 
 class Mold:
-    """What presses masks onto the gradients of some weights, or onto the weights: made once for each change of masks.
+    """Applies masks to the gradients of some weights, or to the weights: created once for each change of masks.
 
-    Where calls cost more than the work, in small layers, all that stays the same from step to step is kept ready.
+    In small layers calls cost more than the work, so everything that stays the same from step to step is precomputed.
 
     Args:
-        masks: that are pressed on.
-        weights: by name; those of which nothing is dropped are passed over.
+        masks: the masks to apply.
+        weights: by name; those without dropped entries are skipped.
     """
 
     def __init__(self, masks: MaskSet, weights: Mapping[str, nn.Parameter]) -> None:
@@ -295,11 +295,11 @@ class Mold:
 
 
 class LiveMasks(Masks):
-    """Masks that follow variables: what is positive is kept. Nothing is stored; every question is answered anew.
+    """Masks that follow variables: positive means kept. Nothing is stored; everything is recomputed on access.
 
     Args:
         variables: by name of the weight, in its shape; they may change in place.
-        layouts: of weights of which this rank holds a part.
+        layouts: of weights of which this rank holds a shard.
 
     Example:
         >>> variables = {"fc.weight": torch.tensor([0.1, -0.1])}

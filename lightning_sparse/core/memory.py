@@ -26,18 +26,18 @@ class _Stateful(Protocol):
 
 
 class Remembered(Generic[T]):
-    """An attribute that survives: it is in every checkpoint and on the right device after loading.
+    """An attribute that is saved in every checkpoint and is on the right device after loading.
 
     Holds numbers, strings, tensors, lists and dictionaries of them, or anything with `state_dict`,
     `load_state_dict` and `to`. Tensors in a dictionary keyed by weight names follow their weights.
 
     Args:
-        create: makes the value that a fresh start has. Without it, the constructor of the class sets the value, which has a
-            `reset` besides, for a fresh start.
-        averaged: tensors of which every rank holds a part of its own; a checkpoint has their mean over ranks.
-        over: what tensors keyed by weight names hold where weights are cut into shards, and ranks hold parts: `entries` (a
-            number per entry), `outputs` (a number per output, and 1 in place of all other dimensions), or `sums` (added up
-            over ranks). Checkpoints have whole tensors. None: every rank holds the same.
+        create: makes the initial value. Without it, the constructor of the class sets the value, which needs a `reset` for a
+            fresh start.
+        averaged: tensors of which every rank has its own share; a checkpoint has their mean over ranks.
+        over: with sharded weights, what tensors keyed by weight names hold: `entries` (a number per entry), `outputs` (a
+            number per output, and size 1 in all other dimensions), or `sums` (added up over ranks). Checkpoints have whole
+            tensors. None: every rank holds the same.
 
     Example:
         >>> class Counter(Memory):
@@ -93,7 +93,7 @@ class Memory:
         return list(names)
 
     def forget(self) -> None:
-        """Back to the values of a fresh start."""
+        """Reset to the values of a fresh start."""
         values = self.__dict__.setdefault("_remembered", {})
         for name in self.remembered():
             if getattr(type(self), name).create is None:
@@ -103,14 +103,14 @@ class Memory:
 
     @classmethod
     def averaged(cls) -> list[str]:
-        """The names of attributes of which every rank holds a part."""
+        """The names of attributes of which every rank has its own share."""
         return [name for name in cls.remembered() if getattr(cls, name).averaged]
 
     def memorize(self, layouts: Layouts | None = None) -> dict[str, Any]:
         """Everything as numbers, strings, lists, dictionaries and CPU tensors; boolean tensors at one bit each.
 
         Args:
-            layouts: where weights are cut into shards; then all ranks must call it, and the first one gets whole tensors.
+            layouts: for sharded weights; then all ranks must call it, and the first one gets whole tensors.
         """
         return {name: _encode(_gather(getattr(self, name), layouts, self._over(name))) for name in self.remembered()}
 
@@ -120,7 +120,7 @@ class Memory:
         return over
 
     def recall(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `memorize` returned; all or nothing.
+        """Restore what `memorize` returned, completely or not at all.
 
         Raises:
             ValueError: if something declared is missing.
@@ -141,8 +141,8 @@ class Memory:
 
         Args:
             weights: by name.
-            device: of all else.
-            layouts: where weights are cut into shards; of whole tensors, parts stay.
+            device: device of everything else.
+            layouts: for sharded weights; whole tensors are reduced to shards.
         """
         for name in self.remembered():
             value = getattr(self, name)
@@ -153,7 +153,7 @@ class Memory:
 
 
 def _gather(value: Any, layouts: Layouts | None, over: str | None) -> Any:
-    """Whole tensors from the parts that ranks hold."""
+    """Whole tensors from the shards of all ranks."""
     if not layouts or over is None:
         return value
     if over == "sums":
@@ -165,10 +165,10 @@ def _gather(value: Any, layouts: Layouts | None, over: str | None) -> Any:
 
 
 def _cut(value: Any, layouts: Layouts | None, over: str | None) -> Any:
-    """The parts that this rank holds of whole tensors."""
+    """This rank's shards of whole tensors."""
     if not layouts or over is None:
         return value
-    if over == "sums":  # one rank goes on with the sum, and the others begin with nothing
+    if over == "sums":  # one rank continues with the sum, and the others start with zero
         first = distributed.get_rank() == 0
         return {name: tensor if first else torch.zeros_like(tensor) for name, tensor in value.items()}
     return {

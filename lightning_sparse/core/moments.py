@@ -14,41 +14,41 @@ from lightning_sparse.core.layout import local, owner_of
 __all__ = ["check_moments", "clear_moments", "forget_moments"]
 
 MAPS = {"state1": "qmap1", "state2": "qmap2"}
-"""Memories of bitsandbytes, and where it keeps the value that each code of theirs stands for."""
+"""State names of bitsandbytes, and where it stores the value of each of their codes."""
 
 
 def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
-    """Set an optimizer's memory of some entries to zero, as if they had just been created.
+    """Set an optimizer's state of some entries to zero, as if they had just been created.
 
     Works for every optimizer that keeps per-entry state in tensors of the parameter's shape: momentum, first and second
-    moments, averages. In the 8-bit optimizers of bitsandbytes and torchao, the code that stands for zero is written.
+    moments, averages. In the 8-bit optimizers of bitsandbytes and torchao, the code for zero is written.
 
-    What stays: step counters and factored moments, which are shared by a whole tensor. And an optimizer that puts more than
-    the gradient into its memory goes on to do so in every step: where Adafactor does not factor, that of timm and
-    transformers lets the second moment of a pruned entry rise from zero to its eps (1e-30); bitsandbytes on a CPU rounds
-    zero to a code beside it. Entries that come back are cleared once more.
+    Step counters and factored moments stay, because a whole tensor shares them. An optimizer that puts more than the
+    gradient into its state continues to do so in every step: where Adafactor does not factor, that of timm and transformers
+    lets the second moment of a pruned entry rise from zero to its eps (1e-30); bitsandbytes on a CPU rounds zero to an
+    adjacent code. Entries that return are cleared once more.
 
     Args:
-        optimizer: which owns the parameter.
-        parameter: whose state is cleared, or this rank's part of it.
+        optimizer: the optimizer that owns the parameter.
+        parameter: the parameter whose state is cleared, or this rank's shard of it.
         where: a boolean tensor of its shape; True entries are cleared.
 
     Raises:
-        ValueError: for a memory in which zero is not known; nothing has been cleared.
+        ValueError: for state in which zero is unknown; nothing has been cleared.
     """
     for memory, zero in list(_memories(optimizer, owner_of(parameter))):
         local(memory).masked_fill_(where.to(memory.device), zero)
 
 
 def forget_moments(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Let an optimizer begin anew with a parameter: all memory of its entries zero, and its steps counted from zero.
+    """Restart an optimizer for a parameter: all state of its entries zero, and its steps counted from zero.
 
     Args:
-        optimizer: which owns the parameter.
-        parameter: whose state is forgotten.
+        optimizer: the optimizer that owns the parameter.
+        parameter: the parameter whose state is reset.
 
     Raises:
-        ValueError: for a memory in which zero is not known; nothing has been forgotten.
+        ValueError: for state in which zero is unknown; nothing has been reset.
     """
     clear_moments(optimizer, parameter, torch.ones_like(local(parameter), dtype=torch.bool))
     state = optimizer.state.get(owner_of(parameter), {})
@@ -59,14 +59,14 @@ def forget_moments(optimizer: Optimizer, parameter: nn.Parameter) -> None:
 
 
 def check_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse an optimizer whose memory `clear_moments` could not clear; one that remembers nothing yet passes.
+    """Refuse an optimizer whose state `clear_moments` could not clear; one without state passes.
 
     Args:
-        optimizer: as it is now.
-        parameters: whose entries are to be cleared, sooner or later.
+        optimizer: in its current state.
+        parameters: parameters whose entries will be cleared at some point.
 
     Raises:
-        ValueError: naming the optimizer, the memory and its type.
+        ValueError: naming the optimizer, the state and its type.
     """
     for parameter in parameters:
         for _ in _memories(optimizer, owner_of(parameter)):
@@ -74,7 +74,7 @@ def check_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> N
 
 
 def _memories(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[Tensor, int]]:
-    """Tensors with an element per entry of the parameter, and what is zero in each."""
+    """State tensors with an element per entry of the parameter, and the value of zero in each."""
     state, owner = optimizer.state.get(parameter, {}), type(optimizer).__name__
     for name, value in state.items():
         if not isinstance(value, Tensor) or (name not in MAPS and value.shape != parameter.shape):
@@ -104,7 +104,7 @@ def _memories(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[T
 
 
 def _is_plain(value: Tensor, parameter: nn.Parameter) -> bool:
-    """Whether the zero of a tensor is 0: a float of two bytes or more, and no class that may store something else."""
+    """Whether the zero of a tensor is 0: a float of two bytes or more, and not a class that may store something else."""
     wide = value.is_complex() or (value.is_floating_point() and value.element_size() > 1)
     return wide and type(value) in (Tensor, nn.Parameter, type(parameter))
 
@@ -120,5 +120,5 @@ def _coded(codes: Any, values: Any, shape: torch.Size) -> tuple[Tensor, int] | N
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """How the entries of a tensor lie in memory."""
+    """The order of a tensor's entries in memory."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]

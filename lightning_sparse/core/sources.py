@@ -1,4 +1,4 @@
-"""Files that know which weights are zero: checkpoints, state dicts, safetensors, and masks themselves."""
+"""Files that specify which weights are zero: checkpoints, state dicts, safetensors, and masks themselves."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ __all__ = ["align_names", "read_masks", "read_tensors"]
 
 
 def read_tensors(path: str | Path, argument: str) -> dict[str, Any]:
-    """What a file holds by name: the weights of a checkpoint or a state dict, or what a safetensors file has.
+    """The tensors in a file by name: the weights of a checkpoint or a state dict, or the contents of a safetensors file.
 
     Args:
-        path: of the file; `.safetensors` by its name, anything else as `torch.load` with `weights_only=True` reads it.
-        argument: that gave it, for the sentence.
+        path: path of the file; `.safetensors` is recognized by its suffix, anything else is read by `torch.load` with
+            `weights_only=True`.
+        argument: name of the argument that gave it, for messages.
 
     Raises:
-        ValueError: if there is no file, or it cannot be read as any of them.
+        ValueError: if there is no file, or it cannot be read in any of these formats.
     """
     return _named(_load(path, argument), path, argument)
 
 
 def read_masks(path: str | Path, shapes: Mapping[str, Sequence[int]], argument: str) -> dict[str, Tensor]:
-    """The masks that a file holds for some weights; True = kept.
+    """Read the masks of some weights from a file; True = kept.
 
-    A boolean tensor is a mask, and so is what `MaskSet.state_dict` gives; of `torch.nn.utils.prune` the `*_mask` counts. Any
-    other tensor keeps what is not zero. In a checkpoint of a method of this package its masks come before the weights.
-    Names may differ by one prefix that all names on one side have.
+    A boolean tensor is a mask, and so is what `MaskSet.state_dict` returns; from `torch.nn.utils.prune` the `*_mask` is
+    used. Any other tensor keeps its nonzero entries. In a checkpoint of a method of this package its masks take precedence
+    over the weights. Names may differ by one prefix common to all names on one side.
 
     Args:
-        path: of the file; see `read_tensors`.
-        shapes: of the weights, by name.
-        argument: that gave the path, for the sentence.
+        path: path of the file; see `read_tensors`.
+        shapes: shapes of the weights, by name.
+        argument: name of the argument that gave the path, for messages.
 
     Raises:
-        ValueError: if the file has no entry for a weight, or one of another shape.
+        ValueError: if the file has no entry for a weight, or one of a different shape.
     """
     content = _load(path, argument)
     named = _named(content, path, argument)
@@ -70,9 +71,9 @@ def read_masks(path: str | Path, shapes: Mapping[str, Sequence[int]], argument: 
 
 
 def align_names(wanted: Sequence[str], saved: Collection[str]) -> dict[str, str]:
-    """Under which name a file has each of the wanted names: the same, or with one prefix more or less for all.
+    """The name in a file for each of the wanted names: the same, or with one prefix added or removed for all.
 
-    The prefix under which most are found counts; names that are not found are left out.
+    The prefix that matches most names is used; names that are not found are left out.
 
     Example:
         >>> align_names(["net.fc.weight", "net.fc.bias"], ["fc.weight", "fc.bias"])
@@ -115,7 +116,7 @@ def _named(content: Any, path: str | Path, argument: str) -> dict[str, Any]:
 
 
 def _masks_of_methods(content: Any) -> dict[str, Any]:
-    """What the methods in a Lightning checkpoint remember as their masks."""
+    """The masks that methods have stored in a Lightning checkpoint."""
     found: dict[str, Any] = {}
     callbacks = content.get("callbacks") if isinstance(content, Mapping) else None
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():

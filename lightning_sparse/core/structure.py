@@ -75,7 +75,7 @@ class Structure(ABC):
             try:
                 self.layout(target.matrices()[0])
             except ValueError as error:
-                why = f"is cut into shards, and structure='{self.text}' {error}"
+                why = f"is sharded, and structure='{self.text}' {error}"
         return why
 
     @property

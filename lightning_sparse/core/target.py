@@ -1,4 +1,4 @@
-"""One weight that a method works on, and what its dimensions stand for."""
+"""A weight that a method works on, and the meaning of its dimensions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Target:
     """One weight that a method works on.
 
     Args:
-        name: as in the module's state dict.
-        weight: the parameter itself, one matrix of it, or what this rank holds of it (a `Part`).
-        output_dim: the dimension that counts outputs.
-        input_dim: the dimension that counts inputs.
-        groups: of a convolution, else 1.
-        stack_dims: dimensions that count independent matrices, such as experts.
+        name: its name in the module's state dict.
+        weight: the parameter itself, one matrix of it, or this rank's shard of it (a `Part`).
+        output_dim: the output dimension.
+        input_dim: the input dimension.
+        groups: groups of a convolution, otherwise 1.
+        stack_dims: dimensions that enumerate independent matrices, such as experts.
         layout_known: whether the dimensions come from a known kind of layer, and are not only assumed.
-        parts: equal parts of the outputs that may each read another input.
+        parts: number of equal parts of the outputs that may each read a different input.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Target:
 
     @classmethod
     def of(cls, name: str, weight: nn.Parameter, layer: nn.Module) -> Target:
-        """The weight of a layer, laid out as its kind is."""
+        """The weight of a layer, with the layout of its kind."""
         kind = kind_of(layer, name.rpartition(".")[2])
         known = kind is not None
         kind = kind or LayerKind(nn.Module)
@@ -52,17 +52,17 @@ class Target:
 
     @property
     def layout(self) -> Layout | None:
-        """Where this rank's part of the weight lies; None where it holds the whole weight."""
+        """The position of this rank's shard in the weight; None if it holds the whole weight."""
         return layout_of(self.weight)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole weight."""
+        """The shape of the whole weight."""
         return tuple(self.weight.shape) if self.layout is None else self.layout.shape
 
     @property
     def size(self) -> int:
-        """How many entries the whole weight has."""
+        """The number of entries of the whole weight."""
         return math.prod(self.shape)
 
     @property
@@ -72,21 +72,21 @@ class Target:
 
     @property
     def parts_outputs(self) -> bool:
-        """Whether the inputs of one output lie on several ranks."""
+        """Whether the inputs of one output are on several ranks."""
         return self.layout is not None and bool({*self.layout.cut} - {*self.output_dims})
 
     @property
     def output_dims(self) -> tuple[int, ...]:
-        """The dimensions that tell outputs apart: that of outputs, and those of stacks."""
+        """The dimensions that distinguish outputs: the output dimension, and those of stacks."""
         return (*self.stack_dims, self.output_dim)
 
     @property
     def outputs(self) -> int:
-        """How many outputs there are, over all matrices."""
+        """The number of outputs, over all matrices."""
         return math.prod(self.shape[dim] for dim in self.output_dims)
 
     def unstack(self, tensor: Tensor) -> list[Tensor]:
-        """Of a tensor of the weight's shape, the views that belong to single matrices; empty for those of other ranks."""
+        """The views of a tensor of the weight's shape for its single matrices; empty for those on other ranks."""
         if not self.stack_dims:
             return [tensor]
         if self.layout is not None:
@@ -95,7 +95,7 @@ class Target:
         return list(first.flatten(0, len(self.stack_dims) - 1).unbind(0))
 
     def restack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensor of the weight's shape from those of single matrices."""
+        """The tensor of the weight's shape from those of its single matrices."""
         if not self.stack_dims:
             return tensors[0]
         if self.layout is not None:
@@ -120,7 +120,7 @@ class Target:
         return [replace(alone, name=f"{self.name}[{index}]", weight=view) for index, view in enumerate(views)]
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """A random score of each entry that this rank holds: all ranks draw the whole, and each takes its part."""
+        """A random score for each entry that this rank holds: all ranks draw the whole, and each takes its shard."""
         if self.layout is None:
             return random_score(self.weight, generator)
         whole = random_score(torch.empty(self.shape, device="meta"), generator)
@@ -128,7 +128,7 @@ class Target:
 
     @property
     def _indices(self) -> list[tuple[int, ...]]:
-        """Of all matrices, in order."""
+        """The indices of all matrices, in order."""
         return list(itertools.product(*[range(self.shape[dim]) for dim in self.stack_dims]))
 
     def _matrix(self, tensor: Tensor, index: tuple[int, ...], layout: Layout) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which weights a method works on, chosen by patterns, and why each is in or out."""
+"""Which weights a method works on, selected by patterns, and why each is in or out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FROZEN = "frozen (requires_grad=False)"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One parameter of the module: chosen or not, and why."""
+    """One parameter of the module: selected or not, and why."""
 
     name: str
     kind: str
@@ -32,12 +32,12 @@ class Candidate:
     chosen: bool
     reason: str
     by_pattern: bool = False
-    """Whether it is in or out because the patterns say so, and not for what it is."""
+    """Whether the patterns decided, and not the kind of parameter."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What patterns choose.
+    """The weights that patterns select.
 
     Args:
         targets: the weights, in the order of the module.
@@ -51,24 +51,24 @@ class Selection:
 
 
 def find_targets(module: nn.Module, patterns: Sequence[str] = ("*",), frozen: bool = False) -> list[Target]:
-    """The weights that the patterns choose, in the order of the module.
+    """Find the weights that the patterns select, in the order of the module.
 
-    A pattern is a glob over names (`layer1.*`, or `layer1` for all that is in it), a regular expression
-    (`re:layer[12]`, anywhere in the parameter's name), a layer type (`type:Conv2d`, subclasses included), or one end of
-    the network (`:first`, `:last`, in the order of the module). With `!` in front it excludes.
+    A pattern is a glob over names (`layer1.*`, or `layer1` for everything in it), a regular expression (`re:layer[12]`,
+    anywhere in the parameter's name), a layer type (`type:Conv2d`, subclasses included), or one end of the network
+    (`:first`, `:last`, in the order of the module). A leading `!` excludes.
 
-    A weight is chosen if any pattern includes it and none excludes it; if all patterns exclude, the rest is included.
-    Names choose among the weights of layers in `LAYER_KINDS`: convolutions, linear and recurrent layers, attention
-    projections, experts. A type also reaches others (`type:Embedding`); `register_layer` makes others known. Vectors
-    (biases, norms) are never chosen, and frozen weights are left out.
+    A weight is selected if any pattern includes it and none excludes it; if all patterns exclude, the rest is included. Name
+    patterns select among the weights of layers in `LAYER_KINDS`: convolutions, linear and recurrent layers, attention
+    projections, experts. A type pattern also reaches others (`type:Embedding`); `register_layer` adds more. Vectors (biases,
+    norms) are never selected, and frozen weights are left out.
 
     Args:
-        module: whose weights they are.
-        patterns: that choose them.
-        frozen: whether to take frozen weights too.
+        module: the module that holds the weights.
+        patterns: patterns that select the weights.
+        frozen: whether to include frozen weights.
 
     Raises:
-        ValueError: if a pattern matches nothing, or nothing but frozen weights; if nothing is chosen, or a chosen weight is
+        ValueError: if a pattern matches nothing, or only frozen weights; if nothing is selected, or a selected weight is
             uninitialized or computed by a parametrization or by the layer itself.
 
     Example:
@@ -85,15 +85,15 @@ def select_targets(
     frozen: bool = False,
     misfit: Callable[[Target], str | None] | None = None,
 ) -> Selection:
-    """The weights that the patterns choose, and those that are left out for what they are; see `find_targets`.
+    """The weights that the patterns select, and those that are left out because of their kind; see `find_targets`.
 
-    What is frozen or does not fit is left out, unless a pattern names it and nothing else.
+    Frozen weights and weights that do not fit are left out, unless a pattern matches nothing else.
 
     Args:
-        module: whose weights they are.
-        patterns: that choose them.
-        frozen: whether to take frozen weights too.
-        misfit: says why a weight cannot have a structure, or None.
+        module: the module that holds the weights.
+        patterns: patterns that select the weights.
+        frozen: whether to include frozen weights.
+        misfit: returns why a weight cannot have a structure, or None.
     """
     patterns = as_patterns(patterns)
     parameters = _parameters(module, patterns)
@@ -134,9 +134,9 @@ def describe(module: nn.Module, patterns: Sequence[str] = ("*",), frozen: bool =
     """Every parameter of the module with the reason why it is in or out; print it for a table.
 
     Args:
-        module: whose parameters they are.
-        patterns: that choose among them.
-        frozen: whether to take frozen weights too.
+        module: the module that holds the parameters.
+        patterns: patterns that select among them.
+        frozen: whether to include frozen weights.
     """
     patterns = as_patterns(patterns)
     return Candidates(_decide(parameter, patterns, frozen) for parameter in _parameters(module, patterns))
@@ -154,7 +154,7 @@ class Candidates(list[Candidate]):
 
 @dataclass
 class _Parameter:
-    """A parameter with every layer that holds it, and whether names may choose it."""
+    """A parameter with every layer that holds it, and whether name patterns may select it."""
 
     weight: nn.Parameter
     owners: list[tuple[str, nn.Module]]
@@ -175,7 +175,7 @@ class _Parameter:
 
     @property
     def foreign(self) -> nn.Module | None:
-        """A layer that holds it and is none of the kinds that names choose among."""
+        """A layer that holds it and is of a kind that name patterns do not select."""
         for name, layer in self.owners:
             kind = kind_of(layer, name.rpartition(".")[2])
             if kind is None or not kind.by_name:
@@ -258,7 +258,7 @@ def _nothing_chosen(module: nn.Module, patterns: list[str], parameters: list[_Pa
 
 
 def _check_patterns(patterns: list[str], parameters: list[_Parameter]) -> None:
-    """A pattern that matches nothing is a typing error; say what is nearest."""
+    """Refuse a pattern that matches nothing, which is a typo; suggest the nearest name."""
     for pattern in patterns:
         bare = pattern.removeprefix("!")
         if any(parameter.matches(bare) for parameter in parameters):
@@ -298,7 +298,7 @@ def _troubles(chosen: list[_Parameter], cut: bool) -> Iterator[tuple[str, list[s
 
 
 def _refuse_computed(name: str, layer: nn.Module, patterns: list[str]) -> None:
-    """A computed weight cannot hold zeros of its own, so a method must not pass it over in silence."""
+    """Refuse a computed weight: it cannot hold zeros of its own, and skipping it silently would be wrong."""
     why = why_computed(layer)
     if why is None:
         return

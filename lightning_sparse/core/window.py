@@ -1,4 +1,4 @@
-"""When: spans of a run, and a window of it with a grid of updates."""
+"""Spans of a run, and a window of it with a grid of updates."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FINAL = 1 << 62
 
 
 class Position(NamedTuple):
-    """Where a run is.
+    """A position in a run.
 
     Args:
-        fraction: of the run that is done, in [0, 1].
+        fraction: fraction of the run that is done, in [0, 1].
         epoch: complete epochs.
         step: optimizer steps done.
         epoch_start: whether this is the moment before the first batch of an epoch, not after a step.
@@ -34,12 +34,12 @@ class Position(NamedTuple):
 
 
 class RunLength(NamedTuple):
-    """How long a run is; what is not known is None.
+    """The length of a run; unknown parts are None.
 
     Args:
-        epochs: of the run.
-        steps: of the optimizer.
-        within_epochs: whether positions inside an epoch are known; not where the data have no length.
+        epochs: number of epochs.
+        steps: number of optimizer steps.
+        within_epochs: whether positions inside an epoch are known; False if the data has no length.
     """
 
     epochs: float | None
@@ -61,7 +61,7 @@ class Span:
 
     @classmethod
     def parse(cls, span: float | str, name: str = "span") -> Span:
-        """Read a span as users write it.
+        """Parse a span as users write it.
 
         Raises:
             ValueError: if it is neither a fraction nor a number of epochs or steps.
@@ -79,7 +79,7 @@ class Span:
         )
 
     def fraction(self, run: RunLength, name: str = "span") -> float:
-        """As a fraction of a run.
+        """The span as a fraction of a run.
 
         Raises:
             ValueError: if the run's length in this unit is unknown, or the span is longer than the run.
@@ -103,15 +103,15 @@ class Span:
 
 
 def refuse_shorter_run(what: str, end: float, until: float) -> None:
-    """Refuse to resume a run that is now too short for what it was begun with.
+    """Refuse to resume a run that is now shorter than its schedule.
 
     Args:
-        what: happens at the end, such as `SET ends its schedule`.
-        end: when it happens, as a fraction of the run as it was begun.
-        until: how much of that run is over when training ends now.
+        what: what happens at the end, such as `SET ends its schedule`.
+        end: when it happens, as a fraction of the originally planned run.
+        until: the fraction of that run that is over when training ends now.
 
     Raises:
-        ValueError: if training ends before.
+        ValueError: if training ends earlier.
     """
     if end > until + 1e-9:
         raise ValueError(
@@ -121,16 +121,16 @@ def refuse_shorter_run(what: str, end: float, until: float) -> None:
 
 
 class Window:
-    """A part of the run with updates on a grid, and which of them have been made.
+    """A part of the run with updates on a grid, and the record of which are done.
 
-    What has been made is state, for checkpoints; when the window opens and closes is not.
+    The record is state, for checkpoints; the times of opening and closing are not.
 
     Args:
         start: when it opens.
-        end: when it closes; the last update falls there.
-        every: the grid. `'k epochs'` updates at the start of epochs, all else right after steps. On a grid of epochs the
-            window starts and ends with the epoch of the grid that has begun by then.
-        end_name: how sentences call the end.
+        end: when it closes; the last update is due then.
+        every: the grid. `'k epochs'` updates at the start of epochs, everything else right after steps. On a grid of epochs
+            the window starts and ends with the grid epoch that has started by then.
+        end_name: name of the end in messages.
 
     Raises:
         ValueError: for spans that cannot be read, or an empty grid.
@@ -149,7 +149,7 @@ class Window:
             raise ValueError(f"start={start!r} lies after {end_name}={end!r}; exchange them.")
         self.start = self.end = 0.0
         self.done = self.due = 0
-        """The numbers of the latest update that has been made, and of the latest that was due."""
+        """The numbers of the latest update that is done, and of the latest that was due."""
 
     def resolve(self, run: RunLength) -> None:
         """Turn spans into fractions of this run.
@@ -183,7 +183,7 @@ class Window:
             )
 
     def interval(self, run: RunLength) -> float | None:
-        """Time between updates as a fraction of the run; None where the run's length in that unit is unknown."""
+        """Time between updates as a fraction of the run; None if the run's length in that unit is unknown."""
         length = {"fraction": 1.0, "epochs": run.epochs, "steps": run.steps}[self._every.unit]
         return None if length is None else self._every.value / length
 
@@ -194,15 +194,15 @@ class Window:
         return int(latest / every + 1e-9) * every / epochs
 
     def progress(self, position: Position) -> float:
-        """How far through the window: 0 before it, 1 after it."""
+        """The progress through the window: 0 before it, 1 after it."""
         if position.fraction >= self.end - 1e-9:
             return 1.0
         return max(0.0, (position.fraction - self.start) / (self.end - self.start))
 
     def tick(self, position: Position) -> int:
-        """The number of the latest update that is due here; one is to be done if it exceeds the last one done.
+        """The number of the latest update that is due here; an update is needed if it exceeds the last one done.
 
-        0 before the window, `FINAL` from its end on. A grid of epochs is passed only at an epoch's start.
+        0 before the window, `FINAL` from its end on. A grid of epochs advances only at the start of an epoch.
         """
         if (self._every.unit == "epochs" and not position.epoch_start) or position.fraction < self.start - 1e-9:
             return 0
@@ -215,60 +215,60 @@ class Window:
     # ---- which updates have been made --------------------------------------------------------------------------------
 
     def is_due(self, position: Position) -> bool:
-        """Whether an update is to be made; it stays due until it is."""
+        """Whether an update is due; it stays due until it is done."""
         self.due = max(self.due, self.tick(position))
         return self.due > self.done
 
     def finish(self) -> None:
-        """What was due has been made."""
+        """Record that everything due is done."""
         self.done = self.due
 
     def take(self, position: Position) -> bool:
-        """Whether an update is due; it counts as made."""
+        """Whether an update is due; records it as done."""
         due = self.is_due(position)
         self.finish()
         return due
 
     def skip(self, position: Position) -> None:
-        """Count what is due here as made, except the last update."""
+        """Record what is due here as done, except the last update."""
         tick = self.tick(position)
         self.done = self.due = tick if tick < FINAL else 0
 
     @property
     def is_over(self) -> bool:
-        """Whether the last update has been made."""
+        """Whether the last update is done."""
         return self.done == FINAL
 
     def check(self, run: RunLength, until: float, what: str) -> None:
-        """Lay the window out on a run, and refuse one that has become too short for it.
+        """Resolve the window for a run, and refuse a run that has become too short for it.
 
         Args:
             run: the length that fractions of the run refer to.
-            until: how much of it is over when this fit ends.
-            what: happens at the end, for the sentence.
+            until: fraction of it that is over when this fit ends.
+            what: what happens at the end, for the message.
         """
         self.resolve(run)
         if not self.is_over:
             refuse_shorter_run(what, self.end, until)
 
     def unfinished(self, label: str, reached: float, promised: float) -> str:
-        """The sentence for a training that has stopped before the last update."""
+        """The message for a training that stopped before the last update."""
         return (
             f"{label} ends at sparsity {reached:.4f}, not {promised}: training stopped before the schedule did. Train on, "
             "or end the schedule earlier."
         )
 
     def reset(self) -> None:
-        """No update has been made."""
+        """Forget all updates."""
         self.done = self.due = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been made."""
+        """The record of updates."""
         return {"done": self.done, "due": self.due}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.done, self.due = state["done"], state["due"]
 
     def to(self, weights: Mapping[str, Tensor]) -> None:
-        """Numbers are on no device."""
+        """Do nothing: numbers are on no device."""

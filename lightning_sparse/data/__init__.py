@@ -1,4 +1,4 @@
-"""Data modules for experiments; imported by nobody, named by configs."""
+"""Data modules for experiments, named by the configs."""
 
 from lightning_sparse.data.images import (
     CIFAR10,

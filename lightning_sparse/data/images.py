@@ -1,4 +1,4 @@
-"""Image classification data modules: digits (bundled with scikit-learn), torchvision's sets, and folders."""
+"""Image classification data modules: digits (bundled with scikit-learn), torchvision's data sets, and folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CIFAR10", "CIFAR100", "MNIST", "Digits", "FashionMNIST", "ImageData"
 
 Arrays = tuple[Tensor, Tensor]
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Those of torchvision, which is not imported before it is needed."""
+"""Data sets of torchvision, which is imported only when needed."""
 
 
 class ImageData(pl.LightningDataModule, ABC):
@@ -26,11 +26,11 @@ class ImageData(pl.LightningDataModule, ABC):
 
     Args:
         root: folder of the data, in torchvision's layout.
-        download: fetch the data if it is not there.
-        batch_size: per process.
-        val_fraction: of the training images held out for validation, in (0, 1).
-        augmentation: of training batches; None takes the usual one of the data set.
-        seed: of the split, the order and the augmentation.
+        download: download the data if it is missing.
+        batch_size: batch size per process.
+        val_fraction: fraction of the training images held out for validation, in (0, 1).
+        augmentation: augmentation of training batches; None uses the usual one for the data set.
+        seed: seed of the split, the order and the augmentation.
     """
 
     num_classes: int
@@ -53,7 +53,7 @@ class ImageData(pl.LightningDataModule, ABC):
         check_whole("batch_size", batch_size, 1)
         check_whole("seed", seed, 0)
         if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must be in (0, 1): a part of the training images.")
+            raise ValueError(f"val_fraction={val_fraction} must be in (0, 1): a fraction of the training images.")
         self.root, self.download, self.batch_size = root, download, batch_size
         self.val_fraction, self.seed = val_fraction, seed
         self.augmentation = augmentation or self.usual_augmentation
@@ -64,7 +64,7 @@ class ImageData(pl.LightningDataModule, ABC):
         """All training or test images, as uint8 (count, channels, height, width), and their labels."""
 
     def setup(self, stage: str) -> None:
-        """Load the images and hold a part of the training images out."""
+        """Load the images and hold out a part of the training images."""
         if self.parts:
             return
         images, labels = self.load(train=True)
@@ -108,7 +108,7 @@ class ImageData(pl.LightningDataModule, ABC):
 class Digits(ImageData):
     """1,797 handwritten digits of 8x8 pixels that come with scikit-learn: nothing to download.
 
-    A fifth of them, always the same, is the test set. `root` and `download` are not used.
+    A fixed fifth of them is the test set. `root` and `download` are not used.
     """
 
     num_classes, in_channels, image_size = 10, 1, 8
@@ -135,7 +135,7 @@ class _TorchvisionData(ImageData):
                 self._open(train=False, download=True)
             except (OSError, RuntimeError) as error:
                 raise ValueError(
-                    f"{type(self).__name__} cannot be downloaded to root='{self.root}' ({first_line(error)}); see to the "
+                    f"{type(self).__name__} cannot be downloaded to root='{self.root}' ({first_line(error)}); check the "
                     "network, or give a folder that holds it."
                 ) from error
 
@@ -197,11 +197,11 @@ class ImageFolderData(pl.LightningDataModule):
 
     Args:
         root: the folder that holds `train`.
-        image_size: training images are cropped to it with a padding of an eighth, others are scaled and cut to it.
-        batch_size: per process.
-        val_fraction: of the training images held out for validation, in (0, 1).
-        num_workers: processes that read and decode.
-        seed: of the split.
+        image_size: training images are padded by an eighth and cropped to it, others are resized and cropped to it.
+        batch_size: batch size per process.
+        val_fraction: fraction of the training images held out for validation, in (0, 1).
+        num_workers: number of processes that read and decode.
+        seed: seed of the split.
     """
 
     in_channels = 3
@@ -227,14 +227,14 @@ class ImageFolderData(pl.LightningDataModule):
         check_whole("num_workers", num_workers, 0)
         check_whole("seed", seed, 0)
         if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must be in (0, 1): a part of the training images.")
+            raise ValueError(f"val_fraction={val_fraction} must be in (0, 1): a fraction of the training images.")
         _check_classes(folder)
         self.root, self.image_size, self.batch_size = root, image_size, batch_size
         self.val_fraction, self.num_workers, self.seed = val_fraction, num_workers, seed
         self.num_classes = sum(entry.is_dir() for entry in folder.iterdir())
 
     def setup(self, stage: str) -> None:
-        """Index the folders and hold a part of the training images out."""
+        """Index the folders and hold out a part of the training images."""
         from torch.utils.data import Subset
         from torchvision import transforms as T
         from torchvision.datasets import ImageFolder
@@ -272,7 +272,7 @@ class ImageFolderData(pl.LightningDataModule):
 
 
 def _held_out(count: int, val_fraction: float) -> int:
-    """How many training images are for validation."""
+    """The number of training images held out for validation."""
     held_out = max(1, round(val_fraction * count))
     if held_out >= count:
         raise ValueError(f"val_fraction={val_fraction} of {count} images leaves none to train on; lower it.")
@@ -286,14 +286,14 @@ def _check_classes(folder: Path) -> None:
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
     if len(classes) < 2:
         found = f"only '{classes[0].name}'" if classes else "none"
-        raise ValueError(f"'{folder}' must hold a folder for each of two or more classes; it has {found}.")
+        raise ValueError(f"'{folder}' must contain at least two class folders; it has {found}.")
     for entry in classes:
         if not any(has_file_allowed_extension(str(file), IMG_EXTENSIONS) for file in entry.rglob("*")):
             raise ValueError(f"'{entry}' holds no image ({', '.join(IMG_EXTENSIONS)}); fill it, or remove the folder.")
 
 
 def _check_image(data: Any) -> None:
-    """Refuse a set whose first image of any class cannot be opened: before training, not in a process of the loader."""
+    """Refuse a data set with an unreadable first image in any class: before training, not in a loader process."""
     seen: set[int] = set()
     for path, label in data.samples:
         if label not in seen:

@@ -18,9 +18,9 @@ class Augmentation:
     """Random changes of a training batch, drawn per image.
 
     Args:
-        pad: pixels of reflection around the image before a crop of the old size; 0 for none.
+        pad: pixels of reflection padding before a crop of the original size; 0 for none.
         flip: mirror left to right with probability one half.
-        cutout: side of a square set to zero; 0 for none.
+        cutout: side of a square that is set to zero; 0 for none.
     """
 
     pad: int = 0
@@ -29,11 +29,11 @@ class Augmentation:
 
 
 def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """A batch with each image cropped, mirrored and cut at random.
+    """Crop, mirror and cut each image of a batch at random.
 
     Args:
         images: float, of shape (batch, channels, height, width).
-        how: which changes, and how strong.
+        how: the changes and their strength.
         generator: CPU generator; the only source of randomness.
     """
     count, _, height, width = images.shape
@@ -60,20 +60,21 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
 class TensorLoader:
     """Batches of (images, labels) from tensors in memory.
 
-    Order and augmentation depend on (seed, epoch, batch) alone. So ranks agree, resumed runs see the batches that
-    were left, and no global generator is touched.
+    Order and augmentation depend only on (seed, epoch, batch). So ranks agree, resumed runs see the remaining batches, and
+    no global generator is used.
 
     Args:
         images: uint8 of shape (count, channels, height, width).
         labels: of shape (count,).
-        mean: per channel, on the scale 0 to 1.
-        std: per channel.
-        batch_size: per rank.
-        shuffle: a new order every epoch; otherwise in order.
-        augmentation: of training batches.
-        seed: of order and augmentation.
-        rank: of this process.
-        world_size: number of processes; each takes every world_size-th image, the last ones repeated to equal numbers.
+        mean: mean per channel, on the scale 0 to 1.
+        std: standard deviation per channel.
+        batch_size: batch size per rank.
+        shuffle: use a new order every epoch; otherwise keep the order.
+        augmentation: augmentation of training batches.
+        seed: seed of order and augmentation.
+        rank: rank of this process.
+        world_size: number of processes; each takes every world_size-th image, and the last ones are repeated so that all get
+            the same number.
     """
 
     def __init__(
@@ -102,11 +103,11 @@ class TensorLoader:
 
     @property
     def sampler(self) -> TensorLoader:
-        """Itself: Lightning tells a loader's `sampler` which epoch begins."""
+        """The loader itself: Lightning tells a loader's `sampler` which epoch begins."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration is of."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -133,9 +134,9 @@ class TensorLoader:
         return torch.Generator().manual_seed(int(words.sum()) % (1 << 63))
 
     def state_dict(self) -> dict[str, Any]:
-        """How far into which epoch it is."""
+        """The epoch and the position in it."""
         return {"epoch": self.epoch, "served": self._served}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """If the next iteration is of the same epoch, go on after the batches that have been served."""
+        """If the next iteration is of the same epoch, continue after the batches that were already served."""
         self._resume = (state["epoch"], state["served"])

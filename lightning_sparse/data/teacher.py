@@ -1,4 +1,4 @@
-"""Data that a deep network with few layers of both signs has made."""
+"""Data from a deep network in which only a few layers have weights of both signs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Teacher", "teacher_network"]
 def teacher_network(
     inputs: int, width: int, depth: int, signed: int, generator: torch.Generator | None = None
 ) -> nn.Sequential:
-    """A random ReLU network whose inner layers are non-negative except some, drawn at random.
+    """A random ReLU network whose inner layers are non-negative, except for some that are drawn at random.
 
     Args:
-        inputs: of the first layer.
-        width: of all hidden layers.
-        depth: layers with weights.
-        signed: inner layers (neither the first nor the last) with weights and biases of both signs.
+        inputs: number of inputs of the first layer.
+        width: width of all hidden layers.
+        depth: number of layers with weights.
+        signed: number of inner layers (neither first nor last) with weights and biases of both signs.
         generator: the only source of randomness.
     """
     inner = torch.randperm(depth - 2, generator=generator)[:signed] + 1
@@ -44,21 +44,21 @@ def teacher_network(
 
 @final
 class Teacher(pl.LightningDataModule):
-    """Regression on the outputs of a random ReLU network of which only some inner layers have weights of both signs.
+    """Regression on the outputs of a random ReLU network in which only some inner layers have weights of both signs.
 
-    Inputs are standard normal, targets have variance 1 before noise. Validation data have noise, test data have none, so
-    that the test error is the distance to the teacher. The setting is that of our pilot, not of a paper.
+    Inputs are standard normal; targets have variance 1 before noise. Validation data has noise, test data has none, so that
+    the test error is the distance to the teacher. The setting is that of our pilot, not of a paper.
 
     Args:
-        samples: of training; half as many for validation.
-        inputs: of the teacher.
-        width: of its hidden layers.
-        depth: its layers with weights, at least 2.
-        signed: share of inner layers with weights of both signs, in [0, 1].
-        noise: standard deviation of what is added to training targets.
-        batch_size: None is all samples at once.
-        passes: over the samples in an epoch.
-        seed: of teacher, samples and order.
+        samples: number of training samples; half as many for validation.
+        inputs: number of inputs of the teacher.
+        width: width of its hidden layers.
+        depth: number of its layers with weights, at least 2.
+        signed: fraction of inner layers with weights of both signs, in [0, 1].
+        noise: standard deviation of the noise added to training targets.
+        batch_size: None uses all samples at once.
+        passes: passes over the samples per epoch.
+        seed: seed of teacher, samples and order.
 
     Example:
         >>> data = Teacher(samples=20, depth=4)
@@ -87,13 +87,13 @@ class Teacher(pl.LightningDataModule):
             check_whole(name, value, 1)
         check_whole("seed", seed, 0)
         if batch_size == 0:
-            raise ValueError("batch_size=0 must be a whole number from 1 up, or None for all samples at once.")
+            raise ValueError("batch_size=0 must be an integer >= 1, or None for all samples at once.")
         if depth < 2:
-            raise ValueError(f"depth={depth} must be at least 2: a first and a last layer.")
+            raise ValueError(f"depth={depth} must be >= 2: a first and a last layer.")
         if not 0 <= signed <= 1:
-            raise ValueError(f"signed={signed} must be in [0, 1]: the share of inner layers with weights of both signs.")
+            raise ValueError(f"signed={signed} must be in [0, 1]: the fraction of inner layers with weights of both signs.")
         if noise < 0:
-            raise ValueError(f"noise={noise} must be 0 or more.")
+            raise ValueError(f"noise={noise} must be >= 0.")
         self.samples, self.inputs, self.width, self.depth = samples, inputs, width, depth
         self.signed, self.noise, self.batch_size, self.passes, self.seed = signed, noise, batch_size, passes, seed
         self.in_channels = inputs

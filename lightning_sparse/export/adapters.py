@@ -1,4 +1,4 @@
-"""Adapters merged into a sparse base, which stays as sparse as it was."""
+"""Merge adapters into a sparse base, which stays as sparse as it was."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["AdapterRow", "MergedAdapters", "merge_adapters"]
 
 
 class AdapterRow(NamedTuple):
-    """What a merge has done to one weight.
+    """The effect of a merge on one weight.
 
     Args:
-        name: of the weight in the merged model.
-        zeros: entries that are zero, before and after.
-        total: entries there are.
-        lost: the share of the adapter's change that fell on zeros and was left out, by the norm.
-        stray: entries that the masks drop, but that somebody had written to before the merge; they are zero now.
+        name: name of the weight in the merged model.
+        zeros: number of zero entries, before and after.
+        total: number of entries.
+        lost: the fraction of the adapter's change that fell on zeros and was dropped, by norm.
+        stray: number of entries that the masks drop, but that something had written to before the merge; they are zero now.
     """
 
     name: str
@@ -32,11 +32,11 @@ class AdapterRow(NamedTuple):
 
 
 class MergedAdapters(NamedTuple):
-    """A merged model, and what the merge has done to it.
+    """A merged model, and the effect of the merge on it.
 
     Args:
         model: plain, without adapters.
-        rows: one per weight that an adapter has changed.
+        rows: one per weight that an adapter changed.
     """
 
     model: nn.Module
@@ -55,22 +55,23 @@ class MergedAdapters(NamedTuple):
 def merge_adapters(
     model: nn.Module, masks: Mapping[str, Tensor] | Masks | None = None, adapters: Sequence[str] | None = None
 ) -> MergedAdapters:
-    """Merge adapters of peft into their base, of which what is zero stays zero.
+    """Merge PEFT adapters into their base and keep the zeros of the base.
 
-    A low-rank product is dense, so a plain merge fills the zeros of a sparse base. Here each merged weight is masked by its
-    base, which is checked afterwards, entry by entry. What is left out is no longer in the model's outputs: the report says
-    how much of each adapter's change that is.
+    A low-rank product is dense, so a plain merge fills the zeros of a sparse base. Here each merged weight is masked like
+    its base, and the result is checked entry by entry. The dropped part no longer contributes to the model's outputs; the
+    report says how much of each adapter's change that is.
 
     Args:
-        model: of `peft.get_peft_model`, or a module that holds one, such as a LightningModule; it stays as it is.
-        masks: True = kept, by the names of base weights in the model (`KeepSparsity().masks` has them); for weights without
-            one, and where it is None, zero is what is zero now. Entries that the masks drop and somebody has written to are
-            zero afterwards, and the report counts them.
-        adapters: names of those that are merged; None takes the active ones.
+        model: a model from `peft.get_peft_model`, or a module that contains one, such as a LightningModule; it is not
+            changed.
+        masks: True = kept, by the names of base weights in the model (`KeepSparsity().masks` has them). For weights without
+            a mask, and if masks is None, the current zeros are kept. Entries that the masks drop but something has written
+            to are zero afterwards, and the report counts them.
+        adapters: names of the adapters to merge; None uses the active ones.
 
     Raises:
-        ValueError: if there are no adapters, they are merged already, their base has no zeros, or a Trainer is training
-            the module.
+        ValueError: if there are no adapters, they are already merged, their base has no zeros, or a Trainer is training the
+            module.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -83,14 +84,14 @@ def merge_adapters(
     """
     if is_training(model):
         raise ValueError(
-            f"A Trainer is training this {type(model).__name__}, and what methods have attached to it would come along; "
+            f"A Trainer is training this {type(model).__name__}, and what methods have attached to it would be copied too; "
             "merge after trainer.fit, or from a checkpoint."
         )
     merged = copy_model(model)
     places = [path for path, part in merged.named_modules() if _is_adapted(part)]
     outermost = [path for path in places if not any(path.startswith(f"{o}." if o else "") for o in places if o != path)]
     if not outermost:
-        raise ValueError(f"{type(model).__name__} holds no adapters of peft; give the model that get_peft_model returned.")
+        raise ValueError(f"{type(model).__name__} contains no PEFT adapters; give the model that get_peft_model returned.")
     changed: list[_Merged] = []
     for path, layer in merged.named_modules():
         if _is_tuned(layer):
@@ -128,7 +129,7 @@ class _Merged(NamedTuple):
 
 
 def _is_adapted(part: nn.Module) -> bool:
-    """A model with adapters; known by what it can do, so that peft need not be imported."""
+    """Whether this is a model with adapters; recognized by its methods, so that peft need not be imported."""
     return hasattr(part, "unload") and hasattr(part, "merge_and_unload")
 
 
@@ -140,11 +141,10 @@ def _is_tuned(layer: nn.Module) -> bool:
 def _merge_layer(
     path: str, layer: Any, masks: Mapping[str, Tensor] | Masks | None, adapters: Sequence[str] | None
 ) -> list[_Merged]:
-    """Merge what adapts one layer, whose base has one weight or several."""
+    """Merge the adapters of one layer, whose base has one weight or several."""
     if layer.merged:
         raise ValueError(
-            f"The adapter of '{path}' is merged already, so the zeros of its base cannot be told any more; call "
-            "unmerge_adapter() first."
+            f"The adapter of '{path}' is already merged, so the zeros of its base are unknown; call unmerge_adapter() first."
         )
     base: nn.Module = layer.get_base_layer()
     weights = {leaf: weight for leaf, weight in base.named_parameters(recurse=False) if weight.ndim > 1}

@@ -1,4 +1,4 @@
-"""Batch normalization after training: measure its statistics again, or fold it into layers."""
+"""Batch normalization after training: re-estimate its statistics, or fold it into layers."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = ["fold_norms", "recalibrate"]
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Any], network: str | None = None) -> int:
-    """Measure the running statistics of batch normalization again, in place, with the weights as they are now.
+    """Re-estimate the running statistics of batch normalization in place, with the current weights.
 
-    Pruning changes the outputs of layers, and the running averages lag behind. Each batch counts the same. Everything but
+    Pruning changes the outputs of layers, and the running averages lag behind. Each batch counts the same. Everything except
     batch normalization stays in evaluation mode.
 
     Args:
-        model: whose normalizations are measured.
-        batches: inputs of the training set, without their labels; a few hundred samples will do. A tuple holds positional
-            arguments, a dictionary named ones.
-        network: the part of the model that takes the inputs, by name; None finds it.
+        model: the model whose normalizations are re-estimated.
+        batches: inputs of the training set, without labels; a few hundred samples are enough. A tuple holds positional
+            arguments, a dict holds keyword arguments.
+        network: name of the submodule that takes the inputs; None finds it.
 
     Returns:
-        The number of layers measured; 0 if the model has none.
+        The number of layers re-estimated; 0 if the model has none.
 
     Raises:
         ValueError: if there are no batches.
@@ -68,13 +68,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], network: str | None = 
 
 @torch.no_grad()
 def fold_norms(model: nn.Module) -> tuple[nn.Module, Blueprint]:
-    """A copy in evaluation mode in which the batch normalization right after a layer is folded into it.
+    """A copy in evaluation mode in which each batch normalization right after a layer is folded into that layer.
 
-    The normalization becomes an `nn.Identity`, and its layer gets a bias if it had none. Zeros stay zeros. Only what is
-    called once, and in a module that torch.fx can trace, is folded.
+    The normalization becomes an `nn.Identity`, and its layer gets a bias if it had none. Zeros stay zeros. Only
+    normalizations that are called once, in a module that torch.fx can trace, are folded.
 
     Returns:
-        The copy, and the blueprint by which its weights can be loaded into a new model.
+        The copy, and the blueprint with which its weights can be loaded into a new model.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2)).eval()

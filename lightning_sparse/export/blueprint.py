@@ -20,11 +20,11 @@ __all__ = ["Blueprint", "Kept", "add_bias", "carry_optimizer", "load_model", "sa
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What to do to a newly built model before the weights of an export fit it.
+    """The changes to a newly built model that make the weights of an export fit it.
 
     Args:
         kept: layer -> what is left of it.
-        folded: normalizations that are gone.
+        folded: normalizations that were folded.
         biased: layers that got a bias from one.
         kernels: layer -> the kernel that multiplies its weight, such as `csr`.
         sizes: attributes of modules that have fewer heads, by their paths.
@@ -38,7 +38,7 @@ class Blueprint:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> nn.Module:
-        """Fold and cut a model, in place, with the weights it has; kernels are for `load_model`, after the weights.
+        """Fold and cut a model in place, with its current weights; `load_model` sets kernels after the weights.
 
         Raises:
             ValueError: if the model has other layers.
@@ -61,17 +61,17 @@ class Blueprint:
         return model
 
     def then(self, kept: Mapping[str, Kept], sizes: Mapping[str, Any] | None = None) -> Blueprint:
-        """With layers cut once more, and attributes set."""
+        """The blueprint with layers cut once more, and attributes set."""
         joined = {name: self.kept.get(name, Kept()).then(kept.get(name, Kept())) for name in {**self.kept, **kept}}
         return replace(self, kept=joined, sizes={**self.sizes, **(sizes or {})})
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The blueprint as plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Blueprint:
-        """From what `to_json` returned, written and read again."""
+        """The blueprint from the values of `to_json`."""
         kept = {name: Kept(**parts) for name, parts in values["kept"].items()}
         return cls(
             kept, tuple(values["folded"]), tuple(values["biased"]), dict(values["kernels"]), dict(values.get("sizes", {}))
@@ -79,16 +79,16 @@ class Blueprint:
 
 
 def save_model(model: nn.Module, path: str | Path, blueprint: Blueprint | None = None, note: Any = None) -> int:
-    """Write a model's weights without their zeros, and beside them how it differs from a newly built one.
+    """Write a model's weights without their zeros, together with its differences from a newly built one.
 
     Args:
-        model: before its kernels are exchanged.
-        path: of the file.
-        blueprint: of the differences; None if there are none.
-        note: anything else to keep, as JSON.
+        model: the model, before its kernels are replaced.
+        path: path of the file.
+        blueprint: the differences; None if there are none.
+        note: anything else to store, as JSON.
 
     Returns:
-        Bytes of the file.
+        Size of the file in bytes.
     """
     return save_compact(
         model.state_dict(),
@@ -98,17 +98,17 @@ def save_model(model: nn.Module, path: str | Path, blueprint: Blueprint | None =
 
 
 def load_model(model: nn.Module, path: str | Path) -> nn.Module:
-    """Make a newly built model the one that was exported: its size, its weights, its kernels; in place.
+    """Turn a newly built model into the exported one: its size, its weights, its kernels; in place.
 
-    The file says which outputs and inputs of each layer are left; nothing is guessed, and nothing but safetensors and the
-    model's own class is needed.
+    The file says which outputs and inputs of each layer are left. Nothing is guessed, and only safetensors and the model's
+    own class are needed.
 
     Args:
         model: built as for training, with any weights.
-        path: of a file that an export wrote.
+        path: path of a file that an export wrote.
 
     Raises:
-        ValueError: if the model is another one.
+        ValueError: if the file belongs to another model.
 
     Example:
         >>> from tempfile import TemporaryDirectory

@@ -1,4 +1,4 @@
-"""Tensors with many zeros in a small file, and back, bit by bit."""
+"""Tensors with many zeros in a small file, restored bit for bit."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FORMAT = "lightning_sparse.compact.1"
 
 
 def compact_size(total: int, kept: int, width: int = 4, gap: int = 1) -> int:
-    r"""Bytes of a tensor in the file, but for its entry in the header.
+    r"""Bytes of a tensor in the file, without its entry in the header.
 
     $$ \min(n w, \; \lceil n / 8 \rceil + k w, \; k (w + g)) $$
 
-    for n entries of w bytes of which k are not zero: dense; a bit for each entry, and the values; or the values, and the
-    distance of each from the one before in g bytes.
+    for n entries of w bytes of which k are not zero: dense; one bit per entry plus the values; or the values plus the
+    distance of each from the previous one in g bytes.
 
     Args:
         total: n.
@@ -44,17 +44,16 @@ def compact_size(total: int, kept: int, width: int = 4, gap: int = 1) -> int:
 def save_compact(tensors: Mapping[str, Tensor], path: str | Path, note: Any = None) -> int:
     """Write tensors to a safetensors file without their zeros; returns its size in bytes.
 
-    A zero is an entry whose bits are all zero. Minus zero and NaN are values like any others, so what is loaded is equal bit
-    by bit. Each tensor is stored in the smallest of the three forms of `compact_size`. Tensors that are one under two
-    names are stored once.
+    A zero is an entry whose bits are all zero. Minus zero and NaN are ordinary values, so loaded tensors are bit-identical.
+    Each tensor is stored in the smallest of the three forms of `compact_size`. A tensor with two names is stored once.
 
     Args:
         tensors: such as a state dict.
-        path: of the file.
-        note: anything that JSON can hold, kept in the file's header.
+        path: path of the file.
+        note: any JSON value, stored in the file's header.
 
     Raises:
-        ValueError: if safetensors is not installed, or an entry is no dense tensor.
+        ValueError: if safetensors is not installed, or an entry is not a dense tensor.
     """
     store = need("safetensors.torch", "safetensors")
     parts: dict[str, Tensor] = {}
@@ -79,10 +78,10 @@ def save_compact(tensors: Mapping[str, Tensor], path: str | Path, note: Any = No
 
 
 def load_compact(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file that `save_compact` wrote, equal bit by bit.
+    """Load the tensors of a file that `save_compact` wrote; they are bit-identical.
 
     Raises:
-        ValueError: if it is another file.
+        ValueError: if the file has another format.
     """
     header, parts = _open(path)
     tensors: dict[str, Tensor] = {}
@@ -96,7 +95,7 @@ def load_compact(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_note(path: str | Path) -> Any:
-    """The note that a file was written with."""
+    """The note stored in a file."""
     return json.loads(_open(path)[0]["note"])
 
 
@@ -110,7 +109,7 @@ def _encode(tensor: Tensor) -> tuple[str, dict[str, Tensor]]:
     words = tensor.flatten().view(_WORDS[width])  # some types can be stored, but not indexed
     kept = words != 0
     where = kept.nonzero().flatten()
-    gaps = torch.diff(where, prepend=where.new_tensor([-1])) - 1  # zeros between a value and the one before
+    gaps = torch.diff(where, prepend=where.new_tensor([-1])) - 1  # zeros between a value and the previous one
     largest = int(gaps.max()) if len(gaps) else 0
     gap, kind = next((g, t) for g, t in _GAPS if largest < 2 ** (8 * g))
     values = words[kept].view(tensor.dtype)
@@ -127,7 +126,7 @@ def _encode(tensor: Tensor) -> tuple[str, dict[str, Tensor]]:
     return form, {"values": tensor.clone()}
 
 
-# Two and four bytes as signed integers, which every version can convert: the bits are what counts.
+# Two and four bytes as signed integers, which every version can convert: only the bits matter.
 _GAPS = ((1, torch.uint8), (2, torch.int16), (4, torch.int32), (8, torch.int64))
 
 
@@ -158,6 +157,6 @@ def _open(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"'{path}' cannot be read as safetensors ({str(error).splitlines()[0]}).") from None
     if header.get("format") != _FORMAT:
         raise ValueError(
-            f"'{path}' is a safetensors file, but not one of a lightning_sparse export; load it with safetensors."
+            f"'{path}' is a safetensors file, but not from a lightning_sparse export; load it with safetensors."
         )
     return header, parts

@@ -1,4 +1,4 @@
-"""Compare models: what they return, and how long they take."""
+"""Compare models by their outputs and their latency."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def runner(model: nn.Module, inputs: Any) -> Callable[[], Any]:
-    """Calls a model, or the network in it that takes the inputs."""
+    """A function that calls a model, or the network in it that takes the inputs."""
     call = Call.of(inputs).fit(model)
     called = callee(model, call.network)[1]
 
@@ -38,10 +38,10 @@ def runner(model: nn.Module, inputs: Any) -> Callable[[], Any]:
 
 
 def difference(expected: Any, found: Any) -> tuple[float, float]:
-    """The largest difference of two outputs, and the largest output expected; NaN if either holds one.
+    """The largest difference of two outputs, and the largest expected output; NaN if either contains NaN.
 
     Raises:
-        ValueError: if the outputs are not alike in shape.
+        ValueError: if the outputs have different structures or shapes.
 
     Example:
         >>> difference(torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.0]))
@@ -58,7 +58,7 @@ def difference(expected: Any, found: Any) -> tuple[float, float]:
 
 
 def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Second names of tensors that have two, with the first name of each."""
+    """Additional names of shared tensors, with the first name of each."""
     first: dict[Any, str] = {}
     again = {}
     for name, tensor in tensors.items():
@@ -72,12 +72,12 @@ def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of a call.
+    """Milliseconds per call.
 
     Args:
-        median: of all rounds.
-        low: a quarter of the rounds took less.
-        high: a quarter took more.
+        median: median of all rounds.
+        low: first quartile.
+        high: third quartile.
     """
 
     median: float
@@ -88,18 +88,18 @@ class Timing:
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | None = None
 ) -> dict[str, Timing]:
-    """Times of functions that take turns, so that what disturbs one disturbs all.
+    """Times of functions that run interleaved, so that a disturbance affects all of them.
 
     Args:
         functions: by name.
-        rounds: of calls that count; two more warm up.
-        device: to wait for, if it is a GPU.
+        rounds: number of timed calls; two more warm up.
+        device: device to synchronize with, if it is a GPU.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     dice = random.Random(0)
     for number in range(rounds + 2):
-        dice.shuffle(names)  # what ran before leaves caches and threads in another state, so no order is kept
+        dice.shuffle(names)  # the previous function affects caches and threads, so the order is random
         for name in names:
             function = functions[name]
             if device is not None and device.type == "cuda":
@@ -118,13 +118,13 @@ def interleaved(
 
 
 def measure(first: Callable[[], Any], second: Callable[[], Any], rounds: int, device: torch.device) -> tuple[float, float]:
-    """Median milliseconds of two functions that take turns."""
+    """Median milliseconds of two functions that run interleaved."""
     found = interleaved({"first": first, "second": second}, rounds, device)
     return found["first"].median, found["second"].median
 
 
 def have_equal_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two models of the same code hold the same numbers, so that whatever is measured of one holds for the other.
+    """Whether two models of the same code hold the same numbers, so that any measurement of one applies to the other.
 
     Example:
         >>> net = nn.Linear(2, 3)

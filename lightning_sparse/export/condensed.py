@@ -1,4 +1,4 @@
-"""A linear layer of which every output reads the same number of inputs: indices and values, one row for each output."""
+"""A linear layer in which every output reads the same number of inputs, stored as indices and values."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["CondensedLinear"]
 
 
 class CondensedLinear(nn.Module):
-    r"""A linear layer whose weight is stored as indices and values, in rows of one length, for inference on a CPU.
+    r"""A linear layer whose weight is stored as indices and values in rows of equal length, for inference on a CPU.
 
     $$ y_o = b_o + \sum_{j=1}^{k} v_{oj} \, x_{i_{oj}} $$
 
-    There are no row pointers, and the work is divided evenly. The products are those of `embedding_bag`: each output is the
-    weighted sum of k rows of the transposed batch. Outputs without any weight are rows of zeros.
+    There are no row pointers, and the work is divided evenly. The products use `embedding_bag`: each output is the weighted
+    sum of k rows of the transposed batch. Outputs without any weight are rows of zeros.
 
     Source: the condensed representation of Lasby et al. 2024, https://arxiv.org/abs/2305.02299, section 4.4.
 
     Args:
-        layer: trained with `structure="fan_in"`, or otherwise with as many weights in every output that has any.
+        layer: trained with `structure="fan_in"`, or with the same number of weights in every output that has any.
 
     Raises:
         ValueError: if outputs have different numbers of weights.
@@ -50,8 +50,10 @@ class CondensedLinear(nn.Module):
         odd = ((counts != self.fan_in) & (counts != 0)).nonzero().flatten()
         if not self.fan_in or len(odd):
             said = f"one has {self.fan_in}, another {int(counts[odd[0]])}" if len(odd) else "there is none"
-            raise ValueError(f"kernel='condensed' needs as many weights in every output, but {said}; train with 'fan_in'.")
-        # In ascending order; a row without weights takes the first inputs, at values of zero.
+            raise ValueError(
+                f"kernel='condensed' needs the same number of weights in every output, but {said}; train with 'fan_in'."
+            )
+        # In ascending order; a row without weights takes the first inputs, with values of zero.
         order = (weight != 0).to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : self.fan_in]
         indices = order.sort(dim=1).values
         self.register_buffer("indices", indices.int())
@@ -71,4 +73,4 @@ class CondensedLinear(nn.Module):
 
 
 def _call_me(layer: nn.Module, args: object) -> None:
-    """Does nothing, but `nn.TransformerEncoderLayer` calls its layers only if it sees hooks; else it reads their weights."""
+    """Do nothing; `nn.TransformerEncoderLayer` calls its layers only if they have hooks, and else reads their weights."""

@@ -1,4 +1,4 @@
-"""Which channels of a network do nothing, found on its dependency graph and proven on the weights."""
+"""Channels of a network that do nothing, found on its dependency graph and verified on the weights."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ __all__ = ["DeadGroup", "Round", "bias_is_exact", "constants_of", "fed_outputs"]
 
 @dataclass
 class DeadGroup(Group):
-    """Coupled channels that go together.
+    """Coupled channels that are removed together.
 
     Args:
-        removed: channels of the root that go.
+        removed: channels of the root that are removed.
         carriers: dead channels that stay.
-        constants: layer -> input -> the number it is given; where it is not multiplied by zeros.
+        constants: layer -> input -> its constant value, unless it is multiplied by zeros.
     """
 
     removed: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ class DeadGroup(Group):
 
 
 class Round:
-    """Everything that can be removed from a model as it is."""
+    """Everything that can be removed from a model in its current form."""
 
     def __init__(
         self, model: nn.Module, inputs: list[Call], refused: dict[str, str], engine: CouplingEngine = torch_pruning
@@ -69,7 +69,7 @@ class Round:
                 yield group
 
     def _dead(self, root: str, chosen: list[int]) -> DeadGroup | None:
-        """Shrink a set of channels of a root until every one left is dead wherever it is read."""
+        """Shrink a set of channels of a root until each of them is dead wherever it is read."""
         while True:
             found, foreign = self.graph.group(root, chosen)
             if foreign:
@@ -93,13 +93,13 @@ class Round:
         return group if group.removed else None
 
     def _alive(self, group: DeadGroup) -> set[int]:
-        """Channels that somebody reads and something feeds; notes the constants of the others."""
+        """Channels that are both read and fed; records the constants of the others."""
         alive: set[int] = set()
         for name, channels in group.readers.items():
             layer, read = self.graph.layers[name], self.read[name]
             fixed = self.constants.get(layer)
             if is_depthwise(layer):
-                continue  # it passes its channel on; who reads that decides
+                continue  # it passes its channel on; the reader decides
             sources = [self.graph.sources(name, through) for through in (True, False)]
             for channel, indices in channels.items():
                 used = [index for index in indices if read[index]]
@@ -113,11 +113,11 @@ class Round:
         return alive
 
     def _feeds(self, group: DeadGroup, source: str, channel: int) -> bool:
-        """Whether a layer has a weight that is not zero for a channel."""
+        """Whether a layer has a nonzero weight for a channel."""
         return any(self.fed[source][index] for index in group.outputs.get(source, {}).get(channel, []))
 
     def _uneven(self, group: DeadGroup, going: list[int]) -> set[int]:
-        """Channels that must not go so that the groups of a convolution remain equal in size, and none empty."""
+        """Channels that must stay so that the groups of a convolution remain equal in size and none is empty."""
         stay: set[int] = set()
         for side, count in ((group.outputs, out_count), (group.readers, in_count)):
             for name, channels in side.items():
@@ -136,7 +136,7 @@ class Round:
     # ---- constants --------------------------------------------------------------------------------------------------------
 
     def _carry(self, group: DeadGroup) -> None:
-        """Choose dead channels that stay, one that each layer without an exact bias is given as a number other than zero."""
+        """Choose dead channels to keep: one with a nonzero constant for each layer without an exact bias."""
         needing: dict[str, dict[int, float]] = {}
         for name, constants in group.constants.items():
             layer = self.model.get_submodule(name)
@@ -163,7 +163,7 @@ class Round:
         group.removed = [channel for channel in group.removed if channel not in group.carriers]
 
     def _leave_one(self, group: DeadGroup) -> None:
-        """A layer without outputs is none: if all are dead, the last one stays."""
+        """A layer needs at least one output: if all are dead, the last one stays."""
         for name, channels in (*group.outputs.items(), *group.readers.items()):
             layer = self.model.get_submodule(name)
             whole = in_count(layer) if name in group.readers and is_layer(layer) else out_count(layer)
@@ -173,7 +173,7 @@ class Round:
 
 
 def fed_outputs(layer: Any) -> Tensor:
-    """Which outputs have a weight other than zero."""
+    """Which outputs have a nonzero weight."""
     weight: Tensor = layer.weight.detach() != 0
     if isinstance(layer, TRANSPOSED_CONVOLUTIONS):
         per_group: Tensor = weight.reshape(layer.groups, -1, weight.shape[1], weight[0, 0].numel()).any(-1).any(1)
@@ -182,7 +182,7 @@ def fed_outputs(layer: Any) -> Tensor:
 
 
 def _read(layer: Any) -> Tensor:
-    """Which inputs are multiplied by a weight other than zero."""
+    """Which inputs are multiplied by a nonzero weight."""
     weight: Tensor = layer.weight.detach() != 0
     if isinstance(layer, TRANSPOSED_CONVOLUTIONS):
         return weight.flatten(1).any(1)
@@ -191,7 +191,7 @@ def _read(layer: Any) -> Tensor:
 
 
 def bias_is_exact(layer: Any) -> bool:
-    """Whether a constant input adds the same to every place of an output."""
+    """Whether a constant input adds the same value at every position of an output."""
     if layer.bias is None or isinstance(layer, TRANSPOSED_CONVOLUTIONS):
         return False
     return isinstance(layer, nn.Linear) or layer.padding_mode != "zeros" or not any(padding_of(layer) or (1,))
@@ -199,7 +199,7 @@ def bias_is_exact(layer: Any) -> bool:
 
 @torch.no_grad()
 def constants_of(model: nn.Module, inputs: Sequence[Any]) -> dict[nn.Module, dict[int, float]]:
-    """Layer -> input channel -> the number it is given, for channels that are given only one."""
+    """Layer -> input channel -> its value, for channels that are constant."""
     low: dict[nn.Module, Tensor] = {}
     high: dict[nn.Module, Tensor] = {}
 
@@ -220,7 +220,7 @@ def constants_of(model: nn.Module, inputs: Sequence[Any]) -> dict[nn.Module, dic
     found = {}
     for layer in low:
         a, b = low[layer].double(), high[layer].double()
-        same = (b - a) <= 1e-6 * torch.maximum(a.abs(), b.abs())  # kernels round the ends of a row in another way
+        same = (b - a) <= 1e-6 * torch.maximum(a.abs(), b.abs())  # kernels round the ends of a row differently
         middle = ((a + b) / 2).tolist()
         found[layer] = {int(index): middle[int(index)] for index in same.nonzero().flatten()}
     return found

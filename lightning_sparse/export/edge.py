@@ -28,25 +28,25 @@ _ESTIMATES = {
     "MACs": "nn_macs",
     "cycles": "cycles_total",
 }
-"""What is read from Vela's summary."""
+"""Entries read from Vela's summary."""
 
 
 def save_executorch(
     model: nn.Module, inputs: Any, path: str | Path, calibration: Sequence[Any] = (), network: str | None = None
 ) -> list[str]:
-    """Write a model as a program for ExecuTorch on a CPU, one sample at a time; returns operators XNNPACK does not run.
+    """Write a model as an ExecuTorch program for a CPU, one sample at a time; returns operators that XNNPACK does not run.
 
     Args:
         model: trained, with exact zeros.
-        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
-        path: of the file.
-        calibration: batches of training inputs, for a program in int8: a scale for each output and no offset, so that zero
-            is code 0; without any, the program computes in float32.
-        network: the part of the model that takes the inputs, by name; None finds it.
+        inputs: a batch; a tuple holds positional arguments, a dict holds keyword arguments.
+        path: path of the file.
+        calibration: batches of training inputs, for an int8 program: one scale per output and no zero point, so that zero is
+            code 0. Without any, the program computes in float32.
+        network: name of the submodule that takes the inputs; None finds it.
 
     Raises:
-        ValueError: if executorch is missing, the calibration data never reach a layer, an operator has no kernel, or a zero
-            would be lost.
+        ValueError: if executorch is missing, the calibration data never reaches a layer, an operator has no kernel, or a
+            zero would be lost.
     """
     edge = _need("executorch.exir")
     partitioner = _need("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner
@@ -71,11 +71,11 @@ def save_executorch(
 def save_ethos_u85(
     model: nn.Module, inputs: Any, path: str | Path, calibration: Sequence[Any], network: str | None = None
 ) -> tuple[dict[str, float], list[str]]:
-    """Write a model as a program in int8 for Arm's Ethos-U85-256, compiled by Vela, for one sample at a time.
+    """Write a model as an int8 program for Arm's Ethos-U85-256, compiled by Vela, for one sample at a time.
 
-    Vela encodes weights without their zeros, so this is where unstructured sparsity makes a program smaller. Linear layers
-    have one scale, by which codes are smaller numbers that take fewer bits; convolutions have one for each output. Nothing
-    can be run here: outputs need Arm's simulator or the device, and the numbers are what the compiler expects.
+    Vela encodes weights without their zeros, so here unstructured sparsity makes a program smaller. Linear layers have one
+    scale, which gives smaller codes that take fewer bits; convolutions have one per output. Nothing can be run here: outputs
+    need Arm's simulator or the device, and the numbers are the compiler's estimates.
 
     Args:
         model: trained, with exact zeros.
@@ -88,7 +88,7 @@ def save_ethos_u85(
         Vela's estimates (bytes of encoded weights, multiply-accumulates, cycles), and operators that stay on the CPU.
 
     Raises:
-        ValueError: if executorch or ethos-u-vela is missing, the calibration data never reach a layer, or a zero would be
+        ValueError: if executorch or ethos-u-vela is missing, the calibration data never reaches a layer, or a zero would be
             lost.
     """
     _need("tosa_serializer", "executorch[ethos-u]")
@@ -123,13 +123,13 @@ def save_ethos_u85(
 def executorch_runner(path: str | Path) -> Callable[[Any], Any]:
     """A function that runs a program in ExecuTorch's own runtime, sample by sample.
 
-    Tensors among its inputs are given in their order.
+    Tensors among its inputs are passed in order.
     """
     return _Program(path)
 
 
 class _Program:
-    """A loaded program; the runtime reads from what it was loaded from until the end."""
+    """A loaded program; the runtime reads from its source buffer until the end."""
 
     def __init__(self, path: str | Path) -> None:
         runtime = _need("executorch.runtime").Runtime.get()
@@ -147,7 +147,7 @@ class _Program:
 
 
 def samples_of(call: Call) -> Iterator[Call]:
-    """A call for each sample."""
+    """One call per sample."""
     for row in range(call.samples):
         yield call.map(lambda tensor, row=row: tensor[row : row + 1] if call.is_batch(tensor) else tensor)  # type: ignore[misc]
 
@@ -161,7 +161,7 @@ def _need(module: str, package: str = "executorch") -> Any:
 
 
 class _muted(warnings.catch_warnings):
-    """Libraries say nothing below an error while it is open."""
+    """Suppress everything below an error from libraries while active."""
 
     def __enter__(self) -> Any:
         entered = super().__enter__()
@@ -191,7 +191,7 @@ def _of_itself(batch: Any) -> Call:
 
 
 def _quantized(called: nn.Module, quantizer: Any, calibration: Sequence[Any]) -> Any:
-    """The network in int8, ranges read off the calibration data: in batches, or sample by sample if it takes no batch."""
+    """The network in int8, with ranges from the calibration data: in batches, or sample by sample if it takes no batch."""
     tools = _need("torchao.quantization.pt2e.quantize_pt2e", "torchao")
     batches = [_of_itself(batch).fit(called) for batch in calibration]
     try:
@@ -221,11 +221,11 @@ def _calibrated(called: nn.Module, tools: Any, quantizer: Any, calls: Sequence[C
 
 
 def check_codes(weights: Sequence[Tensor], tensors: Iterable[Tensor]) -> None:
-    """Every int8 matrix is the rounding of a weight, with code 0 wherever that is zero.
+    """Check that every int8 matrix is the rounding of a weight, with code 0 wherever the weight is zero.
 
     Args:
         weights: in float.
-        tensors: of the converted network; those that are not int8 matrices are passed over.
+        tensors: of the converted network; those that are not int8 matrices are ignored.
 
     Raises:
         ValueError: if one is not.
@@ -235,19 +235,17 @@ def check_codes(weights: Sequence[Tensor], tensors: Iterable[Tensor]) -> None:
             continue
         alike = [weight for weight in weights if weight.shape == codes.shape and _has_signs_of(weight, codes)]
         if not any(not bool(codes[weight == 0].any()) for weight in alike):
-            raise ValueError(
-                f"zeros of a weight of shape {tuple(codes.shape)} would be lost: they have another code than 0."
-            )
+            raise ValueError(f"zeros of a weight of shape {tuple(codes.shape)} would be lost: their code is not 0.")
 
 
 def _has_signs_of(weight: Tensor, codes: Tensor) -> bool:
-    """Whether codes may be those of a weight, whatever their scales: signs agree where neither is zero."""
+    """Whether codes can belong to a weight, whatever their scales: signs agree where neither is zero."""
     both = (weight != 0) & (codes != 0)
     return torch.equal(weight[both].sign(), codes[both].sign().to(weight.dtype))
 
 
 def _left(lowered: Any) -> list[str]:
-    """Operators that no backend has taken."""
+    """Operators that no backend took."""
     names = {
         str(node.target.__name__)
         for node in lowered.exported_program().graph.nodes
@@ -258,7 +256,7 @@ def _left(lowered: Any) -> list[str]:
 
 
 def _said(model: nn.Module, compiler: str, error: Exception) -> ValueError:
-    """What a compiler refuses, with the operators it lacks by name."""
+    """A compiler's refusal, with the missing operators by name."""
     if isinstance(error, ValueError) and "would be lost" in str(error):
         return error
     lacking = sorted(set(re.findall(r"aten::[\w.]+", str(error))))

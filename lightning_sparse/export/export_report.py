@@ -1,4 +1,4 @@
-"""What an export gained, rung by rung: as a table, as JSON, as a section of a page."""
+"""The gains of an export, rung by rung: as a table, as JSON, as a section of a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_sparse.export.kernel_choice import KernelChoice
 __all__ = ["ExportReport", "Rung", "Runtime", "dense_in"]
 
 Runtime = Literal["torch", "torch.compile", "onnxruntime", "executorch", "ethos-u85"]
-"""What runs an artifact; `torch` is eager."""
+"""The runtime of an artifact; `torch` is eager."""
 
 
 def dense_in(runtime: Runtime) -> str:
@@ -31,20 +31,20 @@ def dense_in(runtime: Runtime) -> str:
 
 @dataclass
 class Rung:
-    """One artifact, or why there is none.
+    """One artifact, or the reason why there is none.
 
     Args:
-        file: in the folder of the export; None if it was not written.
-        bytes: of the file.
-        parameters: numbers in the model it makes.
-        macs: multiplications per sample, zeros included where the kernel multiplies them.
-        change: the largest difference of an output to the dense model.
-        largest: the largest output.
+        file: file in the folder of the export; None if it was not written.
+        bytes: size of the file.
+        parameters: number of parameters of the model.
+        macs: multiplications per sample, including zeros where the kernel multiplies them.
+        change: largest difference of an output from the dense model.
+        largest: largest output.
         latency: batch size -> milliseconds.
-        metrics: on the test set, if there was one.
+        metrics: metrics on the test set, if there was one.
         note: what was done, or why not.
-        runtime: that was measured.
-        estimates: numbers that a compiler expects and nobody has measured.
+        runtime: the runtime that was measured.
+        estimates: numbers that a compiler estimates and that were not measured.
     """
 
     file: str | None = None
@@ -62,14 +62,14 @@ class Rung:
 
 @dataclass
 class ExportReport:
-    """All rungs beside the dense model, measured in turns.
+    """All rungs beside the dense model, measured interleaved.
 
     Args:
-        model: its class.
-        sparsity: share of zeros in its weights.
-        batch_size: at which latency was measured, beside 1.
-        threads: of torch while measuring.
-        device: of the model.
+        model: name of its class.
+        sparsity: fraction of zeros in its weights.
+        batch_size: batch size at which latency was measured, besides 1.
+        threads: number of torch threads during measurement.
+        device: device of the model.
         rungs: by name; `dense` first.
         choices: what was measured for each linear layer.
     """
@@ -83,17 +83,17 @@ class ExportReport:
     choices: list[KernelChoice] = field(default_factory=list)
 
     def speed(self, name: str, batch: int | None = None) -> float | None:
-        """How many times as fast as the dense model in eager torch a rung is, its runtime included; None if not measured."""
+        """Speedup of a rung over the dense model in eager torch, its runtime included; None if not measured."""
         return self._ratio("dense", name, batch)
 
     def gain(self, name: str, batch: int | None = None) -> float | None:
-        """How many times as fast as the dense model in the same runtime a rung is: what the rung gains by itself."""
+        """Speedup of a rung over the dense model in the same runtime: the gain of the rung itself."""
         return self._ratio(dense_in(self.rungs[name].runtime), name, batch)
 
     def pace(self, name: str, batch: int | None = None) -> Literal["faster", "no faster", "slower"] | None:
-        """What a rung is beside the dense model in the same runtime, as far as the spread of the measurements can tell.
+        """How a rung compares with the dense model in the same runtime, given the spread of the measurements.
 
-        Faster or slower only if the middle halves of both lie apart; None if it was not measured.
+        Faster or slower only if the interquartile ranges of both do not overlap; None if it was not measured.
         """
         batch = batch or self.batch_size
         dense = self.rungs.get(dense_in(self.rungs[name].runtime), Rung()).latency.get(batch)
@@ -103,13 +103,13 @@ class ExportReport:
         return "faster" if ours.high < dense.low else "slower" if ours.low > dense.high else "no faster"
 
     def share(self, name: str) -> float | None:
-        """Bytes of a rung, of the dense model in the same runtime."""
+        """Bytes of a rung, relative to the dense model in the same runtime."""
         dense = self.rungs.get(dense_in(self.rungs[name].runtime), Rung()).bytes
         ours = self.rungs[name].bytes
         return None if not dense or ours is None else ours / dense
 
     def outcome(self, name: str) -> str:
-        """What a rung gains in its own runtime, in words."""
+        """The gain of a rung in its own runtime, in words."""
         pace, share = self.pace(name), self.share(name)
         if name.startswith("dense") or share is None:
             return ""
@@ -125,7 +125,7 @@ class ExportReport:
 
     @property
     def recommendation(self) -> str:
-        """Which rung to use, what it gains by itself, and what its runtime does."""
+        """Which rung to use, its own gain, and that of its runtime."""
         written = [name for name, rung in self.rungs.items() if rung.file]
         if not written:
             return "Nothing was written: no rung suits this model."
@@ -157,25 +157,25 @@ class ExportReport:
         return f"{said}; {speeds[best]:.1f} times as fast as dense in eager torch, {own}."
 
     def is_other_network(self, name: str) -> bool:
-        """Whether a rung computes in another way than the dense model, and so may be faster or slower."""
+        """Whether a rung computes differently from the dense model, and so may be faster or slower."""
         return not name.startswith("dense") and name not in ("plain", "compact")
 
     def _beats_dense(self, name: str) -> bool:
-        """Whether the middle half of a rung's times lies below that of the dense model in eager torch."""
+        """Whether the interquartile range of a rung's times lies below that of the dense model in eager torch."""
         ours, dense = self.rungs[name].latency[self.batch_size], self.rungs["dense"].latency[self.batch_size]
         return ours.high < dense.low
 
     # ---- as text ----------------------------------------------------------------------------------------------------------
 
     def header(self) -> list[str]:
-        """Headings of the columns."""
+        """Column headings."""
         batches = dict.fromkeys(batch for rung in self.rungs.values() for batch in rung.latency)
         metrics = dict.fromkeys(metric for rung in self.rungs.values() for metric in rung.metrics)
         times = [f"ms at batch {batch}" for batch in batches]
         return ["rung", "runtime", "bytes", "parameters", "MACs", *times, "largest change", *metrics, "gains", ""]
 
     def rows(self) -> list[list[str]]:
-        """A row of cells for each rung."""
+        """One row of cells per rung."""
         batches = dict.fromkeys(batch for rung in self.rungs.values() for batch in rung.latency)
         metrics = dict.fromkeys(metric for rung in self.rungs.values() for metric in rung.metrics)
         rows = []
@@ -193,7 +193,7 @@ class ExportReport:
         return rows
 
     def _times_dense(self, name: str, batch: int) -> str:
-        """The gain in the same runtime, and the total where that is another number."""
+        """The gain in the same runtime, and the total where it differs."""
         gain, total = self.gain(name, batch), self.speed(name, batch)
         if name == "dense" or total is None:
             return ""
@@ -207,7 +207,7 @@ class ExportReport:
         return "; ".join(filter(None, [estimates and f"estimates, not measured: {estimates}", rung.note]))
 
     def table(self) -> Table:
-        """For a terminal."""
+        """A table for a terminal."""
         title = f"{self.model}, {self.sparsity:.1%} zeros, {self.threads} threads on {self.device}"
         table = Table(title=title, title_justify="left", caption=self.recommendation, caption_justify="left")
         for number, heading in enumerate(self.header()):
@@ -230,12 +230,12 @@ class ExportReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The report as plain values."""
         return asdict(self) | {"recommendation": self.recommendation, "torch": torch.__version__}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ExportReport:
-        """From what a `report.json` holds, for a page made later."""
+        """The report from the contents of a `report.json`, for a page that is made later."""
         report = cls(*(values[name] for name in ("model", "sparsity", "batch_size", "threads", "device")))
         for name, rung in values["rungs"].items():
             latency = {int(batch): Timing(**timing) for batch, timing in rung["latency"].items()}

@@ -1,4 +1,4 @@
-"""Eight bits per weight and activation, as ONNX; quantizing loses no zero."""
+"""Eight bits per weight and activation, as ONNX; quantization keeps every zero."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["Int8Weights", "save_int8"]
 
 @dataclass(frozen=True)
 class Int8Weights:
-    """What became of the weights.
+    """The result for the weights.
 
     Args:
-        weights: entries that are stored in int8.
-        zeros: of them that are zero in float; all are code 0.
-        rounded: of them that are zero only in int8.
-        left: weights that stay float, since the runtime has no int8 operator for them.
+        weights: number of entries stored in int8.
+        zeros: how many of them are zero in float; all have code 0.
+        rounded: how many of them are zero only in int8.
+        left: weights that stay float, because the runtime has no int8 operator for them.
     """
 
     weights: int
@@ -43,20 +43,20 @@ def save_int8(
 
     $$ w \approx s_o \, q, \quad s_o = \max_i |w_{oi}| / 127, \quad q \in \{-127, \dots, 127\} $$
 
-    with a scale for each output o and no offset, so that zero is code 0 exactly; activations have a scale and an offset for
-    each tensor, from the least and the largest value that the calibration data cause (Jacob et al. 2018,
-    https://arxiv.org/abs/1712.05877). Batch normalization is folded first. That no zero is lost is checked entry by entry
-    before the file is written.
+    with one scale per output o and no zero point, so that zero is exactly code 0; activations have one scale and zero point
+    per tensor, from the smallest and the largest value on the calibration data (Jacob et al. 2018,
+    https://arxiv.org/abs/1712.05877). Batch normalization is folded first. Before the file is written, it is checked entry
+    by entry that no zero is lost.
 
     Args:
         model: trained, with exact zeros.
-        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
-        path: of the file.
+        inputs: a batch; a tuple holds positional arguments, a dict holds keyword arguments.
+        path: path of the file.
         calibration: batches of training inputs.
-        network: the part of the model that takes the inputs, by name; None finds it.
+        network: name of the submodule that takes the inputs; None finds it.
 
     Raises:
-        ValueError: if the calibration data never reach a layer, onnxruntime is missing or cannot quantize the model, or a
+        ValueError: if the calibration data never reaches a layer, onnxruntime is missing or cannot quantize the model, or a
             zero would be lost.
     """
     tools = need("onnxruntime.quantization", "onnxruntime")
@@ -70,7 +70,7 @@ def save_int8(
         names = [given.name for given in need("onnx", "onnx").load(str(whole)).graph.input]
         reader = _reader(tools, names, batches)
         try:
-            with silenced(""):  # it advises to run a preparation that is done here
+            with silenced(""):  # it recommends a preparation step that is done here
                 tools.quantize_static(
                     str(whole),
                     str(made),
@@ -89,7 +89,7 @@ def save_int8(
 
 
 def _without_names(made: Path) -> bytes:
-    """A file in which codes and biases have the names of their parameters, and all else numbers: a quarter fewer bytes."""
+    """A file whose codes and biases are named after their parameters, and the rest numbered: a quarter fewer bytes."""
     model = need("onnx", "onnx").load(str(made))
     graph = model.graph
     names = {value.name: value.name for value in (*graph.input, *graph.output)}
@@ -98,7 +98,7 @@ def _without_names(made: Path) -> bytes:
         name = tensor.name
         plain = not name.endswith(("_scale", "_zero_point"))
         tensor.name = names[name] = name.removesuffix("_quantized") if plain else next(numbers)
-    for node in graph.node:  # in the order in which they run
+    for node in graph.node:  # in execution order
         node.name = ""
         for index, name in enumerate(node.input):
             node.input[index] = names[name] if name else ""
@@ -110,7 +110,7 @@ def _without_names(made: Path) -> bytes:
 
 
 def _reader(tools: Any, names: Sequence[str], batches: Sequence[Call]) -> Any:
-    """The calibration data, as onnxruntime asks for them."""
+    """The calibration data in the form that onnxruntime expects."""
     feeds: Iterator[Mapping[str, Any]] = iter([feed(names, batch) for batch in batches])
 
     class Reader(tools.CalibrationDataReader):  # type: ignore[misc]
@@ -129,10 +129,10 @@ def check_zeros(whole: str | Path, made: str | Path) -> Int8Weights:
 
     Args:
         whole: the float file.
-        made: what onnxruntime made of it.
+        made: the int8 file that onnxruntime made from it.
 
     Raises:
-        ValueError: naming a weight in which a zero is lost, or whose code of zero is not 0.
+        ValueError: naming a weight in which a zero is lost or has a code other than 0.
     """
     onnx = need("onnx", "onnx")
     arrays = need("onnx.numpy_helper", "onnx")
@@ -154,11 +154,11 @@ def check_zeros(whole: str | Path, made: str | Path) -> Int8Weights:
         lost = int(((values == 0) & (codes != 0)).sum())
         if lost or offsets.any():
             raise ValueError(
-                f"zeros of '{name}' would be lost: {lost} have another code than 0, and code 0 stands for another number in "
+                f"zeros of '{name}' would be lost: {lost} have a code other than 0, and code 0 stands for another number in "
                 f"{int((offsets != 0).sum())} outputs."
             )
         weights, zeros = weights + values.size, zeros + int((values == 0).sum())
         rounded += int(((values != 0) & (codes == 0)).sum())
     if not weights:
-        raise ValueError("onnxruntime quantizes no weight of it; its layers have no int8 operator there.")
+        raise ValueError("onnxruntime quantizes no weight of this model; it has no int8 operator for its layers.")
     return Int8Weights(weights, zeros, rounded, tuple(left))

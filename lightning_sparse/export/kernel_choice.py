@@ -1,4 +1,4 @@
-"""What choosing a kernel gives, and the inputs that it is measured on; shared by kernels of CPUs and of GPUs."""
+"""The result of choosing a kernel, and the inputs that kernels are measured on; shared by CPU and GPU kernels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["KernelChoice", "layer_inputs"]
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What was measured for one linear layer.
+    """The measurements of one linear layer.
 
     Args:
         layer: its name.
-        sparsity: of its weight.
-        milliseconds: of a call, by kernel; `dense` among them.
-        chosen: the fastest.
-        note: why it is dense, where that was not measured.
+        sparsity: sparsity of its weight.
+        milliseconds: time per call, by kernel, including `dense`.
+        chosen: the fastest kernel.
+        note: why the layer stays dense, if it was not measured.
     """
 
     layer: str

@@ -1,4 +1,4 @@
-"""Sparse kernels for linear layers on a CPU: each is measured, and the fastest is kept."""
+"""Sparse kernels for linear layers on a CPU: all are measured, and the fastest is kept."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ BLOCKS = (4, 8, 16, 32)
 class SparseLinear(nn.Module):
     """A linear layer whose weight is stored in rows or blocks, for inference on a CPU.
 
-    Its products are made as (W x^T)^T, which is many times faster than x W^T in torch's kernels for these layouts.
+    It computes (W x^T)^T, which is many times faster than x W^T in torch's kernels for these layouts.
 
     Args:
-        layer: with zeros in its weight.
+        layer: a layer with zeros in its weight.
         kernel: `csr`, or `bsr4`, `bsr8`, `bsr16`, `bsr32` for square blocks.
 
     Raises:
@@ -62,11 +62,11 @@ class SparseLinear(nn.Module):
 
 
 def _call_me(layer: nn.Module, args: Any) -> None:
-    """Does nothing, but `nn.TransformerEncoderLayer` calls its layers only if it sees hooks; else it reads their weights."""
+    """Do nothing; `nn.TransformerEncoderLayer` calls its layers only if they have hooks, and else reads their weights."""
 
 
 def to_layout(weight: Tensor, kernel: str) -> Tensor:
-    """A weight in rows (`csr`) or square blocks (`bsr16`), with indices of four bytes where the kernel takes them."""
+    """A weight in rows (`csr`) or square blocks (`bsr16`), with 4-byte indices where the kernel takes them."""
     if kernel == "csr":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*in beta state")
@@ -87,7 +87,7 @@ def to_layout(weight: Tensor, kernel: str) -> Tensor:
 
 
 def with_kernel(layer: nn.Linear, kernel: str) -> CondensedLinear | SparseLinear:
-    """A linear layer with another kernel.
+    """Make a linear layer with another kernel.
 
     Raises:
         ValueError: if there is no such kernel, or the weight does not fit it.
@@ -96,7 +96,7 @@ def with_kernel(layer: nn.Linear, kernel: str) -> CondensedLinear | SparseLinear
 
 
 def use_kernels(model: nn.Module, kernels: Mapping[str, str]) -> nn.Module:
-    """Exchange linear layers for ones with other kernels, in place."""
+    """Replace linear layers by ones with other kernels, in place."""
     for name, kernel in kernels.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
@@ -120,17 +120,17 @@ def choose_kernels(
     blocks: tuple[int, ...] = BLOCKS,
     network: str | None = None,
 ) -> list[KernelChoice]:
-    """Measure every linear layer dense, condensed, in CSR and in BSR on what it is given, and name the fastest.
+    """Measure every linear layer dense, condensed, in CSR and in BSR on its real inputs, and choose the fastest.
 
-    Batch size and threads are those of this call: choose them as they will be in use.
+    Batch size and threads are those of this call: use the values of your deployment.
 
     Args:
-        model: on a CPU.
-        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
-        rounds: of calls, all kernels taking turns.
-        margin: a kernel is kept only if it saves this share of the dense time; noise is not a gain.
+        model: a model on a CPU.
+        inputs: a batch; a tuple holds positional arguments, a dict holds keyword arguments.
+        rounds: number of calls, with all kernels interleaved.
+        margin: a kernel is kept only if it saves this fraction of the dense time, so that noise does not count as a gain.
         blocks: sizes of square blocks to try.
-        network: the part of the model that takes the inputs, by name; None finds it.
+        network: name of the submodule that takes the inputs; None finds it.
     """
     given = layer_inputs(model, Call.of(inputs, network))
     choices = []

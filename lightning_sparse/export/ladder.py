@@ -40,39 +40,40 @@ def export_ladder(
     quantization: Quantization | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Make every artifact that suits a sparse model, verify each against it, measure all beside it, and write them.
+    """Make every artifact that suits a sparse model, verify each one, measure them all next to the model, and write them.
 
     `plain`: a state dict. `compact`: the same without zeros. `merged`: without layers that act linearly. `removed`: without
-    dead neurons and filters; the rungs after it stand on it. `kernels`: linear layers in CSR or BSR where that is faster
-    here. `semi_structured`: 2:4, on the sparse tensor cores of a GPU. `onnx`. `int8`: ONNX in eight bits. `edge`: a
-    program in eight bits for ExecuTorch on a CPU. `ethos_u85`: one for Arm's accelerator, which stores no zeros.
+    dead neurons and filters; later rungs build on it. `kernels`: linear layers in CSR or BSR where that is faster on this
+    machine. `semi_structured`: 2:4, on the sparse tensor cores of a GPU. `onnx`. `int8`: ONNX in eight bits. `edge`: an int8
+    program for ExecuTorch on a CPU. `ethos_u85`: one for Arm's accelerator, which stores no zeros.
 
-    What is verified is what a file makes of the model, and nothing is written before all are verified. A rung gains what it
-    gains beside the dense model in its own runtime, so each runtime has a dense row; what is slower than that and no smaller
-    is left out unless `rungs` names it.
+    Verification uses the model as loaded from the file, and nothing is written before everything is verified. The gain of a
+    rung is measured against the dense model in the same runtime, so each runtime has a dense row. A rung that is slower than
+    that and no smaller is dropped unless `rungs` names it.
 
     Args:
-        model: trained, with exact zeros; it stays as it is.
-        inputs: real ones, as many as a batch will have in use; a tuple holds positional arguments, a dictionary named ones.
-        to: the folder to write.
-        network: the part of the model that takes the inputs, by name; None finds it.
-        rungs: which; None takes all that suit, and the report says why the others do not.
-        tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller); in half
-            precision four of its roundings are allowed.
-        fold: batch normalization into the layers in front of it, in all rungs but `merged`.
-        input_range: the least and largest input, such as (0, 1), by which `merged` may judge the first layer.
-        rounds: of calls by which latency is measured; 0 to not measure.
-        compiled: measure the dense model and smaller networks under `torch.compile` too, which takes half a minute each.
-        evaluate: metrics of a model, such as its accuracy on a test set.
-        quantization: how rungs in eight bits are calibrated and judged; None leaves them out.
-        overwrite: files in the folder.
+        model: trained, with exact zeros; it is not changed.
+        inputs: real inputs, as many as a batch will have in deployment; a tuple holds positional arguments, a dict holds
+            keyword arguments.
+        to: output folder.
+        network: name of the submodule that takes the inputs; None finds it.
+        rungs: the rungs to make; None makes all that suit, and the report says why the others do not.
+        tolerance: maximum change of an output, relative to the largest output (or to 1 if that is smaller); in half
+            precision, four rounding errors are allowed.
+        fold: fold batch normalization into the preceding layers, in all rungs except `merged`.
+        input_range: the smallest and largest input, such as (0, 1), with which `merged` may judge the first layer.
+        rounds: number of calls for measuring latency; 0 skips it.
+        compiled: also measure the dense model and smaller networks under `torch.compile`, which takes half a minute each.
+        evaluate: computes metrics of a model, such as its accuracy on a test set.
+        quantization: how int8 rungs are calibrated and judged; None skips them.
+        overwrite: overwrite files in the folder.
 
     Raises:
-        ValueError: if a rung is unknown, one that was named is not possible, or one fails its verification.
+        ValueError: if a rung is unknown, a requested one is not possible, or one fails its verification.
     """
     if is_cut(model):
         raise ValueError(
-            f"{type(model).__name__} is cut into shards, and an export needs whole weights; save a checkpoint, and give the "
+            f"{type(model).__name__} is sharded, and an export needs whole weights; save a checkpoint, and give the "
             "plain model after model.load_state_dict(whole_weights(path))."
         )
     call = Call.of(inputs, network)
@@ -99,8 +100,8 @@ class _Climb:
     """One climb of the ladder: what was made so far, and the report on it.
 
     Args:
-        ladder: that is climbed.
-        forced: whether rungs were named, so that one which is not possible is an error.
+        ladder: the ladder.
+        forced: whether rungs were requested by name, so that an impossible one is an error.
     """
 
     def __init__(self, ladder: Ladder, forced: bool) -> None:
@@ -116,7 +117,7 @@ class _Climb:
             ) from error
         self.made: dict[str, Made] = {}
         self.errors: dict[str, float] = {}
-        """Of outputs, as a share of them, where a rung rounds off."""
+        """The allowed relative error of outputs where a rung rounds."""
         self.timed: dict[str, Callable[[Call], Any]] = {"dense": partial(call_with, callee(dense, call.network)[1])}
         """Everything that is measured, artifacts and dense rows."""
         self.report = ExportReport(kind, ladder.zeros, call.samples, torch.get_num_threads(), str(device_of(dense)))
@@ -128,11 +129,11 @@ class _Climb:
         )
 
     def take(self, name: str) -> None:
-        """Make a rung and verify it, or note why there is none."""
+        """Make a rung and verify it, or record why there is none."""
         try:
             rung = RUNGS[name](self.ladder)
             found = self.expected if rung.run is None else rung.run(self.ladder.inputs)
-        except Exception as error:  # libraries and kernels have many ways to say that they cannot
+        except Exception as error:  # libraries and kernels fail in many ways
             reason = str(error) if isinstance(error, ValueError) else f"it does not run ({first_line(error)})."
             if self.forced:
                 raise ValueError(f"rung '{name}': {reason.rstrip('.')}. Nothing was written.") from None
@@ -149,7 +150,7 @@ class _Climb:
             self.timed[name] = rung.run
 
     def compare_runtimes(self, compiled: bool) -> None:
-        """The dense model in every runtime that a rung needs, as a row of its own, and networks compiled, if wanted."""
+        """The dense model in every runtime that a rung needs, as a separate row, and compiled networks, if requested."""
         if any(rung.runtime == "onnxruntime" for rung in self.made.values()):
             self._add_dense("onnxruntime", self.ladder.dense_onnx)
         if any(rung.runtime == "executorch" for rung in self.made.values()):
@@ -192,7 +193,7 @@ class _Climb:
         self.timed[row] = run
 
     def time(self, rounds: int) -> None:
-        """All in turns, at batch 1 and at that of the inputs; what is compiled is compiled for that of the inputs."""
+        """Time everything interleaved, at batch 1 and at that of the inputs, which is the one to compile for."""
         dense, inputs = self.ladder.dense, self.ladder.inputs
         for batch in dict.fromkeys((1, inputs.samples)):
             x = inputs.first(batch).fit(dense)
@@ -203,7 +204,7 @@ class _Climb:
                 self.report.rungs[name].latency[batch] = timing
 
     def leave_out_what_is_no_gain(self) -> None:
-        """A rung that nobody named, and that is slower than dense in its own runtime without being smaller."""
+        """Drop a rung that was not requested and is slower than dense in its own runtime without being smaller."""
         for name in [] if self.forced else list(self.made):
             share = self.report.share(name)
             if self.report.is_other_network(name) and self.report.pace(name) == "slower" and (share is None or share > 0.95):
@@ -230,7 +231,7 @@ class _Climb:
                 self.report.rungs[name].note += "; evaluate does not call its network, so it has no metrics"
 
     def judge_what_rounds_off(self) -> None:
-        """Metrics where there are some, else outputs, must be close enough to those of the dense model."""
+        """Metrics, or else outputs, must be close enough to those of the dense model."""
         for name, error in self.errors.items():
             assert self.ladder.quantization is not None
             rung = self.report.rungs[name]
@@ -244,7 +245,7 @@ class _Climb:
             del self.made[name], self.timed[name]
 
     def write(self, to: Path) -> None:
-        """The files and the report."""
+        """Write the files and the report."""
         to.mkdir(parents=True, exist_ok=True)
         for rung in self.made.values():
             shutil.copyfile(self.ladder.folder / rung.file, to / rung.file)
@@ -264,22 +265,22 @@ def _check(
     if unknown:
         raise ValueError(f"rung '{unknown[0]}' is unknown; choose from {list(RUNGS)}.")
     if rungs is not None and not rungs:
-        raise ValueError(f"rungs={rungs} names none; choose from {list(RUNGS)}, or leave it out for all that suit.")
+        raise ValueError(f"rungs={rungs} is empty; choose from {list(RUNGS)}, or omit it for all that suit.")
     if not inputs.samples:
-        raise ValueError("inputs holds no sample; give a batch of real ones.")
+        raise ValueError("inputs contains no sample; give a batch of real ones.")
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be above 0: rounding alone changes outputs a little.")
     if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
-        raise ValueError(f"input_range={input_range} must be the least and the largest input, such as [0, 1].")
+        raise ValueError(f"input_range={input_range} must be the smallest and the largest input, such as [0, 1].")
     if rounds < 0:
-        raise ValueError(f"rounds={rounds} must be 0, for no measurement, or more.")
+        raise ValueError(f"rounds={rounds} must be >= 0; 0 measures nothing.")
     if Path(to).is_file() or (Path(to).is_dir() and any(Path(to).iterdir()) and not overwrite):
         raise ValueError(f"to='{to}' already exists; name a new folder, or set overwrite.")
     return [name for name in RUNGS if rungs is None or name in rungs]
 
 
 def _verified(name: str, made: Made, found: Any, expected: Any, tolerance: float, folder: Path) -> Rung:
-    """The row of a rung whose outputs are those of the dense model.
+    """The row of a rung whose outputs match those of the dense model.
 
     Raises:
         ValueError: if they are not.

@@ -1,4 +1,4 @@
-"""Merge layers that act linearly into their successors: a real, shallower network."""
+"""Merge layers that act linearly into their successors: a genuinely shallower network."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def merge_layers(
 ) -> tuple[nn.Module, MergeReport]:
     """A copy of a network in which layers that act linearly are merged into the next one, and a report.
 
-    A layer merges if its activation does nothing: for all inputs (`certified`), or up to a negative part within the
-    tolerance (`near`: the activation is deleted, the weights stay as they are). Merged layers are judged again, and again,
-    until nothing changes. A residual block whose first layer is gone becomes one layer with its shortcut. Products are made
-    in float64. Batch normalization is folded where its layer merges, and stays elsewhere.
+    A layer merges if its activation has no effect: for all inputs (`certified`), or up to a negative part within the
+    tolerance (`near`: the activation is deleted, the weights stay as they are). Merged layers are judged again until nothing
+    changes. A residual block whose first layer is merged becomes one layer with its shortcut. Products are computed in
+    float64. Batch normalization is folded where its layer merges, and stays elsewhere.
 
-    The result is a `nn.Sequential` if modules simply follow each other, else a `torch.fx.GraphModule`, in evaluation mode;
-    for a LightningModule it is a copy of it whose networks are such. `F.dropout` is left out where a network is traced.
+    The result is an `nn.Sequential` if modules simply follow each other, otherwise a `torch.fx.GraphModule`, in evaluation
+    mode. For a LightningModule it is a copy with such networks. `F.dropout` is removed where a network is traced.
 
     Args:
-        model: a network that torch.fx can trace, or a LightningModule that holds such.
-        inputs: a batch, for the change of outputs, multiplications, latency, and shares of positive pre-activations; a tuple
-            holds positional arguments, a dictionary named ones.
-        tolerance: the largest ratio of negative part to whole that is merged, in [0, 1); 0 for certified merges only.
-        input_range: the least and largest input, such as (0, 1); the first layer may then merge too.
-        allow_growth: merge also where the product has more parameters than its factors.
-        rounds: forward passes that latency is the median of; 0 to not measure it.
-        network: the part of the model that takes the inputs, by name; None finds it.
+        model: a network that torch.fx can trace, or a LightningModule that contains one.
+        inputs: a batch, for the change of outputs, multiplications, latency, and fractions of positive pre-activations; a
+            tuple holds positional arguments, a dict holds keyword arguments.
+        tolerance: maximum ratio of negative part to whole that is merged, in [0, 1); 0 for certified merges only.
+        input_range: the smallest and largest input, such as (0, 1); the first layer may then merge too.
+        allow_growth: also merge where the product has more parameters than its factors.
+        rounds: number of forward passes for the median latency; 0 skips it.
+        network: name of the submodule that takes the inputs; None finds it.
 
     Raises:
         ValueError: if nothing in the model can be traced, or the tolerance is out of range.
@@ -100,10 +100,10 @@ def merge_layers(
 
 
 def fresh_start(model: nn.Module) -> nn.Module:
-    """Give all layers new initial values, in place: the other start of a refit; returns the model.
+    """Reinitialize all layers in place, for the `fresh` start of a refit; returns the model.
 
-    Linear layers and convolutions get values by which signals keep their size through ReLUs (He et al. 2015,
-    https://arxiv.org/abs/1502.01852) and biases of zero: from those of `nn.Linear` a deep network without normalization does
+    Linear layers and convolutions get values that preserve the scale of signals through ReLUs (He et al. 2015,
+    https://arxiv.org/abs/1502.01852) and biases of zero: with those of `nn.Linear` a deep network without normalization does
     not learn. Everything else resets itself.
     """
     for module in model.modules():
@@ -119,13 +119,14 @@ def fresh_start(model: nn.Module) -> nn.Module:
 
 
 def pad_in_front(model: nn.Module) -> nn.Module:
-    """A copy of a network whose padding comes first in every chain of convolutions, so that they can merge exactly.
+    """A copy of a network with all padding moved to the front of each chain of convolutions, so that they can merge exactly.
 
-    Zeros between two convolutions hold values that the first would have computed; a merge cannot know. Moved in front,
-    they do no harm. Outputs near the border change, so do this when a network is built, before it is trained.
+    Padding zeros between two convolutions stand for values that the first one would have computed; a merge cannot account
+    for that. At the front they do no harm. Outputs near the border change, so do this when a network is built, before it is
+    trained.
 
     Args:
-        model: a network, or a LightningModule that holds some.
+        model: a network, or a LightningModule that contains some.
 
     Example:
         >>> import torch

@@ -17,7 +17,7 @@ __all__ = ["Judge", "positive_shares"]
 
 
 class Judge:
-    """Decides which links merge, and keeps the verdicts."""
+    """Decides which links merge, and records the verdicts."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Judge:
         self.verdicts: list[LayerVerdict] = []
 
     def verdict(self, link: Link) -> LayerVerdict:
-        """How linear a layer is, apart from the size of the product."""
+        """How linear a layer is, regardless of the size of the product."""
         positive = self.positive.get(link.name)
         if not link.activated:
             return LayerVerdict(link.name, "certified", False, 0.0, positive, "no activation after it")
@@ -49,17 +49,17 @@ class Judge:
         return LayerVerdict(link.name, "active", False, ratio, positive)
 
     def size(self, *layers: nn.Module | None) -> int:
-        """Parameters that are gone with these layers."""
+        """Number of parameters that disappear with these layers."""
         own = [p for layer in layers if layer is not None for p in layer.parameters() if id(p) not in self.shared]
         return sum(p.numel() for p in own)
 
 
 def positive_shares(model: nn.Module, inputs: Any) -> dict[str, float]:
-    """Share of outputs that are not negative, of every layer with its normalization."""
+    """Fraction of non-negative outputs of every layer with its normalization."""
     if inputs is None:
         return {}
     shares: dict[str, float] = {}
-    last: dict[int, tuple[str, Tensor]] = {}  # with the tensor itself, or its id could be given to another
+    last: dict[int, tuple[str, Tensor]] = {}  # with the tensor itself, or its id could be reused
     handles = []
     for name, layer in model.named_modules():
         if is_linear(layer):

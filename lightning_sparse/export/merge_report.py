@@ -1,4 +1,4 @@
-"""What a merge has changed: depth, size, work, time, and the outputs."""
+"""The effect of a merge: depth, size, work, time, and outputs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["LayerVerdict", "MergeReport", "count_depth", "count_parameters"]
 
 @dataclass(frozen=True)
 class LayerVerdict:
-    """What became of one layer.
+    """The verdict on one layer.
 
     Args:
-        layer: its name before.
+        layer: its name before the merge.
         level: `certified` (linear for all inputs, the merge is exact), `near` (negative part within the tolerance, the merge
-            changes outputs a little), `active`, or `collapsed` (weights close to zero: the signal is cut off, which is no
+            changes outputs a little), `active`, or `collapsed` (weights close to zero: the signal is cut off, which is not a
             success).
-        merged: whether it is gone.
-        ratio: of the negative part to the whole; None where inputs have no lower bound.
-        positive: share of positive pre-activations on the inputs given; None without inputs.
-        note: into which layer it was merged, or why it was not.
+        merged: whether it was merged.
+        ratio: ratio of the negative part to the whole; None where inputs have no lower bound.
+        positive: fraction of positive pre-activations on the given inputs; None without inputs.
+        note: the layer it was merged into, or why it was not merged.
     """
 
     layer: str
@@ -39,11 +39,11 @@ class MergeReport:
     """Before and after a merge; prints as a table.
 
     Args:
-        depth: layers with weights.
-        parameters: numbers in them.
+        depth: number of layers with weights.
+        parameters: number of parameters in them.
         macs: multiplications per sample of linear layers and convolutions; None without inputs.
-        milliseconds: median time of a forward pass, both networks taking turns; None without inputs.
-        change: the largest difference of any output on the inputs given, and the largest output; None without inputs.
+        milliseconds: median time of a forward pass, both networks interleaved; None without inputs.
+        change: the largest difference of any output on the given inputs, and the largest output; None without inputs.
         layers: one verdict per layer.
     """
 
@@ -56,7 +56,7 @@ class MergeReport:
 
     @property
     def merged(self) -> list[str]:
-        """The layers that are gone."""
+        """The layers that were merged."""
         return [verdict.layer for verdict in self.layers if verdict.merged]
 
     @property
@@ -89,10 +89,10 @@ class MergeReport:
 
 
 def count_depth(module: nn.Module) -> int:
-    """Layers with weights: linear layers and convolutions."""
+    """The number of layers with weights: linear layers and convolutions."""
     return sum(map(is_linear, module.modules()))
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers that can be trained or are frozen, shared ones once."""
+    """The number of parameters, trainable or frozen, with shared ones counted once."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -42,14 +42,14 @@ class Surgery:
         for layer, dtype in self.dtypes.items():
             layer.to(dtype)
         for node in self.graph_module.graph.nodes:
-            node.type = None  # annotations may be strings, which some versions of torch cannot pickle
+            node.type = None  # annotations may be strings, which some torch versions cannot pickle
         self.graph_module.graph.lint()
         self.graph_module.recompile()
         self.graph_module.delete_all_unused_submodules()
         return (_as_sequential(self.graph_module) or self.graph_module).eval()
 
     def _links(self) -> tuple[list[Link], dict[str, str]]:
-        # The layers' full names, with parameters that are found by their names in the graph.
+        # The layers' full names, with parameters found by their names in the graph.
         network = Network("", self.graph_module, self.graph_module.graph)
         found = analyze(network, self.judge.input_range, self.judge.shared)
         return found.links, found.obstacles
@@ -97,7 +97,7 @@ class Surgery:
         return not self.judge.allow_growth and count_parameters(merged) > gone
 
     def _make(self, what: Convolution, like: nn.Module, padding_mode: str = "zeros") -> nn.Module:
-        """A layer in float64; it is rounded once, when all is done."""
+        """A layer in float64; it is rounded once, at the end."""
         made: Any
         options: dict[str, Any] = {"bias": what.bias is not None, "device": "meta"}
         if isinstance(like, nn.Linear):
@@ -113,7 +113,7 @@ class Surgery:
         return made  # type: ignore[no-any-return]
 
     def _put(self, node: fx.Node, layer: nn.Module, old: nn.Module) -> str:
-        """Let a node call another layer: under the old name, unless others need the old one under it."""
+        """Let a node call another layer: under the old name, unless other nodes need the old layer under it."""
         target = str(node.target)
         modules = dict(self.graph_module.named_modules(remove_duplicate=False))
         callers = [n for n in self.graph_module.graph.nodes if n.op == "call_module" and modules[str(n.target)] is old]
@@ -129,7 +129,7 @@ class Surgery:
     # ---- shortcuts ---------------------------------------------------------------------------------------------------
 
     def _fold_one_shortcut(self) -> bool:
-        """A layer and a shortcut with the same input, added, are one layer."""
+        """Replace a layer and a shortcut with the same input, added together, by one layer."""
         for node in self.graph_module.graph.nodes:
             operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
             name = getattr(node.target, "__name__", str(node.target)).strip("_")
@@ -172,7 +172,7 @@ class Surgery:
         return True
 
     def _branch(self, node: fx.Node, end: fx.Node) -> tuple[list[fx.Node], nn.Module, Convolution] | None:
-        """A layer, perhaps with batch normalization behind it, that only `end` uses."""
+        """A layer, possibly followed by batch normalization, that only `end` uses."""
         modules = dict(self.graph_module.named_modules(remove_duplicate=False))
 
         def module_of(candidate: Any) -> nn.Module | None:
@@ -190,7 +190,7 @@ class Surgery:
         return None if len(callers) > 1 or padding is None else (nodes, part, _folded(part, norm))
 
     def _explain(self) -> None:
-        """Say of every layer that is left why it is."""
+        """Record for every remaining layer why it was not merged."""
         links, obstacles = self._links()
         for link in links:
             verdict = self._verdict(link)

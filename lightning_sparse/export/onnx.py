@@ -1,4 +1,4 @@
-"""ONNX, checked in onnxruntime."""
+"""ONNX export, verified in onnxruntime."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def save_onnx(model: nn.Module, inputs: Any, path: str | Path, network: str | No
 
     Args:
         model: in evaluation mode.
-        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
-        path: of the file.
-        network: the part of the model that takes the inputs, by name; None finds it.
+        inputs: a batch; a tuple holds positional arguments, a dict holds keyword arguments.
+        path: path of the file.
+        network: name of the submodule that takes the inputs; None finds it.
 
     Raises:
         ValueError: if onnx or onnxscript is missing, or torch cannot export the model.
@@ -42,7 +42,7 @@ def save_onnx(model: nn.Module, inputs: Any, path: str | Path, network: str | No
             sizes = batch_sizes(called, several)
             if len(several.args) == 1 and isinstance(several.args[0], Tensor) and not several.kwargs:
                 program = torch.onnx.export(called, several.args, dynamo=True, dynamic_shapes=sizes, verbose=False)
-            else:  # the exporter would take a dictionary at the end for arguments by name
+            else:  # the exporter would take a trailing dict for keyword arguments
                 traced = torch.export.export(called, several.args, dict(several.kwargs), dynamic_shapes=sizes)
                 program = torch.onnx.export(traced, dynamo=True, verbose=False)
             assert program is not None
@@ -50,14 +50,12 @@ def save_onnx(model: nn.Module, inputs: Any, path: str | Path, network: str | No
             program.save(str(path))
     except Exception as error:
         reason = first_line(error.__cause__ or error)
-        raise ValueError(
-            f"{type(model).__name__} cannot be exported to ONNX ({reason}); leave the rung 'onnx' out."
-        ) from None
+        raise ValueError(f"{type(model).__name__} cannot be exported to ONNX ({reason}); omit the rung 'onnx'.") from None
     return Path(path).stat().st_size
 
 
 def _strip(model: Any) -> None:
-    """Take out what the exporter notes of the code that each node came from: a third of a small file."""
+    """Remove the exporter's notes about the source code of each node: a third of a small file."""
     for part in (model, model.graph, *model.graph):
         part.metadata_props.clear()
         part.doc_string = None
@@ -67,7 +65,7 @@ def _strip(model: Any) -> None:
 
 
 def batch_sizes(called: nn.Module, call: Call) -> Any:
-    """The sizes that may change between calls, in the form of `torch.export`: that of the batch."""
+    """The sizes that may change between calls, in the form of `torch.export`: the batch size."""
     rows = torch.export.Dim("batch")
 
     def size(tensor: Tensor) -> Any:
@@ -78,7 +76,7 @@ def batch_sizes(called: nn.Module, call: Call) -> Any:
 
 
 class _Leaves(nn.Module):
-    """Returns the tensors in what a network returns, with its signature: exporters know no classes of others."""
+    """Returns the tensors in a network's output, with its signature: exporters do not know custom classes."""
 
     def __init__(self, called: nn.Module) -> None:
         super().__init__()
@@ -94,7 +92,7 @@ class _Leaves(nn.Module):
 def onnx_runner(path: str | Path) -> Callable[[Any], Any]:
     """A function that runs a file in onnxruntime, on as many threads as torch uses.
 
-    Tensors among its inputs are given by name where they are arguments by name, else in their order.
+    Tensors among its inputs are passed by name if they are keyword arguments, otherwise in order.
     """
     runtime = need("onnxruntime", "onnxruntime")
     options = runtime.SessionOptions()
@@ -115,8 +113,8 @@ def feed(names: Sequence[str], call: Call) -> dict[str, Any]:
     """The tensors of a call as arrays, by the names of a graph's inputs.
 
     Args:
-        names: of the inputs, in their order.
-        call: whose arguments by name go to inputs of that name, and all others to the rest in their order.
+        names: names of the inputs, in order.
+        call: keyword arguments go to the inputs of that name, all others to the remaining inputs in order.
     """
     named = {name: value for name, value in call.kwargs.items() if name in names and isinstance(value, Tensor)}
     others = [tensor for tensor in call.tensors if not any(tensor is value for value in named.values())]
@@ -125,7 +123,7 @@ def feed(names: Sequence[str], call: Call) -> dict[str, Any]:
 
 
 def compressed_size(path: str | Path) -> int:
-    """Bytes of a file after deflate, as a web server or a package would send it: zeros shrink there.
+    """Bytes of a file after deflate, as a web server or a package would send it; zeros compress well.
 
     Example:
         >>> from tempfile import TemporaryDirectory

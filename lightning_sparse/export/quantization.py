@@ -1,4 +1,4 @@
-"""What the int8 rungs share: calibration, what may be lost, and metrics of a network that another runtime computes."""
+"""Shared by the int8 rungs: calibration, allowed losses, and metrics of a network that runs in another runtime."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Elsewhere", "Quantization", "check_reached", "relative_error"]
 
 @dataclass(frozen=True)
 class Quantization:
-    """How int8 rungs are calibrated, and what they may lose.
+    """How int8 rungs are calibrated, and how much they may lose.
 
     Args:
-        calibration: batches of training inputs, as the network takes them; ranges of activations are read off them.
-        tolerance: the largest change of a metric of `evaluate`, as a number (0.01 is one point of accuracy) or, of a metric
-            above 1, as a share of it. What has `loss` in its name is shown and not judged.
-        error: the largest error of the outputs as a share of them, both as root mean squares; judged where no metric is.
+        calibration: batches of training inputs, as the network takes them; they determine the ranges of activations.
+        tolerance: maximum change of a metric of `evaluate`: absolute (0.01 is one percentage point of accuracy), or relative
+            for a metric above 1. A metric with `loss` in its name is shown but not judged.
+        error: maximum relative error of the outputs, as root mean squares; used if there is no metric.
 
     Raises:
         ValueError: if there is no batch, or a bound is not positive.
@@ -36,18 +36,18 @@ class Quantization:
     tolerance: float = 0.01
     error: float = 0.1
     calls: list[Call] = field(init=False, repr=False, compare=False)
-    """The batches as calls; read once, since they may come from a generator."""
+    """The batches as calls; read once, because they may come from a generator."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "calls", [Call.of(batch) for batch in self.calibration])
         if not self.calls:
-            raise ValueError("calibration holds no batch; give some of the training set.")
+            raise ValueError("calibration contains no batch; give some from the training set.")
         for name in ("tolerance", "error"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0: int8 rounds.")
 
     def verdict(self, dense: dict[str, float], rung: dict[str, float], error: float) -> str:
-        """Why a rung has lost too much, or nothing if it has not."""
+        """Why a rung has lost too much; empty if it has not."""
         judged = [name for name in dense if name in rung and "loss" not in name.lower()]
         for name in judged:
             if not abs(rung[name] - dense[name]) <= self.tolerance * max(1.0, abs(dense[name])):
@@ -61,7 +61,7 @@ class Quantization:
 
 
 def relative_error(expected: Any, found: Any) -> float:
-    """The root mean square of an error, as a share of what was expected.
+    """The root mean square of an error, relative to that of the expected values.
 
     Example:
         >>> relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]))
@@ -74,10 +74,10 @@ def relative_error(expected: Any, found: Any) -> float:
 
 
 class Elsewhere:
-    """A model whose network another runtime computes, for whoever wants to evaluate it as a module.
+    """A model whose network runs in another runtime, so that it can be evaluated as a module.
 
     Args:
-        model: whose copy stands in.
+        model: the model that it replaces.
         inputs: a batch for its network.
         run: the other runtime.
     """
@@ -85,7 +85,7 @@ class Elsewhere:
     def __init__(self, model: nn.Module, inputs: Call, run: Callable[[Call], Any]) -> None:
         self.module = copy_model(model).eval()
         self.run, self.calls = run, 0
-        """How often the network was called; a metric that never calls it says nothing of it."""
+        """How often the network was called; a metric that never calls it says nothing about it."""
         called = callee(self.module, inputs.network)[1]
         with torch.no_grad():
             self._like = inputs(self.module)
@@ -100,10 +100,10 @@ class Elsewhere:
 
 
 def check_reached(model: nn.Module, inputs: Call, calibration: Sequence[Call]) -> None:
-    """Every layer that real inputs reach must see something of the calibration data, or its range is a guess.
+    """Check that calibration reaches every layer that real inputs reach; otherwise its range would be a guess.
 
     Raises:
-        ValueError: naming a layer that is given only zeros, or is not called.
+        ValueError: naming a layer that gets only zeros, or is not called.
     """
     called, silent = _reached(model, [inputs]), _reached(model, calibration)
     for name, heard in called.items():
@@ -117,7 +117,7 @@ def check_reached(model: nn.Module, inputs: Call, calibration: Sequence[Call]) -
 
 @torch.no_grad()
 def _reached(model: nn.Module, calls: Sequence[Call]) -> dict[str, bool]:
-    """Layers that are called, and whether anything but zero comes in."""
+    """Layers that are called, and whether any of their inputs is not zero."""
     found: dict[str, bool] = {}
 
     def look(name: str) -> Callable[..., None]:

@@ -17,7 +17,7 @@ SEMI_STRUCTURED = "2:4"
 
 
 def why_not(layer: nn.Module, needs_gpu: bool = True) -> str:
-    """Why a linear layer cannot go to the sparse tensor cores; empty if it can."""
+    """Why a linear layer cannot run on the sparse tensor cores; empty if it can."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
@@ -38,7 +38,7 @@ def to_semi_structured_(layer: nn.Linear) -> None:
     """Store a layer's weight as two of four, in place.
 
     Raises:
-        ValueError: if it cannot be.
+        ValueError: if that is not possible.
     """
     if reason := why_not(layer):
         raise ValueError(f"a linear layer of size {tuple(layer.weight.shape)} cannot be 2:4: {reason}.")
@@ -50,14 +50,14 @@ def to_semi_structured_(layer: nn.Linear) -> None:
 def choose_semi_structured(
     model: nn.Module, inputs: Any, *, rounds: int = 30, margin: float = 0.02, network: str | None = None
 ) -> list[KernelChoice]:
-    """Measure every linear layer dense and as two of four on what it is given, and name the faster.
+    """Measure every linear layer dense and as two of four on its real inputs, and choose the faster.
 
     Args:
         model: in bfloat16 or float16 on a CUDA device, trained with `structure="2:4"`.
-        inputs: a batch; a tuple holds positional arguments, a dictionary named ones.
-        rounds: of calls, taking turns.
-        margin: the share of the dense time that must be saved.
-        network: the part of the model that takes the inputs, by name; None finds it.
+        inputs: a batch; a tuple holds positional arguments, a dict holds keyword arguments.
+        rounds: number of calls, interleaved.
+        margin: the fraction of the dense time that must be saved.
+        network: name of the submodule that takes the inputs; None finds it.
     """
     given = layer_inputs(model, Call.of(inputs, network))
     choices = []

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as one state dict, in however many files they lie."""
+"""The weights of a checkpoint as one state dict, from one file or several."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["whole_weights"]
 def whole_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint on the CPU, ready for `load_state_dict` of the plain model.
 
-    Reads files that Lightning has written, and the folders of distributed checkpoints (`ModelParallelStrategy` writes them
-    by default), in one process. All of it must fit into memory, the optimizer's state included.
+    Reads files that Lightning wrote, and the folders of distributed checkpoints (`ModelParallelStrategy` writes them by
+    default), in one process. Everything must fit into memory, including the optimizer state.
 
     Args:
         checkpoint: a file, or the folder of a distributed checkpoint.

@@ -1,4 +1,4 @@
-"""What kinds of methods share: each family leaves a method one or two questions to answer."""
+"""Shared parts of related methods: each family leaves a method one or two functions to implement."""
 
 from lightning_sparse.families.budgeted import Budgeted
 from lightning_sparse.families.learned_threshold import LearnedThreshold

@@ -1,4 +1,4 @@
-"""Methods that promise a sparsity and share it among layers."""
+"""Methods with a target sparsity that is distributed over the layers."""
 
 from __future__ import annotations
 
@@ -35,46 +35,47 @@ __all__ = ["Budgeted", "refuse_parted_owl"]
 
 
 def refuse_parted_owl(quota: Budget, layouts: Mapping[str, Any]) -> None:
-    """Outliers are looked for in whole layers.
+    """Refuse `owl` with sharded weights: it counts outliers in whole layers.
 
     Raises:
-        ValueError: if they are asked for, and weights are cut into shards.
+        ValueError: if `owl` is requested and weights are sharded.
     """
     if quota.allocation == "owl" and layouts:
         raise ValueError(
-            "allocation='owl' looks for outliers in whole layers, and weights are cut into shards here; write another "
+            "allocation='owl' looks for outliers in whole layers, and weights are sharded here; write another "
             "allocation, such as 'uniform'."
         )
 
 
 class Budgeted(Masked):
-    """A method that removes an exact share of the weights, or of the channels, that it works on.
+    """A method that removes an exact fraction of its weights or channels.
 
-    With `structure='coupled'` biases and norms go with their channels: they are zero where a channel is gone.
+    With `structure='coupled'` biases and norms are removed with their channels: they are zero where a channel is removed.
 
     Args:
-        sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
-        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
-            attention, which can leave too), `fan_in` (as many weights in every output), `block:RxC` (outputs by inputs),
-            `n:m` or `transposable n:m` (both ways).
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
+        sparsity: the final fraction removed, in [0, 1); optional with `structure='n:m'`.
+        allocation: how sparsity is distributed over the layers: `global` (scores of all layers compete), `uniform`,
+            `uniform+`, `er`, `erk`, `erk+`, `owl` (layers with more outliers among their scores keep more). With `n:m` every
+            layer has the same sparsity.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
+            across all layers that additions tie together, with biases and norms, so that they can be cut out of the
+            network), `heads` (whole attention heads, which can be cut out too), `fan_in` (the same number of weights in
+            every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (in both directions).
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
     """
 
     left = Remembered[dict[str, list[int]]](dict)
-    """Of coupled channels, and of what they cost, how much is kept and how much there is."""
+    """Kept and total numbers of coupled channels and of their cost."""
     has_scores: ClassVar[bool] = True
-    """Whether the method scores weights, by which `allocation='owl'` shares."""
+    """Whether the method scores weights, which `allocation='owl'` needs."""
 
     traced = Remembered[dict[str, Any]](dict)
-    """Which channels are coupled; a resumed run may stand where its loader has no batch left to find it with."""
+    """Which channels are coupled; stored because a resumed run may have no batch left in its loader to find out again."""
 
     def __init__(
         self,
@@ -121,8 +122,8 @@ class Budgeted(Masked):
 
     @property
     def plan(self) -> Plan:
-        """The budget laid out on the weights of the running fit."""
-        assert self._plan is not None, "asked before `check`"
+        """The budget applied to the weights of the running fit."""
+        assert self._plan is not None, "called before `check`"
         return self._plan
 
     def begin(self) -> None:
@@ -140,11 +141,11 @@ class Budgeted(Masked):
         super().release()
 
     def prune(self, sparsity: float, score: Callable[[str, Tensor], Tensor]) -> None:
-        """Remove the lowest scores until exactly this fraction is removed; entries removed before come first.
+        """Remove the lowest scores until exactly this fraction is removed; already removed entries come first.
 
         Args:
-            sparsity: the fraction removed after this.
-            score: of a weight, by name; higher survives.
+            sparsity: the total fraction removed afterwards.
+            score: scores a weight, given its name; higher survives.
         """
         masks = self.masks
         scores = [score(name, weight).masked_fill(masks.dropped(name), -torch.inf) for name, weight in self.weights.items()]
@@ -195,7 +196,7 @@ class Budgeted(Masked):
             self.left |= {name: [costs(kept), costs.dense] for name, costs in self._costs.items()}
 
     def summary(self) -> list[LayerRow]:
-        """As of every method; with coupled channels also what is left of them, of all parameters and multiplications."""
+        """As for every method; with coupled channels also the remaining channels, parameters and multiplications."""
         goal = {self.quota.measure: 1 - self.quota.sparsity}
         rows = [
             LayerRow(name, kept, total, int(goal[name] * total) if name in goal else None)

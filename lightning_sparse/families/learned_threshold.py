@@ -1,4 +1,4 @@
-"""Methods that learn at which size a weight is cut off."""
+"""Methods that learn the magnitude below which weights are dropped."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ __all__ = ["LearnedThreshold"]
 
 
 class LearnedThreshold(ShadowWeights):
-    """A method that keeps the weights beyond a threshold, and learns the threshold together with them.
+    """A method that keeps the weights above a threshold, and learns the threshold together with them.
 
-    What makes the thresholds is the callback's and moves by gradient descent with momentum, at the learning rate of the
-    weights that are cut. A method says how thresholds come about and what the gradients are.
+    The callback owns the threshold parameters and moves them by gradient descent with momentum, at the learning rate of the
+    weights. A method defines how thresholds are computed and what the gradients are.
 
     Args:
-        learning_rate: of what makes the thresholds; None is that of the weights, step by step.
-        momentum: likewise, in [0, 1).
+        learning_rate: learning rate of the threshold parameters; None uses that of the weights, step by step.
+        momentum: their momentum, in [0, 1).
     """
 
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("sparsity", "allocation", "structure", "layer_sparsity"),
-        "thresholds are learned, so layers and sparsity come out as they come; more strength is sparser",
+        "thresholds are learned, so sparsity is not set in advance; more strength is sparser",
     )
 
     sources = Remembered[dict[str, Tensor]](dict, over="outputs")
-    """What makes the thresholds, by weight; in float32 or wider."""
+    """The threshold parameters, by weight; in float32 or wider."""
     velocity = Remembered[dict[str, Tensor]](dict, over="outputs")
-    """Its momentum."""
+    """Their momentum."""
     alive = Remembered[dict[str, Tensor]](dict, over="entries")
-    """The masks as they are now; True is beyond the threshold."""
+    """The current masks; True is above the threshold."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class LearnedThreshold(ShadowWeights):
 
     @abstractmethod
     def initial(self, target: Target) -> Tensor:
-        """What makes the thresholds of a weight at the start."""
+        """The initial threshold parameters of a weight."""
 
     @abstractmethod
     def threshold(self, name: str) -> Tensor:
@@ -67,20 +67,20 @@ class LearnedThreshold(ShadowWeights):
 
     @abstractmethod
     def differentiate(self, name: str, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the loss by the dense weight and by what makes its thresholds.
+        """Gradients of the loss with respect to the dense weight and its threshold parameters.
 
         Args:
-            name: of the weight.
-            weight: dense.
-            gradient: of the loss by what the model shows; may be overwritten.
+            name: name of the weight.
+            weight: the dense weight.
+            gradient: of the loss with respect to the weight that the model shows; may be overwritten.
         """
 
     @abstractmethod
     def pull(self, name: str) -> Tensor:
-        """The gradient of the penalty on the thresholds, by what makes them."""
+        """The gradient of the penalty with respect to the threshold parameters."""
 
     def thresholds_moved(self, name: str, dense: Tensor) -> None:
-        """The thresholds have moved."""
+        """Called after the thresholds have moved."""
 
     @property
     def mask_set(self) -> LiveMasks:
@@ -110,7 +110,7 @@ class LearnedThreshold(ShadowWeights):
         super().before_step(step)
         for name, weight in step.weights.items():
             if weight.grad is None:
-                continue  # its optimizer skips it, and so do we
+                continue  # its optimizer skips it, so this does too
             by_weight, by_source = self.differentiate(name, weight, weight.grad)
             if step.gradient_scale is not None:
                 by_source = by_source / step.gradient_scale
@@ -118,7 +118,7 @@ class LearnedThreshold(ShadowWeights):
             weight.grad.copy_(by_weight)
 
     def silence(self, step: Step) -> None:
-        """Nothing: `differentiate` has said what dropped entries learn."""
+        """Do nothing: `differentiate` already gave the gradients of dropped entries."""
 
     def after_step(self, step: Step) -> None:
         for name, weight in step.weights.items():

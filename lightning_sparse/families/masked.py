@@ -1,4 +1,4 @@
-"""Methods that own masks: silence before the step, project after it, keep the optimizer's memory clean."""
+"""Methods with masks: hide gradients before the step, project after it, keep optimizer state clean."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Masked"]
 class Masked(Sparsifier):
     """A method that holds weights at exact zeros through masks.
 
-    At station `silence`, at the cost of one pass over the gradients per step. Pruned entries have zero weight, zero
-    gradient into the optimizer and zero optimizer moments from the moment they are pruned; an entry that comes back starts
-    with zero moments. Nearly every optimizer leaves such entries alone; where one does not, or somebody else writes to the
-    weights, station `project` puts them back, which costs a second pass (see `Watch`).
+    Runs at station `silence`, at the cost of one pass over the gradients per step. Pruned entries have zero weight, zero
+    gradient for the optimizer and zero optimizer moments from the moment they are pruned; an entry that returns starts with
+    zero moments. Nearly every optimizer leaves such entries alone. If one does not, or something else writes to the weights,
+    station `project` resets them, which costs a second pass (see `Watch`).
     """
 
     masks = Remembered(MaskSet)
@@ -54,11 +54,11 @@ class Masked(Sparsifier):
         self.masks.apply_(self.weights)
 
     def set_masks(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Exchange masks, and bring weights, moments and moving averages in line.
+        """Replace masks, and update weights, moments and moving averages to match.
 
         Args:
-            masks: True = kept. By name, or pairs of name and mask, which may be made one after the other: so the new masks
-                of a network are never in memory together. Masks left out stay.
+            masks: True = kept. By name, or pairs of name and mask, which may be generated one by one, so that the new masks
+                of a network are never in memory together. Omitted masks stay.
         """
         copies, before = (self.weights, *self.run.averages()), self.masks.counts
         self._molds.clear()  # they hold the old masks
@@ -68,10 +68,10 @@ class Masked(Sparsifier):
                 self.warn_of_empty(name, "Use a lower sparsity, allocation='erk', or give the layer its own layer_sparsity.")
 
     def bring_in_line(self, name: str, entries: Tensor, copies: Sequence[Mapping[str, nn.Parameter]]) -> None:
-        """A weight has a new mask; what is dropped becomes zero, and what optimizers know of it.
+        """A weight has a new mask: set its dropped entries and their optimizer state to zero.
 
         Args:
-            name: of the weight.
+            name: name of the weight.
             entries: True = not kept before and after.
             copies: the weights by name, and those of moving averages.
         """
@@ -81,7 +81,7 @@ class Masked(Sparsifier):
             self.masks.apply_({name: copy[name]})
 
     def clean(self) -> None:
-        """Weights and moments may have come back from elsewhere; bring all of them in line."""
+        """Reset all pruned entries: weights and moments may have been restored from elsewhere."""
         self.masks.apply_(self.weights)
         for optimizer in self.run.optimizers:
             for name, weight in self.weights.items():
@@ -119,7 +119,7 @@ class Masked(Sparsifier):
         return mold
 
     def _look(self, weights: Mapping[str, nn.Parameter], who: str) -> None:
-        """See whether pruned entries are zero; if not, put all of them back, now and after every step to come."""
+        """Check that pruned entries are zero; if not, reset all of them, now and after every later step."""
         name = self.masks.astray(weights)
         if name is None:
             return

@@ -17,29 +17,30 @@ __all__ = ["Pruning"]
 
 
 class Pruning(Budgeted):
-    """Removes the weights of lowest score, step by step along a schedule; what is removed stays removed.
+    """Remove the weights of lowest score step by step along a schedule; removed weights stay removed.
 
-    At station `evolve`, at the cost of one selection over all weights per update.
+    Runs at station `evolve`, at the cost of one selection over all weights per update.
 
     Args:
-        sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
+        sparsity: the final fraction removed, in [0, 1); optional with `structure='n:m'`.
         start: when pruning starts: a fraction of the run, `'n epochs'` or `'n steps'`.
         end: when the final sparsity is reached.
-        every: time between updates; `'n epochs'` updates at the start of epochs, all else after steps.
+        every: time between updates; `'n epochs'` updates at the start of epochs, everything else after steps.
         schedule: how sparsity grows from 0: `constant` (all at once), `linear`, `cubic`, `cosine`, `exponential`, or a
             function of (progress, start value, end value).
-        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
-            attention, which can leave too), `fan_in` (as many weights in every output), `block:RxC` (outputs by inputs),
-            `n:m` or `transposable n:m` (both ways).
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
+        allocation: how sparsity is distributed over the layers: `global` (scores of all layers compete), `uniform`,
+            `uniform+`, `er`, `erk`, `erk+`, `owl` (layers with more outliers among their scores keep more). With `n:m` every
+            layer has the same sparsity.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
+            across all layers that additions tie together, with biases and norms, so that they can be cut out of the
+            network), `heads` (whole attention heads, which can be cut out too), `fan_in` (the same number of weights in
+            every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (in both directions).
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
     """
 
     window = Remembered[Window]()
@@ -76,7 +77,7 @@ class Pruning(Budgeted):
 
     @abstractmethod
     def score(self, name: str, weight: Tensor) -> Tensor:
-        """How much each entry matters; higher survives. Must be the same on all ranks."""
+        """How important each entry is; higher survives. Must be the same on all ranks."""
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         self.window.check(run, until, f"{self.label} ends its schedule")
@@ -84,7 +85,7 @@ class Pruning(Budgeted):
 
     @property
     def at_target(self) -> bool | None:
-        return None if self.mask_set is None else self.window.is_over  # also of channels, whose weights nobody counts ahead
+        return None if self.mask_set is None else self.window.is_over  # for channels too, whose weights are not known ahead
 
     def evolve(self, position: Position) -> None:
         window = self.window

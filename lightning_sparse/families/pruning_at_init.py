@@ -28,30 +28,31 @@ __all__ = ["PruningAtInit", "PruningAtInitOnData"]
 
 
 class PruningAtInit(Budgeted):
-    """A method that chooses its mask at the beginning, by a score of the weights as they were initialized.
+    """A method that chooses its mask at the beginning, by a score of the initial weights.
 
-    At station `begin`; later at no cost but that of every mask. The scores are taken on a silent copy of the module, so
-    weights, statistics, random numbers, data and logs stay as they are.
+    Runs at station `begin`; afterwards it costs only what every mask costs. Scores are computed on a copy of the module that
+    logs nothing, so weights, statistics, random numbers, data and logs stay as they are.
 
     Args:
-        sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
-        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
-            attention, which can leave too), `fan_in` (as many weights in every output), `block:RxC` (outputs by inputs),
-            `n:m` or `transposable n:m` (both ways).
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
+        sparsity: the fraction removed, in [0, 1); optional with `structure='n:m'`.
+        allocation: how sparsity is distributed over the layers: `global` (scores of all layers compete), `uniform`,
+            `uniform+`, `er`, `erk`, `erk+`, `owl` (layers with more outliers among their scores keep more). With `n:m` every
+            layer has the same sparsity.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
+            across all layers that additions tie together, with biases and norms, so that they can be cut out of the
+            network), `heads` (whole attention heads, which can be cut out too), `fan_in` (the same number of weights in
+            every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (in both directions).
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
     """
 
     @abstractmethod
     def choose_masks(self) -> None:
-        """Score the weights and set the masks; called once, gradients are enabled."""
+        """Score the weights and set the masks; called once, with gradients enabled."""
 
     def begin(self) -> None:
         super().begin()
@@ -64,13 +65,13 @@ class PruningAtInit(Budgeted):
         return [parameters[name] for name in self.weights]
 
     def keep_best(self, scores: Sequence[Tensor]) -> None:
-        """Remove the lowest scores, one tensor of them per weight, in order."""
+        """Remove the lowest scores; one score tensor per weight, in order."""
         self.check_scores(scores)
         by_name = dict(zip(self.weights, scores, strict=True))
         self.prune(self.quota.sparsity, lambda name, weight: by_name[name])
 
     def check_scores(self, scores: Sequence[Tensor]) -> None:
-        """Refuse scores that say nothing.
+        """Refuse uninformative scores.
 
         Raises:
             ValueError: if one is infinite or NaN, or all are zero.
@@ -88,19 +89,19 @@ class PruningAtInit(Budgeted):
             )
 
     def _anywhere(self, flags: Sequence[Tensor]) -> list[bool]:
-        """Whether each flag is true on any rank that holds a part of the weight."""
+        """Whether each flag is true on any rank that holds a shard of the weight."""
         return [bool(flag) for flag in flags] if self.spread is None else [n > 0 for n in self.spread.sums(flags)]
 
 
 class PruningAtInitOnData(PruningAtInit):
     """A method whose score needs the user's own loss on batches of the user's own training set.
 
-    In manual optimization the loss is the sum of all that `training_step` hands to `manual_backward`. Gradients are means
-    over samples and ranks, as those of one large batch.
+    In manual optimization the loss is the sum of everything that `training_step` passes to `manual_backward`. Gradients are
+    means over samples and ranks, like those of one large batch.
 
     Args:
-        batches: how many batches of the training set are used, on every rank; where gradients are accumulated, how many
-            times as many as one optimizer step takes.
+        batches: number of training batches used, on every rank; with gradient accumulation, times the number of accumulated
+            batches.
     """
 
     def __init__(
@@ -142,12 +143,12 @@ class PruningAtInitOnData(PruningAtInit):
         super().begin()
 
     def mean_over_data(self, derivatives: Callable[[LightningModule, Tensor], Iterable[Tensor]]) -> list[Tensor]:
-        """The mean over samples and ranks of something that is computed from the loss of each batch.
+        """The mean over samples and ranks of a quantity computed from the loss of each batch.
 
-        Every call goes through the same batches with the same random numbers.
+        Every call uses the same batches with the same random numbers.
 
         Args:
-            derivatives: given a silent copy of the module and its loss, one tensor per chosen weight.
+            derivatives: called with a copy of the module and its loss; returns one tensor per chosen weight.
 
         Raises:
             ValueError: if there are no batches, or a loss cannot be differentiated.
@@ -156,7 +157,7 @@ class PruningAtInitOnData(PruningAtInit):
         count = 0
         for twin, loss, size in self._losses():
             count += size
-            if self.spread is not None:  # the ranks' gradients are averaged before anybody sees them
+            if self.spread is not None:  # the ranks' gradients are averaged before they are used
                 loss, size = loss * size, 1
             for total, tensor in zip(sums, derivatives(twin, loss), strict=True):
                 total.add_(tensor.detach(), alpha=size)
@@ -166,17 +167,17 @@ class PruningAtInitOnData(PruningAtInit):
             raise ValueError(
                 f"{self.label} scores weights on batches of the training set, and it gave none; check the train_dataloader."
             )
-        if self.spread is not None:  # gradients are means over ranks already
+        if self.spread is not None:  # gradients are already means over ranks
             return [total.mul_(self.run.trainer.world_size / everywhere) for total in sums]
         return [strategy.reduce(total, reduce_op="sum").div_(everywhere) for total in sums]
 
     def gradient(self, twin: LightningModule, loss: Tensor) -> list[Tensor]:
-        """Of the loss of one batch by the chosen weights.
+        """The gradient of the loss of one batch with respect to the chosen weights.
 
         Raises:
             ValueError: if the loss does not depend on one of them.
         """
-        # Where weights are cut, the twin is the module itself, and shows other parameters between forward and backward.
+        # With sharded weights, the twin is the module itself, and shows other parameters between forward and backward.
         for weight in self.weights.values() if self.layouts else twin.parameters():
             owner_of(weight).grad = None
         loss.backward()  # type: ignore[no-untyped-call] # not autograd.grad: checkpointed activations refuse that
@@ -192,7 +193,7 @@ class PruningAtInitOnData(PruningAtInit):
         return gradients  # type: ignore[return-value]
 
     def _losses(self) -> Iterator[tuple[LightningModule, Tensor, int]]:
-        """A silent copy of the module, its loss on a batch, and the size of the batch."""
+        """A copy of the module that logs nothing, its loss on a batch, and the size of the batch."""
         trainer = self.run.trainer
         with dry_run(trainer, self.run.module) as twin:
             by_hand: list[Any] = []

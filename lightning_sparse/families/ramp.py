@@ -1,4 +1,4 @@
-"""How sparsity grows while a window is passed."""
+"""How sparsity grows within a window."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["Ramp"]
 
 
 class Ramp:
-    """Sparsity from 0 to its final value, by the progress through a window.
+    """Sparsity from 0 to its final value, as a function of the progress through a window.
 
     Args:
         schedule: a name in `SCHEDULES`, or a function of (progress, start value, end value).
         sparsity: in the end.
 
     Raises:
-        ValueError: for an unknown name, or a function that gives no sparsity.
+        ValueError: for an unknown name, or a function that returns an invalid sparsity.
 
     Example:
         >>> Ramp("linear", 0.8)(0.5)
@@ -32,7 +32,7 @@ class Ramp:
         self.schedule, self.sparsity = schedule, sparsity
 
     def __call__(self, progress: float) -> float:
-        """What is asked for so far through the window."""
+        """The sparsity at this progress."""
         if progress >= 1:
             return self.sparsity
         return min(max(self._asked(progress), 0.0), self.sparsity)

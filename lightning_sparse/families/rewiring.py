@@ -1,4 +1,4 @@
-"""Methods that train sparse from the start and move connections to better places on the way."""
+"""Methods that train sparse from the start and move connections during training."""
 
 from __future__ import annotations
 
@@ -38,55 +38,56 @@ __all__ = ["Rewiring"]
 
 
 class Rewiring(Budgeted):
-    """Starts from a random mask and, again and again, drops some connections of each layer and grows as many others.
+    """Start from a random mask, and repeatedly drop some connections of each layer and grow the same number elsewhere.
 
-    At station `evolve`, at the cost of two selections per layer and update; between updates at that of every mask. Each
-    layer keeps its number of connections exactly. Grown weights start at zero with zero moments; a connection that is
-    dropped and grown again in the same update keeps its weight, as in the official code of RigL. Gradients are those of
-    the backward pass that happens anyway, penalties included, read in `before_step` and held in one buffer until the update
-    is done.
+    Runs at station `evolve`, at the cost of two selections per layer and update; between updates it costs what every mask
+    costs. The number of connections of each layer never changes. Grown weights start at zero with zero moments; a connection
+    that is dropped and grown again in the same update keeps its weight, as in the official code of RigL. Gradients come from
+    the regular backward pass, penalties included; they are read in `before_step` and kept in one buffer until the update is
+    done.
 
     Args:
-        sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
+        sparsity: the fraction removed, in [0, 1); optional with `structure='n:m'`.
         start: when rewiring starts: a fraction of the run, `'n epochs'` or `'n steps'`. At 0 the random mask counts as the
             first update.
-        end: when it ends; the number of connections moved is 0 from there on.
-        every: time between updates; `'n epochs'` updates at the start of epochs, all else after steps. About a hundred steps
-            or more: what has been grown needs time to matter before it is judged.
-        drop_fraction: share of each layer's connections that an update drops, in (0, 1).
-        final_drop_fraction: to which it falls at `end`, in [0, 1).
+        end: when rewiring ends; no connections move after that.
+        every: time between updates; `'n epochs'` updates at the start of epochs, everything else after steps. About a
+            hundred steps or more: grown connections need time to matter before they are judged.
+        drop_fraction: fraction of each layer's connections that an update drops, in (0, 1).
+        final_drop_fraction: the drop fraction at `end`, in [0, 1).
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
-        allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+` (first layer
-            dense), or `global` (every weight has the same chance). With `n:m` every layer has the same share.
+        allocation: how sparsity is distributed over the layers: `erk`, `erk+` (last layer dense), `er`, `uniform`,
+            `uniform+` (first layer dense), or `global` (every weight has the same chance). With `n:m` every layer has the
+            same sparsity.
         structure: `unstructured`; `n:m`: every group of m inputs keeps n connections at all times; `fan_in`: every output of
             a layer has the same number of connections (SRigL, Lasby et al. 2024, https://arxiv.org/abs/2305.02299); or
             `block:RxC`: whole blocks move.
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        min_salient: with `structure='fan_in'`: outputs of which less than this share of the fan-in survives or grows are
-            ablated (published: 0.3 for convolutional networks, 0.95 for transformers), in [0, 1]; never those of the last
-            layer. 0 ablates none.
-        track_explored: remember which weights have ever been active, a byte each, for `explored_rate`.
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        min_salient: with `structure='fan_in'`: ablate outputs where less than this fraction of the fan-in survives or grows,
+            in [0, 1] (published: 0.3 for convolutional networks, 0.95 for transformers); never in the last layer. 0 ablates
+            none.
+        track_explored: record which weights have ever been active, one byte each, for `explored_rate`.
         seed: of the mask and of all that is grown at random. None takes the seed of `seed_everything`, or draws one.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
     """
 
     has_scores: ClassVar[bool] = False
     reads_gradients: ClassVar[bool] = True
-    """Whether scores need gradients; where not, none are kept."""
+    """Whether scores need gradients; if not, none are kept."""
     takes_steps: ClassVar[bool] = False
-    """Whether an update takes the place of an optimizer step, which then moves nothing."""
+    """Whether an update replaces an optimizer step, which then moves nothing."""
 
     drawn_seed = Remembered(int)
     updates = Remembered(int)
-    """How often connections have been moved."""
+    """The number of updates so far."""
     explored = Remembered(MaskSet)
     """The union of all masks so far, if it is tracked."""
     window = Remembered[Window]()
     last_update = Remembered(int)
-    """The step that followed the last update."""
+    """The step after the last update."""
     gradients = Remembered[dict[str, Tensor | None]](dict, over="entries")
-    """Dense ones of the step after which an update is due."""
+    """Dense gradients of the step after which an update is due."""
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class Rewiring(Budgeted):
         else:
             check_choice("drop_schedule", drop_schedule, DROP_SCHEDULES, " or give a function")
         check_seed(seed)
-        share: object = min_salient  # from a config, anything may come
+        share: object = min_salient  # a config may contain anything
         if not isinstance(share, Real) or not 0 <= float(share) <= 1:
             raise ValueError(f"min_salient={share!r} must be in [0, 1]: the share of its fan-in that an output needs.")
         if isinstance(self.quota.structure, Channels):
@@ -142,17 +143,17 @@ class Rewiring(Budgeted):
 
     @abstractmethod
     def keep_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
-        """How much each connection matters; the lowest are dropped. Must be the same on all ranks.
+        """How important each connection is; the lowest are dropped. Must be the same on all ranks.
 
         Args:
-            name: of the weight.
-            weight: as it is now.
-            gradient: dense, of this step; empty where `reads_gradients` is False.
+            name: name of the weight.
+            weight: its current value.
+            gradient: the dense gradient of this step; empty if `reads_gradients` is False.
         """
 
     @abstractmethod
     def grow_score(self, name: str, weight: Tensor, gradient: Tensor) -> Tensor:
-        """How much each entry would gain by becoming a connection; the highest are grown. Must be the same on all ranks."""
+        """How much each entry would gain as a connection; the highest are grown. Must be the same on all ranks."""
 
     # ---- checks, start -----------------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class Rewiring(Budgeted):
         self.window.skip(self.position(epoch_start=True))
 
     def first_masks(self) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
-        """What the run starts from."""
+        """The initial masks."""
         return self.plan.random_masks(self.drawn_seed)
 
     def set_masks(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
@@ -187,7 +188,7 @@ class Rewiring(Budgeted):
 
     @property
     def explored_rate(self) -> float | None:
-        """The fraction of weights that have ever been active; None where it is not tracked."""
+        """The fraction of weights that have ever been active; None if it is not tracked."""
         return self.explored.kept / self.explored.total if len(self.explored) else None
 
     # ---- updates -----------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ class Rewiring(Budgeted):
 
     @property
     def prepares_steps(self) -> bool:
-        return bool(self.gradients)  # a pair only where there is something to undo: the question waits for the device
+        return bool(self.gradients)  # a pair only if there is something to undo: checking waits for the device
 
     def undo_step(self, step: Step) -> None:
         for name in step.weights:
@@ -219,7 +220,7 @@ class Rewiring(Budgeted):
         if not self._is_due(position):
             return
         if self._waits_for_gradients(position) and len(self.gradients) < len(self.chosen):
-            return  # of other optimizers, or of the first step of this epoch
+            return  # for other optimizers, or the first step of this epoch
         self.update(position)
         self.gradients = {}
         self.window.finish()
@@ -233,26 +234,26 @@ class Rewiring(Budgeted):
             )
 
     def update(self, position: Position) -> None:
-        """All that happens at an update."""
+        """Everything that happens at an update."""
         fraction = self.fraction_dropped(position)
         if fraction > 0:
             self.rewire(fraction)
 
     def rewire(self, fraction: float) -> None:
-        """Drop this share of every layer's connections, and grow as many."""
+        """Drop this fraction of every layer's connections, and grow the same number."""
         self.updates += 1
         self.set_masks(self._moved(fraction))
         if isinstance(self.plan.structure, FanIn):  # less than one connection per output is lost where some are ablated
             self.promise(self.masks.kept, self.masks.counts)
 
     def _moved(self, fraction: float) -> Iterator[tuple[str, Tensor]]:
-        """The new mask of one weight after the other; its gradient has served then, and is let go."""
+        """The new mask of one weight after the other; each gradient is released after use."""
         counts = self.masks.counts
         for target in self.chosen:
             name, weight = target.name, target.weight.detach()
             gradient = self.gradients.pop(name, None) if self.reads_gradients else weight.new_empty(0)
             if gradient is None or drop_count(counts[name], fraction) == 0:
-                continue  # a layer that took no part in this step says nothing
+                continue  # a layer that was not used in this step has no gradient
             keep, grow = self.keep_score(name, weight, gradient), self.grow_score(name, weight, gradient)
             del gradient
             try:
@@ -263,7 +264,7 @@ class Rewiring(Budgeted):
             yield name, mask
 
     def _rewired(self, target: Target, count: int, keep: Tensor, grow: Tensor, fraction: float) -> Tensor:
-        """The new mask of a weight with so many connections; each matrix of a stack keeps its own number of them."""
+        """The new mask of a weight with this many connections; each matrix of a stack keeps its own number of them."""
         matrices, masks = target.matrices(), []
         least = 0.0 if target is self.chosen[-1] else self.min_salient
         now = target.unstack(self.masks[target.name])
@@ -281,12 +282,12 @@ class Rewiring(Budgeted):
         return [int(number) for number in numbers] if spread is None else spread.sums(numbers)
 
     def places(self, name: str) -> Tensor | None:
-        """Where the entries of this rank's part lie in the whole weight; None where it holds the whole."""
+        """The positions of this rank's entries in the whole weight; None if it holds the whole."""
         layout = self.layouts.get("entries", {}).get(name)
         return None if layout is None else layout.places()
 
     def fraction_dropped(self, position: Position) -> float:
-        """The share of connections that an update here drops; 0 from the end on."""
+        """The fraction of connections that an update here drops; 0 from the end on."""
         progress = self.window.progress(position)
         return 0.0 if progress >= 1 else min(max(self._scheduled(progress), 0.0), 1.0)
 
@@ -295,7 +296,7 @@ class Rewiring(Budgeted):
         return float(schedule(progress, self.drop_fraction, self.final_drop_fraction))
 
     def _is_due(self, position: Position) -> bool:
-        rested = not self.takes_steps or self.steps > self.last_update + 1  # what was grown must move before it is judged
+        rested = not self.takes_steps or self.steps > self.last_update + 1  # grown weights must move before they are judged
         return self.window.is_due(position) and rested
 
     def _waits_for_gradients(self, position: Position) -> bool:

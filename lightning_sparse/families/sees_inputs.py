@@ -1,4 +1,4 @@
-"""Methods that judge weights by what reaches them: the inputs of their layers on the user's own training batches."""
+"""Methods that judge weights by the inputs of their layers on the user's own training batches."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["Enough", "SeesInputs"]
 
 
 class Enough(Exception):
-    """Raised by whoever looks at inputs, when the rest of a batch does not matter."""
+    """Raised when inputs have been read and the rest of a batch does not matter."""
 
 
 @contextmanager
 def _step_by_step() -> Iterator[None]:
-    """Attention of torch in evaluation mode does all its work in one call, out of sight, unless it is told not to."""
+    """Make torch's attention run step by step: in evaluation mode it otherwise does everything in one opaque call."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -39,10 +39,10 @@ def _step_by_step() -> Iterator[None]:
 
 
 class SeesInputs(Budgeted):
-    """Works on weights whose inputs can be seen (see `core.shows_inputs`); others stay dense, and a line says so.
+    """Works on weights whose inputs are visible (see `core.shows_inputs`); others stay dense, and a message says so.
 
-    Inputs are looked at on a silent copy of the module, in evaluation mode and without gradients, on `batches` batches of
-    the training set on every rank (where gradients are accumulated, as many times that as an optimizer step takes).
+    Inputs are read on a copy of the module that logs nothing, in evaluation mode and without gradients, on `batches` batches
+    of the training set on every rank (with gradient accumulation, times the number of accumulated batches).
     """
 
     batches: int
@@ -59,19 +59,19 @@ class SeesInputs(Budgeted):
             return f"is in a layer ({type(layer).__name__}) whose calls do not show what it is multiplied with"
         layout = target.layout
         if layout is not None and (target.groups * target.parts > 1 or {*layout.cut} - {target.output_dim}):
-            return "is cut into shards otherwise than by its outputs"
+            return "is sharded otherwise than by its outputs"
         return super().misfit(target)
 
     @property
     def targets_by_name(self) -> dict[str, Target]:
-        """The chosen weights, with how they lie in their layers."""
+        """The chosen weights, with their dimensions in their layers."""
         return {target.name: target for target in self.chosen}
 
     @contextmanager
     def calibration(self) -> Iterator[tuple[pl.LightningModule, Callable[..., None]]]:
-        """A silent copy of the module, and a function that sends the same batches through it, as often as it is called.
+        """A copy of the module that logs nothing, and a function that sends the same batches through it at every call.
 
-        The function may be given another, which is called after each batch.
+        The function accepts another function, which is called after each batch.
 
         Raises:
             ValueError: if the data can be read only once, there are none, or `training_step` fails without gradients.
@@ -109,12 +109,12 @@ class SeesInputs(Budgeted):
             yield twin, send
 
     def everywhere(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks; may overwrite what it is given."""
+        """The sum over ranks; may overwrite its input."""
         total: Tensor = self.run.trainer.strategy.reduce(tensor, reduce_op="sum")
         return total
 
     def refuse_unreached(self, name: str) -> None:
-        """A weight that the batches never reach cannot be judged: an expert to which no token is sent.
+        """Refuse a weight that the batches never reach, such as an expert to which no token is sent.
 
         Raises:
             ValueError: naming it.
@@ -125,7 +125,7 @@ class SeesInputs(Budgeted):
         )
 
     def refuse_infinite(self, name: str) -> None:
-        """Inputs that are infinite or NaN say nothing.
+        """Refuse a weight whose inputs are infinite or NaN.
 
         Raises:
             ValueError: naming the weight.

@@ -16,29 +16,29 @@ __all__ = ["ShadowWeights"]
 
 
 class ShadowWeights(Sparsifier):
-    """The optimizer moves dense weights; before its step and after it, all others see them masked.
+    """The optimizer moves dense weights; everything else sees them masked.
 
     Between steps the model holds the kept entries, with exact zeros elsewhere, and `hidden` holds the others. Right before a
-    step the two are put together, right after it they are taken apart by the mask as it is then. So whatever else changes
-    a kept weight between steps is honored, and forward, backward, validation and checkpoints never see a dropped one (after
-    a step that a gradient scaler skips, they are hidden again at the end of the batch).
-    Gradients of dropped entries are removed (the chain rule through a mask); the optimizer's weight decay and moments still
-    move them, as they would if the mask were part of the network.
+    step both are combined, and right after it they are separated by the current mask. So any other change to a kept weight
+    between steps is preserved, and forward, backward, validation and checkpoints never see a dropped one (after a step that
+    a gradient scaler skips, they are hidden again at the end of the batch). Gradients of dropped entries are removed (the
+    chain rule through a mask). The optimizer's weight decay and moments still move them, as they would if the mask were part
+    of the network.
 
-    At stations `before_step` and `after_step`, at the cost of some six passes over the weights per step, and of one more
-    copy of them in memory. In between, `hidden` is free: a method may keep there what it must carry over the step, such as
-    a gradient that is not to be applied if the step is skipped.
+    Runs at stations `before_step` and `after_step`. Costs about six passes over the weights per step, and one more copy of
+    them in memory. During a step, `hidden` is free: a method may store there what it needs after the step, such as a
+    gradient that must not be applied if the step is skipped.
     """
 
     hidden_dtype: torch.dtype = torch.float32
-    """Of the dense values of dropped entries; those of the weights themselves are never narrowed."""
+    """Precision of the dense values of dropped entries; those of the weights themselves are never narrowed."""
 
     hidden = Remembered[dict[str, Tensor]](dict, over="entries")
     """The dense values of dropped entries, zero where an entry is kept; in float32 or wider."""
 
     @abstractmethod
     def shown(self, name: str, dense: Tensor) -> Tensor:
-        """The mask of a weight: True where the model is to show its dense value. Asked from `begin` on."""
+        """The mask of a weight: True where the model shows its dense value. Called from `begin` on."""
 
     @property
     def dropped_live_on(self) -> bool:
@@ -53,7 +53,7 @@ class ShadowWeights(Sparsifier):
 
     def resume(self) -> None:
         for name, weight in self.weights.items():
-            self.hidden[name].masked_fill_(weight != 0, 0)  # what the model shows counts, changed meanwhile or not
+            self.hidden[name].masked_fill_(weight != 0, 0)  # the model's value wins, changed in the meantime or not
         self.take_in(self.weights)
 
     def reveal(self, weights: Mapping[str, nn.Parameter]) -> None:
@@ -62,7 +62,7 @@ class ShadowWeights(Sparsifier):
             weight.add_(self.hidden[name])  # exact: one of the two is zero
 
     def hide(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Take dropped entries out of the model, and out of moving averages of it."""
+        """Remove dropped entries from the model and from moving averages of it."""
         averages = self.run.averages()
         for name, weight in weights.items():
             bits = mask_bits(self.shown(name, weight))
@@ -71,7 +71,7 @@ class ShadowWeights(Sparsifier):
                 apply_bits_(average[name], bits.to(average[name].device))
 
     def take_in(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Bring the model in line with masks that have changed, or with weights that have been moved from outside."""
+        """Update the model to masks that have changed, or to weights that were changed from outside."""
         self.reveal(weights)
         self.hide(weights)
 
@@ -80,7 +80,7 @@ class ShadowWeights(Sparsifier):
 
     def silence(self, step: Step) -> None:
         if step.gradient_scale is not None:
-            self.run.unscale(step.optimizer)  # or infinities in what is removed, and was read, would not be found
+            self.run.unscale(step.optimizer)  # otherwise infinities in removed gradients that were read would not be found
         for name, weight in step.weights.items():
             if weight.grad is not None:
                 apply_bits_(weight.grad, mask_bits(self.shown(name, weight)))

@@ -1,4 +1,4 @@
-"""Whether anything moves pruned entries; as long as nothing does, they need not be put back."""
+"""Detects whether anything moves pruned entries; as long as nothing does, they need not be reset."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ __all__ = ["Watch"]
 
 
 class Watch:
-    """What is known of an optimizer and its neighbors: whether pruned entries have ever left zero by themselves.
+    """Records for an optimizer and its surroundings whether pruned entries have ever left zero by themselves.
 
-    An entry with zero weight, zero gradient and zero moments stays where it is under nearly every optimizer. Which ones
-    these are is tried and not listed: pruned entries are looked at in the first step, and again after every change of masks
-    or of parameter groups. In between, the version counters of tensors tell, at no cost, whether anything has written to a
-    weight outside the optimizer's step.
+    An entry with zero weight, zero gradient and zero moments stays where it is under nearly every optimizer. Which
+    optimizers these are is tested, not listed: pruned entries are checked in the first step, and again after every change of
+    masks or of parameter groups. In between, the version counters of tensors show at no cost whether anything has written to
+    a weight outside the optimizer's step.
     """
 
     def __init__(self) -> None:
         self.moved = False
-        """Whether something has moved a pruned entry; from then on they are put back after every step."""
+        """Whether something has moved a pruned entry; from then on they are reset after every step."""
         self._passed: dict[int, Hashable] = {}
         self._versions: dict[int, list[int]] = {}
         self._turn = 0
 
     def trusts(self, optimizer: Optimizer, changes: int) -> bool:
-        """Whether a look at this optimizer's weights has found nothing, under these masks and parameter groups.
+        """Whether a check of this optimizer's weights found nothing, under these masks and parameter groups.
 
         Args:
-            optimizer: that has moved.
-            changes: how often masks have changed.
+            optimizer: the optimizer that has moved.
+            changes: number of mask changes so far.
         """
         return self._passed.get(id(optimizer)) == self._key(optimizer, changes)
 
     def trust(self, optimizer: Optimizer, changes: int) -> None:
-        """A look has found nothing."""
+        """Record that a check found nothing."""
         self._passed[id(optimizer)] = self._key(optimizer, changes)
 
     def distrust(self, optimizer: Optimizer) -> None:
-        """Something has happened that asks for a look."""
+        """Record that a new check is needed."""
         self._passed.pop(id(optimizer), None)
 
     def note(self, step: Step) -> None:
-        """All that has been written to the weights of a step up to now is known."""
+        """Record the current versions of a step's weights."""
         self._versions[id(step.optimizer)] = _versions(step)
 
     def written(self, step: Step) -> bool:
-        """Whether anybody has written to the weights of a step since they were noted; edits of `.data` do not show."""
+        """Whether anything has written to the weights of a step since `note`; edits of `.data` do not show."""
         return self._versions.get(id(step.optimizer)) != _versions(step)
 
     def sample(self, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -1,8 +1,8 @@
-"""How a budget of weights is shared among layers: uniform, Erdős-Rényi and its kernel form, by outliers.
+"""How a budget of weights is distributed over layers: uniform, Erdős-Rényi and its kernel form, by outliers.
 
-Every function but `owl` takes the shapes of all layers, the density of all of them together, and optionally
-the densities of some of them, which are paid from the same budget. It returns a density per layer; `counts`
-then makes whole numbers of them that add up exactly.
+Every function except `owl` takes the shapes of all layers, their overall density, and optionally the densities of some of
+them, which count toward the same budget. It returns a density per layer; `counts` turns densities into integers that add up
+exactly.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def erk_plus(
 
 
 def outlier_share(score: Tensor, threshold: float = 5.0) -> float:
-    """The fraction of scores that are more than `threshold` times as large as their mean; what is dropped (-inf) is 0.
+    """The fraction of scores that are more than `threshold` times as large as their mean; dropped entries (-inf) count as 0.
 
     Example:
         >>> import torch
@@ -132,18 +132,18 @@ def owl(
     $$ d_l = d + 2 \lambda \left(\hat s_l - \bar s\right), \qquad
        \hat s_l = \frac{s_l - \min s}{\max s - \min s} $$
 
-    where the mean weighs layers by their sizes, so that the budget is met. No layer loses more than half of what it would
-    keep, or of what it would lose, with equal shares.
+    where the mean is weighted by layer sizes, so that the budget is met. No layer loses more than half of what it would
+    keep, or of what it would lose, at a uniform density.
 
     Source: Yin et al. 2024, "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
-    Sparsity", https://arxiv.org/abs/2310.05175, as in the published code, but for each layer where that takes the layers of
-    a transformer block together.
+    Sparsity", https://arxiv.org/abs/2310.05175, as in the published code, but per layer where that treats the layers of a
+    transformer block together.
 
     Args:
-        shares: of outliers in each layer, from `outlier_share`.
-        density: of all layers together, in [0, 1].
-        sizes: of the layers.
-        fixed: layer -> density, paid from the same budget.
+        shares: fraction of outliers in each layer, from `outlier_share`.
+        density: overall density, in [0, 1].
+        sizes: sizes of the layers.
+        fixed: layer -> density, counted toward the same budget.
         reach: lambda.
 
     Example:
@@ -172,13 +172,13 @@ def allocate(
     fixed: Mapping[int, float] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> list[float]:
-    r"""Densities $\min(1, \epsilon\, raw_l)$ with the one $\epsilon$ that spends the budget exactly.
+    r"""Densities $\min(1, \epsilon\, raw_l)$ with the $\epsilon$ that uses the budget exactly.
 
     Args:
         raw: the proportions, positive.
-        shapes: of the layers.
-        density: of all layers together, in [0, 1].
-        fixed: layer -> density, paid from the same budget.
+        shapes: shapes of the layers.
+        density: overall density, in [0, 1].
+        fixed: layer -> density, counted toward the same budget.
         sizes: what the budget counts in each layer, if not its weights.
 
     Raises:
@@ -195,7 +195,7 @@ def allocate(
             f"layers with a sparsity of their own keep {density * sum(sizes) - budget:,.0f} and the others hold "
             f"{room:,}; choose another sparsity or free a layer."
         )
-    # Dense layers are found from the most favored down: once one fits under the cap, all later ones do.
+    # Dense layers are found starting with the most favored: once one stays under the cap, all later ones do.
     densities = dict(fixed)
     free.sort(key=lambda layer: -raw[layer])
     weight = [raw[layer] * sizes[layer] for layer in free]
@@ -217,17 +217,17 @@ def counts(
     low: Sequence[int] | None = None,
     high: Sequence[int] | None = None,
 ) -> list[int]:
-    """Whole numbers of entries to keep, as near to their exact shares as the bounds allow, that add up to `total`.
+    """Integer numbers of entries to keep, as close to their exact shares as the bounds allow, that add up to `total`.
 
-    Without bounds each is within one of its exact share: the largest remainders are rounded up; ties go to the
-    earlier layer.
+    Without bounds each is within one of its exact share: the largest remainders are rounded up; ties go to the earlier
+    layer.
 
     Args:
-        densities: of each layer, in [0, 1].
+        densities: density of each layer, in [0, 1].
         sizes: entries of each layer.
-        total: what the result adds up to.
-        low: the least that each layer keeps; 0 by default.
-        high: the most that each layer keeps; its size by default.
+        total: sum of the result.
+        low: minimum for each layer; 0 by default.
+        high: maximum for each layer; its size by default.
 
     Raises:
         ValueError: if the bounds leave no room for the total.
@@ -241,7 +241,7 @@ def counts(
     if not sum(low) <= total <= sum(high):
         raise ValueError(f"{total:,} entries cannot be kept where layers must keep {sum(low):,} and at most {sum(high):,}.")
     exact = [density * size for density, size in zip(densities, sizes, strict=True)]
-    # A share that is whole but for rounding errors is whole.
+    # A share that is an integer up to rounding errors is treated as one.
     whole = [max(lo, min(math.floor(share + 1e-6), hi)) for share, lo, hi in zip(exact, low, high, strict=True)]
     while missing := total - sum(whole):
         step, bound = (1, high) if missing > 0 else (-1, low)
@@ -260,4 +260,4 @@ ALLOCATIONS: dict[str, Allocation] = {
     "erk": erk,
     "erk+": erk_plus,
 }
-"""By the shapes of layers; `global` and `owl` are not among them, because there the scores decide."""
+"""Allocations by the shapes of layers; `global` and `owl` are not among them, because they depend on scores."""

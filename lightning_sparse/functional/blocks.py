@@ -9,12 +9,12 @@ __all__ = ["block_score", "expand_blocks"]
 
 
 def block_score(score: Tensor, rows: int, columns: int, dims: tuple[int, int] = (0, 1)) -> Tensor:
-    """One score per block: the mean over its entries; in the layout of the score, with the two dimensions made smaller.
+    """One score per block: the mean over its entries; in the layout of the score, with the two dimensions reduced.
 
     Args:
         score: one score per entry.
-        rows: of a block; must divide the first of the dimensions.
-        columns: of a block; must divide the second.
+        rows: rows of a block; must divide the first of the dimensions.
+        columns: columns of a block; must divide the second.
         dims: the two dimensions.
 
     Example:

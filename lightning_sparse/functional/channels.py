@@ -11,18 +11,18 @@ __all__ = ["input_score", "normalized"]
 
 
 def normalized(score: Tensor, total: Callable[[Tensor], Tensor] = lambda part: part, count: int | None = None) -> Tensor:
-    r"""Scores divided by the mean of their sizes, so that layers of any width and scale compare.
+    r"""Scores divided by their mean magnitude, so that layers of any width and scale are comparable.
 
     $$ s_i \leftarrow s_i \, / \, \frac{1}{n} \sum_j |s_j| $$
 
-    What is gone already (-inf) counts as zero in the mean, so what is left of a layer gains as the layer loses.
+    Removed entries (-inf) count as zero in the mean, so the remaining scores of a layer rise as it shrinks.
 
     Source: the normalizer `mean` of Torch-Pruning (Fang et al. 2023, https://arxiv.org/abs/2301.12900).
 
     Args:
-        score: of one layer.
-        total: the sum over all ranks of what this one has, where it holds a part of the layer.
-        count: how many there are on all ranks together; by default those given.
+        score: scores of one layer.
+        total: sums this rank's share over all ranks, if it holds a shard of the layer.
+        count: number of scores on all ranks together; by default the number given.
 
     Example:
         >>> normalized(torch.tensor([3.0, 1.0, -torch.inf, 0.0]))
@@ -33,7 +33,7 @@ def normalized(score: Tensor, total: Callable[[Tensor], Tensor] = lambda part: p
 
 
 def input_score(score: Tensor, dim: int = 1) -> Tensor:
-    """One score per input: the mean over the entries that read it; without those that are gone already (-inf).
+    """One score per input: the mean over the entries that read it, without removed ones (-inf).
 
     Example:
         >>> input_score(torch.tensor([[3.0, 1.0], [-torch.inf, 3.0]]))

@@ -1,4 +1,4 @@
-"""Linear centered kernel alignment: how similar two layers see the same samples."""
+"""Linear centered kernel alignment: how similar two layers' features of the same samples are."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PAIR_WEIGHTS: Mapping[str, Callable[[int], float]] = {
     "adjacent": lambda distance: 3.0 if distance == 1 else 1.0,
     "inverse": lambda distance: 3.0 / distance,
 }
-"""Weight of a pair of layers by their distance |i - j|, at least 1; the published code trains with the first, and has the
-second for ImageNet and the third as a comment."""
+"""Weight of a pair of layers by their distance |i - j|, at least 1; the published code uses the first for training, the
+second for ImageNet, and contains the third as a comment."""
 
 
 def linear_cka(
@@ -43,13 +43,13 @@ def linear_cka(
 
     Args:
         x: features of n samples, the samples along the first dimension; whatever follows is flattened.
-        y: features of the same samples; of another size if need be.
-        unbiased: which estimator; with fewer than four samples the unbiased one is 0.
-        centered: False leaves the means in; only with `unbiased=False`.
-        dtype: of the sums; features in a wider one keep theirs.
+        y: features of the same samples; the size may differ.
+        unbiased: use the unbiased estimator, which is 0 for fewer than four samples.
+        centered: False keeps the means; only with `unbiased=False`.
+        dtype: dtype of the sums; features in a wider one keep theirs.
 
     Raises:
-        ValueError: if the features are not of the same samples, or uncentered and unbiased are asked for together.
+        ValueError: if the features are not of the same samples, or both uncentered and unbiased are requested.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
@@ -64,13 +64,13 @@ def linear_cka_matrix(
 ) -> Tensor:
     """`linear_cka` of all pairs of features, as a symmetric matrix whose diagonal is 1 (0 for a constant feature).
 
-    One Gram matrix per feature, one product for all pairs: n^2 times the sizes of all features, n the samples.
+    One Gram matrix per feature, one product for all pairs: n^2 times the sizes of all features, for n samples.
 
     Args:
-        features: of the same samples, sizes may differ.
-        unbiased: which estimator.
-        centered: False leaves the means in; only with `unbiased=False`.
-        dtype: of the sums; features in a wider one keep theirs.
+        features: of the same samples; sizes may differ.
+        unbiased: use the unbiased estimator.
+        centered: False keeps the means; only with `unbiased=False`.
+        dtype: dtype of the sums; features in a wider one keep theirs.
 
     Example:
         >>> features = [torch.tensor([[1.0], [2.0], [4.0], [8.0]]), torch.ones(4, 3)]
@@ -80,7 +80,7 @@ def linear_cka_matrix(
     """
     grams, _ = _centered_grams(features, unbiased, centered, dtype)
     norms = grams.square().sum(1, keepdim=True)
-    # Made safe before the root is taken and divided by, or the gradient of what is not chosen would be NaN.
+    # Made safe before the root and the division; otherwise the gradient of the unselected branch would be NaN.
     return _all_pairs(grams / torch.where(norms > 0, norms, 1).sqrt())
 
 
@@ -97,9 +97,9 @@ def linear_hsic(
     Args:
         x: features of n samples.
         y: features of the same samples.
-        unbiased: which estimator; with fewer than four samples the unbiased one is 0.
-        centered: False leaves the means in; only with `unbiased=False`.
-        dtype: of the sums; features in a wider one keep theirs.
+        unbiased: use the unbiased estimator, which is 0 for fewer than four samples.
+        centered: False keeps the means; only with `unbiased=False`.
+        dtype: dtype of the sums; features in a wider one keep theirs.
 
     Example:
         >>> x = torch.tensor([[0.0], [1.0], [0.0], [1.0], [0.0]])
@@ -115,10 +115,10 @@ def linear_hsic_matrix(
     """`linear_hsic` of all pairs of features; zero wherever a feature does not vary over the samples.
 
     Args:
-        features: of the same samples, sizes may differ.
-        unbiased: which estimator.
-        centered: False leaves the means in; only with `unbiased=False`.
-        dtype: of the sums; features in a wider one keep theirs.
+        features: of the same samples; sizes may differ.
+        unbiased: use the unbiased estimator.
+        centered: False keeps the means; only with `unbiased=False`.
+        dtype: dtype of the sums; features in a wider one keep theirs.
 
     Example:
         >>> linear_hsic_matrix([torch.eye(5), torch.ones(5, 2)], unbiased=False)
@@ -163,8 +163,8 @@ def similarity_penalty(
     Source: Ni et al. 2023, https://arxiv.org/abs/2307.07389.
 
     Args:
-        matrices: of `linear_cka_matrix`, one for each group.
-        pair_weight: of two layers by their distance in the group; see `PAIR_WEIGHTS`.
+        matrices: from `linear_cka_matrix`, one per group.
+        pair_weight: weight of two layers by their distance in the group; see `PAIR_WEIGHTS`.
         mean: divide by the number of pairs.
 
     Example:
@@ -192,7 +192,7 @@ def _pair_weights(matrix: Tensor, pair_weight: Callable[[int], float]) -> Tensor
 
 
 def _centered_grams(features: Sequence[Tensor], unbiased: bool, centered: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Centerd Gram matrices, one flat row per feature, and the mean square times the size that each was divided by.
+    """Centered Gram matrices, one flat row per feature, and the mean square times size by which each was divided.
 
     Rows of features that do not vary are exactly zero.
     """
@@ -202,11 +202,11 @@ def _centered_grams(features: Sequence[Tensor], unbiased: bool, centered: bool, 
     if len(set(counts)) > 1:
         raise ValueError(f"CKA compares features of the same samples, but these have {counts} samples.")
     n = counts[0]
-    # 16-bit sums would overflow, or lose the center; autocast would make them so again.
+    # 16-bit sums would overflow or lose the mean, and autocast would use 16 bits again.
     with torch.autocast(features[0].device.type, enabled=False):
         made = [_gram(feature, centered, torch.promote_types(dtype, feature.dtype)) for feature in features]
         wide = max((gram.dtype for gram, _ in made), key=lambda kind: torch.finfo(kind).bits)
-        device = made[0][0].device  # a model may lie on several
+        device = made[0][0].device  # a model may use several devices
         grams = torch.stack([gram.to(device, wide) for gram, _ in made])
         levels = torch.stack([level.to(device, wide) for _, level in made])
         if unbiased and n < 4:
@@ -223,7 +223,7 @@ def _all_pairs(rows: Tensor) -> Tensor:
 
 
 def _gram(feature: Tensor, centered: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The Gram matrix of a feature with mean square 1, so that no scale overflows, and what it was divided by."""
+    """The Gram matrix of a feature scaled to mean square 1, so that no scale overflows, and the divisor."""
     x = feature.flatten(1).to(dtype)
     # The scale cancels in CKA, and in HSIC it is multiplied back: as a constant, or its gradient would count twice.
     peak = x.detach().abs().amax() if x.numel() else x.new_zeros(())
@@ -247,5 +247,5 @@ def _u_center(grams: Tensor) -> Tensor:
 
 
 def _center(grams: Tensor) -> Tensor:
-    """Once more, after the features have been centered: what rounding has left of the means goes."""
+    """Center again, after the features were centered: removes what rounding has left of the means."""
     return grams - grams.mean(-1, keepdim=True) - grams.mean(-2, keepdim=True) + grams.mean((-2, -1), keepdim=True)

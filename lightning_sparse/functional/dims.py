@@ -1,4 +1,4 @@
-"""Dimensions that count vectors: one, or several where matrices are stacked."""
+"""Dimensions that enumerate vectors: one, or several for stacked matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Dims = int | tuple[int, ...]
 
 
 def others(tensor: Tensor, dim: Dims) -> list[int]:
-    """All dimensions but these.
+    """All other dimensions.
 
     Example:
         >>> import torch
@@ -24,7 +24,7 @@ def others(tensor: Tensor, dim: Dims) -> list[int]:
 
 
 def count_along(tensor: Tensor, dim: Dims) -> int:
-    """How many vectors there are.
+    """The number of vectors.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""How far a student is from its teacher."""
+"""The distance between a student's and a teacher's predictions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0
 
     $$ T^2 \; \mathrm{KL}\big(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T)\big) $$
 
-    The sum over classes, the mean over all else, in float32 or wider. The factor keeps the size of its gradients when the
-    temperature changes.
+    The sum over classes, the mean over everything else, in float32 or wider. The factor keeps the size of the gradients when
+    the temperature changes.
 
     Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531.
 
@@ -23,7 +23,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0
         student: logits.
         teacher: logits of the same shape; a constant.
         temperature: T, positive.
-        dim: that counts classes.
+        dim: the class dimension.
 
     Example:
         >>> round(float(distillation_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]))), 4)

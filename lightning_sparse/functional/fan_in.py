@@ -13,14 +13,14 @@ __all__ = ["fan_in_mask", "regrow_fan_in"]
 
 
 def fan_in_mask(score: Tensor, fan_in: int, dim: int = 0) -> Tensor:
-    """Keep the highest entries of every output, so many of each; outputs that are gone (-inf throughout) stay empty.
+    """Keep the `fan_in` highest entries of every output; outputs that are removed (-inf throughout) stay empty.
 
     Among equal scores the earlier entry survives.
 
     Args:
         score: higher survives.
-        fan_in: entries that an output keeps.
-        dim: that counts outputs.
+        fan_in: number of entries that an output keeps.
+        dim: the output dimension.
 
     Example:
         >>> fan_in_mask(torch.tensor([[1.0, 3.0, 2.0], [5.0, 4.0, 6.0]]), 2)
@@ -36,15 +36,15 @@ def fan_in_mask(score: Tensor, fan_in: int, dim: int = 0) -> Tensor:
 
 
 def regrow_fan_in(mask: Tensor, keep: Tensor, grow: Tensor, count: int, min_salient: float = 0.0, dim: int = 0) -> Tensor:
-    r"""The mask after `count` connections of a layer have been dropped, and every output has been refilled alike.
+    r"""The mask after dropping `count` connections of a layer and refilling every output to the same number.
 
-    The lowest of the whole layer are dropped, so outputs lose different numbers, and each grows what it lacks. An output is
-    salient by its connections that survive and by those of its entries that are among the `count` highest to grow; one with
-    fewer than `min_salient` of its fan-in k is ablated, and what it held is shared by the others:
+    The lowest of the whole layer are dropped, so outputs lose different numbers, and each grows what it lacks. The salience
+    of an output counts its surviving connections and those of its entries that are among the `count` highest to grow. An
+    output with fewer than `min_salient` of its fan-in k is ablated, and its connections are distributed over the others:
 
     $$ k' = \lfloor k n / n' \rfloor $$
 
-    for n outputs of which n' are left. What is gone stays gone.
+    for n outputs of which n' remain. Removed outputs stay removed.
 
     Source: Lasby et al. 2024, "Dynamic Sparse Training with Structured Sparsity", https://arxiv.org/abs/2305.02299, section
     3, and its official code for which entries are salient.
@@ -53,9 +53,9 @@ def regrow_fan_in(mask: Tensor, keep: Tensor, grow: Tensor, count: int, min_sali
         mask: with the same number of connections in every output that has any.
         keep: how much each connection matters.
         grow: how much each entry would gain by becoming one, finite.
-        count: of connections to drop, from 0 to their number.
-        min_salient: the share of its fan-in below which an output is ablated, in [0, 1]; 0 ablates none.
-        dim: that counts outputs.
+        count: number of connections to drop, from 0 to their number.
+        min_salient: fraction of its fan-in below which an output is ablated, in [0, 1]; 0 ablates none.
+        dim: the output dimension.
 
     Raises:
         ValueError: if the count is out of range, a score is NaN, or `grow` is infinite.

@@ -40,11 +40,11 @@ def quantile_rank(sparsity: float, total: int) -> int:
 
 
 class HyperSparseScale(NamedTuple):
-    """What all weights share, as 0-d tensors on their device.
+    """Values shared by all weights, as 0-d tensors on their device.
 
     Args:
         quantile: the magnitude on the pruning boundary.
-        slope: s, by which weights are scaled inside tanh.
+        slope: s, the factor on weights inside tanh.
         pull: P, the gradient of a weight near zero.
     """
 
@@ -64,7 +64,7 @@ def hypersparse_scale(
 
     $$ s = x^* / q, \qquad P = s \sum_i |w_i| \Big/ \sum_i \tanh(s |w_i|), $$
 
-    with q the magnitude of rank floor(sparsity * n) among all n weights. P is at least 1. Nothing is read back to the
+    where q is the magnitude of rank floor(sparsity * n) among all n weights. P is at least 1. Nothing is read back to the
     host, and no temporary is larger than one layer.
 
     Args:
@@ -72,7 +72,7 @@ def hypersparse_scale(
         sparsity: in (0, 1).
         alignment: x*.
         max_pull: cap on P, which grows without bound when the quantile goes to zero.
-        spread: how weights are spread over ranks; None if this rank holds all of them.
+        spread: how weights are distributed over ranks; None if this rank holds all of them.
 
     Raises:
         ValueError: if sparsity is not in (0, 1).
@@ -81,7 +81,7 @@ def hypersparse_scale(
         raise ValueError(f"sparsity={sparsity} must be in (0, 1) for the adaptive penalty; without sparsity leave it out.")
     total = sum(weight.numel() for weight in weights) if spread is None else spread.numel
     quantile = kth_smallest(weights, quantile_rank(sparsity, total), magnitudes=True, spread=spread).to(_wide(weights[0]))
-    # If more weights are exactly zero than the quantile, the boundary is at zero: then nothing is pulled.
+    # If more weights are exactly zero than the quantile, the boundary is at zero, and nothing is pulled.
     largest = torch.finfo(quantile.dtype).max / 4  # twice it is still finite
     slope = torch.where(quantile > 0, alignment / quantile, 0.0).clamp(max=largest)
     norm, saturation = torch.zeros_like(quantile), torch.zeros_like(quantile)
@@ -100,12 +100,12 @@ def hypersparse_gradient(weights: Sequence[Tensor], sparsity: float, scale: Hype
 
     $$ g_i = sign(w_i) \, P \, sech^2(s |w_i|) $$
 
-    Near zero every weight is pulled by P, at the pruning boundary by 2/3 P, at four times the boundary by P/49.
+    Near zero every weight is pulled by P, at the pruning boundary by 2/3 P, and at four times the boundary by P/49.
 
     Args:
-        weights: of all layers, or, with a scale given, of some of them.
+        weights: weights of all layers, or, with a scale given, of some of them.
         sparsity: in (0, 1).
-        scale: of all layers, from `hypersparse_scale`.
+        scale: scale for all layers, from `hypersparse_scale`.
 
     Example:
         >>> [gradient] = hypersparse_gradient([torch.tensor([-0.1, 1.0, 10.0])], 0.5)
@@ -127,7 +127,8 @@ def hypersparse_loss(weights: Sequence[Tensor], sparsity: float) -> Tensor:
 
     $$ L = \Big[\sum_i |w_i| \Big/ \sum_j \tanh(s |w_j|)\Big] \sum_j \tanh(s |w_j|), $$
 
-    the bracket and s constant for differentiation. The paper's own double sum has the same gradient, but the value 0.
+    where the bracket and s are constant for differentiation. The paper's own double sum has the same gradient, but the value
+    0.
 
     Args:
         weights: of all layers together.

@@ -2,7 +2,7 @@ r"""The negative part of a layer: its norm, that norm's gradient and proximal ma
 
 The map z -> ReLU(W z + b) equals z -> W z + b for every z >= 0 if and only if W >= 0 and b >= 0 entrywise. So a layer whose
 pair (W, b) has no negative part merges into its successor. Source of the notion: Hebiri and Lederer 2020, "Layer Sparsity in
-Neural Networks", https://arxiv.org/abs/2006.15604. Only its abstract was at hand; biases as one more column of W,
+Neural Networks", https://arxiv.org/abs/2006.15604. Only its abstract was available; biases as one more column of W,
 convolutions, normalization and bounds on inputs are derived here. Products of layers are in `merging`.
 """
 
@@ -30,9 +30,9 @@ class LayerNorm:
     """A norm of the negative part of a layer.
 
     Args:
-        value: of the flat negative part.
-        gradient: of the value, made of the negative part in place, given it and its Euclidean length.
-        shrink: what is left of the negative part after a proximal step of a size, given it, its length and the size.
+        value: value for the flat negative part.
+        gradient: gradient of the value, computed from the negative part in place, given it and its Euclidean length.
+        shrink: the remaining negative part after a proximal step, given it, its length and the step size.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -114,12 +114,12 @@ def layer_prox_(tensors: Sequence[Tensor], step: float | Tensor, norm: str = "fr
     length = _length(parts)
     for tensor, part in zip(tensors, parts, strict=True):
         left = LAYER_NORMS[norm].shrink(part, length, step)
-        tensor.copy_(torch.where(tensor < 0, left + 0.0, tensor))  # + 0.0: a zero without a sign
+        tensor.copy_(torch.where(tensor < 0, left + 0.0, tensor))  # + 0.0 removes the sign of zero
 
 
 @torch.no_grad()
 def soft_threshold_(tensor: Tensor, step: float | Tensor) -> None:
-    """The proximal map of the l1 norm, in place: every entry moves toward zero by `step`, and stops there."""
+    """The proximal map of the l1 norm, in place: every entry moves toward zero by `step`, and stops at zero."""
     tensor.copy_(tensor.sign() * (tensor.abs() - step).clamp(min=0))
 
 

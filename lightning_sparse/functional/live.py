@@ -1,4 +1,4 @@
-"""Masks that are made anew at every step, and what they hide; on one thread by numpy, several times as fast."""
+"""Masks that are recomputed in every step, and what they hide; on one thread with numpy, several times as fast."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def beyond(values: Tensor, threshold: Tensor, out: Tensor) -> Tensor:
 
 
 def part_(values: Tensor, hidden: Tensor, bits: Tensor) -> None:
-    """Leave the kept entries where they are, and move the dropped ones out; each leaves +0.0 in the other tensor.
+    """Keep the kept entries in place, and move the dropped ones out; each leaves +0.0 in the other tensor.
 
     Args:
-        values: all; keeps what is kept.
-        hidden: receives what is dropped.
-        bits: as `mask_bits` makes them.
+        values: all values; keeps the kept ones.
+        hidden: receives the dropped ones.
+        bits: as `mask_bits` returns them.
 
     Example:
         >>> values, hidden = torch.tensor([1.0, 2.0]), torch.zeros(2)

@@ -1,4 +1,4 @@
-r"""Vectors on the unit Lp sphere: norms, dual coordinates, the step of LpSGD, and which connections fall and return.
+r"""Vectors on the unit Lp sphere: norms, dual coordinates, the step of LpSGD, and rules for dropping and growing.
 
 Source: Li, Yang, Li, Lu and Xie 2021, "Training Sparse Neural Network by Constraining Synaptic Weight on Unit Lp Sphere",
 https://arxiv.org/abs/2103.16013, and the official repository WilliamLiPro/LpSS, whose class `LpCGD` is the step here.
@@ -44,19 +44,19 @@ def check_exponent(p: Any, name: str = "p") -> float:
 
 
 def check_vectors(weight: Tensor, name: str, remedy: str, dim: Dims = 0) -> None:
-    """Refuse a weight whose outputs cannot be put on a sphere.
+    """Refuse a weight whose outputs cannot be projected onto a sphere.
 
     Args:
         weight: vectors are its slices along `dim`.
-        name: how the message calls it.
-        remedy: what the message advises.
-        dim: that counts the vectors.
+        name: name of the weight in the message.
+        remedy: remedy in the message.
+        dim: the dimension that enumerates the vectors.
 
     Raises:
-        ValueError: if it is cut into shards, is a vector itself, or has vectors of a single entry.
+        ValueError: if it is sharded, is a vector itself, or has vectors of a single entry.
     """
     if hasattr(weight, "placements"):  # a DTensor, known without importing torch.distributed.tensor
-        raise ValueError(f"{name} is cut into shards, and the norm of an output needs all of it; use 'ddp', or {remedy}.")
+        raise ValueError(f"{name} is sharded, and the norm of an output needs all of it; use 'ddp', or {remedy}.")
     if weight.ndim < 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)} and no vector per output; {remedy}.")
     if weight.numel() == count_along(weight, dim):
@@ -64,7 +64,7 @@ def check_vectors(weight: Tensor, name: str, remedy: str, dim: Dims = 0) -> None
 
 
 def lp_norm(vectors: Tensor, p: float, dim: Dims = 0) -> Tensor:
-    r"""The p-norm of every vector, of any magnitude that the number format holds.
+    r"""The p-norm of every vector, for any magnitude that the number format can represent.
 
     $$ \|x\|_p = m \Big(\sum_i (|x_i| / m)^p\Big)^{1/p}, \qquad m = \max_i |x_i| $$
 
@@ -73,10 +73,10 @@ def lp_norm(vectors: Tensor, p: float, dim: Dims = 0) -> Tensor:
     Args:
         vectors: slices along `dim`.
         p: above 0.
-        dim: that counts the vectors; they extend over all others.
+        dim: the dimension that enumerates the vectors; they extend over all others.
 
     Returns:
-        the norms, with the other dimensions kept at size 1.
+        The norms, with the other dimensions kept at size 1.
 
     Example:
         >>> lp_norm(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]), 2.0).flatten()
@@ -87,12 +87,12 @@ def lp_norm(vectors: Tensor, p: float, dim: Dims = 0) -> Tensor:
 
 
 def lp_normalize(vectors: Tensor, p: float, dim: Dims = 0) -> Tensor:
-    """Every vector divided by its p-norm; a vector of zeros stays one.
+    """Every vector divided by its p-norm; a zero vector stays zero.
 
     Args:
         vectors: slices along `dim`.
         p: above 0.
-        dim: that counts the vectors.
+        dim: the dimension that enumerates the vectors.
 
     Example:
         >>> lp_normalize(torch.tensor([[-3e-30, 4e-30], [0.0, 0.0]]), 2.0)
@@ -116,7 +116,7 @@ def to_dual(weight: Tensor, p: float) -> Tensor:
 def from_dual(dual: Tensor, p: float) -> Tensor:
     """The inverse of `to_dual`: w = sign(v) |v|^(1 / (p-1)), of unit p-norm where v has unit q-norm.
 
-    Near p = 1 small duals become weights too small for the number format, that is zeros; the duals keep what they were.
+    Near p = 1 small duals become weights too small for the number format, that is, zeros; the duals keep their values.
     """
     return dual.abs().pow_(1 / (p - 1)).copysign_(dual)
 
@@ -132,13 +132,13 @@ def lp_sgd_step(dual: Tensor, gradient: Tensor, rate: float | Tensor, p: float, 
 
     Args:
         dual: v, of unit q-norm.
-        gradient: of the loss by the weight, after momentum.
+        gradient: gradient of the loss with respect to the weight, after momentum.
         rate: eta in [0, 1], how much of the new direction is mixed in; 1 jumps to it.
         p: above 1.
-        dim: that counts the vectors.
+        dim: the dimension that enumerates the vectors.
 
     Returns:
-        the new dual coordinates; `from_dual` makes weights of them.
+        The new dual coordinates; `from_dual` converts them to weights.
 
     Example:
         >>> v = torch.tensor([[0.6, 0.8]])
@@ -148,9 +148,9 @@ def lp_sgd_step(dual: Tensor, gradient: Tensor, rate: float | Tensor, p: float, 
     q = p / (p - 1)
     moved = lp_normalize(gradient, q, dim).mul_(-rate).add_(dual * (1 - rate))
     size, peak, along = _scaled(moved, dim)
-    # Both parts have unit norm: what is left below machine precision is rounding, not a direction.
+    # Both parts have unit norm: anything below machine precision is rounding, not a direction.
     vanished = peak <= torch.finfo(moved.dtype).eps
-    if not vanished.is_cpu or bool(vanished.any()):  # rare; where looking waits for nothing, it saves a pass
+    if not vanished.is_cpu or bool(vanished.any()):  # rare; on the CPU the check is cheap and saves a pass
         return lp_normalize(torch.where(vanished, dual, moved), q, dim)
     return _to_length_one(size, q, along).copysign_(moved)
 
@@ -168,20 +168,20 @@ def lp_sgd_(
     nesterov: bool = False,
     dim: Dims = 0,
 ) -> None:
-    """`lp_sgd_step` with heavy-ball momentum on the gradient, in place: what the optimizer and the callback share.
+    """`lp_sgd_step` with heavy-ball momentum on the gradient, in place: shared by the optimizer and the callback.
 
     b <- momentum * b + g; the step is along g + momentum * b with Nesterov, else along b.
 
     Args:
         weight: receives the new weights.
-        dual: of unit q-norm, in float32 or wider; receives the new coordinates.
+        dual: dual coordinates of unit q-norm, in float32 or wider; receives the new ones.
         buffer: b, zeros at first; None without momentum.
-        gradient: of the loss by the weight.
+        gradient: gradient of the loss with respect to the weight.
         rate: eta in [0, 1].
         p: above 1.
-        momentum: in [0, 1).
-        nesterov: look ahead along the momentum.
-        dim: that counts the vectors.
+        momentum: momentum factor, in [0, 1).
+        nesterov: use Nesterov momentum.
+        dim: the dimension that enumerates the vectors.
     """
     direction = gradient.to(dual.dtype)
     if buffer is not None:
@@ -192,20 +192,20 @@ def lp_sgd_(
 
 
 def hoyer_sparsity(weight: Tensor, dim: Dims = 0) -> Tensor:
-    r"""Hoyer's sparsity of every vector: 0 where all magnitudes are equal, 1 where a single entry is not zero.
+    r"""Hoyer's sparsity of every vector: 0 if all magnitudes are equal, 1 if a single entry is nonzero.
 
     $$ H(w) = \frac{\sqrt d - \|w\|_1 / \|w\|_2}{\sqrt d - 1} $$
 
-    A vector of zeros counts as 1: nothing is left of it. A vector of a single entry has no sparsity to speak of: 0.
+    A zero vector counts as 1: nothing is left of it. The sparsity of a vector with a single entry is defined as 0.
 
     Source: Hoyer 2004, "Non-negative Matrix Factorization with Sparseness Constraints", JMLR 5, section 3.
 
     Args:
         weight: vectors are its slices along `dim`.
-        dim: that counts the vectors.
+        dim: the dimension that enumerates the vectors.
 
     Returns:
-        one number in [0, 1] per vector.
+        One number in [0, 1] per vector.
 
     Example:
         >>> hoyer_sparsity(torch.tensor([[0.0, -3.0, 0.0, 0.0], [2.0, 2.0, -2.0, 2.0]]))
@@ -227,12 +227,12 @@ def expected_hoyer(p: float, d: int, shape: float = 0.4) -> float:
        E = d \, \frac{\Gamma(a + 1/2) \, \Gamma(d a)}{\Gamma(a) \, \Gamma(d a + 1/2)}, \quad a = 0.4 (p - 1) $$
 
     exactly so if squared weights are independent and Gamma distributed with shape a. Recovered from the curves of the
-    authors' figure, not from the paper's text, which was not at hand; in that figure the trained convolutions come
-    close to it and the linear layers do not.
+    authors' figure, not from the paper's text, which was not available; in that figure the trained convolutions come close
+    to it and the linear layers do not.
 
     Args:
-        p: of the sphere, above 1.
-        d: entries of a vector, at least 2.
+        p: exponent of the sphere, above 1.
+        d: number of entries of a vector, at least 2.
         shape: a = shape * (p - 1).
 
     Raises:
@@ -259,7 +259,7 @@ def relative_magnitude(weight: Tensor, mask: Tensor, dim: Dims = 0) -> Tensor:
     Args:
         weight: vectors are its slices along `dim`.
         mask: True = kept.
-        dim: that counts the vectors.
+        dim: the dimension that enumerates the vectors.
 
     Example:
         >>> relative_magnitude(torch.tensor([[4.0, -2.0, 9.0]]), torch.tensor([[True, True, False]]))
@@ -268,20 +268,20 @@ def relative_magnitude(weight: Tensor, mask: Tensor, dim: Dims = 0) -> Tensor:
     size, along = _wide(weight).abs(), _others(weight, dim)
     kept = mask.sum(along, keepdim=True).clamp_(min=1)
     mean = torch.where(mask, size, 0).sum(along, keepdim=True) / kept
-    return torch.where(mean > 0, size / mean, 1.0)  # where nothing has a size, nothing is small
+    return torch.where(mean > 0, size / mean, 1.0)  # if all magnitudes are zero, none counts as small
 
 
 def growth_factor(sparsity: float, target: float, threshold: float, margin: float) -> float:
-    r"""How many connections return for each one that falls: the published controller.
+    r"""How many connections return for each one that drops: the published controller.
 
     $$ \gamma = \frac{s}{s^*} \cdot \begin{cases} 1 - \delta & s < s^* (1 - h/2) \\ 1 + \delta & else \end{cases} $$
 
-    It steers and does not promise: sparsity rises only while enough weights fall.
+    It steers without a guarantee: sparsity rises only while enough weights drop.
 
     Args:
-        sparsity: s, at present.
+        sparsity: s, the current sparsity.
         target: s*, above 0.
-        threshold: h, at present.
+        threshold: h, the current threshold.
         margin: delta, in [0, 1).
 
     Example:
@@ -293,7 +293,7 @@ def growth_factor(sparsity: float, target: float, threshold: float, margin: floa
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: the powers near p = 1 multiply relative errors by more than ten."""
+    """At least float32: the powers near p = 1 multiply relative errors by more than ten."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -1,4 +1,4 @@
-"""Products of layers: two that act linearly are one, and a normalization is part of the layer in front of it."""
+"""Products of layers: two linear layers become one, and a normalization becomes part of the preceding layer."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Pair = tuple[Tensor, Tensor | None]
 
 
 def lowest_output(weight: Tensor, bias: Tensor | None, low: float, high: float) -> Tensor:
-    r"""The least value of every output of a layer, for inputs between two bounds.
+    r"""The smallest value of every output of a layer, for inputs between two bounds.
 
     $$ \max(W, 0)\, l + \min(W, 0)\, u + b $$
 
-    An activation with phi(t) = t for t >= 0 does nothing if this is >= 0 in all rows. For l = 0 and u = infinity that is:
-    no negative weight and no negative bias.
+    An activation with phi(t) = t for t >= 0 has no effect if this is >= 0 in all rows. For l = 0 and u = infinity that
+    means: no negative weight and no negative bias.
 
     Args:
         weight: outputs first.
@@ -60,7 +60,7 @@ def fold_batch_norm(
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""A layer with the batch normalization behind it, in evaluation mode; differentiable.
+    r"""A layer combined with the batch normalization after it, in evaluation mode; differentiable.
 
     $$ \hat W = (\gamma / \sigma) W, \qquad \hat b = \beta + (\gamma / \sigma) (b - \mu) $$
 
@@ -82,7 +82,7 @@ def fold_batch_norm(
 
 
 def shift_input(weight: Tensor, bias: Tensor | None, low: float) -> Pair:
-    """A layer as it sees inputs counted from their lower bound: the bias grows by `low` times the row sums."""
+    """A layer for inputs counted from their lower bound: the bias grows by `low` times the row sums."""
     if low == 0:
         return weight, bias
     shift = low * weight.flatten(1).sum(1)
@@ -90,7 +90,7 @@ def shift_input(weight: Tensor, bias: Tensor | None, low: float) -> Pair:
 
 
 def merge_linear(second: Pair, first: Pair) -> Pair:
-    r"""Two linear layers with nothing between them as one: $W_2 W_1$ and $W_2 b_1 + b_2$, multiplied in float64.
+    r"""Two consecutive linear layers as one: $W_2 W_1$ and $W_2 b_1 + b_2$, multiplied in float64.
 
     Args:
         second: weight and bias of the layer nearer the output.
@@ -109,7 +109,7 @@ def merge_linear(second: Pair, first: Pair) -> Pair:
 
 
 def compose(layers: Sequence[Pair]) -> Pair:
-    """A run of linear layers, from input to output, as one; in float64, rounded once.
+    """A chain of linear layers, from input to output, as one; in float64, rounded once.
 
     Args:
         layers: weight and bias of each.
@@ -124,7 +124,7 @@ def compose(layers: Sequence[Pair]) -> Pair:
 
 @dataclass(frozen=True)
 class Convolution:
-    """What a convolution layer computes.
+    """The operation of a convolution layer.
 
     Args:
         weight: of shape (outputs, inputs / groups, *kernel).
@@ -149,13 +149,13 @@ class Convolution:
 
 
 def merge_convolutions(second: Convolution, first: Convolution) -> Convolution:
-    r"""Two convolutions with nothing between them as one, in float64.
+    r"""Two consecutive convolutions as one, in float64.
 
     The kernel is the full convolution of the first kernel with the second one, dilated by the first stride; its size is
     a + (c - 1) s. Strides multiply, paddings add up to p1 + s1 p2, and groups become their greatest common divisor.
 
-    Exact if the second layer does not pad, or the first is 1x1 without bias and padding. A padding between the two puts
-    zeros where the first layer would have had values: then the border ring is wrong (the callers refuse that).
+    Exact if the second layer does not pad, or the first is 1x1 without bias and padding. Padding between the two puts zeros
+    where the first layer would have values: then the border ring is wrong (callers refuse that).
 
     Args:
         second: the layer nearer the output.
@@ -183,7 +183,7 @@ def merge_convolutions(second: Convolution, first: Convolution) -> Convolution:
 
 
 def add_convolutions(large: Convolution, small: Convolution) -> Convolution | None:
-    """Two convolutions of the same input, added, as one; None if the small kernel does not fit into the large one.
+    """The sum of two convolutions of the same input as one; None if the small kernel does not fit into the large one.
 
     The identity is a 1x1 kernel without padding. Kernels are aligned where they read the same pixel.
 
@@ -214,8 +214,8 @@ def regroup(weight: Tensor, groups: int, fewer: int) -> Tensor:
 
     Args:
         weight: of shape (outputs, inputs / groups, *kernel).
-        groups: now.
-        fewer: then; divides `groups`.
+        groups: current number of groups.
+        fewer: new number of groups; divides `groups`.
     """
     ratio = groups // fewer
     if ratio == 1:

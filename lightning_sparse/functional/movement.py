@@ -11,11 +11,11 @@ __all__ = ["MOVEMENT_SCORES", "MovementScore"]
 
 
 class MovementScore(NamedTuple):
-    """A score of weights from a whole training.
+    """A score of weights that is accumulated over a training.
 
     Args:
         of_step: what a step adds to a sum, from the weights and their gradients.
-        of_sum: the score, from the weights as they are now and the sum; higher survives.
+        of_sum: the score, from the current weights and the sum; higher survives.
     """
 
     of_step: Callable[[Tensor, Tensor], Tensor]

@@ -5,7 +5,7 @@ find the exact value of any rank (a radix selection): the first says which 65,53
 line holds it, the second which value in there; a float64 number takes four. Chunks small enough for the cache make it
 several times faster than `torch.kthvalue` on a CPU; on a GPU nothing is read back to the host.
 A few thousand entries are sorted, which is faster than two histograms.
-Where every rank holds a part of each tensor, histograms are added up over ranks, and nothing else is sent.
+With shards on several ranks, histograms are summed over ranks, and nothing else is sent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PLACE_BITS = 12  # per pass over the places of ties: three passes of 16 KiB rea
 
 
 def exact_count(fraction: float, total: int) -> int:
-    """How many of `total` a fraction is, to the nearest one: 0.29 of 100 is 29, never 28.
+    """The number of entries that a fraction of `total` is, rounded to the nearest: 0.29 of 100 is 29, never 28.
 
     Example:
         >>> exact_count(0.29, 100), exact_count(0.9, 1000), exact_count(0.5, 3)
@@ -39,14 +39,14 @@ def exact_count(fraction: float, total: int) -> int:
 def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False, spread: Spread | None = None) -> Tensor:
     r"""The value of rank k (0-based) among all entries of all tensors, as a 0-d tensor on their device.
 
-    Exact: it returns one of the given values, as sorting them all and taking the k-th would; it does not
-    interpolate and has no size limit.
+    Exact: it returns one of the given values, the same as sorting all of them and taking the k-th; it does not interpolate
+    and has no size limit.
 
     Args:
         values: tensors of one floating dtype on one device; NaN is not allowed.
         k: from 0 to the number of entries - 1.
-        magnitudes: rank the absolute values, without a copy of them all.
-        spread: how they are spread over ranks; None if this rank holds all of them.
+        magnitudes: rank the absolute values, without copying all of them.
+        spread: how they are distributed over ranks; None if this rank holds all of them.
 
     Raises:
         ValueError: if there is no entry of that rank.
@@ -94,7 +94,7 @@ def top_k_masks(scores: Sequence[Tensor], keep: int, spread: Spread | None = Non
     Args:
         scores: tensors on one device; higher survives. -inf never survives while anything else can.
         keep: from 0 to the number of entries.
-        spread: how scores are spread over ranks; None if this rank holds all of them. Positions are those in the whole.
+        spread: how scores are distributed over ranks; None if this rank holds all of them. Positions are those in the whole.
 
     Raises:
         ValueError: if `keep` is out of range or a score is NaN; on all ranks, if it is so on one.
@@ -107,7 +107,7 @@ def top_k_masks(scores: Sequence[Tensor], keep: int, spread: Spread | None = Non
 
 
 def each_top_k_mask(scores: list[Tensor], keep: int, spread: Spread | None = None) -> Iterator[Tensor]:
-    """The masks of `top_k_masks`, one after the other; each score leaves the list, and so the memory, before its mask comes.
+    """The masks of `top_k_masks`, one after the other; each score is released before its mask is made.
 
     Args:
         scores: as there; the list is emptied.
@@ -141,7 +141,7 @@ def each_top_k_mask(scores: list[Tensor], keep: int, spread: Spread | None = Non
 
 
 def _with_ties(scores: list[Tensor], threshold: Tensor, keep: int, spread: Spread) -> Iterator[Tensor]:
-    """Masks of what is above the threshold, filled up to `keep` entries of all ranks together with the earliest at it."""
+    """Masks of everything above the threshold, filled up to `keep` entries over all ranks with the earliest ties."""
     numbers = spread.sums([part.count_nonzero() for score in scores for part in (score > threshold, score == threshold)])
     missing = keep - sum(numbers[::2])
     for share, number in zip(spread.shares, numbers[1::2], strict=True):
@@ -151,7 +151,7 @@ def _with_ties(scores: list[Tensor], threshold: Tensor, keep: int, spread: Sprea
             mask |= score == threshold
             missing -= number
         elif number and missing:
-            # The cut falls into this tensor: the place in the whole decides.
+            # The cut falls into this tensor: the position in the whole decides.
             entries = (score == threshold).flatten().nonzero().squeeze(1)
             places = share.places(entries)
             last = _kth_place(places if share.counts else places[:0], missing - 1, share.numel, spread)
@@ -162,7 +162,7 @@ def _with_ties(scores: list[Tensor], threshold: Tensor, keep: int, spread: Sprea
 
 
 def _kth_place(places: Tensor, k: int, numel: int, spread: Spread) -> Tensor:
-    """The place of rank k among those of all ranks, which differ from each other."""
+    """The position of rank k among those of all ranks, which are distinct."""
     bins, passes = 1 << _PLACE_BITS, max(1, -(-(numel - 1).bit_length() // _PLACE_BITS))
     prefix, rank = places.new_zeros(()), places.new_full((), k)
     for shift in range((passes - 1) * _PLACE_BITS, -1, -_PLACE_BITS):
@@ -176,12 +176,12 @@ def _kth_place(places: Tensor, k: int, numel: int, spread: Spread) -> Tensor:
 
 
 def _summed(counts: Tensor, spread: Spread) -> Tensor:
-    """A histogram over all ranks; four bytes per bin are sent where that is enough."""
+    """A histogram over all ranks; sent with four bytes per bin if that is enough."""
     return spread.total(counts.int() if spread.numel < 1 << 31 else counts).long()
 
 
 def _chunks(values: Sequence[Tensor], magnitudes: bool, floats: torch.dtype, ints: torch.dtype) -> Iterator[Tensor]:
-    """The bit patterns of all entries, in pieces."""
+    """The bit patterns of all entries, in chunks."""
     for value in values:
         flat = value.detach().reshape(-1)
         size = _CUDA_CHUNK if flat.is_cuda else _CHUNK // ints.itemsize
@@ -191,7 +191,7 @@ def _chunks(values: Sequence[Tensor], magnitudes: bool, floats: torch.dtype, int
 
 
 def _histogram(bits: Tensor, where: Tensor | None = None) -> Tensor:
-    """How often each value of the lower 16 bits occurs, counting only where told to."""
+    """How often each value of the lower 16 bits occurs, counting only selected entries."""
     digits = bits & (_BINS - 1)
     if bits.is_cuda:  # bincount would wait for the host; histc is exact here and leaves out -1
         digits = digits if where is None else torch.where(where, digits, -1)

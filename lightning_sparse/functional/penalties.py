@@ -1,6 +1,6 @@
 r"""Penalties on one weight tensor in closed form: value, gradient, and the proximal map where there is one.
 
-All take the dimension that counts output channels, or several where matrices are stacked; only the group lasso uses it.
+All take the output dimension, or several dimensions for stacked matrices; only the group lasso uses it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["PENALTIES", "Penalty"]
 
 
 Total = Callable[[Tensor], Tensor]
-"""Makes sums over a whole weight of sums over the part of it that is given; rows of outputs are never parted."""
+"""Turns sums over a shard of a weight into sums over all of it; rows of outputs are never split."""
 
 
 def alone(sums: Tensor) -> Tensor:
-    """The part is the whole."""
+    """The shard is the whole."""
     return sums
 
 
@@ -54,7 +54,7 @@ def l1_gradient(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
 
 
 def soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: Dims = 0) -> None:
-    """Everything toward zero by the threshold, and what would cross zero stays there.
+    """Move every entry toward zero by the threshold; an entry that would cross zero becomes zero.
 
     Example:
         >>> weight = torch.tensor([-3.0, 0.5, 2.0])
@@ -77,7 +77,7 @@ def l2_gradient(weight: Tensor, dim: Dims = 0, total: Total = alone) -> Tensor:
 
 
 def shrink_(weight: Tensor, threshold: float | Tensor, dim: Dims = 0) -> None:
-    """Everything by the same factor, 1 / (1 + t)."""
+    """Multiply every entry by the same factor, 1 / (1 + t)."""
     weight.div_(1 + threshold)
 
 
@@ -98,7 +98,7 @@ def group_lasso_gradient(weight: Tensor, dim: Dims = 0, total: Total = alone) ->
 
 
 def group_soft_threshold_(weight: Tensor, threshold: float | Tensor, dim: Dims = 0) -> None:
-    """Every channel's norm toward zero by the threshold times the root of its size; short channels become zero.
+    """Move every channel's norm toward zero by the threshold times the root of its size; short channels become zero.
 
     Example:
         >>> weight = torch.tensor([[3.0, 4.0], [0.1, 0.1]])

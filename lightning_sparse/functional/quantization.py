@@ -1,4 +1,4 @@
-"""Rounding to integers with a scale: weights so that zero stays zero, activations as a runtime would see them."""
+"""Rounding to integers with a scale: weights so that zero stays zero, activations as a runtime would round them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["fake_quantize", "round_symmetric"]
 
 
 def round_symmetric(weight: Tensor, dims: tuple[int, ...] = (0,), bits: int = 8) -> Tensor:
-    r"""A weight on the grid of its integer codes: a scale for each output, no offset, so that zero is code 0 exactly.
+    r"""Round a weight to its integer grid: one scale per output and no zero point, so that zero is exactly code 0.
 
     $$ \hat w = s_o \, \mathrm{round}(w / s_o), \qquad s_o = \max_i |w_{oi}| / (2^{b-1} - 1) $$
 
@@ -21,8 +21,8 @@ def round_symmetric(weight: Tensor, dims: tuple[int, ...] = (0,), bits: int = 8)
     https://arxiv.org/abs/1806.08342).
 
     Args:
-        weight: of a layer.
-        dims: the dimensions that tell outputs apart.
+        weight: weight of a layer.
+        dims: the output dimensions.
         bits: b, from 2 to 8.
 
     Example:
@@ -40,14 +40,14 @@ def round_symmetric(weight: Tensor, dims: tuple[int, ...] = (0,), bits: int = 8)
 
 
 def fake_quantize(x: Tensor, bits: int = 8) -> Tensor:
-    r"""Inputs as integers with an offset would hold them, a range for each sample; gradients pass as if nothing was rounded.
+    r"""Inputs rounded to integers with a zero point and a range per sample; gradients pass through unchanged.
 
     $$ \hat x = s (q - z), \qquad q = \mathrm{round}(x / s) + z, \qquad s = (\max(x, 0) - \min(x, 0)) / (2^b - 1) $$
 
-    with the integer z that stands for zero. The range is that of a sample and not of a batch, so that what a sample is
-    given does not depend on its neighbors.
+    with the integer z that stands for zero. The range is per sample and not per batch, so that a sample's result does not
+    depend on the other samples of its batch.
 
-    Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877; the straight-through gradient is of Bengio et al. 2013,
+    Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877; the straight-through gradient is from Bengio et al. 2013,
     https://arxiv.org/abs/1308.3432.
 
     Args:
@@ -74,7 +74,7 @@ def fake_quantize(x: Tensor, bits: int = 8) -> Tensor:
 
 
 class _Straight(torch.autograd.Function):
-    """The second tensor, with the gradient of the first."""
+    """Return the second tensor, with the gradient of the first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:

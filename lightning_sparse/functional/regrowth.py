@@ -1,4 +1,4 @@
-"""Connections of one layer that change places: so many are dropped, exactly as many are grown."""
+"""Move connections within a layer: some are dropped, and exactly the same number is grown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DropScheduleName = Literal["cosine", "constant"]
 """The names in `DROP_SCHEDULES`."""
 
 DROP_SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "constant": held}
-r"""How the share that is dropped moves. The cosine is that of RigL, $\frac{\alpha}{2}(1 + \cos(\pi t / T))$ for an end at 0.
+r"""How the dropped fraction changes. The cosine is that of RigL, $\frac{\alpha}{2}(1 + \cos(\pi t / T))$ for an end at 0.
 
 Source: Evci et al. 2020, "Rigging the Lottery", https://arxiv.org/abs/1911.11134, section 3.2.
 """
@@ -44,7 +44,7 @@ def drop_count(kept: int, fraction: float) -> int:
 
 
 def growth_score(gradient: Tensor, dim: Dims = 0) -> Tensor:
-    r"""The magnitude of the gradient, divided by its norm in each output, so that outputs compare.
+    r"""The magnitude of the gradient divided by its norm in each output, so that outputs are comparable.
 
     $$ |g_{oi}| \Big/ \Big(\sum_j g_{oj}^2\Big)^{1/2} $$
 

@@ -1,4 +1,4 @@
-"""When: the stations of a training step, and the Lightning callback that every method is."""
+"""The stations of a training step, and the Lightning callback that every method is."""
 
 from lightning_sparse.loop.loop import Loop
 from lightning_sparse.loop.method import Method, Shards

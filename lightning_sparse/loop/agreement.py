@@ -1,4 +1,4 @@
-"""Whether all ranks hold the same masks."""
+"""Checks that all ranks hold the same masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Agreement:
     """Compares the masks of all ranks after each change.
 
     Args:
-        run: the fit.
+        run: the running fit.
     """
 
     def __init__(self, run: Run) -> None:
@@ -25,11 +25,11 @@ class Agreement:
         self._compared: dict[int, int] = {}
 
     def compare(self, methods: Sequence[Method], live: bool = False) -> None:
-        """After a change of masks: ranks that hold the same block of a weight must hold the same mask of it.
+        """After masks change: ranks that hold the same block of a weight must hold the same mask of it.
 
         Args:
-            methods: whose masks they are.
-            live: compare masks that move with every step too.
+            methods: methods that own the masks.
+            live: also compare masks that change in every step.
 
         Raises:
             RuntimeError: naming the first weight whose masks differ.
@@ -46,11 +46,11 @@ class Agreement:
             if wrong:
                 raise RuntimeError(
                     f"{method.label}: the ranks hold different masks of '{list(masks)[wrong[0]]}'; a score or a random "
-                    "choice was made from data of one rank only."
+                    "choice was computed from the data of one rank only."
                 )
 
     def changed(self, methods: Sequence[Method], live: bool) -> Iterator[tuple[Method, Masks]]:
-        """Masks that have changed since they were compared last."""
+        """Masks that have changed since the last comparison."""
         for method in methods:
             masks = method.mask_set
             if isinstance(masks, MaskSet):

@@ -1,4 +1,4 @@
-"""The arguments that a method is made with: which there are, what they are as plain values, and which words are refused."""
+"""The arguments of a method: their names, their plain values, and the names that are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["arguments", "plain", "refuse_words"]
 
 
 def arguments(cls: type) -> dict[str, Any]:
-    """All arguments that a method is made with, those it hands on to its base included, and their defaults."""
+    """All arguments of a method, including those it passes to its base, and their defaults."""
     names: dict[str, Any] = {}
     for base in cls.__mro__:
         if "__init__" in vars(base):
@@ -25,7 +25,7 @@ def arguments(cls: type) -> dict[str, Any]:
 
 
 def refuse_words(cls: type, refused: Mapping[str, str], given: Sequence[Any], named: Mapping[str, Any]) -> None:
-    """Refuse words of other methods and earlier versions with what to write instead."""
+    """Refuse arguments of other methods and earlier versions, and say what to use instead."""
     for name in named:
         if name in refused:
             raise ValueError(f"{cls.__name__} does not take {name}: {refused[name]}.")
@@ -39,17 +39,18 @@ def refuse_words(cls: type, refused: Mapping[str, str], given: Sequence[Any], na
     value = given[len(by_position)]
     if by_position:
         first = ", ".join(p.name for p in by_position)
-        raise ValueError(f"{cls.__name__} takes {first} without a name and all else with one; say what {value!r} is.")
+        raise ValueError(f"{cls.__name__} takes only {first} as a positional argument; name the argument for {value!r}.")
     keyword = next((p.name for p in parameters if p.kind == p.KEYWORD_ONLY), "name")
     raise ValueError(
-        f"{cls.__name__} promises no sparsity, so {value!r} needs a name; write {keyword}={value!r} if that is what it is."
+        f"{cls.__name__} has no target sparsity, so {value!r} needs a name; use {keyword}={value!r} if that is what you "
+        f"mean."
     )
 
 
 def plain(value: Any) -> Any:
-    """A value as it is compared and saved: numbers, strings, lists, dictionaries."""
+    """A value in the form in which it is compared and saved: numbers, strings, lists, dictionaries."""
     if not isinstance(value, Tensor) and hasattr(value, "item"):
-        return value.item()  # a number of NumPy, which would keep the checkpoint from loading with weights_only
+        return value.item()  # a NumPy number would prevent loading the checkpoint with weights_only
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ __all__ = ["refuse_rivals", "refuse_shared_masks"]
 
 
 def refuse_shared_masks(methods: Sequence[Method]) -> None:
-    """No weight has two masks."""
+    """Refuse two masks on the same weight."""
     owner: dict[int, Method] = {}
     for method in methods:
         if method.mask_set is None:
@@ -25,7 +25,7 @@ def refuse_shared_masks(methods: Sequence[Method]) -> None:
 
 
 def refuse_rivals(methods: Sequence[Method]) -> None:
-    """Who moves a weight by itself has it alone."""
+    """Refuse other methods on a weight that one method moves itself."""
     moved = {id(method.weights[name]): (method, name) for method in reversed(methods) for name in method.moves}
     for other in methods:
         if other.mask_set is None and not other.prepares_steps and not other.answers(Method.project):
@@ -34,6 +34,6 @@ def refuse_rivals(methods: Sequence[Method]) -> None:
             method, name = moved.get(id(weight), (other, ""))
             if method is not other:
                 raise ValueError(
-                    f"{method.label} moves '{name}' by itself, so {other.label} cannot act on it too; give each its own "
+                    f"{method.label} moves '{name}' itself, so {other.label} cannot act on it too; give each its own "
                     f"targets, or let {type(method).__name__} remove weights with its own sparsity."
                 )

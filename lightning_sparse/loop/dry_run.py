@@ -1,4 +1,4 @@
-"""For methods that try something on the training set by themselves: nobody else may notice."""
+"""For methods that try something on the training set without any side effects."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ __all__ = [
 
 @contextmanager
 def dry_run(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.LightningModule]:
-    """A copy of a module that logs nothing and steps nothing; all generators are put back in the end.
+    """A copy of a module that logs nothing and steps nothing; all generators are restored at the end.
 
-    The copy knows the trainer, so `self.trainer` and `self.current_epoch` work in its `training_step`, but its `log` is
-    silent, and its `optimizers()` are stand-ins. Where weights are cut into shards nothing can be copied: then it is the
-    module itself, and all that it holds is put back in the end. All ranks must try together.
+    The copy knows the trainer, so `self.trainer` and `self.current_epoch` work in its `training_step`, but its `log` does
+    nothing, and its `optimizers()` are stand-ins. Sharded weights cannot be copied: then it is the module itself, and
+    everything that it holds is restored at the end. All ranks must call it together.
 
     Args:
-        trainer: that is fitting.
-        module: that is fitted; weights, buffers, metrics and gradients stay as they are.
+        trainer: the running Trainer.
+        module: the module that is trained; weights, buffers, metrics and gradients stay as they are.
     """
     generators = list(_generators(_combined(trainer)))
     states = [generator.get_state() for generator in generators]
@@ -60,13 +60,13 @@ def dry_run(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[pl.Ligh
 
 
 def training_outputs(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[tuple[Any, Any]]:
-    """Batches of the training set on the device, each with what `training_step` of a quiet copy returns for it.
+    """Batches of the training set on the device, each with what `training_step` of a copy that logs nothing returns for it.
 
-    The pass over the data is one of its own: loaders are copied before they are opened. It is as long as an epoch, with
-    the order and the augmentation of the epoch that is about to begin.
+    This is a separate pass over the data: loaders are copied before they are opened. It is as long as an epoch, with the
+    order and the augmentation of the epoch that is about to start.
 
     Args:
-        trainer: that is fitting.
+        trainer: the running Trainer.
         module: from `dry_run`.
     """
     for index, batch in enumerate(training_batches(trainer)):
@@ -76,7 +76,7 @@ def training_outputs(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
 
 
 def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """Batches of the training set on the device, in a pass of its own; see `training_outputs`."""
+    """Batches of the training set on the device, in a separate pass; see `training_outputs`."""
     precision, batches = trainer.precision_plugin, trainer.num_training_batches
     loader = _own_pass(_combined(trainer))
     for batch in itertools.islice(loader, None if batches == float("inf") else int(batches)):
@@ -84,7 +84,7 @@ def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
 
 
 def take_step(module: pl.LightningModule, batch: Any, index: int) -> Any:
-    """What `training_step` returns, which may or may not take the index of the batch."""
+    """Call `training_step`, which may or may not take the index of the batch."""
     with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     return module.training_step(batch, index) if with_index else module.training_step(batch)
 
@@ -92,14 +92,14 @@ def take_step(module: pl.LightningModule, batch: Any, index: int) -> Any:
 def example_inputs(trainer: pl.Trainer, module: pl.LightningModule, label: str, weights: Iterable[str]) -> list[Call]:
     """Calls of the networks that hold some weights: with `example_input_array`, or as `training_step` calls them.
 
-    The networks are the largest parts of the module that are called on the first batch and hold one of the weights; the
-    module itself if that calls its own `forward`.
+    The networks are the largest submodules that are called on the first batch and hold one of the weights; the module itself
+    if it calls its own `forward`.
 
     Args:
-        trainer: that is fitting.
+        trainer: the running Trainer.
         module: from `dry_run`.
-        label: who asks.
-        weights: by name.
+        label: name of the method that asks, for messages.
+        weights: names of weights.
 
     Raises:
         ValueError: if no such call is seen.
@@ -118,24 +118,24 @@ def example_inputs(trainer: pl.Trainer, module: pl.LightningModule, label: str, 
         raise
     except Exception as error:
         raise ValueError(
-            f"{label} must see how training_step of {kind} calls its network, but it fails on a copy of it "
+            f"{label} must record how training_step of {kind} calls its network, but it fails on a copy of the module "
             f"({type(error).__name__}: {first_line(error)}); {example}."
         ) from error
     if not calls:
         raise ValueError(
-            f"{label} must see how {kind} calls its network, but training_step calls no module that holds "
+            f"{label} must record how {kind} calls its network, but training_step calls no module that holds "
             f"'{next(iter(weights))}' on the first batch; {example}."
         )
     return calls
 
 
 def record_calls(module: nn.Module, paths: Iterable[str], run: Callable[[], Any]) -> list[Call]:
-    """The first call of each part of a module while something runs; a call inside another is not among them.
+    """The first call of each submodule while something runs, except calls inside another of these calls.
 
     Args:
-        module: that holds the parts.
+        module: the module that holds the submodules.
         paths: their names.
-        run: that calls them.
+        run: function that calls them.
     """
     seen: dict[str, Call] = {}
 
@@ -156,30 +156,30 @@ def record_calls(module: nn.Module, paths: Iterable[str], run: Callable[[], Any]
 
 
 def _holds(path: str, inner: str) -> bool:
-    """Whether a part of a module is another, or holds it."""
+    """Whether a submodule is another, or contains it."""
     return path in ("", inner) or inner.startswith(f"{path}.")
 
 
 def refuse_unrepeatable_data(trainer: pl.Trainer, module: pl.LightningModule, label: str) -> None:
-    """Refuse what `training_outputs` could not go through.
+    """Refuse data that `training_outputs` could not go through.
 
     Raises:
         ValueError: if the data can be read only once, or `training_step` fetches its batches itself.
     """
     if _fetches(module):
         raise ValueError(
-            f"{label} goes through the training set by itself, which a training_step(dataloader_iter) does not allow; take "
+            f"{label} makes its own pass over the training set, which training_step(dataloader_iter) does not allow; take "
             "batches instead."
         )
     for data in _read_once(trainer):
         raise ValueError(
-            f"{label} goes through the training set by itself, but {type(data).__name__} can be read only once; "
-            "give a loader that starts anew with every iter()."
+            f"{label} makes its own pass over the training set, but {type(data).__name__} can be read only once; "
+            "use a loader that restarts with every iter()."
         )
 
 
 def is_repeatable(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Whether `training_outputs` can go through the training set, and training still gets all of it."""
+    """Whether `training_outputs` can go through the training set without training losing any of it."""
     return not _fetches(module) and next(_read_once(trainer), None) is None
 
 
@@ -193,11 +193,11 @@ def _read_once(trainer: pl.Trainer) -> Iterator[Any]:
 
 
 def train_but_leaves(module: nn.Module) -> None:
-    """Train mode for whoever computes a loss only there, evaluation mode for norms and dropout.
+    """Set train mode for modules that compute a loss only there, and evaluation mode for norms and dropout.
 
-    In evaluation mode are modules without children and those of torch: the layers. All others are in train mode: models and
-    their heads, which may return a loss there, and predictions in evaluation mode. A `F.dropout(training=self.training)`
-    that such a module calls by itself drops as it does in training.
+    Modules without children and modules of torch (the layers) are put in evaluation mode. All others are in train mode:
+    models and their heads, which may return a loss there and predictions in evaluation mode. A
+    `F.dropout(training=self.training)` in such a module drops as in training.
     """
     for part in module.modules():
         leaf = next(part.children(), None) is None or type(part).__module__.startswith("torch.nn.")
@@ -205,12 +205,12 @@ def train_but_leaves(module: nn.Module) -> None:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a `training_step` returned."""
+    """The loss in the output of a `training_step`."""
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def size_of(batch: Any) -> int:
-    """How many samples a batch has: the length of the first tensor found in it, or of a list of targets; 1 without any."""
+    """The number of samples in a batch: the length of its first tensor, or of a list of targets; 1 if there is neither."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
     if isinstance(batch, Mapping):
@@ -249,10 +249,10 @@ def _copy(trainer: pl.Trainer, module: pl.LightningModule) -> pl.LightningModule
         twin = copy.deepcopy(module, {id(item): item for item in known})
     except Exception as error:
         raise ValueError(
-            f"{type(module).__name__} cannot be copied with copy.deepcopy ({error}), which is needed to try out a pruned "
+            f"{type(module).__name__} cannot be copied with copy.deepcopy ({error}), which is needed to score a copy of the "
             "model; keep what cannot be copied outside the module."
         ) from error
-    # Compiled or wrapped methods are functions on the instance, and still those of the original.
+    # Compiled or wrapped methods are functions on the instance, and still bound to the original.
     for name in [name for name, value in vars(twin).items() if isinstance(value, types.FunctionType)]:
         if hasattr(type(twin), name):
             delattr(twin, name)
@@ -266,12 +266,12 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def _combined(trainer: pl.Trainer) -> CombinedLoader:
     loader = combined_loader(trainer)
     if loader is None:
-        raise ValueError("There is no training set to go through; give trainer.fit a train_dataloader.")
+        raise ValueError("There is no training set; give trainer.fit a train_dataloader.")
     return loader
 
 
 def _own_pass(combined: CombinedLoader) -> Iterator[Any]:
-    """Batches as Lightning puts them together, from copies of the loaders, so that nobody's position changes."""
+    """Batches as Lightning combines them, from copies of the loaders, so that no loader's position changes."""
     mine, loaders = copy.copy(combined), []
     for loader in combined.flattened:
         loader = copy.copy(loader)

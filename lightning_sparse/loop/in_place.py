@@ -1,4 +1,4 @@
-"""For a module that cannot be copied, because its weights are cut into shards: try something on it, and put all back."""
+"""For a module that cannot be copied, because its weights are sharded: try something on it, and restore everything."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["in_place"]
 
 @contextmanager
 def in_place(module: nn.Module) -> Iterator[None]:
-    """Whatever happens to a module meanwhile is undone: weights, buffers, gradients, metrics, modes, plain attributes.
+    """Undo whatever happens to a module meanwhile: weights, buffers, gradients, metrics, modes, plain attributes.
 
-    Costs a copy of this rank's part of the weights, and of the gradients where there are any.
+    Costs a copy of this rank's shard of the weights, and of the gradients if there are any.
 
     Args:
-        module: whose weights may be cut into shards.
+        module: the module, whose weights may be sharded.
     """
     reshard(module)
     parts, parameters = list(module.modules()), list(module.parameters())
@@ -52,7 +52,7 @@ def in_place(module: nn.Module) -> Iterator[None]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let every layer of FSDP2 gather its weights anew: after a forward pass without gradients some still hold them."""
+    """Make every FSDP2 layer gather its weights anew: after a forward pass without gradients some still hold them."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -29,13 +29,13 @@ class Loop:
     """One fit of all methods of a Trainer: hooks, order, agreement of ranks.
 
     Args:
-        run: the fit.
+        run: the running fit.
         methods: in the order of the callbacks.
     """
 
     def __init__(self, run: Run, methods: Sequence[Method]) -> None:
         self.run, self.methods = run, list(methods)
-        """Those that are visited; whoever measures may exchange them between two batches."""
+        """The methods that are visited; profiling code may replace them between two batches."""
         self._everyone = list(methods)
         self._closed = False
         self._handed_over = False
@@ -55,7 +55,7 @@ class Loop:
     # ---- opening and closing -----------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Check every method, then start every method, then hook in: a refusal leaves all as it was."""
+        """Check every method, then start every method, then attach hooks: a refusal leaves everything as it was."""
         self.run.reshard()
         length = self.run.length()
         for method in self.methods:
@@ -82,7 +82,7 @@ class Loop:
         self._agreement.compare(self.methods)
 
     def close(self) -> None:
-        """Take everything away that `open` has attached; safe to call again."""
+        """Remove everything that `open` has attached; safe to call again."""
         if self._closed:
             return
         self._closed = True
@@ -107,8 +107,8 @@ class Loop:
 
     def batch_start(self, batch_idx: int) -> None:
         run, trainer = self.run, self.run.trainer
-        # Resumed inside an epoch, or from a checkpoint of an epoch's last batch, Lightning goes on without announcing the
-        # epoch; neither we nor GradientAccumulationScheduler have been told.
+        # Resumed inside an epoch, or from a checkpoint of an epoch's last batch, Lightning continues without announcing the
+        # epoch to this loop or to GradientAccumulationScheduler.
         epoch = trainer.current_epoch
         if self._epoch != epoch:
             trainer.accumulate_grad_batches = run.accumulation(epoch)
@@ -120,7 +120,7 @@ class Loop:
         run.batch_idx = batch_idx - 1
         with torch.no_grad():
             for method in self.methods:
-                if method.answers(Method.before_batch):  # it takes longer to say where the run is than to do nothing
+                if method.answers(Method.before_batch):  # computing the position takes longer than doing nothing
                     run.reshard()
                     method.before_batch(method.position())
                     run.reshard()
@@ -130,7 +130,7 @@ class Loop:
         self._depth.clear()
 
     def _announce_epoch(self) -> None:
-        """Lightning has not counted this epoch as begun, and would take what is saved in it for the end of the last one."""
+        """Lightning has not counted this epoch as started, and would save the state as the end of the previous one."""
         progress: Any = self.run.trainer.fit_loop.epoch_progress
         if progress.current.ready == progress.current.processed:
             progress.increment_ready()
@@ -139,7 +139,7 @@ class Loop:
     def batch_end(self) -> None:
         for optimizer in self.run.optimizers:
             self._undo(optimizer)
-        # With several optimizers not before all have stepped: the losses of those to come may hold the weights as they are.
+        # With several optimizers, only after all have stepped: later losses may hold the weights as they are.
         if len(self.run.optimizers) > 1 and self.run.fresh:
             with torch.no_grad():
                 self._evolve()
@@ -188,7 +188,7 @@ class Loop:
         self._pending[id(optimizer)] = steps
 
     def _lent(self, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """While methods act, the parts of weights that they see have gradients."""
+        """While methods act, the shards of weights that they see have gradients."""
         parts = self.ownership.parts(optimizer)
         return lent_gradients(parts) if parts else nullcontext()
 
@@ -197,14 +197,14 @@ class Loop:
         return [(method, Step(optimizer, owned[id(method)], scale)) for method in self.methods]
 
     def _count(self) -> None:
-        """A batch that steps is one step, however many optimizers move in it."""
+        """Count a batch that steps as one step, however many optimizers move in it."""
         if not self.run.fresh:
             self.run.fresh = True
             for method in self.methods:
                 method.steps += 1
 
     def _check_moments(self, optimizer: Optimizer) -> None:
-        """As soon as an optimizer remembers anything: what is pruned must be cleared there."""
+        """Once an optimizer has state: check that the state of pruned entries can be cleared."""
         if id(optimizer) not in self._trusted:
             for method in self.methods:
                 if method.clears_moments:
@@ -213,14 +213,14 @@ class Loop:
                 self._trusted.add(id(optimizer))
 
     def _withhold_gradients(self, optimizer: Optimizer) -> None:
-        """No weight, no moment and no counter moves where there is no gradient."""
+        """Hide all gradients: without a gradient, no weight, no moment and no counter moves."""
         self.run.unscale(optimizer)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     def _direct_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """A step past Lightning (`use_pl_optimizer=False`): there is no closure, and nobody has announced it."""
+        """A step that bypasses Lightning (`use_pl_optimizer=False`): there is no closure and no announcement."""
         self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
         if closure is None and id(optimizer) not in self._pending:
@@ -233,7 +233,7 @@ class Loop:
         if depth:
             return
         found_inf = getattr(optimizer, "found_inf", None) if self._paired else None
-        if found_inf is not None and bool(found_inf.any()):  # waits for the device, so only where somebody must know
+        if found_inf is not None and bool(found_inf.any()):  # waits for the device, so only if a method needs to know
             return  # a fused optimizer was called, but its kernel skipped the step
         self._check_moments(optimizer)
         prepared = self._pending.pop(id(optimizer), None)
@@ -243,7 +243,7 @@ class Loop:
             for method, step in steps:
                 if prepared is not None:
                     method.after_step(step)
-                else:  # past Lightning and with a closure: nobody could see the gradients
+                else:  # bypasses Lightning with a closure: the gradients were never visible
                     method.after_unseen_step(step)
         for method, step in steps:
             method.project(step)
@@ -252,11 +252,11 @@ class Loop:
 
     @property
     def _paired(self) -> bool:
-        """Whether a method must know that a step which it prepared did not happen."""
+        """Whether a method must know that a step it prepared did not happen."""
         return any(method.prepares_steps for method in self.methods)
 
     def _undo(self, optimizer: Optimizer) -> None:
-        """A step was prepared and never made: the gradient scaler has skipped it."""
+        """A step was prepared but never made: the gradient scaler skipped it."""
         steps = self._pending.pop(id(optimizer), None)
         if steps is not None:
             with torch.no_grad(), self._lent(optimizer):
@@ -271,26 +271,26 @@ class Loop:
         return torch.stack([term.reshape(()) for term in terms]).sum() if terms else None
 
     def hand_over_penalty(self) -> Tensor | None:
-        """The same for a module that adds it to its loss by itself; it is not added again."""
+        """The same for a module that adds it to its loss itself; it is not added again."""
         self._handed_over = True
         return self.penalty()
 
     def _wrap_training_step(self) -> None:
-        """Add feature penalties to the loss where it is made, so that accumulation, scaling and DDP see one loss."""
+        """Add feature penalties to the loss where it is computed, so that accumulation, scaling and DDP see one loss."""
         module = self.run.module
         penalized = any(method.answers(Method.feature_penalty) for method in self.methods)
         if penalized and not module.automatic_optimization:
             penalized = False
             if not hasattr(module, "sparsity_penalty"):
                 rank_zero_warn(
-                    f"{type(module).__name__} optimizes manually, so no callback can reach its loss; add "
+                    f"{type(module).__name__} optimizes manually, so no callback can change its loss; add "
                     "self.sparsity_penalty() to it (lightning_sparse.SparsityMixin)."
                 )
         if not penalized and not any(method.answers(Method.batch_end) for method in self.methods):
             return
         original = module.training_step
 
-        @functools.wraps(original)  # Lightning asks for the signature
+        @functools.wraps(original)  # Lightning inspects the signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
             output: Any = original(*args, **kwargs)
             self._seen = (_detached(output), args[0] if args else kwargs["batch"])
@@ -306,7 +306,7 @@ class Loop:
     # ---- what is wrapped ---------------------------------------------------------------------------------------------
 
     def _wrap_optimizer_step(self) -> None:
-        """Learn at once that a gradient scaler has skipped a step: nothing else is called before the batch ends."""
+        """Notice immediately that a gradient scaler skipped a step: nothing else is called before the batch ends."""
         if not self._paired:
             return
         strategy = self.run.trainer.strategy
@@ -320,7 +320,7 @@ class Loop:
         self._replacements.replace(strategy, "optimizer_step", optimizer_step)
 
     def _wrap_save(self) -> None:
-        """No callback is asked before a checkpoint of the weights alone is written."""
+        """No callback is called before a weights-only checkpoint is written."""
         original = self.run.trainer.save_checkpoint
 
         @functools.wraps(original)
@@ -331,7 +331,7 @@ class Loop:
         self._replacements.replace(self.run.trainer, "save_checkpoint", save_checkpoint)
 
     def _wrap_progress_bar(self) -> None:
-        """Show words: what is logged can only be a number, and stays on the bar when its name is no longer used."""
+        """Show words: logged values can only be numbers, and stay on the bar when their name is no longer used."""
         bar: Any = self.run.trainer.progress_bar_callback
         if bar is None or "get_metrics" in vars(bar):
             return
@@ -363,7 +363,8 @@ class Loop:
         # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
         if masks and (first or kept != self._logged):
             sparsity = 1 - kept / sum([mask.total for mask in masks])
-            # One name for the bar, and one for loggers: some keep metrics as files, where `sparsity` cannot be a folder too.
+            # One name for the bar, and one for loggers: some keep metrics as files, where `sparsity` cannot also be a
+            # folder.
             self.run.module.log("sparsity", sparsity, prog_bar=True, logger=False, batch_size=1)
             self.run.module.log("sparsity/actual", sparsity, batch_size=1)
             dropped = sum([mask.total for mask in masks]) - kept
@@ -373,7 +374,7 @@ class Loop:
 
 
 def _detached(output: Any) -> Any:
-    """What a `training_step` returned, without its graph."""
+    """The output of a `training_step`, without its graph."""
     if isinstance(output, Tensor):
         return output.detach()
     if isinstance(output, Mapping):

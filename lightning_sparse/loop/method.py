@@ -1,4 +1,4 @@
-"""What a method may answer, what it may use, and what it remembers. `sparsifier.py` draws the loop that asks it."""
+"""What a method may override, use and remember. `sparsifier.py` shows the loop that calls it."""
 
 from __future__ import annotations
 
@@ -38,39 +38,39 @@ __all__ = ["Method", "Shards"]
 
 
 Shards = Literal["none", "data", "any"]
-"""Which weights that are cut into shards a method works on."""
+"""Which sharded weights a method works on."""
 
 
 class Method(Memory, ABC):
-    """Base of every method: overrides the stations it needs and leaves the rest.
+    """Base of every method: override the stations you need and leave the rest.
 
     Args:
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart, in checkpoints and messages.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class, in checkpoints and messages.
     """
 
     removes_weights: ClassVar[bool] = True
-    """Whether the chosen weights become sparse; then whoever trains learns which ones are left out."""
+    """Whether the chosen weights become sparse; if so, a message reports which weights are left out."""
     takes_frozen: ClassVar[bool] = False
-    """Whether weights that do not train are chosen too; they are the method's from the moment they join an optimizer."""
+    """Whether frozen weights are chosen too; the method owns them from the moment they join an optimizer."""
     shards: ClassVar[Shards] = "none"
-    """Weights cut into shards that the method works on: `data` if each rank must see whole features (FSDP2), or `any`."""
+    """Sharded weights that the method works on: `data` if each rank must see whole features (FSDP2), or `any`."""
     refused: ClassVar[Mapping[str, str]] = {}
-    """Arguments that the method does not take, though other methods or earlier versions do, and what to do instead."""
+    """Arguments of other methods or earlier versions that this method does not take, and what to use instead."""
 
     steps = Remembered(int)
     """Batches so far that ended in an optimizer step."""
     goal = Remembered[dict[str, Any]](lambda: {"total": None, "layers": {}})
-    """How many weights a method promises to keep, in all and per layer; None and missing where it promises nothing."""
+    """How many weights a method promises to keep, in total and per layer; None and missing if it makes no promise."""
     begun_with = Remembered[dict[str, Any]](lambda: RunLength(None, None)._asdict())
-    """The length of the run as it was begun."""
+    """The length of the run as originally planned."""
     shapes = Remembered[dict[str, list[int]]](dict)
     """Of the chosen weights; empty before the first fit."""
     left_frozen = Remembered[list[str]](list)
-    """Weights that did not train when the run began; they stay out of it, also where they are unfrozen later."""
+    """Weights that were frozen when the run began; they stay out of it, even if they are unfrozen later."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse words of other methods and earlier versions with what to write instead."""
+        """Refuse arguments of other methods and earlier versions, and say what to use instead."""
         refuse_words(cls, cls.refused, args, kwargs)
         return super().__new__(cls)
 
@@ -79,38 +79,38 @@ class Method(Memory, ABC):
         self.name = name
         self.chosen: list[Target] = []
         self.brought: Mapping[str, Any] | None = None
-        """The state that a checkpoint has brought, until training begins."""
+        """The state loaded from a checkpoint, until training begins."""
         self.model_size = 0
-        """How many numbers the whole model holds, shared ones once."""
+        """The number of parameters of the whole model, with shared ones counted once."""
         self.layouts: dict[str, dict[str, Layout]] = {}
-        """Where weights are cut into shards: by what a tensor holds (see `core.Remembered`), then by name of the weight."""
+        """With sharded weights: by what a tensor holds (see `core.Remembered`), then by name of the weight."""
         self._frozen: list[str] = []
         self._run: Run | None = None
 
     # ---- what a method may answer ------------------------------------------------------------------------------------
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        """Refuse with a ValueError what cannot work; the weights are chosen, nothing has been touched.
+        """Raise a ValueError for anything that cannot work; the weights are chosen, nothing has been changed yet.
 
         Args:
             run: the length that fractions of the run refer to.
-            until: how much of it is over when this fit ends; less than 1 if a run is resumed to be shorter.
+            until: fraction of it that is over when this fit ends; less than 1 if a run is resumed to be shorter.
         """
 
     def begin(self) -> None:
-        """A fresh start: make what is remembered, project for the first time."""
+        """A fresh start: create the state, project for the first time."""
 
     def resume(self) -> None:
-        """What was remembered is back; make what is derived from it."""
+        """The state has been restored; rebuild what is derived from it."""
 
     def evolve(self, position: Position) -> None:
         """Topology: called at the start of every epoch and right after every step."""
 
     def before_batch(self, position: Position) -> None:
-        """Right before every batch. With `run.fresh` no gradients of earlier batches wait, and topology may change.
+        """Called before every batch. With `run.fresh` no gradients of earlier batches are pending, and topology may change.
 
-        For changes that belong to what comes and not to what was: validation, checkpoints and learning rate schedulers that
-        follow the last step are over.
+        For changes that belong to the next batch and not to the last one: validation, checkpoints and learning rate
+        schedulers that follow the last step are done.
         """
 
     def feature_penalty(self) -> Tensor | None:
@@ -118,80 +118,80 @@ class Method(Memory, ABC):
         return None
 
     def weight_penalty(self, step: Step) -> Iterable[tuple[str, Tensor]]:
-        """Gradients of a penalty on the weights, in closed form, by name; one at a time where memory counts."""
+        """Gradients of a penalty on the weights, in closed form, by name; one at a time where memory matters."""
         return ()
 
     def before_step(self, step: Step) -> None:
-        """Right before the optimizer moves; all gradients are complete."""
+        """Called right before the optimizer moves; all gradients are complete."""
 
     def silence(self, step: Step) -> None:
-        """Remove the gradients that the optimizer must not see, or all of them by `step.replaced = True`."""
+        """Remove the gradients that the optimizer must not see, or all of them with `step.replaced = True`."""
 
     def after_step(self, step: Step) -> None:
-        """Right after the optimizer has moved."""
+        """Called right after the optimizer has moved."""
 
     def after_unseen_step(self, step: Step) -> None:
-        """The optimizer has moved without `before_step`: a manual step past Lightning, with a closure."""
+        """The optimizer has moved without `before_step`: a manual step that bypasses Lightning, with a closure."""
 
     def undo_step(self, step: Step) -> None:
-        """The step that `before_step` prepared did not happen; leave no trace."""
+        """The step that `before_step` prepared did not happen; undo the preparation."""
 
     def project(self, step: Step) -> None:
-        """Put the weights back where they belong."""
+        """Project the weights back onto their constraint set."""
 
     def settle(self) -> None:
-        """Somebody is about to look: validation, a checkpoint. Put right what was changed since the last step."""
+        """Called before validation or a checkpoint: repair what was changed since the last step."""
 
     def batch_end(self, output: Any, batch: Any) -> None:
         """The batch is over; learning rate schedulers that move by steps have moved.
 
         Args:
             output: what `training_step` returned, before any penalty was added.
-            batch: that it was given.
+            batch: the batch it was given.
         """
 
     def epoch_end(self) -> Mapping[str, float | Tensor]:
-        """The epoch is over; what there is to tell of it goes to the logger, under the method's label."""
+        """The epoch is over; the returned values go to the logger, under the method's label."""
         return {}
 
     def headline(self) -> Mapping[str, float | str]:
-        """What the progress bar shows besides the sparsity: a phase, a round. Asked whenever the bar is drawn."""
+        """What the progress bar shows besides the sparsity: a phase, a round. Called whenever the bar is drawn."""
         return {}
 
     def numbers(self) -> Mapping[str, float | Tensor]:
-        """What the logger shows of this method, under its label. Asked once per epoch, in its first batch."""
+        """What the logger shows of this method, under its label. Called once per epoch, in its first batch."""
         return {}
 
     def conclude(self) -> None:
-        """Training has ended, hooks are still in place."""
+        """Training has ended, hooks are still attached."""
 
     def release(self) -> None:
-        """Remove whatever the method has attached to the model; called after success and failure alike."""
+        """Remove everything that the method attached to the model; called after success and failure alike."""
 
     def answers(self, station: Callable[..., Any]) -> bool:
-        """Whether this method does something at a station, such as `Method.project`."""
+        """Whether this method overrides a station, such as `Method.project`."""
         return getattr(type(self), station.__name__) is not station
 
     # ---- what it says about itself -----------------------------------------------------------------------------------
 
     @property
     def mask_set(self) -> Masks | None:
-        """The masks this method owns, if it owns any."""
+        """The masks of this method, if it has any."""
         return None
 
     @property
     def dropped_live_on(self) -> bool:
-        """Whether dropped entries live on out of sight, with moments in the optimizer, and may return after any step."""
+        """Whether dropped entries keep values outside the model and optimizer moments, and may return after any step."""
         return False
 
     @property
     def dropped_learn(self) -> bool:
-        """Whether the optimizer sees gradients of dropped entries, by which they may return."""
+        """Whether the optimizer sees gradients of dropped entries, so that they may return."""
         return False
 
     @property
     def clears_moments(self) -> bool:
-        """Whether the optimizer's memory of dropped entries is set to zero; then it must be one that can be."""
+        """Whether the optimizer state of dropped entries is set to zero; then the optimizer must allow that."""
         return False
 
     @property
@@ -201,12 +201,12 @@ class Method(Memory, ABC):
 
     @property
     def moves(self) -> Collection[str]:
-        """The weights that the method moves in place of the optimizer, on which no other method may act."""
+        """The weights that the method moves instead of the optimizer; no other method may act on them."""
         return ()
 
     @property
     def at_target(self) -> bool | None:
-        """Whether no more is kept than `goal` says, in all and in each layer; None for a method that promises nothing."""
+        """Whether no more is kept than `goal` says, in total and in each layer; None for a method without a target."""
         masks, total, layers = self.mask_set, self.goal["total"], self.goal["layers"]
         if masks is None or (total is None and not layers):
             return None
@@ -223,22 +223,22 @@ class Method(Memory, ABC):
 
     @property
     def spread(self) -> Spread | None:
-        """How these weights are spread over ranks; None where every rank holds all of them."""
+        """How these weights are distributed over ranks; None if every rank holds all of them."""
         return spread_over(target.layout for target in self.chosen)
 
     def counts(self, name: str) -> bool:
-        """Whether this rank's part of a weight is counted; of copies on several ranks only one is."""
+        """Whether this rank's shard of a weight is counted; if several ranks hold copies, only one is."""
         layout = self.layouts.get("entries", {}).get(name)
         return layout is None or layout.counts
 
     def total(self, name: str) -> Callable[[Tensor], Tensor]:
-        """What makes sums over a whole weight of sums over the part of it that this rank holds; all ranks must call it."""
+        """A function that turns sums over this rank's shard of a weight into sums over all of it; all ranks must call it."""
         layout = self.layouts.get("entries", {}).get(name)
         return alone if layout is None else layout.total
 
     @property
     def output_dims(self) -> dict[str, tuple[int, ...]]:
-        """The dimensions that tell outputs apart, by name."""
+        """The output dimensions, by name."""
         return {target.name: target.output_dims for target in self.chosen}
 
     @property
@@ -254,46 +254,46 @@ class Method(Memory, ABC):
         return self._run is not None
 
     def position(self, epoch_start: bool = False, under_way: int = 0) -> Position:
-        """Where the run is now; see `Run.position`."""
+        """The current position in the run; see `Run.position`."""
         return self.run.position(RunLength(**self.begun_with), self.steps, epoch_start, under_way)
 
     def known(self, name: str, otherwise: Any) -> Any:
-        """Of a remembered attribute, before training begins: what the checkpoint brings, or what this run goes on with."""
+        """A remembered attribute before training begins: from the checkpoint, or from the run that this fit continues."""
         if self.brought is not None:
             return self.brought["memory"].get(name, otherwise)
         return getattr(self, name) if self.goes_on else otherwise
 
     def promise(self, total: int | None, layers: Mapping[str, int] | None = None) -> None:
-        """Set the goal: weights to keep in all, and per layer where that is known."""
+        """Set the goal: weights to keep in total, and per layer where known."""
         self.goal = {"total": total, "layers": dict(layers or {})}
 
     def summary(self) -> list[LayerRow]:
-        """One row per masked layer: what is kept, of how many, and what is to be kept; then the sum, and the whole model."""
+        """One row per masked layer: kept, total and target counts; then the sum, and the whole model."""
         if self.mask_set is None:
             return []
         return summarize(self.mask_set, self.goal["total"], self.goal["layers"], self.model_size)
 
     def warn_of_empty(self, name: str, remedy: str) -> None:
-        """Say that a layer has lost all its weights, and what helps."""
-        rank_zero_warn(f"{self.label} has removed all of '{name}'; signals no longer pass this layer. {remedy}")
+        """Warn that a layer has lost all its weights, and say what helps."""
+        rank_zero_warn(f"{self.label} has removed all of '{name}'; no signal passes this layer any more. {remedy}")
 
     @property
     def label(self) -> str:
-        """How messages call this callback."""
+        """The name of this callback in messages."""
         return type(self).__name__ + (f"(name='{self.name}')" if self.name else "")
 
     # ---- its run, from the first fit to the last ---------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
-        """The arguments this callback was made with, as plain values."""
+        """The arguments of this callback, as plain values."""
         return {name: plain(getattr(self, name)) for name in arguments(type(self)) if name != "name"}
 
     def choose(self, module: nn.Module, goes_on: bool = False) -> None:
         """Find the weights in a module.
 
         Args:
-            module: that is trained.
-            goes_on: whether a run goes on, to which weights that have been unfrozen since do not belong.
+            module: the module that is trained.
+            goes_on: whether a run is continued; weights that were unfrozen in the meantime do not belong to it.
         """
         before = self.brought["memory"].get("left_frozen", []) if self.brought else self.left_frozen if goes_on else []
         selection = select_targets(module, self.targets, self.takes_frozen, self.misfit)
@@ -308,7 +308,7 @@ class Method(Memory, ABC):
             tell_selection(self.label, module, self.targets, selection)
 
     def misfit(self, target: Target) -> str | None:
-        """Why the method cannot work on a weight, which it then leaves as it is; None if it can."""
+        """Why the method cannot work on a weight, which then stays unchanged; None if it can."""
         return None
 
     def enter(self, run: Run) -> None:
@@ -316,46 +316,46 @@ class Method(Memory, ABC):
         self._run = run
 
     def leave(self) -> None:
-        """The fit is over, or has never come to its first batch."""
-        if self.brought is not None:  # the run was over before it began; keep what it knew
+        """The fit is over, or never reached its first batch."""
+        if self.brought is not None:  # the run ended before it began; keep the loaded state
             self.recall(self.brought["memory"])
             self.brought = None
         self._run = None
         self.chosen = []
 
     def check_brought(self) -> None:
-        """A resumed run goes on as it was configured, or not at all.
+        """A resumed run continues as it was configured, or not at all.
 
         Raises:
-            ValueError: naming every argument that is another one, or the weights that are.
+            ValueError: naming every argument that differs, or the weights that do.
         """
         if self.brought is None:
             return
         mine = self.config()
         defaults = {name: plain(value) for name, value in arguments(type(self)).items()}
-        theirs = {**{name: defaults[name] for name in mine}, **self.brought["config"]}  # of a version with fewer arguments
+        theirs = {**{name: defaults[name] for name in mine}, **self.brought["config"]}  # from a version with fewer arguments
         drift = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if drift:
             changes = ", ".join(f"{key}={mine.get(key)!r} (checkpoint: {theirs.get(key)!r})" for key in drift)
             raise ValueError(
-                f"{self.label} resumes with {changes}; restore the checkpoint's values, or start anew from its weights."
+                f"{self.label} resumes with {changes}; restore the checkpoint's values, or start a new run from its weights."
             )
         shapes, saved = self._chosen_shapes, self.brought["memory"]["shapes"]
         if shapes != saved:
             different = sorted(set(map(str, shapes.items())) ^ set(map(str, saved.items())))
-            raise ValueError(f"{self.label} resumes with other weights than the checkpoint's: {', '.join(different[:4])}.")
+            raise ValueError(f"{self.label} resumes with weights other than the checkpoint's: {', '.join(different[:4])}.")
 
     def length_as_begun(self, length: RunLength) -> RunLength:
-        """The length that fractions of the run refer to: that of the run as it was begun, or of this fit."""
+        """The length that fractions of the run refer to: that of the run as originally planned, or of this fit."""
         return RunLength(**self.known("begun_with", length._asdict()))
 
     @property
     def goes_on(self) -> bool:
-        """Whether this fit goes on with the run that this instance has been through."""
+        """Whether this fit continues the run that this instance has trained before."""
         return self.run.trainer.global_step > 0 and self.steps > 0 and self._chosen_shapes == self.shapes
 
     def begin_or_resume(self, length: RunLength) -> None:
-        """Begin, go on, or resume; everything has been checked."""
+        """Begin, continue, or resume; everything has been checked."""
         if self.brought is not None:
             self.recall(self.brought["memory"])
             self.brought = None
@@ -366,7 +366,7 @@ class Method(Memory, ABC):
         else:
             if self.run.trainer.global_step > 0:
                 rank_zero_warn(
-                    f"{self.label} begins in the middle of a run: the checkpoint, or the fit before, knows nothing of it."
+                    f"{self.label} starts in the middle of a run: the checkpoint, or the previous fit, has no state for it."
                 )
             self.forget()
             self.begun_with = length._asdict()

@@ -1,4 +1,4 @@
-"""For modules that want to see the methods at work on them."""
+"""For modules that need to access the methods that act on them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["SparsityMixin"]
 
 
 class SparsityMixin:
-    """Gives a LightningModule its own `sparsity_penalty()` and `sparsity_summary()`.
+    """Give a LightningModule its own `sparsity_penalty()` and `sparsity_summary()`.
 
-    In manual optimization no callback can reach the loss, so methods that penalize features need the first:
+    In manual optimization no callback can change the loss, so methods that penalize features need this line:
 
         class Net(SparsityMixin, LightningModule):
             def training_step(self, batch, batch_idx):
                 loss = ... + self.sparsity_penalty()
                 self.manual_backward(loss)
 
-    With automatic optimization the same line is allowed and counts once. Penalties on weights need no line at all: they
-    enter as gradients.
+    With automatic optimization the same line is allowed and counts once. Penalties on weights need no such line: they enter
+    as gradients.
     """
 
     def sparsity_penalty(self) -> Tensor:
-        """The sum of all feature penalties of this batch; zero where there is none."""
+        """The sum of all feature penalties of this batch; zero if there are none."""
         loop = next((method.loop for method in self._methods() if method.loop is not None), None)
         penalty = None if loop is None else loop.hand_over_penalty()
         if penalty is not None:

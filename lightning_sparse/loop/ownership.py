@@ -21,10 +21,10 @@ class _Owned(NamedTuple):
 
 
 class Ownership:
-    """The weights of methods, by the optimizer that moves them; asked anew when an optimizer is given more parameters.
+    """The weights of methods, by the optimizer that moves them; recomputed when an optimizer gets more parameters.
 
     Args:
-        methods: of a fit.
+        methods: the methods of a fit.
     """
 
     def __init__(self, methods: Sequence[Method]) -> None:
@@ -36,13 +36,13 @@ class Ownership:
         return self._look(optimizer).weights
 
     def parts(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-        """The parts of weights cut into shards that methods see in place of those that the optimizer moves, by name."""
+        """The shards that methods see in place of the parameters that the optimizer moves, by name."""
         return self._look(optimizer).parts
 
     def _look(self, optimizer: Optimizer) -> _Owned:
         count = sum([len(group["params"]) for group in optimizer.param_groups])
         known = self._known.get(id(optimizer))
-        if known is None or known.parameters != count:  # so it is when frozen layers join
+        if known is None or known.parameters != count:  # for example when frozen layers join
             mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             weights = {
                 id(method): {name: weight for name, weight in method.weights.items() if id(owner_of(weight)) in mine}

@@ -1,4 +1,4 @@
-"""How far the methods of a run are with what they promise."""
+"""How far the methods of a run are from their target sparsity."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["phase_of"]
 
 
 def phase_of(methods: Sequence[Method]) -> str | None:
-    """Where a run is: `dense`, `sparsifying`, or `at target` once every method that promises a sparsity has reached it.
+    """The phase of a run: `dense`, `sparsifying`, or `at target` once every method with a target sparsity has reached it.
 
-    None where no method promises one.
+    None if no method has one.
     """
     reached = [answer for method in methods if (answer := method.at_target) is not None]
     if not reached:

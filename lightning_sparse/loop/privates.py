@@ -1,7 +1,6 @@
-"""The attributes that Lightning and torch keep private and that have no public twin: the one place that reads them.
+"""Attributes that Lightning and torch keep private and that have no public counterpart: the only place that reads them.
 
-Each function says what it needs and why nothing public gives it. When Lightning moves one of them, this file changes and no
-other.
+Each function says what it needs and why there is no public way. If Lightning moves one of them, only this file changes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ __all__ = [
 
 
 def average_models(trainer: pl.Trainer) -> Iterator[nn.Module]:
-    """The models in which `WeightAveraging` and `StochasticWeightAveraging` gather averages: they offer no hook."""
+    """The models in which `WeightAveraging` and `StochasticWeightAveraging` keep averages: they offer no hook."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         model = getattr(callback, "_average_model", None)
         if isinstance(model, nn.Module):
@@ -34,7 +33,7 @@ def average_models(trainer: pl.Trainer) -> Iterator[nn.Module]:
 
 
 def combined_loader(trainer: pl.Trainer) -> CombinedLoader | None:
-    """The training data as Lightning puts it together: the public `train_dataloader` forgets how loaders are combined."""
+    """The training data as Lightning combines it: the public `train_dataloader` does not keep how loaders are combined."""
     return trainer.fit_loop._combined_loader
 
 
@@ -44,18 +43,18 @@ def compiler_context(module: pl.LightningModule) -> Any:
 
 
 def forget_iterator(loader: Any) -> None:
-    """Let a copied loader open workers of its own: persistent workers serve one iterator, which a copy would share."""
+    """Let a copied loader open its own workers: persistent workers serve one iterator, which a copy would share."""
     if getattr(loader, "_iterator", None) is not None:
         loader._iterator = None
 
 
 def logged_step(trainer: pl.Trainer) -> int:
-    """The step that Lightning logs its own numbers of this batch at; with several optimizers, `global_step` is another."""
+    """The step at which Lightning logs its own numbers of this batch; with several optimizers, `global_step` differs."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def trainer_of(module: Any) -> pl.Trainer | None:
-    """The Trainer that a module is attached to: the public property raises where there is none."""
+    """The Trainer that a module is attached to: the public property raises if there is none."""
     return getattr(module, "_trainer", None)
 
 

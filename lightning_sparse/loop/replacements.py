@@ -1,4 +1,4 @@
-"""Functions of single objects that are replaced for the time of a fit."""
+"""Functions of single objects that are replaced for the duration of a fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Replacements"]
 
 
 class Replacements:
-    """What has been replaced, so that it can be put back.
+    """Records what has been replaced, so that it can be restored.
 
     Example:
         >>> class Bell:
@@ -28,12 +28,12 @@ class Replacements:
         self._originals: list[tuple[Any, str, Any, bool]] = []
 
     def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        """A function of one object, not of its class."""
+        """Replace a function of one object, not of its class."""
         self._originals.append((owner, name, getattr(owner, name), name in vars(owner)))
         setattr(owner, name, function)
 
     def restore(self) -> None:
-        """Put everything back, the last first; safe to call again."""
+        """Restore everything in reverse order; safe to call again."""
         while self._originals:
             owner, name, original, was_its_own = self._originals.pop()
             setattr(owner, name, original) if was_its_own else delattr(owner, name)

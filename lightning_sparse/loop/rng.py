@@ -1,4 +1,4 @@
-"""Random states and seeds of all ranks, so that they draw alike and a resumed run draws what the uninterrupted one would."""
+"""Random states and seeds of all ranks, so that ranks draw alike and a resumed run draws as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["check_seed", "collect_rng", "draw_seed", "restore_rng"]
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse what is neither a whole number from 0 up nor None."""
+    """Refuse what is neither an integer >= 0 nor None."""
     if seed is not None and (not isinstance(seed, Integral) or int(seed) < 0):
-        raise ValueError(f"seed={seed!r} must be a whole number from 0 up.")
+        raise ValueError(f"seed={seed!r} must be an integer >= 0.")
 
 
 def draw_seed(trainer: pl.Trainer, seed: int | None) -> int:
@@ -46,7 +46,7 @@ def collect_rng(trainer: pl.Trainer) -> dict[str, Tensor]:
 
 
 def restore_rng(trainer: pl.Trainer, states: dict[str, Tensor]) -> None:
-    """Set this rank's generators; with another number of ranks there is nothing to go on with."""
+    """Set this rank's generators; with a different number of ranks there is nothing to restore."""
     if len(states["cpu"]) != trainer.world_size:
         return
     # Copies, because torch crashes on a state that is a view into a longer tensor.

@@ -1,4 +1,4 @@
-"""The running fit, as far as a method may ask about it: trainer, module, where it is, how gradients are scaled."""
+"""The running fit, as far as a method may use it: trainer, module, position, gradient scale."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Run:
     """A fit from its first batch to its end.
 
     Args:
-        trainer: of the fit.
-        module: that is trained.
+        trainer: Trainer of the fit.
+        module: the module that is trained.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.trainer, self.module = trainer, module
         self.batch_idx = 0
-        """The batch of the epoch that is under way, or -1 before the first."""
+        """The current batch of the epoch, or -1 before the first."""
         self.fresh = True
-        """Whether no gradients of earlier batches wait for a step."""
+        """Whether no gradients of earlier batches are pending."""
         self._unscaled: set[int] = set()
         self._shards = [part for part in module.modules() if isinstance(part, FSDPModule)]
 
@@ -41,9 +41,9 @@ class Run:
         return self.trainer.optimizers
 
     def reshard(self) -> None:
-        """Let every layer of FSDP2 gather its weights anew: after validation some still hold them as they were before.
+        """Make every FSDP2 layer gather its weights anew: after validation some still hold the old ones.
 
-        Called around all that reads or changes weights outside a step; costs nothing where nothing is cut.
+        Called around everything that reads or changes weights outside a step; free if nothing is sharded.
         """
         for part in self._shards:
             part.reshard()
@@ -51,7 +51,7 @@ class Run:
     # ---- how long it is, and where it is ----------------------------------------------------------------------------
 
     def length(self) -> RunLength:
-        """Epochs and steps of the whole run, as far as they can be known before it starts."""
+        """Epochs and steps of the whole run, as far as they are known before it starts."""
         trainer = self.trainer
         max_epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
         max_steps = None if trainer.max_steps == -1 else trainer.max_steps
@@ -60,7 +60,7 @@ class Run:
         whole_epochs = None if max_epochs is None else float(max_epochs)
         if unlimited or batches == float("inf") or batches == 0:
             return RunLength(whole_epochs, max_steps, within_epochs=False)
-        if not self.module.automatic_optimization:  # who steps by hand, steps as often as they like
+        if not self.module.automatic_optimization:  # manual optimization may step any number of times
             return RunLength(whole_epochs, max_steps)
         epochs = steps = 0
         while (max_epochs is None or epochs < max_epochs) and (max_steps is None or steps < max_steps):
@@ -71,7 +71,7 @@ class Run:
         return RunLength(float(epochs), steps)
 
     def share(self, length: RunLength, begun: RunLength) -> float:
-        """How much of a run as it was begun is over when this fit ends; counted as positions are."""
+        """The fraction of the originally planned run that is over when this fit ends; counted like positions."""
         shares = [length.epochs / begun.epochs] if length.epochs and begun.epochs else []
         if length.steps and begun.steps and (self.trainer.max_steps != -1 or not shares):
             shares.append(length.steps / begun.steps)
@@ -85,13 +85,13 @@ class Run:
         return self.trainer.accumulate_grad_batches
 
     def position(self, length: RunLength, steps: int, epoch_start: bool = False, under_way: int = 0) -> Position:
-        """Where the run is now: before an epoch's first batch, or after the step of the current batch.
+        """The current position: before the first batch of an epoch, or after the step of the current batch.
 
         Args:
-            length: of the run, to which fractions refer.
-            steps: that a method has seen.
-            epoch_start: whether it is the moment before the first batch.
-            under_way: steps that are made but not yet counted by Lightning.
+            length: length of the run, to which fractions refer.
+            steps: steps that a method has counted.
+            epoch_start: whether this is the moment before the first batch.
+            under_way: steps that were made but not yet counted by Lightning.
         """
         trainer = self.trainer
         epoch, fraction = trainer.current_epoch, 0.0
@@ -105,13 +105,13 @@ class Run:
 
     @property
     def time_to_count(self) -> bool:
-        """Whether to count masks that move with every step: as often as Lightning logs, for it waits for the device."""
+        """Whether to count masks that change in every step: as often as Lightning logs, because it waits for the device."""
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return self.batch_idx == 0 or self.trainer.global_step % max(interval, 1) == 0
 
     @property
     def ends_with_next_step(self) -> bool:
-        """Whether no step follows the one that the coming batch begins to gather gradients for; False if not known."""
+        """Whether the step that the next batch starts to accumulate for is the last one; False if unknown."""
         trainer = self.trainer
         batches = trainer.num_training_batches
         if trainer.max_epochs in (None, -1) or batches == float("inf") or not self.module.automatic_optimization:
@@ -139,8 +139,8 @@ class Run:
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide gradients by their scale now, and look for infinities, where a fused optimizer would do so in its step.
 
-        For methods that hide gradients from it: what is hidden would not be searched. At station `silence`, when nobody
-        reads scaled gradients any more; only the first call does it, for a scaler allows one.
+        For methods that hide gradients from it: hidden gradients would not be checked. Called at station `silence`, when
+        scaled gradients are no longer read; only the first call has an effect, because a scaler allows only one.
         """
         if id(optimizer) not in self._unscaled and self._scale(optimizer) is not None:
             self._unscaled.add(id(optimizer))
@@ -151,7 +151,7 @@ class Run:
     def averages(self) -> list[dict[str, nn.Parameter]]:
         """The weights of moving averages (`EMAWeightAveraging`, `StochasticWeightAveraging`), by the module's names.
 
-        An entry that is pruned must leave the average too: there it would fade but never become zero.
+        A pruned entry must become zero in the average too: there it would decay but never become zero.
         """
         return [parts_of(_averaged(model)) for model in average_models(self.trainer)]
 

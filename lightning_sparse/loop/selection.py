@@ -1,4 +1,4 @@
-"""What is said of the weights that a method works on, before training begins."""
+"""Messages about the weights that a method works on, before training begins."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["tell_selection"]
 
 
 def tell_selection(label: str, module: nn.Module, patterns: Sequence[str], selection: Selection) -> None:
-    """Say what is left out: frozen weights, those that a structure does not fit, and what no pattern can reach by name.
+    """Report what is left out: frozen weights, those that a structure does not fit, and those that no pattern can name.
 
     Args:
-        label: of the method.
-        module: whose weights were chosen.
-        patterns: that chose them.
-        selection: what came of it.
+        label: label of the method.
+        module: module whose weights were chosen.
+        patterns: patterns that chose them.
+        selection: the resulting selection.
     """
     if selection.frozen:
         entries = sum([weight.numel() for weight in selection.frozen.values()])

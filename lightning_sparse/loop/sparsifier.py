@@ -15,18 +15,18 @@
             optimizer.step()
             step post-hook         after_step         the other half of before_step
                                    project            PROJECTION: weight <- project(weight)
-                                   evolve             TOPOLOGY by step: new masks, and weights brought in line
+                                   evolve             TOPOLOGY by step: new masks, and weights adjusted to them
             (a step that did not happen: undo_step instead)
             on_train_batch_end     batch_end          what training_step returned; learning rate schedulers have moved too
                                    numbers            logged, once per epoch (headline: on the progress bar, after the phase)
-        (validation, checkpoints:  settle             what somebody else has written since the last step is put right)
+        (validation, checkpoints:  settle             repair what was written since the last step)
         validation, checkpoints    see exactly the weights that the next forward pass will see
         on_train_epoch_end         epoch_end          counts of the epoch, logged
     on_train_end                   conclude
     on_fit_end / exception         release            hooks removed; nothing left behind
 
-Each station is visited for all methods of the Trainer before the next one begins, so the result does not depend on
-the order of the callbacks: a penalty listed after a mask cannot wake a pruned entry.
+Each station is visited for all methods of the Trainer before the next one begins, so the result does not depend on the order
+of the callbacks: a penalty listed after a mask cannot revive a pruned entry.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ RNG_KEY = "lightning_sparse_rng"
 
 
 class Sparsifier(Method, Callback):
-    """A method as a Lightning callback. The first one of a Trainer runs the loop for all.
+    """A method as a Lightning callback. The first one of a Trainer runs the loop for all of them.
 
     Args:
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart, in checkpoints and messages.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class, in checkpoints and messages.
     """
 
     def __init__(self, *, targets: str | Sequence[str] = ("*",), name: str | None = None) -> None:
         super().__init__(targets=targets, name=name)
         self.loop: Loop | None = None
-        """What visits the stations, in a running fit."""
+        """The loop that visits the stations, in a running fit."""
         self._rng: dict[str, Tensor] | None = None
 
     def _leads(self, trainer: pl.Trainer) -> bool:
@@ -88,7 +88,7 @@ class Sparsifier(Method, Callback):
         if self._leads(trainer):
             checkpoint[RNG_KEY] = collect_rng(trainer)
         if self.running and trainer.world_size > 1:
-            # Every rank resumes from the file of the first: each with its part of what all have gathered.
+            # Every rank resumes from the file of the first one: each takes its shard of what was gathered.
             for name in self.averaged():
                 mean = trainer.strategy.reduce(getattr(self, name).clone(), reduce_op="sum") / trainer.world_size
                 checkpoint["callbacks"][self.state_key]["memory"][name] = mean.cpu()
@@ -96,7 +96,7 @@ class Sparsifier(Method, Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._rng = checkpoint.get(RNG_KEY)
         if self.state_key not in checkpoint.get("callbacks", {}):
-            self.forget()  # the weights that come are those of a run that knows nothing of this one
+            self.forget()  # the loaded weights belong to a run without this method
 
     # ---- the Trainer's hooks -----------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Sparsifier(Method, Callback):
         self.choose(pl_module, goes_on=trainer.global_step > 0)
         _refuse_optimizers(self, trainer.optimizers)
         if self._leads(trainer) and self._rng is not None:
-            # Now, because loaders draw the order of the epoch to come when they are opened.
+            # Now, because loaders draw the order of the next epoch when they are opened.
             restore_rng(trainer, self._rng)
             self._rng = None
 
@@ -159,7 +159,7 @@ class Sparsifier(Method, Callback):
         self._leave()
         if empty:
             raise ValueError(
-                f"{self.label} has nothing to train on: the training set gives no batches; check the data, and "
+                f"{self.label} has nothing to train on: the training set yields no batches; check the data and "
                 "limit_train_batches."
             )
 
@@ -189,16 +189,14 @@ def _refuse_trainer(method: Method, trainer: pl.Trainer) -> None:
             "ModelParallelStrategy with fully_shard, 'ddp', or a single device."
         )
     if trainer.accumulate_grad_batches < 1:
-        raise ValueError(
-            f"{method.label}: accumulate_grad_batches={trainer.accumulate_grad_batches} must be a number from 1 up."
-        )
+        raise ValueError(f"{method.label}: accumulate_grad_batches={trainer.accumulate_grad_batches} must be a number >= 1.")
     for name, value in (("max_epochs", trainer.max_epochs), ("max_steps", trainer.max_steps)):
         if value == 0:
-            raise ValueError(f"{method.label}: {name}=0 trains nothing; give a number from 1 up, or -1 for no limit.")
+            raise ValueError(f"{method.label}: {name}=0 trains nothing; give a number >= 1, or -1 for no limit.")
     if isinstance(strategy, ModelParallelStrategy):
         if method.shards == "none":
             raise ValueError(
-                f"{method.label} does not support strategy={kind}, which cuts weights into shards, because it needs whole "
+                f"{method.label} does not support strategy={kind}, which shards weights, because it needs whole "
                 "weights; use 'ddp' or a single device."
             )
         if method.shards == "data" and strategy.device_mesh["tensor_parallel"].size() > 1:
@@ -214,13 +212,14 @@ def _refuse_trainer(method: Method, trainer: pl.Trainer) -> None:
 
 
 def _explain_folder(trainer: pl.Trainer, error: IsADirectoryError) -> None:
-    """No hook is asked before Lightning loads a checkpoint, so what it says of a distributed one is put right afterwards."""
+    """Explain Lightning's error about a distributed checkpoint; no hook is called before Lightning loads one."""
     if trainer.ckpt_path is not None and (Path(trainer.ckpt_path) / ".metadata").is_file():
         raise ValueError(
             f"ckpt_path='{trainer.ckpt_path}' is a distributed checkpoint, which Lightning cannot load with strategy="
-            f"{type(trainer.strategy).__name__}; resume with ModelParallelStrategy, on any number of devices. To go on in "
-            "one process, resume so with save_distributed_checkpoint=False first, which writes a single file; for the "
-            "weights alone there is lightning_sparse.export.whole_weights."
+            f"{type(trainer.strategy).__name__}; resume with ModelParallelStrategy, on any number of devices. To continue "
+            f"in "
+            "one process, first resume with save_distributed_checkpoint=False, which writes a single file; for the "
+            "weights alone use lightning_sparse.export.whole_weights."
         ) from error
 
 

@@ -18,11 +18,12 @@ class Step:
     """One step of one optimizer, as a method sees it.
 
     Args:
-        optimizer: that is about to move, or has moved.
-        weights: those of the method's weights that this optimizer owns, as far as this rank holds them.
-        gradient_scale: the factor that gradients carry now, where the optimizer itself unscales them (fused optimizers
-            in 16-bit mixed precision), else None.
-        replaced: whether the method takes this step for itself; then the optimizer finds no gradients, and no weight, no
+        optimizer: the optimizer that is about to move, or has moved.
+        weights: the method's weights that this optimizer owns, as far as this rank holds them.
+        gradient_scale: the current scale of the gradients if the optimizer itself unscales them (fused optimizers in 16-bit
+            mixed precision), otherwise None.
+        replaced: whether the method replaces this step; then the optimizer finds no gradients, and none of its weights,
+            moments and counters move. A method sets it at station `silence`.
             moment and no counter of it moves. A method says so at station `silence`.
     """
 
@@ -40,7 +41,7 @@ class Step:
         raise KeyError(name)
 
     def add_gradients(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
-        """Add to the gradients of weights, at the scale that those have now."""
+        """Add to the gradients of weights, at their current scale."""
         for name, gradient in gradients:
             weight = self.weights[name]
             if self.gradient_scale is not None:

@@ -1,4 +1,4 @@
-"""One paper each."""
+"""The methods: one file or folder per paper."""
 
 from lightning_sparse.methods.acdc import ACDC
 from lightning_sparse.methods.cka_regularization import CKARegularization

@@ -25,41 +25,42 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @final
 class CKARegularization(Sparsifier):
-    r"""Pull the features of layers apart while training: list it beside any other method, or alone for a dense start.
+    r"""Make the features of different layers less similar; use it beside any method, or alone for a dense start.
 
-    At station `feature_penalty`: adds $\beta \sum_{i \ne j} w_{ij} \mathrm{CKA}(X_i, X_j)$, over the ordered pairs of
-    layers of a stage, to the loss of every k-th batch, from its first few samples. With eight samples it costs less than
-    a hundredth of the arithmetic of a step of ResNet-20; layers that the autograd graph holds anyway are not copied.
+    At station `feature_penalty`, adds $\beta \sum_{i \ne j} w_{ij} \mathrm{CKA}(X_i, X_j)$, over the ordered pairs of layers
+    within a stage, to the loss of every k-th batch, computed from the first few samples. With eight samples it costs less
+    than one percent of the arithmetic of a ResNet-20 step; features that the autograd graph already holds are not copied.
 
-    A layer called several times in a step contributes its last output; calls in evaluation mode, without gradients, or
-    of a copy of the model do not count. Each rank, and each batch of an accumulated step, has a term of its own, and the
-    step sees their mean: similarity is not additive, so this is not the similarity of the large batch. Growth that reads
-    gradients (RigL) reads those of loss and penalty. With TF32 matrix products the term is good to about three digits.
+    A layer called several times in a step contributes its last output. Calls in evaluation mode, without gradients, or on a
+    copy of the model do not count. Each rank, and each batch of an accumulated step, has its own term, and the step uses
+    their mean: similarity is not additive, so this differs from the similarity of the large batch. Growth by gradient (RigL)
+    uses gradients of loss and penalty together. With TF32 matrix products the term is accurate to about three digits.
 
-    Source: Ni et al. 2023, "Learning Sparse Neural Networks with Identity Layers", https://arxiv.org/abs/2307.07389, as the
-    published code and appendix have it. AugCKA-SR of the same appendix is `pairs="all", reduction="mean",
-    unbiased=False, samples=None, every_n_batches=1` with a strength of 0.1.
+    Source: Ni et al. 2023, "Learning Sparse Neural Networks with Identity Layers", https://arxiv.org/abs/2307.07389, as in
+    the published code and appendix. AugCKA-SR of the same appendix is `pairs="all", reduction="mean", unbiased=False,
+    samples=None, every_n_batches=1` with a strength of 0.1.
 
     Args:
         strength: $\beta$, at least 0. As a sum over pairs the term grows with depth: a ResNet-20 has 18 ordered pairs, a
-            ResNet-56 216.
-        samples: the first so many of each batch, at least 4; None takes all.
-        every_n_batches: k; the term is in batches 0, k, 2k, ... of each epoch, and is not made larger for it.
-        layers: patterns that choose the layers; None finds residual and transformer blocks, or convolutions with their
+            ResNet-56 has 216.
+        samples: number of samples used, from the start of each batch, at least 4; None uses all.
+        every_n_batches: k; the term is added in batches 0, k, 2k, ... of each epoch, and is not scaled up to compensate.
+        layers: patterns that select the layers; None finds residual and transformer blocks, or convolutions with their
             activations. See `core.feature_layers`.
-        groups: patterns by the name of a group, instead of `layers` and `pairs`.
-        pairs: `stage` compares layers of equal resolution (blocks of a transformer are all one stage), `all` every layer
-            with every other, `auto` stages unless no stage has two layers.
-        pair_weight: `constant`, `adjacent` (three times the weight for neighbors), `inverse` (three over the distance),
-            or your function of the distance.
+        groups: patterns by group name, instead of `layers` and `pairs`.
+        pairs: `stage` compares layers of equal resolution (all blocks of a transformer form one stage), `all` compares every
+            layer with every other, `auto` uses stages unless no stage has two layers.
+        pair_weight: `constant`, `adjacent` (three times the weight for neighbors), `inverse` (three divided by the
+            distance), or your function of the distance.
         reduction: `sum` over ordered pairs, or their `mean`.
-        unbiased: the estimator; the biased one says nothing with few samples.
-        dtype: of the term, `float32` or `float64`.
-        targets: weights by which a checkpoint is known to fit; nothing is done to them. Exclude frozen ones.
-        name: tells two callbacks of one class apart.
+        unbiased: use the unbiased estimator; the biased one is uninformative with few samples.
+        dtype: precision of the term, `float32` or `float64`.
+        targets: weights used to check that a checkpoint fits; they are not modified. Exclude frozen ones.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
-        ValueError: for layers that cannot be compared, at the start of fit, or in the first batch where only that shows it.
+        ValueError: for layers that cannot be compared; at the start of fit, or in the first batch if it cannot be known
+            earlier.
     """
 
     shards: ClassVar[Shards] = "data"
@@ -103,8 +104,8 @@ class CKARegularization(Sparsifier):
         self.resume()
 
     def resume(self) -> None:
-        if "torch._dynamo" in sys.modules:  # any part may be compiled, as a module or by one of its functions
-            torch.compiler.reset()  # graphs made before (a sanity check is enough) do not know of the hooks
+        if "torch._dynamo" in sys.modules:  # any part may be compiled, as a module or through one of its functions
+            torch.compiler.reset()  # graphs compiled earlier (a sanity check is enough) do not know about the hooks
         self._tap = FeatureTap(self._found)
         self._due = self._announced = self._warned = False
         self._similarities = []
@@ -120,7 +121,7 @@ class CKARegularization(Sparsifier):
         self._due = False
         seen = self._tap.take()
         if self._announced and not seen:
-            return None  # a batch in which the model had no part
+            return None  # a batch that did not use the model
         layers, features = [layer for layer, _ in seen], [feature for _, feature in seen]
         groups = group_features(layers, [feature.shape for feature in features], self.pairs)
         self._announce(layers, features, groups)
@@ -139,10 +140,10 @@ class CKARegularization(Sparsifier):
 
     def batch_end(self, output: Any, batch: Any) -> None:
         if self._tap is not None:
-            self._tap.take()  # nobody may have asked for the term
+            self._tap.take()  # the term may not have been used
 
     def numbers(self) -> Mapping[str, float | Tensor]:
-        """The mean similarity of the pairs that are compared."""
+        """The mean similarity of the compared pairs."""
         return {"similarity": off_diagonal_mean(self._similarities)} if self._similarities else {}
 
     def release(self) -> None:
@@ -159,7 +160,7 @@ class CKARegularization(Sparsifier):
         return PAIR_WEIGHTS[self.pair_weight] if isinstance(self.pair_weight, str) else self.pair_weight
 
     def _announce(self, layers: list[FeatureLayer], features: list[Tensor], groups: Mapping[str, list[int]]) -> None:
-        """Once per fit: which features are compared."""
+        """Report once per fit which features are compared."""
         if self._announced:
             return
         self._announced = True
@@ -176,25 +177,25 @@ class CKARegularization(Sparsifier):
         if not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"{self.label} leaves out batches of fewer than 4 samples (this one has {samples}), of which the unbiased "
-                "similarity cannot be told; raise the batch size."
+                f"{self.label} skips batches of fewer than 4 samples (this one has {samples}), for which the unbiased "
+                "similarity is undefined; increase the batch size."
             )
 
     def _check_arguments(self) -> None:
-        strength: object = self.strength  # from a config, anything may come
+        strength: object = self.strength  # a config may contain anything
         samples: object = self.samples
         every: object = self.every_n_batches
         if not isinstance(strength, Real) or not 0 <= float(strength) < math.inf:
-            raise ValueError(f"strength={strength!r} must be a number of at least 0, such as 1e-4.")
+            raise ValueError(f"strength={strength!r} must be a number >= 0, such as 1e-4.")
         if samples is not None and (not isinstance(samples, Integral) or int(samples) < 4):
-            raise ValueError(f"samples={samples!r} must be a whole number of at least 4, or None for the whole batch.")
+            raise ValueError(f"samples={samples!r} must be an integer >= 4, or None for the whole batch.")
         if not isinstance(every, Integral) or int(every) < 1:
-            raise ValueError(f"every_n_batches={every!r} must be a whole number of at least 1.")
+            raise ValueError(f"every_n_batches={every!r} must be an integer >= 1.")
         if self.groups is not None and not isinstance(self.groups, Mapping):
             raise ValueError(f"groups={self.groups!r} must map names to patterns, such as {{'early': ['layer1.*']}}.")
         if self.groups is not None and (self.layers is not None or self.pairs != "auto" or not self.groups):
             raise ValueError(
-                f"groups={dict(self.groups)!r} says which layers are compared; name some, and leave layers and pairs out."
+                f"groups={dict(self.groups)!r} already selects the layers; name at least one, and omit layers and pairs."
             )
         check_choice("pairs", self.pairs, PAIRS)
         check_choice("reduction", self.reduction, REDUCTIONS)
@@ -208,5 +209,5 @@ def _refuse_other_samples(counts: list[tuple[str, int]]) -> None:
         if count != counts[0][1]:
             raise ValueError(
                 f"Layers '{counts[0][0]}' and '{name}' are compared, but their outputs have {counts[0][1]} and {count} "
-                "samples; choose layers that see whole samples with layers=[...] or groups."
+                "samples; choose layers that process whole samples with layers=[...] or groups."
             )

@@ -1,4 +1,4 @@
-"""A sparse model learns from a dense one."""
+"""Distillation: a sparse model learns from a dense one."""
 
 from __future__ import annotations
 
@@ -37,39 +37,40 @@ START = "start"
 
 @final
 class Distillation(Sparsifier):
-    r"""Pull the outputs of a model to those of a teacher while it trains: list it beside a method that prunes.
+    r"""Pull the outputs of a model toward those of a teacher during training; list it beside a method that prunes.
 
-    At station `feature_penalty`: adds
+    At station `feature_penalty`, adds
 
     $$ \alpha \, T^2 \, \mathrm{KL}\big(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T)\big)
        + \beta \sum_l \mathrm{mean}\big((h_s^l - h_t^l)^2\big) $$
 
-    to the loss, where z are the outputs of the network for the batch and h those of chosen layers. The teacher is called in
-    evaluation mode and without gradients, with what the network was called with: one forward pass more per batch, and the
-    teacher in memory. It is no part of the module, so it is neither trained nor saved with it (its weights are in the
-    callback's state where they are those of this run's start, which nothing else remembers). Positions that the loss
-    leaves out, such as padding, count here.
+    to the loss, where z are the outputs of the network for the batch and h those of the selected layers. The teacher runs in
+    evaluation mode without gradients on the same inputs as the network; this costs one extra forward pass per batch and the
+    memory of the teacher. The teacher is not part of the module, so it is neither trained nor saved with it. (Its weights
+    are in the callback's state if they are the weights from the start of this run, which are stored nowhere else.) Positions
+    that the loss ignores, such as padding, count here.
 
-    Sources: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network",
-    https://arxiv.org/abs/1503.02531; Romero et al. 2015, "FitNets: Hints for Thin Deep Nets",
-    https://arxiv.org/abs/1412.6550, eq. 3 without a regressor, for features.
+    Sources: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531;
+    Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", https://arxiv.org/abs/1412.6550, eq. 3 without a regressor, for
+    features.
 
     Args:
         teacher: `start` for the weights that the network has when the run begins, before anything is pruned; a file with
             other weights for the same network (a checkpoint, a state dict, safetensors); or a module that takes the same
             inputs.
-        strength: $\alpha$, from 0 up.
+        strength: $\alpha$, at least 0.
         temperature: T, positive.
-        class_dim: the dimension of the outputs that counts classes; 1 for maps of classes.
-        features: layers of the network whose outputs are compared too, by name; or student's layer -> teacher's layer.
-        feature_strength: $\beta$, from 0 up.
-        network: the part of the module that is compared, by name; None is the innermost part with all trainable parameters.
-        targets: weights by which a checkpoint is known to fit; nothing is done to them. Exclude frozen ones.
-        name: tells two callbacks of one class apart.
+        class_dim: the class dimension of the outputs; 1 for segmentation maps.
+        features: names of layers of the network whose outputs are compared too; or a mapping of student layer -> teacher
+            layer.
+        feature_strength: $\beta$, at least 0.
+        network: name of the submodule that is compared; None is the innermost one that holds all trainable parameters.
+        targets: weights used to check that a checkpoint fits; they are not modified. Exclude frozen ones.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
-        ValueError: at the start of fit for a file that does not fit, a layer that is not there, or outputs of other shapes,
-            for which one batch is tried on a silent copy; in the first batch where data can be read only once.
+        ValueError: at the start of fit if a file does not fit, a layer does not exist, or output shapes differ (one batch is
+            tried on a copy that logs nothing); in the first batch if the data can be read only once.
 
     Example:
         >>> Distillation("start", strength=0.5, features=["layer4"]).label
@@ -84,7 +85,7 @@ class Distillation(Sparsifier):
     )
 
     dense = Remembered[dict[str, Tensor]](dict)
-    """The teacher's parameters and buffers, where they are those of this run's start."""
+    """The teacher's parameters and buffers, if they are those of the start of this run."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class Distillation(Sparsifier):
         if not isinstance(teacher, str | nn.Module):
             raise ValueError(f"teacher={teacher!r} must be 'start', a file with weights, or a module.")
         if strength == 0 and (not features or feature_strength == 0):
-            raise ValueError("strength=0 and no features leave nothing to learn from the teacher; give one of them.")
+            raise ValueError("strength=0 without features leaves nothing to learn from the teacher; set one of them.")
         self._teacher: nn.Module | None = None
         self._path = ""
         self._student: _Watched | None = None
@@ -125,11 +126,11 @@ class Distillation(Sparsifier):
             self._teacher = self.teacher
         elif is_cut(network):
             raise ValueError(
-                f"{self.label}: teacher='{self.teacher}' needs a copy of the network, whose weights are cut into shards; "
-                "give a module."
+                f"{self.label}: teacher='{self.teacher}' needs a copy of the network, but its weights are sharded; "
+                "pass a module instead."
             )
         else:
-            self._teacher = copy_model(network)  # now, for others prune when they begin
+            self._teacher = copy_model(network)  # now, because other methods prune when they begin
             if self.teacher != START:
                 self._load(self._teacher, read_tensors(self.teacher, "teacher"))
         for layers, whole, whose in ((self._pairs, network, "network"), (self._pairs.values(), self._teacher, "teacher")):
@@ -138,7 +139,7 @@ class Distillation(Sparsifier):
             self._rehearse(self._teacher)
 
     def _rehearse(self, teacher: nn.Module) -> None:
-        """Compare the first batch once, on a silent copy: what does not fit is refused before anything is touched."""
+        """Compare the first batch once, on a copy that logs nothing, so that a misfit is refused before anything changes."""
         student, tap = self._tried(), FeatureTap(self._layers(teacher), grad=False)
         modes = {part: part.training for part in teacher.modules()}
         try:
@@ -151,7 +152,7 @@ class Distillation(Sparsifier):
                 part.training = mode
 
     def _tried(self) -> _Watched | None:
-        """A copy of the network that has been called as in the first batch; None where a copy cannot be trained."""
+        """A copy of the network that was called as in the first batch; None if a copy cannot be trained."""
         trainer, module, student = self.run.trainer, self.run.module, None
         with suppress(Exception), dry_run(trainer, module) as twin, torch.enable_grad():
             batch = next(training_batches(trainer))
@@ -167,7 +168,7 @@ class Distillation(Sparsifier):
 
     @property
     def _pairs(self) -> Mapping[str, str]:
-        """The teacher's layer for each of the student's."""
+        """The teacher layer for each student layer."""
         features = self.features or ()
         return dict(features) if isinstance(features, Mapping) else {layer: layer for layer in features}
 
@@ -179,8 +180,8 @@ class Distillation(Sparsifier):
         if missing or wrong:
             what = f"has nothing for '{missing[0]}'" if missing else f"holds another shape of '{wrong[0]}'"
             raise ValueError(
-                f"teacher='{self.teacher}' {what}, which the network that learns has; give weights of the same network, or "
-                "a module of another."
+                f"teacher='{self.teacher}' {what}, which the student network has; give weights of the same network, or pass "
+                "a different network as a module."
             )
         teacher.load_state_dict({name: saved[place] for name, place in places.items()})
 
@@ -204,7 +205,7 @@ class Distillation(Sparsifier):
     def _attach(self) -> None:
         assert self._teacher is not None
         if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # graphs made before do not know of the hooks
+            torch.compiler.reset()  # graphs compiled earlier do not know about the hooks
         self._teacher.to(self.run.module.device).requires_grad_(False).eval()
         self._student = self._watched(self.run.module)
         self._tap = FeatureTap(self._layers(self._teacher), grad=False)
@@ -226,27 +227,27 @@ class Distillation(Sparsifier):
         assert self._teacher is not None
         assert self._tap is not None
         if self._terms and not self._student.called:
-            return None  # a batch in which the network had no part
+            return None  # a batch that did not use the network
         terms = self._compare(self._seen(self._student), self._teacher, self._tap)
         self._terms = {name: term.detach() for name, term in terms.items()}
         return torch.stack([*terms.values()]).sum()
 
     def _seen(self, student: _Watched) -> _Seen:
-        """What the network has put out.
+        """The outputs of the network.
 
         Raises:
-            ValueError: if it has not been called.
+            ValueError: if it was not called.
         """
         seen = student.take()
         if seen is None:
             raise ValueError(
                 f"{self.label} saw no call of the network '{self._path or type(self.run.module).__name__}' in the first "
-                "batch's training_step; name the part that is called with network=..."
+                "batch's training_step; name the submodule that is called with network=..."
             )
         return seen
 
     def _compare(self, seen: _Seen, teacher: nn.Module, tap: FeatureTap) -> dict[str, Tensor]:
-        """The terms, by name."""
+        """The loss terms, by name."""
         with torch.no_grad():
             tap.open = True
             answer = teacher(*seen.call.args, **seen.call.kwargs)
@@ -263,13 +264,13 @@ class Distillation(Sparsifier):
         shapes = [None if part is None else tuple(part.shape) for part in (student, teacher)]
         if student is None or teacher is None or student.shape != teacher.shape:
             raise ValueError(
-                f"{self.label}: the network puts out {shapes[0]} and the teacher {shapes[1]}, but logits of equal shape are "
-                "compared; give a teacher of the same classes, or strength=0 and features."
+                f"{self.label}: the network outputs {shapes[0]} and the teacher {shapes[1]}, but logits must have equal "
+                "shapes; use a teacher with the same classes, or strength=0 with features."
             )
         if student.shape[self.class_dim] < 2:
             raise ValueError(
-                f"{self.label}: outputs of shape {shapes[0]} have one class in class_dim={self.class_dim}, of which a "
-                "teacher has nothing to say; give strength=0 and features."
+                f"{self.label}: outputs of shape {shapes[0]} have a single class in class_dim={self.class_dim}, so there is "
+                "nothing to distill; use strength=0 with features."
             )
         return distillation_loss(student, teacher, self.temperature, self.class_dim)
 
@@ -277,17 +278,17 @@ class Distillation(Sparsifier):
         (layer, student), (_, teacher) = mine, theirs
         if student.shape != teacher.shape:
             raise ValueError(
-                f"{self.label}: layer '{layer.name}' puts out {tuple(student.shape)} and '{theirs[0].name}' of the teacher "
+                f"{self.label}: layer '{layer.name}' outputs {tuple(student.shape)} and the teacher's '{theirs[0].name}' "
                 f"{tuple(teacher.shape)}; compare layers of equal shape."
             )
         return (student.float() - teacher.float()).square().mean()
 
     def batch_end(self, output: Any, batch: Any) -> None:
         if self._student is not None:
-            self._student.take()  # nobody may have asked for the term
+            self._student.take()  # the term may not have been used
 
     def numbers(self) -> Mapping[str, float | Tensor]:
-        """The terms of the last batch, as they are added to the loss."""
+        """The terms of the last batch, as added to the loss."""
         return self._terms
 
     def release(self) -> None:
@@ -305,7 +306,7 @@ class _Seen(NamedTuple):
 
 
 class _Watched:
-    """What a network is called with in training, what it puts out, and what some of its layers do."""
+    """The inputs and outputs of a network in training, and the features of some of its layers."""
 
     def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         self._network: nn.Module | None = network
@@ -316,28 +317,28 @@ class _Watched:
 
     @property
     def called(self) -> bool:
-        """Whether it has been, since the start."""
+        """Whether the network has been called since `start`."""
         return self._last is not None
 
     def start(self) -> None:
-        """A batch begins."""
+        """Start a batch."""
         self._last, self._tap.open = None, True
 
     def take(self) -> _Seen | None:
-        """The last call since the start, after which nothing is held; None if there was none."""
+        """Return the last call since `start` and release it; None if there was none."""
         last, self._last = self._last, None
         features, self._features = self._features or self._tap.take(), []
         return None if last is None else _Seen(*last, features)
 
     def remove(self) -> None:
-        """Take the hooks off the network; what was seen can still be taken."""
+        """Remove the hooks from the network; the last call can still be taken."""
         self._handle.remove()
         self._features = self._tap.take()
         self._tap.remove()
         self._network = None
 
     def _hook(self) -> Callable[..., None]:
-        # A function, not a method: a copy of the model then shares it, and does not copy the teacher.
+        # A function, not a method, so that a copy of the model shares it and does not copy the teacher.
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if module is self._network and module.training and torch.is_grad_enabled():
                 self._last = Call(args, kwargs), output
@@ -346,7 +347,7 @@ class _Watched:
 
 
 def _logits(output: Any) -> Tensor | None:
-    """The predictions in what a network puts out: its `logits`, or the first tensor of numbers."""
+    """The predictions in a network's output: its `logits`, or the first floating-point tensor."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
@@ -363,4 +364,4 @@ def _refuse_missing(layers: Any, module: nn.Module, whose: str) -> None:
         if layer not in names:
             near = difflib.get_close_matches(str(layer), names, n=1, cutoff=0.3) or names[:1]
             hint = f"did you mean '{near[0]}'?" if near else "it has no layers."
-            raise ValueError(f"features: '{layer}' is no layer of the {whose} ({type(module).__name__}); {hint}")
+            raise ValueError(f"features: '{layer}' is not a layer of the {whose} ({type(module).__name__}); {hint}")

@@ -32,33 +32,35 @@ __all__ = ["GraNet"]
 
 @final
 class GraNet(Rewiring):
-    """Prune the smallest weights of all layers along a cubic schedule; at each update, regenerate some by gradient.
+    """Prune the smallest weights along a cubic schedule; at each update, regenerate some connections by gradient.
 
     Source: Liu et al. 2021, "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration",
-    https://arxiv.org/abs/2106.10404, and the official repository VITA-Group/GraNet. An update prunes first and then drops
-    and grows in each layer; what the pruning of this update removed restarts at zero where it is grown again. The official
-    code stops a hair short of the target, here it is met exactly.
+    https://arxiv.org/abs/2106.10404, and the official repository VITA-Group/GraNet. Each update prunes first, and then drops
+    and grows connections in each layer. A weight that this update pruned restarts at zero if it is grown again. The official
+    code stops just short of the target; here the target is met exactly.
 
-    From dense with `initial_sparsity=0`. For the arguments not listed see `Rewiring`.
+    Set `initial_sparsity=0` to start dense. For the arguments not listed see `Rewiring`.
 
     Args:
-        sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
-        initial_sparsity: of the random mask at the start; 0 starts dense.
-        initial_allocation: how that is shared: `erk`, `erk+`, `er`, `uniform`, `uniform+` or `global`.
+        sparsity: the final fraction removed, in [0, 1); optional with `structure='n:m'`.
+        initial_sparsity: sparsity of the random initial mask; 0 starts dense.
+        initial_allocation: how the initial sparsity is distributed over the layers: `erk`, `erk+`, `er`, `uniform`,
+            `uniform+` or `global`.
         start: when pruning and regeneration start.
         end: when the final sparsity is reached.
         rewiring_end: when regeneration ends.
         every: time between updates.
-        drop_fraction: share of each layer's connections that are regenerated at the start.
-        final_drop_fraction: to which that falls at `rewiring_end`.
+        drop_fraction: fraction of each layer's connections that are regenerated at the start.
+        final_drop_fraction: the drop fraction at `rewiring_end`.
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
-        allocation: how pruning is shared: `global` (weights of all layers compete) or a rule for layers, as above.
-        structure: `unstructured`, or `n:m`: every group of m inputs keeps at least n connections, in the end exactly n.
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        track_explored: remember which weights have ever been active.
-        seed: of the initial mask.
-        targets: patterns that choose the weights.
-        name: tells two callbacks of one class apart.
+        allocation: how pruning is distributed over the layers: `global` (weights of all layers compete) or a layerwise rule,
+            as above.
+        structure: `unstructured`, or `n:m`: every group of m inputs keeps at least n connections, and exactly n at the end.
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        track_explored: record which weights have ever been active.
+        seed: seed of the initial mask.
+        targets: patterns that select the weights.
+        name: distinguishes several callbacks of the same class.
 
     Example:
         >>> GraNet(sparsity=0.9).label
@@ -96,7 +98,7 @@ class GraNet(Rewiring):
         super().__init__(
             sparsity,
             start=start,
-            end=1.0,  # its own window is made below
+            end=1.0,  # this class makes its own window below
             every=every,
             drop_fraction=drop_fraction,
             final_drop_fraction=final_drop_fraction,
@@ -115,8 +117,9 @@ class GraNet(Rewiring):
         check_sparsity("initial_sparsity", initial_sparsity)
         if initial_sparsity > self.quota.sparsity:
             raise ValueError(
-                f"initial_sparsity={initial_sparsity} is above sparsity={self.quota.sparsity}, and nothing that is pruned "
-                "comes back in number; start less sparse, or dense with initial_sparsity=0."
+                f"initial_sparsity={initial_sparsity} is above sparsity={self.quota.sparsity}, but the number of "
+                f"connections "
+                "never increases; start less sparse, or dense with initial_sparsity=0."
             )
         check_choice("initial_allocation", initial_allocation, ["global", *ALLOCATIONS])
         self._initial = Budget(sparsity, initial_allocation, structure, layer_sparsity, usual="erk")
@@ -136,7 +139,7 @@ class GraNet(Rewiring):
         last = min(Span.parse(self.rewiring_end).fraction(run), until)
         if not self.window.start <= self._pruned <= last + 1e-9:
             raise ValueError(
-                f"end={self.end!r} is {self._pruned:.0%} of the run as it was begun, but updates start at "
+                f"end={self.end!r} is {self._pruned:.0%} of the run as originally planned, but updates start at "
                 f"{self.window.start:.0%} and stop at {last:.0%}; move it between them."
             )
 
@@ -146,7 +149,7 @@ class GraNet(Rewiring):
         return lay_out(self._initial, self.chosen).random_masks(self.drawn_seed, self.initial_sparsity)
 
     def planned_sparsity(self, position: Position) -> float:
-        """What the cubic schedule asks for at this position; the final sparsity when regeneration has ended, too."""
+        """The sparsity that the cubic schedule gives at this position; the final sparsity once regeneration has ended."""
         start, end = self.window.start, self._pruned
         if position.fraction >= end - 1e-9 or self.window.progress(position) >= 1:
             return self.quota.sparsity

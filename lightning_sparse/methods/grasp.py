@@ -18,16 +18,16 @@ __all__ = ["GraSP"]
 
 @final
 class GraSP(PruningAtInitOnData):
-    r"""Before the first batch, keep the weights that hold up the gradient norm; then train with a fixed mask.
+    r"""Before the first batch, keep the weights that sustain the gradient norm; then train with a fixed mask.
 
     $$ s = w \, (H g), \qquad g = \nabla L(w), \quad H = \nabla^2 L(w) $$
 
-    at the weights as they were initialized, on `batches` batches of the training set. Two passes over these batches, once,
-    the second with second derivatives, for which attention is computed without its fused kernels. Needs more than twice
-    the memory of a training step, meanwhile: a gradient can be differentiated only while its own graph is kept, too.
+    at the initial weights, on `batches` batches of the training set. Costs two passes over these batches, once; the second
+    computes second derivatives, for which attention runs without its fused kernels. Meanwhile it needs more than twice the
+    memory of a training step, because a gradient can be differentiated only while its own graph is kept.
 
     Source: Wang, Zhang and Grosse 2020, "Picking winning tickets before training by preserving gradient flow",
-    https://arxiv.org/abs/2002.07376. The temperature by which the paper divides the logits belongs to the user's loss here.
+    https://arxiv.org/abs/2002.07376. The temperature by which the paper divides the logits is left to the user's loss here.
 
     For the arguments see `PruningAtInitOnData`.
 
@@ -50,7 +50,8 @@ class GraSP(PruningAtInitOnData):
                     raise
                 except RuntimeError as error:
                     raise ValueError(
-                        f"{self.label} needs second derivatives of the loss, and this model has none; exchange the layer "
+                        f"{self.label} needs second derivatives of the loss, which this model does not have; replace the "
+                        f"layer "
                         f"that lacks them, or use SNIP ({error})."
                     ) from error
 

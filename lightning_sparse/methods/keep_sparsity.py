@@ -1,4 +1,4 @@
-"""Fine-tuning of a model that is sparse already."""
+"""Fine-tune a model that is already sparse."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ __all__ = ["KeepSparsity"]
 
 @final
 class KeepSparsity(Masked):
-    """Train a sparse model on, whoever made it sparse, and keep its zeros at zero.
+    """Fine-tune a model that is already sparse, and keep its zeros at zero.
 
-    At station `begin`; later at the cost of every mask. What is zero when training starts stays zero, after a checkpoint
-    has been loaded and whatever pruned it; or a file says what is to be zero. Before the first batch a table shows what was
-    found in each layer, n:m patterns included.
+    Runs at station `begin`; afterwards it costs what every mask costs. Weights that are zero when training starts (after a
+    checkpoint was loaded, whatever pruned it) stay zero; or a file specifies the zeros. Before the first batch a table shows
+    what was found in each layer, n:m patterns included.
 
-    Left dense are weights with fewer zeros than `min_sparsity`, which are there by chance, and weights that are zero
-    throughout, which are an initialization: the second matrix of an adapter, the last layer of a residual branch. Frozen
-    weights keep their zeros at no cost, and also after they have been unfrozen.
+    Two kinds of weights stay dense: those with fewer zeros than `min_sparsity`, which are zeros by chance, and those that
+    are entirely zero, which is an initialization (the second matrix of an adapter, the last layer of a residual branch).
+    Frozen weights keep their zeros at no cost, also after they are unfrozen.
 
     Args:
-        source: a file that says which weights are zero: a checkpoint, a state dict, safetensors, or masks (True = kept);
-            None looks at the weights.
-        min_sparsity: the fraction of zeros from which on a weight counts as sparse, in [0, 1).
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        source: a file that specifies which weights are zero: a checkpoint, a state dict, safetensors, or masks (True =
+            kept); None uses the zeros in the weights themselves.
+        min_sparsity: the minimum fraction of zeros for a weight to count as sparse, in [0, 1).
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
         ValueError: at the start of fit, if no weight is sparse, or the file does not fit the model.
@@ -83,7 +83,7 @@ class KeepSparsity(Masked):
 
     def begin(self) -> None:
         super().begin()
-        rank_zero_info("\n".join([f"{self.label} has found:", *self._table()]))
+        rank_zero_info("\n".join([f"{self.label} found:", *self._table()]))
         self.set_masks({target.name: self._found[target.name] for target in self.chosen if self._is_sparse(target)})
         self._found = {}
         counts = self.masks.counts
@@ -94,7 +94,7 @@ class KeepSparsity(Masked):
         super().release()
 
     def _counted(self, flags: Mapping[str, Tensor]) -> dict[str, int]:
-        """How many entries of whole weights are flagged; all ranks must ask."""
+        """How many entries of whole weights are flagged; all ranks must call it."""
         return add_up({name: flag.count_nonzero() for name, flag in flags.items()}, self.layouts.get("entries", {}))
 
     def _is_sparse(self, target: Target) -> bool:
@@ -107,7 +107,7 @@ class KeepSparsity(Masked):
         name = max(partly or zeros, key=lambda name: zeros[name])
         where = "the model" if self.source is None else f"source='{self.source}'"
         raise ValueError(
-            f"{self.label} finds no sparse weight in {where}: the most zeros are in '{name}', {zeros[name]:.2%}, and "
+            f"{self.label} found no sparse weight in {where}: '{name}' has the most zeros, {zeros[name]:.2%}, and "
             f"min_sparsity={self.min_sparsity}; load a sparse checkpoint before training, or prune with a method such as "
             "MagnitudePruning."
         )
@@ -125,15 +125,15 @@ class KeepSparsity(Masked):
         pattern = None
         if sparse and target.layout_known:
             whole = mask if target.layout is None else target.layout.gather(mask)
-            pattern = find_n_m(whole, target.input_dim) if whole.numel() else None  # the first rank has it, and prints
+            pattern = find_n_m(whole, target.input_dim) if whole.numel() else None  # only the first rank holds it
         notes = []
         if zeros == target.size:
-            notes.append("left dense: zero throughout, an initialization")
+            notes.append("left dense: entirely zero, an initialization")
         elif not sparse:
             notes.append("left dense" + (": zeros by chance" if zeros else ""))
         if not target.weight.requires_grad:
             notes.append("frozen")
         if sparse and written:
-            notes.append(f"{written:,} of them are set to zero now")
+            notes.append(f"{written:,} of them are now set to zero")
         share, counts = f"{zeros / target.size:.2%}", f"{zeros:,} of {target.size:,}"
         return target.name, counts, share, ":".join(map(str, pattern or ())), "; ".join(notes)

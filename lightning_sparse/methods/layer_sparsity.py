@@ -1,4 +1,4 @@
-"""Layer sparsity: a penalty under which whole layers become linear."""
+"""Layer sparsity: a penalty that makes whole layers linear."""
 
 from __future__ import annotations
 
@@ -37,42 +37,42 @@ __all__ = ["LayerSparsity"]
 
 @final
 class LayerSparsity(Sparsifier):
-    r"""Push whole layers to be linear, so that `merge_layers` makes the network shallower.
+    r"""Make whole layers linear, so that `merge_layers` can make the network shallower.
 
-    Adds to the loss, for every layer k that gets non-negative inputs and merges into the next one once its own weights and
-    biases are non-negative (see `core.find_chains`),
+    Adds to the loss, for every layer k that has non-negative inputs and can be merged into the next one once its own weights
+    and biases are non-negative (see `core.find_chains`),
 
     $$ \sum_k r_k \| \min((W_k, b_k), 0) \|_F + c \sum \|W\|_F^2 + l \sum \|W\|_1 $$
 
-    in closed form at station `weight_penalty`, or, with `proximal`, its first and last term as a proximal map at station
-    `project`. The sum of squares is over all chosen weights, the first and last layers too: without it the penalty could
-    be had for nothing, by making inner layers small and the last one large. The norm is not squared, so that a
-    layer's negative part vanishes as a whole. Layers are judged by the ratio of that part to the whole layer. Behind a layer
-    with batch normalization the folded tensors are penalized.
+    in closed form at station `weight_penalty`, or, with `proximal`, applies its first and last terms as a proximal map at
+    station `project`. The sum of squares covers all chosen weights, including the first and last layers. Without it, the
+    penalty could be avoided by making inner layers small and the last one large. The norm is not squared, so the negative
+    part of a layer vanishes as a whole. Layers are judged by the ratio of the norm of that part to the norm of the whole
+    layer. For a layer followed by batch normalization, the folded tensors are penalized.
 
-    Deep networks without normalization need initial values that keep the signal's size, such as Kaiming's: from smaller ones
-    this objective can end in a constant, which is reported as collapsed.
+    Deep networks without normalization need an initialization that preserves the scale of the signal, such as Kaiming's.
+    From a smaller one this objective can end in a constant function, which is reported as collapsed.
 
-    Costs one pass over the weights per step, and four more over those of layers that may merge; a ratio per layer is read
+    Costs one pass over the weights per step, and four more over those of layers that may merge. One ratio per layer is read
     back once per epoch.
 
     Source: Hebiri and Lederer 2020, "Layer Sparsity in Neural Networks", https://arxiv.org/abs/2006.15604. Only the abstract
-    and the start of the introduction were at hand: the norm, the biases, all strengths and the optimization are ours.
+    and the start of the introduction were available: the norm, the biases, all strengths and the optimization are ours.
 
     Args:
-        strength: r, not negative; 0 leaves only the other two terms, as for a refit. Useful values differ by task; 0.1 to 1
-            worked in a simulation with Adam, and with proximal steps after Adam ten times as much.
-        norm: of the negative part: `fro` (a layer as a unit), `l1` (entry by entry) or `fro_sq` (never exactly zero).
-        proximal: make proximal steps with the optimizer's learning rate, which end in exact zeros; for SGD.
-        scale_decay: c, which pins the scale; in the gradient, not decoupled.
+        strength: r, at least 0; 0 leaves only the other two terms, as for a refit. Useful values depend on the task; in a
+            simulation, 0.1 to 1 worked with Adam, and ten times as much with proximal steps after Adam.
+        norm: norm of the negative part: `fro` (the layer as a unit), `l1` (entry by entry) or `fro_sq` (never exactly zero).
+        proximal: make proximal steps with the optimizer's learning rate, which give exact zeros; for SGD.
+        scale_decay: c, which fixes the scale; applied through the gradient, not decoupled.
         l1: l, for sparse connections.
-        layer_strength: strengths of layers of their own, glob -> r.
+        layer_strength: glob -> r for individual layers.
         warmup: the span over which r rises from zero: a fraction of the run, `'n epochs'` or `'n steps'`.
         tolerance: a layer with a ratio up to this counts as inactive.
-        input_range: the least and the largest input of the network, such as (0, 1) for pixels that are not standardized; the
+        input_range: the smallest and largest input of the network, such as (0, 1) for pixels that are not standardized; the
             first layer may then merge too. None: inputs may have any sign.
-        targets: patterns that choose the weights; see `core.find_targets`. A layer that is not chosen is not penalized.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`. A layer that is not selected is not penalized.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
         ValueError: if no chosen layer could ever merge, with the reason for each.
@@ -85,12 +85,12 @@ class LayerSparsity(Sparsifier):
     history = Remembered[list[dict[str, Any]]](list)
     """One entry per epoch, before its first batch, and one after the last: the ratio of every layer that may merge."""
     ramp = Remembered(float)
-    """The share of the strength that is on: below 1 while it warms up."""
+    """The fraction of the strength that is active: below 1 during warmup."""
 
     removes_weights = False
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("sparsity", "allocation", "structure", "layer_sparsity"),
-        "whole layers become linear, no weight is promised to be zero; l1 adds sparse connections",
+        "whole layers become linear, and no number of zero weights is guaranteed; l1 adds sparse connections",
     )
 
     def __init__(
@@ -120,7 +120,7 @@ class LayerSparsity(Sparsifier):
         if not (isinstance(tolerance, int | float) and 0 <= tolerance < 1):
             raise ValueError(f"tolerance={tolerance!r} must be in [0, 1): a ratio of norms.")
         if input_range is not None and not (len(input_range) == 2 and input_range[0] < input_range[1]):
-            raise ValueError(f"input_range={input_range!r} must be the least and the largest input, such as [0, 1].")
+            raise ValueError(f"input_range={input_range!r} must be the smallest and the largest input, such as [0, 1].")
         self._warmup = Span.parse(warmup, "warmup")
         self.links: list[Link] = []
         self._strengths: dict[str, float] = {}
@@ -140,8 +140,8 @@ class LayerSparsity(Sparsifier):
             if self.proximal and (link.norm is not None or link.low < 0):
                 what = "batch normalization" if link.norm is not None else "inputs that may be negative"
                 raise ValueError(
-                    f"proximal=True has no closed form for '{link.name}', a layer with {what}; leave proximal out, or "
-                    f"exclude it with targets=['!{link.name}']."
+                    f"proximal=True has no closed form for '{link.name}', a layer with {what}; omit proximal, or "
+                    f"exclude the layer with targets=['!{link.name}']."
                 )
         own = self.layer_strength or {}
         for glob in own:
@@ -157,13 +157,13 @@ class LayerSparsity(Sparsifier):
     def _nothing_to_merge(self, obstacles: Mapping[str, str], chosen: set[str]) -> str:
         reasons = [f"'{name}': {reason}" for name, reason in obstacles.items() if f"{name}.weight" in chosen]
         return (
-            f"{self.label} finds no chosen layer that could merge into the next one ({'; '.join(reasons[:4])}"
+            f"{self.label} found no chosen layer that could merge into the next one ({'; '.join(reasons[:4])}"
             f"{'; ...' if len(reasons) > 4 else ''}); it needs two layers with a ReLU between them, behind another ReLU."
         )
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
-        """The chosen weights, and what else decides whether a layer is linear: biases, and the scales of normalizations."""
+        """The chosen weights, and what else makes a layer linear or not: biases, and the scales of normalizations."""
         found = super().weights
         for link in self.links:
             found |= {name: p for name, p in link.parameters().items() if p.requires_grad}
@@ -203,7 +203,7 @@ class LayerSparsity(Sparsifier):
                         yield from _scaled(step, name, gradient, strength)
 
     def _gradients(self, link: Link) -> dict[str, Tensor]:
-        """Of the norm of the negative part; through the fold where there is one."""
+        """Gradients of the norm of the negative part; through batch normalization where it is folded."""
         parameters = link.parameters()
         if link.norm is None and link.low == 0:
             return dict(zip(parameters, layer_penalty_gradient(list(parameters.values()), self.norm), strict=True))
@@ -231,7 +231,7 @@ class LayerSparsity(Sparsifier):
 
     @torch.no_grad()
     def ratios(self) -> dict[str, float]:
-        """How negative every layer is that may merge: 0 for a linear one."""
+        """How negative each layer that may merge is: 0 for a linear one."""
         if not self.links:
             return {}
         values = torch.stack([negative_ratio(effective_pair(link)).float() for link in self.links]).tolist()
@@ -263,19 +263,20 @@ class LayerSparsity(Sparsifier):
         collapsed = [link.name for link in self.links if is_collapsed(link)]
         if collapsed:
             rank_zero_warn(
-                f"{self.label}: the weights of {collapsed} are almost zero: a signal is cut, not a layer made linear. Lower "
-                "the strength, scale_decay or l1."
+                f"{self.label}: the weights of {collapsed} are almost zero: the signal is cut off, the layer is not linear. "
+                "Lower the strength, scale_decay or l1."
             )
         last = self.history[-1]
         inactive = [name for name, ratio in last["ratios"].items() if ratio <= self.tolerance and name not in collapsed]
         rank_zero_info(
             f"{self.label}: {len(inactive)} of {len(self.links)} layers that may merge are linear to {self.tolerance:g}; "
-            "lightning_sparse.merge_layers(model) makes the network shallower, `lightning-sparse refit` also trains it on."
+            "lightning_sparse.merge_layers(model) makes the network shallower, and `lightning-sparse refit` also "
+            "fine-tunes it."
         )
 
 
 def _scaled(step: Step, name: str, gradient: Tensor, factor: float) -> Iterator[tuple[str, Tensor]]:
-    """A gradient times a factor: added here where that takes no copy, else handed on."""
+    """A gradient times a factor: added in place where that needs no copy, otherwise yielded."""
     present = step.weights[name].grad
     if present is None or step.gradient_scale is not None:
         yield name, gradient * factor

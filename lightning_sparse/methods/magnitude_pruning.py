@@ -21,7 +21,7 @@ class MagnitudePruning(Pruning):
     https://arxiv.org/abs/1506.02626 (one-shot); Zhu and Gupta 2017, "To prune, or not to prune",
     https://arxiv.org/abs/1710.01878 (gradual, the default).
 
-    For the arguments see `Pruning`. One shot in the middle of the run: `MagnitudePruning(0.9, start=0.5, end=0.5)`.
+    For the arguments see `Pruning`. One-shot in the middle of the run: `MagnitudePruning(0.9, start=0.5, end=0.5)`.
 
     Example:
         >>> MagnitudePruning(sparsity=0.9).label

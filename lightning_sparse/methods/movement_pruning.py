@@ -1,4 +1,4 @@
-"""Movement pruning: what counts is where weights go, not how large they are."""
+"""Movement pruning: keep weights by how they move, not by how large they are."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ __all__ = ["MovementPruning"]
 
 @final
 class MovementPruning(ShadowWeights):
-    r"""Remove the weights that training moves toward zero, along a schedule; what was removed too early comes back.
+    r"""Remove the weights that training moves toward zero, along a schedule; weights removed too early come back.
 
     $$ s_{ij} = -\sum_t w_{ij}^{(t)} \, \frac{\partial L}{\partial w_{ij}^{(t)}} $$
 
-    over all steps so far: high where a step takes a weight away from zero. Gradients are those of the sparse model, also of
-    removed weights, whose dense values live on out of sight (`ShadowWeights`), so their scores move on too, and every update
-    chooses anew among all weights until `end`. At stations `before_step`, `after_step` and `evolve`, at the cost of
-    `ShadowWeights` and of two more copies of the weights in memory, one of them for the time of a step.
+    over all steps so far: high where steps move a weight away from zero. Gradients are those of the sparse model, including
+    the gradients of removed weights. Their dense values are kept outside the model (`ShadowWeights`), so their scores keep
+    changing, and every update until `end` selects again from all weights. Runs at stations `before_step`, `after_step` and
+    `evolve`. Costs what `ShadowWeights` costs, plus two more copies of the weights in memory, one of them only during a
+    step.
 
     Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", https://arxiv.org/abs/2005.07683, hard
     movement pruning, eq. 5. `score="taylor"`: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning",
@@ -51,21 +52,21 @@ class MovementPruning(ShadowWeights):
     and Fisher pruning", https://arxiv.org/abs/1801.05787, eq. 5, for single weights.
 
     Args:
-        sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
-        score: `movement`; `taylor`, the sum of squares $(w \, \partial L / \partial w)^2$, the change of the loss without
-            the weight to first order; or `fisher`, $w^2 / 2$ times the sum of squared gradients, the same to second order.
-        start: when pruning starts: a fraction of the run, `'n epochs'` or `'n steps'`. Scores are summed from the
-            first step.
-        end: when the final sparsity is reached, and masks stay as they are.
-        every: time between updates; `'n epochs'` updates at the start of epochs, all else after steps.
+        sparsity: the final fraction removed, in [0, 1); optional with `structure='n:m'`.
+        score: `movement`; `taylor`, the sum of squares $(w \, \partial L / \partial w)^2$, the first-order change of the
+            loss without the weight; or `fisher`, $w^2 / 2$ times the sum of squared gradients, the second-order change.
+        start: when pruning starts: a fraction of the run, `'n epochs'` or `'n steps'`. Scores are summed from the first step
+            on.
+        end: when the final sparsity is reached and masks become fixed.
+        every: time between updates; `'n epochs'` updates at the start of epochs, everything else after steps.
         schedule: how sparsity grows from 0: `constant` (all at once), `linear`, `cubic`, `cosine`, `exponential`, or a
             function of (progress, start value, end value).
-        allocation: how sparsity is shared: `uniform` (as published), `uniform+`, `er`, `erk`, `erk+`, `owl` (more where
-            scores have outliers), or `global` (scores of all layers compete).
+        allocation: how sparsity is distributed over the layers: `uniform` (as published), `uniform+`, `er`, `erk`, `erk+`,
+            `owl` (layers with more outliers among their scores keep more), or `global` (scores of all layers compete).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), or `n:m`.
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Example:
         >>> MovementPruning(sparsity=0.9).label
@@ -77,7 +78,7 @@ class MovementPruning(ShadowWeights):
     masks = Remembered(MaskSet)
     window = Remembered[Window]()
     sums = Remembered[dict[str, Tensor]](dict, over="entries")
-    """Of what scores are made from, over all steps; in float32 or wider."""
+    """The sums over all steps that scores are computed from; in float32 or wider."""
 
     def __init__(
         self,
@@ -101,8 +102,8 @@ class MovementPruning(ShadowWeights):
         self.quota = Budget(sparsity, allocation, structure, layer_sparsity, usual="uniform")
         if isinstance(self.quota.structure, Coupled):
             raise ValueError(
-                f"structure='{structure}' removes {self.quota.structure.noun} for good, but here what is removed may come "
-                "back; write 'channel', or use MagnitudePruning."
+                f"structure='{structure}' removes {self.quota.structure.noun} for good, but here removed weights may come "
+                "back; use 'channel', or use MagnitudePruning."
             )
         check_choice("score", score, MOVEMENT_SCORES)
         self.ramp = Ramp(schedule, self.quota.sparsity)
@@ -129,8 +130,8 @@ class MovementPruning(ShadowWeights):
 
     @property
     def plan(self) -> Plan:
-        """The budget laid out on the weights of the running fit."""
-        assert self._plan is not None, "asked before `check`"
+        """The budget applied to the weights of the running fit."""
+        assert self._plan is not None, "called before `check`"
         return self._plan
 
     def begin(self) -> None:
@@ -169,7 +170,7 @@ class MovementPruning(ShadowWeights):
 
     def evolve(self, position: Position) -> None:
         if self.steps == 0 or not self.window.take(position):
-            return  # an update that is due before anything has moved is made after the first step
+            return  # an update that is due before anything has moved happens after the first step
         weights = self.weights
         self.reveal(weights)
         scores = [MOVEMENT_SCORES[self.score].of_sum(weight.detach(), self.sums[name]) for name, weight in weights.items()]

@@ -17,27 +17,27 @@ __all__ = ["RandomSparsity"]
 class RandomSparsity(Budgeted):
     """Draw a random mask once and train with it to the end.
 
-    At station `begin`, at no cost later but that of every mask. Known as random pruning or static sparse training, the
-    baseline that sparse training must beat.
+    Runs at station `begin`; afterwards it costs only what every mask costs. Also known as random pruning or static sparse
+    training; it is the baseline that sparse training must beat.
 
-    Source: Liu et al. 2022, "The Unreasonable Effectiveness of Random Pruning", https://arxiv.org/abs/2202.02643. There
-    each weight is drawn independently; here every layer's count is exact.
+    Source: Liu et al. 2022, "The Unreasonable Effectiveness of Random Pruning", https://arxiv.org/abs/2202.02643. There each
+    weight is drawn independently; here the count of every layer is exact.
 
     Args:
-        sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
-        allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+`,
-            or `global` (every weight has the same chance). With `n:m` every layer has the same share.
-        structure: what is removed: `unstructured`, `channel`, `coupled` (channels, in all layers that additions couple, with
-            biases and norms, so that they can leave the network), `heads` (of attention, which can leave too), `fan_in`,
-            `block:RxC`, `n:m` or `transposable n:m`.
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
+        sparsity: the fraction removed, in [0, 1); optional with `structure='n:m'`.
+        allocation: how sparsity is distributed over the layers: `erk`, `erk+` (last layer dense), `er`, `uniform`,
+            `uniform+`, or `global` (every weight has the same chance). With `n:m` every layer has the same sparsity.
+        structure: what is removed: `unstructured`, `channel`, `coupled` (channels across all layers that additions tie
+            together, with biases and norms, so that they can be cut out of the network), `heads` (whole attention heads,
+            which can be cut out too), `fan_in`, `block:RxC`, `n:m` or `transposable n:m`.
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
         rescale: divide each weight by the square root of its layer's density, so that activations keep their variance.
-        seed: of the mask. None takes the seed of `seed_everything`, or draws one.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        seed: seed of the mask. None uses the seed of `seed_everything`, or draws one.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
     """
 
     has_scores: ClassVar[bool] = False

@@ -18,9 +18,9 @@ class SET(Rewiring):
     """Drop the smallest weights, grow others at random.
 
     Source: Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse connectivity inspired
-    by network science", https://arxiv.org/abs/1707.04780. The smallest are those of lowest magnitude, as in the later
-    comparisons of Evci et al. 2020 and Liu et al. 2021, whose annealed drop fraction is the default too. The original takes
-    positive and negative weights apart; nearest to it is
+    by network science", https://arxiv.org/abs/1707.04780. The smallest weights are those of lowest magnitude, as in the
+    later comparisons of Evci et al. 2020 and Liu et al. 2021, whose annealed drop fraction is also the default. The original
+    drops positive and negative weights separately; the closest setting is
     `SET(0.9, allocation='er', every='1 epoch', end=1.0, drop_schedule='constant')`.
 
     For the arguments see `Rewiring`. No gradient is read or kept.

@@ -17,8 +17,8 @@ class SNIP(PruningAtInitOnData):
 
     $$ s = |w \, \partial L / \partial w| $$
 
-    at the weights as they were initialized, on `batches` batches of the training set. One forward and one backward pass
-    per batch, once.
+    at the initial weights, on `batches` batches of the training set. Costs one forward and one backward pass per batch,
+    once.
 
     Source: Lee, Ajanthan and Torr 2019, "SNIP: Single-shot network pruning based on connection sensitivity",
     https://arxiv.org/abs/1810.02340.

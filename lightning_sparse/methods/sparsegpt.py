@@ -1,4 +1,4 @@
-"""SparseGPT: one-shot pruning that lets the weights that are left make up for those that are removed."""
+"""SparseGPT: one-shot pruning in which the remaining weights compensate for the removed ones."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ __all__ = ["SparseGPT"]
 class SparseGPT(SeesInputs):
     r"""Before the first batch, remove weights so that the outputs of every layer change least; then train with a fixed mask.
 
-    Layer after layer, in the order in which they are called, each with the inputs that the layers pruned before it give:
-    the products of a layer's inputs say which weights can be missed, and how the others make up for them. At station
-    `begin`: one forward pass per batch for every layer, up to that layer (layers that read the same input share one), and
-    time of the order of columns cubed. In memory, meanwhile, a copy of the module, the batches, and two matrices of columns
-    by columns of one layer. Sums are in float32 and over all ranks. Later at the cost of every mask.
+    Prunes layer after layer, in the order in which they are called, each on the inputs that it gets from the layers already
+    pruned. The products of a layer's inputs determine which weights can be removed and how the others compensate. Runs at
+    station `begin`: one forward pass per batch and layer, up to that layer (layers that read the same input share one), and
+    time of the order of columns cubed. Meanwhile, memory holds a copy of the module, the batches, and two matrices of
+    columns by columns of one layer. Sums are in float32 and over all ranks. Afterwards it costs what every mask costs.
 
     Source: Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     https://arxiv.org/abs/2301.00774, algorithm 1. There all layers of a transformer block read inputs from before the block
     was pruned.
 
     Args:
-        sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
-        batches: of the training set that are looked at, on every rank. A layer needs more rows (tokens, places) than it has
-            columns, or damping decides.
-        damping: added to the diagonal, as a share of its mean; positive.
-        block_size: columns for which it is decided together what is removed.
-        allocation: how sparsity is shared: `uniform`, `uniform+`, `er`, `erk`, `erk+`.
+        sparsity: the fraction removed, in [0, 1); optional with `structure='n:m'`.
+        batches: number of training batches used, on every rank. A layer needs more rows (tokens, positions) than it has
+            columns, otherwise the damping dominates.
+        damping: added to the diagonal, as a fraction of its mean; positive.
+        block_size: number of columns whose mask is decided together.
+        allocation: how sparsity is distributed over the layers: `uniform`, `uniform+`, `er`, `erk`, `erk+`.
         structure: what is removed: `unstructured`, or `n:m`.
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
-        ValueError: at the start of fit, if a layer is never reached, as an expert without tokens, or its inputs are zero
-            throughout.
+        ValueError: at the start of fit, if a layer is never reached, such as an expert without tokens, or all its inputs are
+            zero.
 
     Example:
         >>> SparseGPT(sparsity=0.5, batches=16).label
@@ -92,12 +92,12 @@ class SparseGPT(SeesInputs):
             raise ValueError(f"damping={damping!r} must be a positive number, such as 0.01.")
         if self.quota.allocation == "global":
             raise ValueError(
-                "allocation='global' would compare scores of layers that are pruned one after the other; write 'uniform', "
+                "allocation='global' would compare scores of layers that are pruned one after the other; use 'uniform', "
                 "or another rule for layers."
             )
         if not isinstance(self.quota.structure, Unstructured | NOfM):
             raise ValueError(
-                f"structure='{structure}' removes whole outputs, which no other weight of a layer can make up for; write "
+                f"structure='{structure}' removes whole outputs, for which no other weight of a layer can compensate; use "
                 "'unstructured' or 'n:m'."
             )
 
@@ -115,7 +115,7 @@ class SparseGPT(SeesInputs):
                     target = self.targets_by_name[name]
                     solved, masks[name] = self._solve(target, factor, dead, kept[name])
                     copies[name].copy_(solved)
-            for name, weight in weights.items():  # not before all layers are done: one of them may be refused
+            for name, weight in weights.items():  # only when all layers are done: one of them may be refused
                 weight.copy_(copies[name])
         self.set_masks(masks)
 
@@ -123,7 +123,7 @@ class SparseGPT(SeesInputs):
         """The weights of a layer, and its mask."""
         structure = self.quota.structure
         matrix = as_matrix(target, target.weight.detach()).to(factor.dtype, copy=True)
-        matrix = matrix.reshape(len(factor), -1, matrix.shape[-1])  # one group where all parts read the same
+        matrix = matrix.reshape(len(factor), -1, matrix.shape[-1])  # one group if all parts read the same input
         n_m = (structure.n, structure.m) if isinstance(structure, NOfM) else None
         mask = compensate(matrix, factor, keep, n_m=n_m, dead=dead, block_size=self.block_size)
         return from_matrix(target, matrix), from_matrix(target, mask)
@@ -133,7 +133,7 @@ class SparseGPT(SeesInputs):
             return inverse_factor(products, self.damping)
         except ValueError as error:
             raise ValueError(
-                f"{self.label}: '{name}' cannot be pruned on batches={self.batches}. {error} Take other batches, or leave "
+                f"{self.label}: '{name}' cannot be pruned on batches={self.batches}. {error} Use other batches, or leave "
                 f"it dense with targets=['!{name.rpartition('.')[0]}']."
             ) from None
 
@@ -151,7 +151,7 @@ class SparseGPT(SeesInputs):
                 rows = rows.expand(len(products[part]), -1, -1)
                 products[part].baddbmm_(rows.transpose(1, 2), rows)
             if not repeated:
-                raise Enough  # of this batch: what comes behind the layer does not matter
+                raise Enough  # for this batch: nothing after the layer matters
 
         tap = InputTap(twin, [name], add)
         send()
@@ -162,7 +162,7 @@ class SparseGPT(SeesInputs):
         return products, products.diagonal(dim1=-2, dim2=-1) == 0
 
     def _order(self, twin: LightningModule, send: Callable[..., None]) -> tuple[list[list[str]], set[str]]:
-        """In which order layers are called, the same on all ranks, and which are called more than once with a batch.
+        """The order in which layers are called, the same on all ranks, and which are called more than once per batch.
 
         Raises:
             ValueError: if one is called on no rank.
@@ -181,18 +181,18 @@ class SparseGPT(SeesInputs):
 
 
 class _Order:
-    """Notes which layers are called, in which order, and which of them read the same input."""
+    """Records which layers are called, in which order, and which of them read the same input."""
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
         self.repeated: set[str] = set()
-        """Layers that are called more than once with a batch."""
+        """Layers that are called more than once per batch."""
         self._in_batch: set[str] = set()
         self._leaders: dict[str, str] = {}
         self._last: tuple[str, Tensor, int] | None = None
 
     def note(self, name: str, reading: Reading) -> None:
-        """A layer is called."""
+        """Record a call of a layer."""
         self.calls[name] = self.calls.get(name, 0) + 1
         if name in self._in_batch:
             self.repeated.add(name)
@@ -203,19 +203,19 @@ class _Order:
             same = inputs.data_ptr() == before.data_ptr() and inputs.shape == before.shape
             if same and inputs.stride() == before.stride() and inputs._version == version:
                 leader = first
-        if leader == name:  # kept, so that no other tensor can take its place
+        if leader == name:  # kept, so that no other tensor can reuse its memory
             self._last = None if inputs is None else (name, inputs, inputs._version)
         if self._leaders.setdefault(name, leader) != leader:
             self._leaders[name] = name
 
     def end_batch(self) -> None:
-        """All calls with a batch have been noted."""
+        """All calls of a batch have been recorded."""
         self._in_batch.clear()
         self._last = None
 
     @property
     def groups(self) -> list[list[str]]:
-        """Layers in the order of their first call; those that always read the same input are together."""
+        """Layers in the order of their first call; those that always read the same input are grouped."""
         found: dict[str, list[str]] = {}
         for name, count in self.calls.items():
             leader = self._leaders[name]

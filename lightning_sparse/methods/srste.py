@@ -1,4 +1,4 @@
-"""SR-STE: n of every m weights shown from the first step on, all of them trained."""
+"""SR-STE: the model uses n of every m weights from the first step, while all of them are trained."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ PUBLISHED = {False: 2e-4, True: 0.0}
 class SRSTE(ShadowWeights):
     r"""Train n:m sparse from scratch: the model holds n of every m weights, and all of them are trained.
 
-    The largest of each group are shown; the loss has its gradient at what is shown, and the dense weights W take it as if it
-    were theirs (a straight-through estimator), dropped ones too, so they can return at every step. A decay that only dropped
-    weights have keeps the masks from swinging:
+    The model shows the largest weights of each group. The loss gradient at the shown weights is applied to the dense weights
+    W directly (a straight-through estimator), including dropped ones, so they can return at every step. A decay on dropped
+    weights only keeps the masks from oscillating:
 
     $$ W \leftarrow W - \eta \, \big( g(\tilde W) + \lambda \, (1 - M) \odot W \big), \qquad \tilde W = M \odot W $$
 
-    With `soft=True` it is S-STE: what is shown is also made smaller by the largest weight that its group drops, so that it
-    moves without jumps when masks change, and then larger by a factor for each layer that is fixed at the start.
+    `soft=True` is S-STE: shown weights are also reduced by the largest weight that their group drops, so that they change
+    without jumps when masks change, and then scaled up by a factor per layer that is fixed at the start.
 
-    Dense weights are the callback's; the model holds what is shown and exact zeros, and its checkpoints are plain, of linear
-    layers and convolutions alike. At stations `weight_penalty`, `before_step` and `after_step`, at the cost of some twelve
-    passes over the weights per step and of the choice of masks, of one more copy of the weights in memory (with `soft` of
-    two), and of a byte per weight.
+    The callback keeps the dense weights; the model holds the shown weights and exact zeros, and its checkpoints are plain,
+    for linear layers and convolutions alike. Runs at stations `weight_penalty`, `before_step` and `after_step`. Costs about
+    twelve passes over the weights per step plus the choice of masks, one more copy of the weights in memory (two with
+    `soft`), and one byte per weight.
 
     Sources: Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
     https://arxiv.org/abs/2102.04010, equation 8; Hu, Zhu and Chen 2024, "S-STE: Continuous Pruning Function for Efficient
     2:4 Sparse Pre-training", https://arxiv.org/abs/2409.09099 (without its sparse gradients and 8-bit numbers, which need
-    kernels of their own).
+    custom kernels).
 
     Args:
         structure: `n:m`: n of every m consecutive inputs are kept; or `transposable n:m`, of every m outputs too, for a
             sparse backward pass.
-        strength: lambda, from 0 up; None is what is published: 2e-4, and with `soft` 0. In the gradient, as there, so with
-            Adam its size depends on that of the gradients.
-        soft: show what S-STE shows.
+        strength: lambda, at least 0; None is the published value: 2e-4, and 0 with `soft`. It enters the gradient, as
+            published, so with Adam its effect depends on the size of the gradients.
+        soft: use S-STE.
         every: time between choices of masks: a fraction of the run, `'n epochs'` or `'n steps'`. The papers choose at every
             step; transposable masks take longer to find, and Hu et al. 2024 (https://arxiv.org/abs/2404.01847) choose them
             every 40 steps.
-        end: when masks stop changing, so that what is shown trains on.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        end: when masks are fixed, so that the shown weights train on.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Example:
         >>> SRSTE(structure="2:4").budget.sparsity
@@ -76,15 +76,15 @@ class SRSTE(ShadowWeights):
     """
 
     alive = Remembered[dict[str, Tensor]](dict, over="entries")
-    """The masks as they are now; True is shown."""
+    """The current masks; True is shown."""
     window = Remembered[Window]()
     scales = Remembered[dict[str, Tensor]](dict)
-    """By what S-STE multiplies, by weight."""
+    """The scale factors of S-STE, by weight."""
 
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             ("sparsity", "allocation", "layer_sparsity"),
-            "structure says what is kept, n of every m in every layer; choose layers with targets",
+            "structure determines what is kept, n of every m in every layer; choose layers with targets",
         ),
         "decay": "the decay of dropped weights is called strength, like every factor of a penalty",
     }
@@ -105,18 +105,18 @@ class SRSTE(ShadowWeights):
         self.every, self.end = every, end
         parsed = parse_structure(structure)
         if not isinstance(parsed, NOfM):
-            raise ValueError(f"structure='{structure}' keeps no n of m, which is what SRSTE trains; write '2:4'.")
+            raise ValueError(f"structure='{structure}' is not an n:m pattern, which SRSTE needs; use '2:4'.")
         self.pattern = parsed
         if strength is not None:
             check_number("strength", strength)
         if soft and isinstance(parsed, Transposable):
             raise ValueError(
-                f"soft=True has groups of inputs alone, not structure='{structure}'; write '{parsed.n}:{parsed.m}', or "
-                "leave soft out."
+                f"soft=True supports only groups of inputs, not structure='{structure}'; use '{parsed.n}:{parsed.m}', or "
+                "omit soft."
             )
         self.window = Window(0.0, end, every)
         self.budget = Budget(None, structure=structure)
-        self.hidden_dtype = torch.float64 if soft else torch.float32  # what is shown is not a part of the weight with `soft`
+        self.hidden_dtype = torch.float64 if soft else torch.float32  # with `soft` the shown value is not part of the weight
         self._plan: Plan | None = None
         self._targets: dict[str, Target] = {}
         self._asked, self._due = -1, False
@@ -144,7 +144,7 @@ class SRSTE(ShadowWeights):
         return True
 
     def begin(self) -> None:
-        assert self._plan is not None, "asked before `check`"
+        assert self._plan is not None, "called before `check`"
         self.promise(*self._plan.kept_weights())
         for name, weight in self.weights.items():
             self.choose_mask(name, weight)
@@ -158,7 +158,7 @@ class SRSTE(ShadowWeights):
             for name, weight in self.weights.items():
                 dense = (weight + self.hidden[name]).to(weight.dtype)
                 if not self._shown_value(name, dense).to(weight.dtype).equal(weight):
-                    self.hidden[name].zero_()  # somebody has changed the weight, and what the model shows counts
+                    self.hidden[name].zero_()  # the weight was changed from outside, and the model's value wins
             self.take_in(self.weights)
         else:
             super().resume()
@@ -171,7 +171,7 @@ class SRSTE(ShadowWeights):
     def weight_penalty(self, step: Step) -> Iterable[tuple[str, Tensor]]:
         strength = PUBLISHED[self.soft] if self.strength is None else self.strength
         for name, weight in step.weights.items():
-            if strength and weight.grad is not None:  # without one its optimizer skips it
+            if strength and weight.grad is not None:  # without a gradient, its optimizer skips it
                 yield name, self._dropped(name).mul(strength)
 
     def _dropped(self, name: str) -> Tensor:
@@ -180,7 +180,7 @@ class SRSTE(ShadowWeights):
         return hidden.masked_fill(self.alive[name], 0) if self.soft else hidden
 
     def silence(self, step: Step) -> None:
-        """Nothing: dropped entries take the gradient too."""
+        """Do nothing: dropped entries take the gradient too."""
 
     def after_step(self, step: Step) -> None:
         self._choose_masks(step)
@@ -192,14 +192,14 @@ class SRSTE(ShadowWeights):
         self.hide(step.weights)
 
     def _choose_masks(self, step: Step) -> None:
-        if self._asked != self.steps:  # the weights of all optimizers that move in this step
+        if self._asked != self.steps:  # for the weights of all optimizers that move in this step
             self._asked, self._due = self.steps, self.window.take(self.position(under_way=1))
         if self._due:
             for name, weight in step.weights.items():
                 self.choose_mask(name, weight)
 
     def choose_mask(self, name: str, dense: Tensor) -> None:
-        """Show the largest of each group from now on."""
+        """Show the largest entries of each group from now on."""
         self.alive[name] = self.pattern.best(magnitude(dense), self._targets[name])
 
     # ---- what is shown -----------------------------------------------------------------------------------------------
@@ -214,9 +214,9 @@ class SRSTE(ShadowWeights):
         return self._softened(name, dense.to(self.scales[name].dtype)).mul_(self.scales[name])
 
     def hide(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """As in `ShadowWeights`; with `soft`, what is hidden is the weight without what is shown of it.
+        """As in `ShadowWeights`; with `soft`, what is hidden is the weight minus what is shown of it.
 
-        That is kept in twice the precision, so that their sum is the weight again, bit for bit.
+        The difference is kept in twice the precision, so that the sum of both is bit-identical to the weight.
         """
         if not self.soft:
             super().hide(weights)
@@ -232,11 +232,11 @@ class SRSTE(ShadowWeights):
     def conclude(self) -> None:
         if not self.window.is_over and self.end != 1:
             rank_zero_warn(
-                f"{self.label} ends before its masks have settled, at end={self.end!r}; train on, or end earlier."
+                f"{self.label} ends before its masks are fixed, at end={self.end!r}; train longer, or set an earlier end."
             )
 
     def numbers(self) -> Mapping[str, float | Tensor]:
-        """The mean size of dropped weights, which the decay keeps small."""
+        """The mean magnitude of dropped weights, which the decay keeps small."""
         sizes = [self.total(name)(self._dropped(name).abs().sum()) for name in self.weights]
         together = torch.stack([size.to(sizes[0].device) for size in sizes]).sum()
         return {"dropped_size": together / max(self.mask_set.total - self.mask_set.kept, 1)}

@@ -1,4 +1,4 @@
-"""STR: every layer learns by how much its weights are made smaller, and where that leaves nothing."""
+"""STR: every layer learns a soft threshold for its weights."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ __all__ = ["STR"]
 
 @final
 class STR(LearnedThreshold):
-    r"""Learn a threshold for every layer; weights are used smaller by it, and those below it are dropped.
+    r"""Learn a soft threshold for every layer; weights shrink by it, and those below it are dropped.
 
-    A weight w of layer l is used as $sign(w) \max(|w| - \sigma(s_l), 0)$ with the logistic function; weight decay pulls
-    s, which starts below zero, up toward zero:
+    A weight w of layer l is used as $sign(w) \max(|w| - \sigma(s_l), 0)$ with the logistic function; weight decay pulls s,
+    which starts below zero, up toward zero:
 
     $$ \frac{\partial L}{\partial s} = -\sigma'(s) \sum_{|w| > \sigma(s)} g\, sign(w) + \lambda s $$
 
-    So layers find their own sparsity, which comes out as it comes; more decay is sparser. Dropped weights get no gradient,
-    but the optimizer's weight decay and moments go on moving them, and a falling threshold lets them return.
+    So layers find their own sparsity, which is not set in advance; more decay is sparser. Dropped weights get no gradient,
+    but the optimizer's weight decay and moments keep moving them, and a falling threshold lets them return.
 
-    Dense weights and thresholds are the callback's; the model holds the weights as they are used, with exact zeros. At
-    stations `before_step` and `after_step`, at the cost of some twelve passes over the weights per step, and of one more
-    copy of them and a byte per weight in memory.
+    The callback keeps dense weights and thresholds; the model holds the thresholded weights, with exact zeros. Runs at
+    stations `before_step` and `after_step`. Costs about twelve passes over the weights per step, plus one more copy of the
+    weights and one byte per weight in memory.
 
     Source: Kusupati et al. 2020, "Soft Threshold Weight Reparameterization for Learnable Sparsity",
-    https://arxiv.org/abs/2002.03231. The default values are ours: which sparsity they give depends on the recipe.
+    https://arxiv.org/abs/2002.03231. The default values are ours; the sparsity they give depends on the recipe.
 
     Args:
-        strength: lambda, the weight decay of s, from 0 up.
-        initial_threshold: sigma(s) at the start, in (0, 0.5).
-        learning_rate: of s; None is that of the weights, step by step.
-        momentum: of s, in [0, 1).
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        strength: lambda, the weight decay of s, at least 0.
+        initial_threshold: initial value of sigma(s), in (0, 0.5).
+        learning_rate: learning rate of s; None uses that of the weights, step by step.
+        momentum: momentum of s, in [0, 1).
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Example:
         >>> STR(strength=1e-3).label
@@ -88,16 +88,16 @@ class STR(LearnedThreshold):
         return self.strength * self.sources[name]
 
     def hide(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """As in `ShadowWeights`, but what is hidden is what the model does not show: of kept weights, the threshold.
+        """As in `ShadowWeights`, but what is hidden is what the model does not show: for kept weights, the threshold.
 
-        Nothing is lost by rounding: a weight minus what is left of it is a number of the same precision.
+        Nothing is lost in rounding: the difference of a weight and its thresholded value has the same precision.
         """
         averages = self.run.averages()
         for name, weight in weights.items():
             dense = self.hidden[name].copy_(weight)
             bits = mask_bits(self.shown(name, dense))
             threshold = self.threshold(name)
-            limit: Any = threshold.item() if threshold.is_cpu else threshold  # by plain numbers torch clamps twice as fast
+            limit: Any = threshold.item() if threshold.is_cpu else threshold  # torch clamps by plain numbers twice as fast
             weight.sub_(dense.clamp(-limit, limit))  # `soft_threshold`, in place
             apply_bits_(weight, bits)
             dense.sub_(weight)
@@ -108,5 +108,5 @@ class STR(LearnedThreshold):
         for name, weight in self.weights.items():
             hidden, threshold = self.hidden[name], self.threshold(name)
             ours = soft_threshold(hidden + weight, threshold).to(weight.dtype) == weight
-            hidden.copy_(torch.where(ours, hidden, weight.sign() * threshold))  # what the model shows counts
+            hidden.copy_(torch.where(ours, hidden, weight.sign() * threshold))  # the model's value wins
         self.take_in(self.weights)

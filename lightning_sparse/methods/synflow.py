@@ -28,8 +28,9 @@ from lightning_sparse.loop.dry_run import dry_run, record_calls, refuse_unrepeat
 
 __all__ = ["SynFlow"]
 
-# Scores are nothing but rounding where those of the whole layer come to less of what flows, in units of the last place. Seen
-# up to 30 behind a layer norm; where anything flows, one layer at least carries a good part of it.
+# Scores are only rounding noise if those of the whole layer add up to less than this share of the flow, in units of the last
+# place. Values up to 30 were seen behind a layer norm; if anything flows, at least one layer carries a substantial part of
+# it.
 _ROUNDING = 1000
 
 
@@ -39,35 +40,35 @@ class SynFlow(PruningAtInit):
 
     $$ s = |w \, \partial R / \partial w|, \qquad R = \mathbf 1^\top f(\mathbf 1;\, |\theta|) $$
 
-    in evaluation mode and float64, with every parameter and statistic made positive and an input of ones. Repeated on what
-    is left while the density falls geometrically to its target, so no layer is emptied while others have weights to spare.
-    No data is used but the shape of the input. Integers among the inputs, such as token ids, labels and timesteps, stay as
-    they are in the first sample; scalars beside other outputs, such as a loss, do not count. `iterations` forward and
-    backward passes of one sample, once. In memory, meanwhile, 16 bytes per weight and more while they are
-    ranked: R grows by the size of a row with every
-    layer and overflows float32 in a perceptron of forty wide layers, so the copy, its gradients and scores are in 64 bits.
+    in evaluation mode and float64, with every parameter and statistic made positive and an input of ones. This is repeated
+    on the remaining weights while the density falls geometrically to its target, so no layer is emptied while others have
+    weights to spare. It uses no data, only the shape of the input. Integer inputs, such as token ids, labels and timesteps,
+    keep their values from the first sample; scalars beside other outputs, such as a loss, do not count. Costs `iterations`
+    forward and backward passes of one sample, once. Meanwhile it needs 16 bytes of memory per weight, and more during
+    ranking: R grows by the size of a row with every layer and overflows float32 in a perceptron of forty wide layers, so the
+    copy, its gradients and scores are in 64 bits.
 
     Source: Tanaka et al. 2020, "Pruning neural networks without any data by iteratively conserving synaptic flow",
     https://arxiv.org/abs/2006.05467, algorithm 1.
 
     Args:
-        sparsity: the fraction removed, in [0, 1); may be left out for `structure='n:m'`.
-        iterations: rounds of scoring and pruning.
-        input_shape: of one sample as the network takes it, without the batch; None looks at what the network is given
-            for the first batch of the training set.
-        network: the part of the module that is scored, by name; None is the innermost part with all trainable parameters.
-        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`, `owl` (more where scores have outliers).
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
-            attention, which can leave too), `fan_in` (as many weights in every output), `block:RxC` (outputs by inputs),
-            `n:m` or `transposable n:m` (both ways).
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
+        sparsity: the fraction removed, in [0, 1); optional with `structure='n:m'`.
+        iterations: number of rounds of scoring and pruning.
+        input_shape: shape of one sample as the network takes it, without the batch; None uses the network's inputs in the
+            first batch of the training set.
+        network: name of the submodule that is scored; None is the innermost one that holds all trainable parameters.
+        allocation: how sparsity is distributed over the layers: `global` (scores of all layers compete), `uniform`,
+            `uniform+`, `er`, `erk`, `erk+`, `owl` (layers with more outliers among their scores keep more).
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
+            across all layers that additions tie together, with biases and norms, so that they can be cut out of the
+            network), `heads` (whole attention heads, which can be cut out too), `fan_in` (the same number of weights in
+            every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (in both directions).
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Example:
         >>> SynFlow(sparsity=0.98, input_shape=[3, 32, 32]).label
@@ -114,7 +115,7 @@ class SynFlow(PruningAtInit):
             for tensor in itertools.chain(twin.parameters(), twin.buffers()):
                 local(tensor).data.abs_()
             masks = self._iterate(twin, lambda: ones(twin))
-        self.set_masks(dict(zip(self.weights, masks, strict=True)))  # not before all that was tried is undone
+        self.set_masks(dict(zip(self.weights, masks, strict=True)))  # only after all temporary changes are undone
 
     def _iterate(self, twin: LightningModule, flow: Callable[[], Any]) -> list[Tensor]:
         weights = self.twin_weights(twin)
@@ -140,7 +141,7 @@ class SynFlow(PruningAtInit):
             outputs = [output for output in outputs if output.ndim] or outputs
         except Exception as error:
             raise ValueError(
-                f"{self.label} could not send ones through the network; give the input_shape of one sample, or the network "
+                f"{self.label} could not send ones through the network; set the input_shape of one sample, or the network "
                 f"that takes it ({error})."
             ) from error
         torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
@@ -150,21 +151,22 @@ class SynFlow(PruningAtInit):
             for name, weight in named.items():
                 if weight.grad is None:
                     raise ValueError(
-                        f"{self.label}: nothing flows through '{name}'; exclude it with targets=['!{name}'], or give the "
-                        "network that it belongs to."
+                        f"{self.label}: nothing flows through '{name}'; exclude it with targets=['!{name}'], or set "
+                        f"network to the "
+                        "submodule that it belongs to."
                     )
-                # Parts of a gradient are means over ranks already.
+                # Gradients of shards are already means over ranks.
                 gradient = weight.grad if self.layouts else reduce(weight.grad, reduce_op="mean")
                 scores.append(connection_sensitivity(weight, gradient))
-                weight.grad = None  # a number in 64 bits for every weight, which nobody needs any more
+                weight.grad = None  # 64 bits for every weight, no longer needed
         size = reduce(torch.stack([output.detach().abs().sum() for output in outputs]).sum(), reduce_op="mean")
         sums = [float(self.total(name)(score.sum())) for name, score in zip(named, scores, strict=True)]
         if max(sums) < _ROUNDING * torch.finfo(size.dtype).eps * float(size):
-            return [torch.zeros_like(score) for score in scores]  # as behind a layer norm, which always has the same sum
+            return [torch.zeros_like(score) for score in scores]  # as behind a layer norm, whose sum is constant
         return scores
 
     def _ones(self, path: str) -> Call:
-        """A call of the network: one sample, all ones but for integers."""
+        """A call of the network with one sample, all ones except for integers."""
         trainer, module = self.run.trainer, self.run.module
         if self.input_shape is not None:
             return Call((torch.ones(1, *self.input_shape, device=module.device),), network=path)
@@ -174,6 +176,6 @@ class SynFlow(PruningAtInit):
         if not calls:
             raise ValueError(
                 f"{self.label} saw no call of the network '{path or type(module).__name__}' in the first batch's "
-                "training_step; give the input_shape of one sample, or the network that takes it."
+                "training_step; set the input_shape of one sample, or the network that takes it."
             )
         return calls[0].first(1).map(lambda tensor: torch.ones_like(tensor) if tensor.is_floating_point() else tensor)

@@ -1,4 +1,4 @@
-"""Trainable thresholds: every output unit learns at which size its weights are cut off."""
+"""Trainable thresholds: every output unit learns the magnitude below which its weights are dropped."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class TrainableThreshold(LearnedThreshold):
 
     $$ L \leftarrow L + \alpha \sum_c e^{-t_c} $$
 
-    raises them. The step's derivative is replaced by a long-tailed slope, so thresholds and dropped weights learn too. Of a
-    layer that has lost all but a hundredth of its weights, all thresholds return to zero. The sparsity comes out as it
-    comes; more strength is sparser. Thresholds move by gradient descent, whatever the optimizer of the weights.
+    raises them. The step's derivative is replaced by a long-tailed slope, so thresholds and dropped weights learn too. When
+    a layer has lost all but a hundredth of its weights, all its thresholds return to zero. The sparsity is not set in
+    advance; more strength is sparser. Thresholds move by gradient descent, whatever the optimizer of the weights is.
 
-    Dense weights and thresholds are the callback's; the model holds kept weights and exact zeros. At stations
-    `before_step` and `after_step`, at the cost of some fifteen passes over the weights per step, and of one more copy of
-    them and a byte per weight in memory.
+    The callback keeps dense weights and thresholds; the model holds kept weights and exact zeros. Runs at stations
+    `before_step` and `after_step`. Costs about fifteen passes over the weights per step, plus one more copy of the weights
+    and one byte per weight in memory.
 
     Source: Liu et al. 2020, "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With Trainable Masked
     Layers", https://arxiv.org/abs/2005.06870. There the thresholds are parameters of the model's own optimizer.
 
     Args:
-        strength: alpha, from 0 up; the published value for CIFAR-10 with an SGD of rate 0.1 over 160 epochs is 5e-6.
-        learning_rate: of the thresholds; None is that of their weights, step by step.
-        momentum: of the thresholds, in [0, 1).
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        strength: alpha, at least 0; the published value for CIFAR-10 with SGD at a rate of 0.1 over 160 epochs is 5e-6.
+        learning_rate: learning rate of the thresholds; None uses that of their weights, step by step.
+        momentum: momentum of the thresholds, in [0, 1).
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Example:
         >>> TrainableThreshold(strength=1e-5).label
@@ -64,7 +64,7 @@ class TrainableThreshold(LearnedThreshold):
 
     def misfit(self, target: Target) -> str | None:
         if target.parts_outputs:
-            return "is cut into shards along its inputs, and the threshold of an output needs all of them on one rank"
+            return "is sharded along its inputs, and the threshold of an output needs all of them on one rank"
         return super().misfit(target)
 
     @property
@@ -74,7 +74,7 @@ class TrainableThreshold(LearnedThreshold):
     def initial(self, target: Target) -> Tensor:
         shape = [1] * target.weight.ndim
         for dim in target.output_dims:
-            shape[dim] = target.weight.shape[dim]  # of this rank's part
+            shape[dim] = target.weight.shape[dim]  # the size of this rank's shard
         return torch.zeros(shape)
 
     def threshold(self, name: str) -> Tensor:

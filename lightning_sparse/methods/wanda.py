@@ -34,7 +34,7 @@ COMPARISONS = ("output", "layer")
 
 
 class _Place(NamedTuple):
-    """Where in `Wanda.seen` the columns of a weight are, by groups, and where the rows of each group are counted."""
+    """Where `Wanda.seen` holds the columns of a weight, by groups, and the row count of each group."""
 
     sums: slice
     counts: slice
@@ -43,42 +43,43 @@ class _Place(NamedTuple):
 
 @final
 class Wanda(SeesInputs, Pruning):
-    r"""Remove the weights that matter least to what reaches them, before the first batch or along a schedule; no gradients.
+    r"""Remove the weights that matter least given their inputs, before the first batch or along a schedule; no gradients.
 
     $$ s_{ij} = |w_{ij}| \, \|x_j\|_2 $$
 
     compared within each output, where $x_j$ are all values of input $j$ on `batches` batches of the training set: all tokens
-    of a linear layer, all places that a kernel position of a convolution sees. At station `begin`, one forward pass per
-    batch; along a schedule also hooks that add up squares while training goes on, and every update halves what was seen
-    before it. Sums are in float32 and over all ranks. What is removed stays removed, and the rest trains on.
+    of a linear layer, all positions that a kernel entry of a convolution sees. Runs at station `begin` with one forward pass
+    per batch. Along a schedule, hooks also add up squares during training, and every update halves the weight of what was
+    seen before it. Sums are in float32 and over all ranks. Removed weights stay removed, and the rest trains on.
 
     Source: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models",
-    https://arxiv.org/abs/2306.11695. There the inputs of a block are those behind pruned blocks; here all layers are scored
+    https://arxiv.org/abs/2306.11695. There the inputs of a block come from pruned blocks; here all layers are scored
     in one pass of the dense model. `relative=True`: RIA, Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training
     Pruning Method for Large Language Models", https://openreview.net/forum?id=Tr0lPx9woF.
 
     Args:
-        sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
-        relative: take each weight relative to all weights of its output and of its input, and the root of the norm (RIA).
-        compare: among whom weights are ranked: those of one `output` (each keeps the same share, the paper's), or of the
+        sparsity: the final fraction removed, in [0, 1); optional with `structure='n:m'`.
+        relative: take each weight relative to all weights of its output and of its input, and the square root of the norm
+            (RIA).
+        compare: where weights compete: within one `output` (each keeps the same fraction, as in the paper), or within the
             whole `layer`. Channels are always compared within their layer.
-        batches: of the training set that are looked at before the first batch, on every rank.
+        batches: number of training batches used before the first batch, on every rank.
         start: when pruning starts: a fraction of the run, `'n epochs'` or `'n steps'`.
-        end: when the final sparsity is reached; with 0 all at once, before the first batch.
-        every: time between updates; `'n epochs'` updates at the start of epochs, all else after steps.
+        end: when the final sparsity is reached; 0 prunes at once, before the first batch.
+        every: time between updates; `'n epochs'` updates at the start of epochs, everything else after steps.
         schedule: how sparsity grows from 0: `constant` (all at once), `linear`, `cubic`, `cosine`, `exponential`, or a
             function of (progress, start value, end value).
-        allocation: how sparsity is shared: `uniform`, `uniform+`, `er`, `erk`, `erk+`, `owl` (more where scores have
-            outliers), or with `compare='layer'` also `global`.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
-            attention, which can leave too), or `n:m`.
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        allocation: how sparsity is distributed over the layers: `uniform`, `uniform+`, `er`, `erk`, `erk+`, `owl` (layers
+            with more outliers among their scores keep more), or with `compare='layer'` also `global`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
+            across all layers that additions tie together, with biases and norms, so that they can be cut out of the
+            network), `heads` (whole attention heads, which can be cut out too), or `n:m`.
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
-        ValueError: at the start of fit, if a layer is never reached, as an expert without tokens.
+        ValueError: at the start of fit, if a layer is never reached, such as an expert without tokens.
 
     Example:
         >>> Wanda(sparsity=0.5, batches=16).label
@@ -88,7 +89,7 @@ class Wanda(SeesInputs, Pruning):
     shards: ClassVar[Shards] = "data"
 
     seen = Remembered[Tensor](lambda: torch.zeros(0), averaged=True)
-    """Sums of squares of all columns of all weights, and behind them of each group how many rows were added."""
+    """Sums of squares of all columns of all weights, followed by the number of rows added for each group."""
 
     def __init__(
         self,
@@ -124,8 +125,8 @@ class Wanda(SeesInputs, Pruning):
         check_whole("batches", batches, 1)
         if compare == "output" and self.quota.allocation == "global":
             raise ValueError(
-                "allocation='global' lets the scores of all layers compete, and compare='output' only those of one output; "
-                "write compare='layer', or allocation='uniform'."
+                "allocation='global' lets the scores of all layers compete, but compare='output' compares only those of one "
+                "output; use compare='layer', or allocation='uniform'."
             )
         self._tap: InputTap | None = None
         self._places: dict[str, _Place] = {}
@@ -151,7 +152,7 @@ class Wanda(SeesInputs, Pruning):
         self._watch()
 
     def _lay_out(self) -> None:
-        """Where the columns of each weight lie in `seen`, and where its rows are counted."""
+        """Where `seen` holds the columns of each weight, and the count of its rows."""
         shapes = {target.name: as_matrix(target, target.weight).shape for target in self.chosen}
         columns = sum(groups * width for groups, _, width in shapes.values())
         self._places, start, counts = {}, 0, columns
@@ -161,11 +162,11 @@ class Wanda(SeesInputs, Pruning):
         self._size = counts
 
     def _watch(self) -> None:
-        """Look on while training goes on, as long as more is to be pruned."""
+        """Keep collecting during training, as long as more pruning is due."""
         if self.window.is_over or self.window.end <= 0:
             return
         if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # graphs made before do not know of the hooks
+            torch.compiler.reset()  # graphs compiled earlier do not know about the hooks
         self._tap = InputTap(self.run.module, [*self.weights], self._add, training=True)
 
     def _add(self, name: str, reading: Reading) -> None:
@@ -175,7 +176,7 @@ class Wanda(SeesInputs, Pruning):
             self.seen[place.counts][part] += rows
 
     def _measure(self) -> None:
-        """The norms of all inputs, over rows and ranks, up to one factor for all."""
+        """The norms of all inputs, over rows and ranks, up to one common factor."""
         total = self.everywhere(self.seen.clone())
         for name, target in self.targets_by_name.items():
             place = self._places[name]

@@ -1,4 +1,4 @@
-"""Penalties on weights, with a prune at the end: the plain baselines."""
+"""Penalties on weights, with a final prune: the plain baselines."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ __all__ = ["WeightPenalty"]
 
 @final
 class WeightPenalty(Pruning):
-    r"""Pull weights toward zero by a penalty, then remove the smallest at once.
+    r"""Pull weights toward zero with a penalty, then remove the smallest in one prune.
 
     At station `weight_penalty`, as a gradient in closed form: $g \leftarrow g + \lambda\, dR/dw$; or, with `proximal`, at
-    station `project`: $w \leftarrow prox_{\eta\lambda R}(w)$ with the learning rate $\eta$ of the step that was made. One
-    pass over the weights per step, and no graph. The penalty ends with the prune, and what is left trains on without it.
+    station `project`: $w \leftarrow prox_{\eta\lambda R}(w)$ with the learning rate $\eta$ of that step. Costs one pass over
+    the weights per step, without an autograd graph. The penalty ends with the prune, and the remaining weights train on
+    without it.
 
     | penalty | R(w) of one layer |
     | --- | --- |
@@ -46,26 +47,26 @@ class WeightPenalty(Pruning):
     https://arxiv.org/abs/1608.03665 (group lasso); Yang et al. 2020, https://arxiv.org/abs/1908.09979 (Hoyer-Square).
 
     Args:
-        sparsity: the fraction removed by the prune, in [0, 1); None prunes nothing, and then the penalty alone decides.
+        sparsity: the fraction removed by the prune, in [0, 1); None prunes nothing, so that the penalty alone decides.
         penalty: what is penalized: `l1`, `l2`, `group_lasso` or `hoyer`.
-        strength: lambda, not negative.
-        proximal: take the penalty as a proximal step, which makes exact zeros by itself, where there is one. The step
-            size is the plain learning rate, also with optimizers that scale every entry by their own.
-        end: when the penalty ends and the prune is made: a fraction of the run, `'n epochs'` or `'n steps'`; what is left of
-            the run trains without it. Without a sparsity, `end=1.0` keeps the penalty on to the last step, and `proximal`
-            needs that: its zeros last only as long as it does.
-        allocation: how sparsity is shared: `global` (all layers compete), `uniform`, `uniform+`, `er`, `erk`, `erk+`,
-            `owl` (more where there are outliers).
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
-            attention, which can leave too), `fan_in` (as many weights in every output), `block:RxC` (outputs by inputs),
-            `n:m` or `transposable n:m` (both ways).
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
+        strength: lambda, at least 0.
+        proximal: apply the penalty as a proximal step, where one exists, which makes exact zeros by itself. The step size is
+            the plain learning rate, even with optimizers that scale every entry.
+        end: when the penalty ends and the prune happens: a fraction of the run, `'n epochs'` or `'n steps'`; the rest of the
+            run trains without the penalty. Without a sparsity, `end=1.0` keeps the penalty on to the last step, and
+            `proximal` needs that: its zeros last only as long as the penalty does.
+        allocation: how sparsity is distributed over the layers: `global` (all layers compete), `uniform`, `uniform+`, `er`,
+            `erk`, `erk+`, `owl` (layers with more outliers keep more).
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
+            across all layers that additions tie together, with biases and norms, so that they can be cut out of the
+            network), `heads` (whole attention heads, which can be cut out too), `fan_in` (the same number of weights in
+            every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (in both directions).
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
         ValueError: for an unknown penalty, a negative strength, or a proximal step that has no closed form.
@@ -99,7 +100,7 @@ class WeightPenalty(Pruning):
         name: str | None = None,
     ) -> None:
         self.prunes = sparsity is not None or bool(layer_sparsity) or parse_structure(structure).sparsity is not None
-        at_once = float(end) if isinstance(end, int) else end  # a start of 1 would be refused as a slip of the pen
+        at_once = float(end) if isinstance(end, int) else end  # a start of 1 would be refused as a typo
         super().__init__(
             sparsity if self.prunes else 0.0,
             start=at_once,
@@ -120,7 +121,7 @@ class WeightPenalty(Pruning):
         if proximal and PENALTIES[penalty].proximal_ is None:
             able = [other for other, known in PENALTIES.items() if known.proximal_ is not None]
             raise ValueError(
-                f"penalty='{penalty}' has no proximal map in closed form; leave proximal out, or choose from {able}."
+                f"penalty='{penalty}' has no proximal map in closed form; omit proximal, or choose from {able}."
             )
 
     def score(self, name: str, weight: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class WeightPenalty(Pruning):
 
     def misfit(self, target: Target) -> str | None:
         if self.penalty == "group_lasso" and target.parts_outputs:
-            return "is cut into shards along its inputs, and penalty='group_lasso' needs all inputs of an output on one rank"
+            return "is sharded along its inputs, and penalty='group_lasso' needs all inputs of an output on one rank"
         return super().misfit(target)
 
     @property
@@ -137,7 +138,7 @@ class WeightPenalty(Pruning):
 
     @property
     def pulls(self) -> bool:
-        """Whether the penalty is still on."""
+        """Whether the penalty is still active."""
         return not self.window.is_over
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
@@ -147,8 +148,8 @@ class WeightPenalty(Pruning):
             self.window.resolve(run)
             if self.proximal and self.window.end < 1:
                 raise ValueError(
-                    "proximal=True without a sparsity makes zeros that last only as long as the penalty, and "
-                    f"end={self.end!r} is before the end of training; write end=1.0, or give a sparsity."
+                    "proximal=True without a sparsity makes zeros that last only as long as the penalty, but "
+                    f"end={self.end!r} is before the end of training; use end=1.0, or set a sparsity."
                 )
 
     def begin(self) -> None:

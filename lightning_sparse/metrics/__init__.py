@@ -1,4 +1,4 @@
-"""What the field reads off sparse training, as torchmetrics classes; each has a twin in `functional` or `core`."""
+"""Metrics of sparse training as torchmetrics classes; each has a functional version in `functional` or `core`."""
 
 from lightning_sparse.metrics.cka import CKA
 from lightning_sparse.metrics.hoyer import HoyerSparsity

@@ -1,4 +1,4 @@
-"""How similar the layers of a model see a data set."""
+"""The similarity of a model's layers on a data set."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["CKA"]
 class CKA(Metric):
     r"""Linear centered kernel alignment of all pairs of layers, over any number of batches.
 
-    HSIC is summed over batches and ranks, and one ratio is taken at the end, so the value hardly depends on the batch size;
-    a batch of n samples costs n^2 times the size of all features, and nothing but one number per pair is kept. Batches of
-    fewer than four samples say nothing.
+    HSIC is summed over batches and ranks, and a single ratio is taken at the end, so the value hardly depends on the batch
+    size. A batch of n samples costs n^2 times the size of all features; only one number per pair is stored. Batches of fewer
+    than four samples are uninformative.
 
     Source: Nguyen et al. 2020, "Do Wide and Deep Networks Learn the Same Things?", https://arxiv.org/abs/2010.15327,
     equations 2 and 3.
 
     Args:
-        names: of the layers, in the order of the features.
-        unbiased: which estimator of HSIC.
-        options: of `torchmetrics.Metric`.
+        names: names of the layers, in the order of the features.
+        unbiased: use the unbiased estimator of HSIC.
+        options: options of `torchmetrics.Metric`.
 
     Example:
         >>> metric = CKA(["a", "b"])
@@ -48,7 +48,7 @@ class CKA(Metric):
     def __init__(self, names: Sequence[str], unbiased: bool = True, **options: Any) -> None:
         super().__init__(**options)
         if len(names) < 2:
-            raise ValueError(f"names={list(names)} must name two layers or more: a similarity is between two.")
+            raise ValueError(f"names={list(names)} must name at least two layers: a similarity is between two.")
         self.names, self.unbiased = list(names), unbiased
         self.add_state("hsic", torch.zeros(len(self.names), len(self.names)), dist_reduce_fx="sum")
 
@@ -57,21 +57,21 @@ class CKA(Metric):
         """Add a batch.
 
         Args:
-            features: one for each name, all of the same samples.
+            features: one tensor per name, all of the same samples.
         """
         if len(features) != len(self.names):
-            raise ValueError(f"CKA of {len(self.names)} layers was given {len(features)} features.")
+            raise ValueError(f"CKA of {len(self.names)} layers got {len(features)} features.")
         self.hsic = self.hsic + linear_hsic_matrix(features, self.unbiased).to(self.hsic)
 
     def compute(self) -> Tensor:
         return cka_from_hsic(self.hsic)
 
     def plot(self, val: Tensor | None = None, ax: Any = None) -> tuple[Any, Any]:
-        """A heat map, layer by layer; needs matplotlib, and touches no global state of it.
+        """Draw a heat map, layer by layer; needs matplotlib, and changes none of its global state.
 
         Args:
             val: a matrix to draw instead of the current one.
-            ax: axes of matplotlib to draw on.
+            ax: matplotlib axes to draw on.
 
         Returns:
             The figure and its axes.

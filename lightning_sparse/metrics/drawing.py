@@ -1,4 +1,4 @@
-"""Figures of metrics; needs matplotlib, and touches no global state of it."""
+"""Figures of metrics; needs matplotlib, and changes none of its global state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["bars", "curve", "figure_of"]
 
 
 def figure_of(ax: Any, width: float, height: float) -> tuple[Any, Any]:
-    """The figure of the given axes, or a new one with axes, in inches.
+    """The figure of the given axes, or a new one of this size in inches.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
@@ -26,13 +26,13 @@ def figure_of(ax: Any, width: float, height: float) -> tuple[Any, Any]:
 
 
 def bars(values: Mapping[str, float], label: str, ax: Any, behind: Mapping[str, float] | None = None) -> tuple[Any, Any]:
-    """A horizontal bar for each layer, the first on top.
+    """One horizontal bar per layer, the first on top.
 
     Args:
-        values: by layer.
-        label: of the axis of values.
-        ax: axes to draw on; None makes new ones.
-        behind: values drawn pale behind them, such as those of the dense model.
+        values: values by layer.
+        label: label of the value axis.
+        ax: axes to draw on; None creates new ones.
+        behind: values drawn in a pale color behind them, such as those of the dense model.
     """
     figure, ax = figure_of(ax, 6.0, 1.0 + 0.22 * len(values))
     names = list(values)
@@ -46,7 +46,7 @@ def bars(values: Mapping[str, float], label: str, ax: Any, behind: Mapping[str, 
 
 
 def curve(values: Any, label: str, ax: Any) -> tuple[Any, Any]:
-    """A value, or one for each reading, over the readings."""
+    """A single value, or a list of values over the readings."""
     figure, ax = figure_of(ax, 6.0, 3.5)
     readings = [float(value) for value in values] if isinstance(values, Sequence) else [float(values)]
     ax.plot(range(1, len(readings) + 1), readings, marker="." if len(readings) > 1 else "o")

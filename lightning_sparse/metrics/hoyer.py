@@ -1,4 +1,4 @@
-"""How sparse weights are by their magnitudes, zeros or not."""
+"""Sparsity of weights measured by their magnitudes, with or without exact zeros."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["HoyerSparsity"]
 
 @final
 class HoyerSparsity(Metric):
-    r"""Hoyer's sparsity of a network: 0 where all weights of each output are equally large, 1 where one is left of each.
+    r"""Hoyer's sparsity of a network: 0 if all weights of each output are equally large, 1 if only one is left of each.
 
-    The mean over the outputs of a layer, and over layers in proportion to their numbers of weights. Layers whose outputs
-    have a single entry do not count. `functional.hoyer_sparsity` gives single outputs, `functional.expected_hoyer` what
-    training on the unit Lp sphere is expected to lead to.
+    The mean over the outputs of a layer, and over layers weighted by their numbers of weights. Layers whose outputs have a
+    single entry do not count. `functional.hoyer_sparsity` gives single outputs, `functional.expected_hoyer` the value that
+    training on the unit Lp sphere is expected to reach.
 
     Source: Hoyer 2004, "Non-negative Matrix Factorization with Sparseness Constraints", JMLR 5, section 3; the mean as in
-    Li et al. 2021, https://arxiv.org/abs/2103.16013, by its official repository.
+    Li et al. 2021, https://arxiv.org/abs/2103.16013, as in its official repository.
 
     Args:
-        targets: patterns that choose the weights; see `core.find_targets`.
+        targets: patterns that select the weights; see `core.find_targets`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 2))
@@ -53,10 +53,10 @@ class HoyerSparsity(Metric):
         self.add_state("entries", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, module: nn.Module) -> None:
-        """Take in the weights of a module as they are now.
+        """Read the current weights of a module.
 
         Raises:
-            ValueError: if the patterns choose nothing that has a sparsity.
+            ValueError: if the patterns select nothing that has a sparsity.
         """
         seen = 0
         for candidate in describe(module, self.targets, frozen=True):
@@ -71,7 +71,7 @@ class HoyerSparsity(Metric):
                 seen += 1
         if not seen:
             name = type(module).__name__
-            raise ValueError(f"targets={self.targets} chooses no weight of {name} whose outputs have two entries or more.")
+            raise ValueError(f"targets={self.targets} chooses no weight of {name} whose outputs have at least two entries.")
 
     def compute(self) -> Tensor:
         """The mean over all that was taken in."""

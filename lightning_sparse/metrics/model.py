@@ -139,7 +139,7 @@ class DeadUnits(_ByLayer):
 
     Args:
         module: whose layers are read.
-        targets: patterns that choose the weights; see `core.find_targets`.
+        targets: patterns that select the weights; see `core.find_targets`.
         options: of `torchmetrics.Metric`.
 
     Example:

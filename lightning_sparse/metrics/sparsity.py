@@ -1,4 +1,4 @@
-"""Metrics of masks: how sparse, how much of a mask is left or has changed, how much has ever been tried."""
+"""Metrics of masks: sparsity, overlap and churn between readings, and the share of weights that were ever active."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from lightning_sparse.metrics.drawing import curve
 __all__ = ["MaskChurn", "MaskMetric", "MaskOverlap", "OverParameterizationRate", "Sparsity"]
 
 NamedMasks = Mapping[str, Tensor] | Masks
-"""Masks by name, True = kept; a method's `masks` will do."""
+"""Masks by name, True = kept; a method's `masks` works."""
 
 
 class MaskMetric(Metric):
-    """A metric of masks that all ranks share, so nothing is gathered from them."""
+    """A metric of masks that are the same on all ranks, so nothing is gathered."""
 
     full_state_update = True
     label = ""
-    """What the axis of a plot says."""
+    """The axis label of a plot."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"sync_on_compute": False, **options})
 
     def plot(self, val: Any = None, ax: Any = None) -> tuple[Any, Any]:
-        """The current value, or a list of values as a curve; needs matplotlib.
+        """Plot the current value, or a list of values as a curve; needs matplotlib.
 
         Args:
             val: readings to draw instead of the current one.
-            ax: axes of matplotlib to draw on.
+            ax: matplotlib axes to draw on.
 
         Returns:
             The figure and its axes.
@@ -49,9 +49,9 @@ class MaskMetric(Metric):
 
 
 class Sparsity(MaskMetric):
-    """The fraction removed, read twice: by the masks, and by the exact zeros among the weights they belong to.
+    """The fraction removed, measured twice: by the masks, and by the exact zeros among the weights they belong to.
 
-    The two agree unless weights are zero by themselves, as some are at the start, or something has brought them back.
+    The two agree unless weights happen to be zero, as some are at the start, or something has changed masked weights.
 
     Args:
         options: of `torchmetrics.Metric`.
@@ -70,7 +70,7 @@ class Sparsity(MaskMetric):
         self.add_state("readings", torch.zeros(2, dtype=torch.float64))
 
     def update(self, masks: NamedMasks, weights: Mapping[str, Tensor]) -> None:
-        """Read masks and weights as they are now; weights without a mask do not count."""
+        """Read the current masks and weights; weights without a mask do not count."""
         both = mask_sparsity(masks[name] for name in masks), zero_fraction(weights[name] for name in masks)
         self.readings = torch.tensor(both, dtype=torch.float64, device=self.device)
 
@@ -78,7 +78,7 @@ class Sparsity(MaskMetric):
         return dict(zip(("sparsity", "zeros"), self.readings.tolist(), strict=True))
 
     def plot(self, val: Any = None, ax: Any = None) -> tuple[Any, Any]:
-        """The current pair, or a list of pairs as two curves; needs matplotlib."""
+        """Plot the current pair, or a list of pairs as two curves; needs matplotlib."""
         pairs = [self.compute()] if val is None else list(val)
         for name in ("zeros", "sparsity"):
             figure, ax = curve([pair[name] for pair in pairs], "sparsity", ax)
@@ -87,7 +87,7 @@ class Sparsity(MaskMetric):
 
 
 class MaskOverlap(MaskMetric):
-    r"""The fraction of connections that are still there since the reading before: $|A \cap B| / |A|$.
+    r"""The fraction of connections that are still present since the previous reading: $|A \cap B| / |A|$.
 
     Holds one byte per weight.
 
@@ -114,7 +114,7 @@ class MaskOverlap(MaskMetric):
         self.add_state("value", torch.tensor(self.between([self.last], [self.last])))
 
     def update(self, masks: NamedMasks) -> None:
-        """Compare with the reading before."""
+        """Compare with the previous reading."""
         now = _flat(masks, self.names).to(self.device)
         self.value = torch.tensor(self.between([self.last], [now]), device=self.device)
         self.last = now
@@ -124,7 +124,7 @@ class MaskOverlap(MaskMetric):
 
 
 class MaskChurn(MaskOverlap):
-    r"""The fraction of connections that came or went since the reading before: $1 - |A \cap B| / |A \cup B|$.
+    r"""The fraction of connections that were added or removed since the previous reading: $1 - |A \cap B| / |A \cup B|$.
 
     Holds one byte per weight.
 
@@ -146,7 +146,7 @@ class MaskChurn(MaskOverlap):
 class OverParameterizationRate(MaskMetric):
     """In-time over-parameterization: the fraction of weights that were active at any reading.
 
-    Holds one byte per weight. Sees what it is shown: the methods of dynamic sparse training take part in every update
+    Holds one byte per weight. It sees only the readings it gets; methods of dynamic sparse training record every update
     themselves with `track_explored=True`.
 
     Source: Liu et al. 2021, "Do We Actually Need Dense Over-Parameterization?", https://arxiv.org/abs/2102.02887.
@@ -171,7 +171,7 @@ class OverParameterizationRate(MaskMetric):
         self.add_state("ever", _flat(masks, self.names))
 
     def update(self, masks: NamedMasks) -> None:
-        """Add the masks as they are now."""
+        """Add the current masks."""
         self.ever = self.ever | _flat(masks, self.names).to(self.device)
 
     def compute(self) -> Tensor:

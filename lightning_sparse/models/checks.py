@@ -1,4 +1,4 @@
-"""What is refused when a module is made, and not when its training begins."""
+"""Arguments that are refused when a module is created, not when its training begins."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["check_optimizer"]
 
 
 def check_optimizer(make: Callable[[Any], Any]) -> None:
-    """Refuse an optimizer that torch refuses: it is tried on a parameter of its own.
+    """Refuse an optimizer that torch refuses, by creating it for a dummy parameter.
 
     Args:
         make: called with parameters.
 
     Raises:
-        ValueError: with what torch says.
+        ValueError: with torch's message.
     """
     try:
         make([nn.Parameter(torch.zeros(1))])
     except ValueError as error:
-        raise ValueError(f"optimizer is refused by torch: {str(error).rstrip('.')}; give a value that it takes.") from error
+        raise ValueError(f"optimizer is refused by torch: {str(error).rstrip('.')}; use a valid value.") from error

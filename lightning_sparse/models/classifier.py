@@ -32,14 +32,14 @@ class Classifier(pl.LightningModule):
 
     Args:
         network: called with (num_classes, in_channels, image_size).
-        num_classes: outputs; the command line takes it from the data.
-        in_channels: of the images; the command line takes it from the data.
+        num_classes: number of outputs; the command line takes it from the data.
+        in_channels: channels of the images; the command line takes it from the data.
         image_size: height and width; the command line takes it from the data.
         optimizer: called with the parameters; default SGD with momentum 0.9, rate 0.1, weight decay 5e-4.
         lr_scheduler: called with the optimizer and stepped per epoch; None is a cosine over the run, per step.
-        label_smoothing: of the training loss.
-        annealing: the fraction of the run after which the default cosine has come to zero; for a method that trains in
-            rounds and rewinds the learning rate, the share of one round.
+        label_smoothing: label smoothing of the training loss.
+        annealing: the fraction of the run after which the default cosine reaches zero; for a method that trains in rounds
+            and rewinds the learning rate, the fraction of one round.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Classifier(pl.LightningModule):
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
             check_whole(name, value, 2 if name == "num_classes" else 1)
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1): what the labels give to other classes.")
+            raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1): the share for the other classes.")
         check_optimizer(optimizer)
         self.network = network(num_classes, in_channels, image_size)
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
@@ -105,7 +105,7 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _cosine(self, step: int) -> float:
-        # The length is asked for only after the first step: asking earlier would load the data before the checkpoint.
+        # The length is queried only after the first step: querying earlier would load the data before the checkpoint.
         if step == 0:
             return 1.0
         return (1 + math.cos(math.pi * min(1.0, step / (self.annealing * self.trainer.estimated_stepping_batches)))) / 2

@@ -29,9 +29,9 @@ class Regressor(pl.LightningModule):
 
     Args:
         network: called with (num_classes, in_channels, image_size).
-        num_classes: outputs; the command line takes it from the data.
-        in_channels: inputs; the command line takes it from the data.
-        image_size: 1, for inputs that are no images; the command line takes it from the data.
+        num_classes: number of outputs; the command line takes it from the data.
+        in_channels: number of inputs; the command line takes it from the data.
+        image_size: 1, for inputs that are not images; the command line takes it from the data.
         optimizer: called with the parameters; default Adam with rate 3e-3.
         lr_scheduler: called with the optimizer and stepped per epoch; None is a cosine over the run, per step.
     """
@@ -79,6 +79,6 @@ class Regressor(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _cosine(self, step: int) -> float:
-        if step == 0:  # asking for the length now would load the data before the checkpoint
+        if step == 0:  # querying the length now would load the data before the checkpoint
             return 1.0
         return (1 + math.cos(math.pi * min(1.0, step / self.trainer.estimated_stepping_batches))) / 2

@@ -1,4 +1,4 @@
-"""Looking at sparse training; nothing here changes what it does."""
+"""Monitoring of sparse training; nothing here changes how it runs."""
 
 from lightning_sparse.observe.checkpoint import SparsityCheckpoint
 from lightning_sparse.observe.checkpoint_io import AtomicCheckpointIO

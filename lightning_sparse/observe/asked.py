@@ -1,4 +1,4 @@
-"""The metric that somebody asks for: one that is never logged is refused as early as that can be known."""
+"""The metric that a user asks for: a metric that is never logged is refused as early as possible."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ HOOKS = (
     *("on_train_batch_end", "on_before_backward", "on_after_backward", "on_before_zero_grad", "on_before_optimizer_step"),
     *("optimizer_step", "backward"),
 )
-"""Where a module may log what neither its validation nor its `training_step` does."""
+"""Hooks in which a module may log besides its validation and its `training_step`."""
 
 LOG_NO_METRIC = (
     *("lightning_sparse.", "lightning.pytorch.cli", "lightning.pytorch.callbacks.progress"),
     *("lightning.pytorch.callbacks.model_checkpoint", "lightning.pytorch.callbacks.model_summary"),
     *("lightning.pytorch.callbacks.rich_model_summary", "lightning.pytorch.callbacks.early_stopping"),
 )
-"""Modules of callbacks that add none."""
+"""Modules of callbacks that log no metrics."""
 
 
 class AskedMetric:
-    """Knows what has been logged so far.
+    """Tracks what has been logged so far.
 
-    The validation that Lightning makes before training says what validation logs, and a step of a silent copy what training
-    does. Where nobody else could log anything, that is enough to refuse before the first step; else after the first epoch.
+    The validation that Lightning runs before training shows what validation logs, and one step on a copy that logs nothing
+    shows what training logs. If nothing else could log a metric, that is enough to refuse before the first step; otherwise
+    after the first epoch.
 
     Args:
-        name: of the metric; None asks for nothing.
+        name: name of the metric; None requests nothing.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -44,16 +45,16 @@ class AskedMetric:
         self._validated = self._tried = False
 
     def begin(self) -> None:
-        """Forget another run."""
+        """Forget a previous run."""
         self._known, self._validated, self._tried = set(), False, False
 
     def after_validation(self, trainer: pl.Trainer) -> None:
-        """Look at what a validation has logged, also at the one before training."""
+        """Record what a validation logged, including the one before training."""
         self._known |= set(trainer.callback_metrics)
         self._validated = True
 
     def before_training(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
-        """Refuse what nobody here could log; to be called at every batch, and only the first counts.
+        """Refuse a metric that nothing here could log; to be called at every batch, only the first call counts.
 
         Raises:
             ValueError: naming what is logged.
@@ -66,13 +67,13 @@ class AskedMetric:
             return
         try:
             self._known |= _logged_by_a_step(trainer, module, batch)
-        except Exception:  # whoever trains will say it
+        except Exception:  # training itself will raise it
             return
         if not self._is_logged(trainer):
             raise self._refusal()
 
     def after_epoch(self, trainer: pl.Trainer) -> None:
-        """Refuse what was not logged in an epoch and a validation.
+        """Refuse a metric that was not logged in a whole epoch and its validation.
 
         Raises:
             ValueError: naming what is logged.

@@ -1,4 +1,4 @@
-"""Charts as Vega-Lite: Altair checks them, and the page draws them in the colors of its theme."""
+"""Charts as Vega-Lite: checked by Altair, drawn by the page in the colors of its theme."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["CONFIG", "Axis", "Curve", "End", "frontier", "heat_map", "lines", "s
 Spec = dict[str, Any]
 
 STOPS = (0.0, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
-"""Sparsities that an axis names."""
+"""Sparsities that get a tick on an axis."""
 LEAST_DENSITY = 1e-5
-"""Where the scale of what is left ends."""
+"""The end of the density scale."""
 POINTS, CELLS, COLUMNS = 300, 6000, 120
-"""More than these cannot be told apart on a screen."""
+"""More points than these cannot be distinguished on a screen."""
 HEIGHT, ROW = 250, 18
 MANY = 10
-"""More curves are drawn thinner."""
+"""More curves than these are drawn thinner."""
 
 CONFIG: dict[str, Any] = {
     "background": None,
@@ -47,7 +47,7 @@ CONFIG: dict[str, Any] = {
     "axisY": {"domain": False, "ticks": False, "labelPadding": 6},
     "legend": {"labelColor": "var(--ink)", "titleColor": "var(--soft)", "labelFontSize": 12, "titleFontSize": 12},
 }
-"""The look of every chart; Vega is given it once. Colors are variables of the page's style sheet."""
+"""The style of every chart, passed to Vega once. Colors are variables of the page's style sheet."""
 
 
 PLAIN = Look()
@@ -57,23 +57,23 @@ SHOWN = alt.condition("shown == '' || datum.series == shown", alt.value(1), alt.
 
 @dataclass(frozen=True)
 class Axis:
-    """What is measured along an axis.
+    """The quantity along an axis.
 
     Args:
         title: for the tooltip, and below a horizontal axis.
-        kind: `sparsity` is drawn on a scale of what is left, where halving that is the same step everywhere, so that 90, 95
-            and 99 % are apart; `share` is a fraction; `number` is anything.
+        kind: `sparsity` is drawn on a logarithmic scale of density, where each halving is the same step, so that 90, 95 and
+            99 % are well separated; `share` is a fraction; `number` is anything else.
     """
 
     title: str
     kind: Literal["number", "share", "sparsity"] = "number"
 
     def place(self, value: float) -> float:
-        """Where a value is drawn."""
+        """The position at which a value is drawn."""
         return max(1 - value, LEAST_DENSITY) if self.kind == "sparsity" else value
 
     def channel(self, name: Literal["x", "y"], places: Iterable[float] = (), field: str | None = None) -> Any:
-        """The encoding of a direction by the field of its name, or another, for values at these places."""
+        """The encoding of a direction by a field, for values at these positions."""
         title = self.title if name == "x" else None
         axis = alt.Axis(format="~%" if self.kind == "share" else "~g", title=title, tickCount=6)
         scale = alt.Scale(zero=False, nice=name == "y")
@@ -81,7 +81,7 @@ class Axis:
             found = list(places)
             low, high = min(found) / 1.15, min(max(found) * 1.15, 1.0)
             stops = [1 - stop for stop in STOPS if low <= 1 - stop <= high]
-            if len(stops) < 4:  # of runs that are almost the same
+            if len(stops) < 4:  # for runs that are almost the same
                 stops = _even_stops(low, high) or stops
             axis = alt.Axis(values=stops, labelExpr="format(1 - datum.value, '~%')", title=title)
             scale = alt.Scale(type="log", domain=[low, high], reverse=True, nice=False)
@@ -95,14 +95,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart; pairs with None or without a finite number are left out.
+    """A line of a chart; pairs with None or a value that is not finite are dropped.
 
     Args:
         series: for the legend and the tooltip.
         x: positions.
         y: values.
-        look: of its series.
-        run: in whose tooltip it is named, where a series has several.
+        look: style of its series.
+        run: name of the run for the tooltip, if a series has several.
     """
 
     series: str
@@ -121,15 +121,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class End:
-    """Where a run has ended, for `frontier`.
+    """The end of a run, for `frontier`.
 
     Args:
         series: for the legend and the tooltip.
-        group: whose means a line joins.
-        sparsity: in the end.
-        value: of the metric.
-        look: of its series; its color is that of the group.
-        facts: what else the tooltip tells.
+        group: the group whose means are joined by a line.
+        sparsity: final sparsity.
+        value: value of the metric.
+        look: style of its series; its color is that of the group.
+        facts: further entries of the tooltip.
     """
 
     series: str
@@ -141,7 +141,7 @@ class End:
 
 
 def thinned(count: int, most: int) -> list[int]:
-    """At most so many indices of a sequence, evenly spread, the ends included.
+    """At most `most` indices of a sequence, evenly spread, including both ends.
 
     Example:
         >>> thinned(5, 10), thinned(9, 3)
@@ -153,14 +153,14 @@ def thinned(count: int, most: int) -> list[int]:
 
 
 def lines(curves: Sequence[Curve], x: Axis, y: Axis, label: str, marks: bool = False) -> Spec | None:
-    """Curves over a pair of axes, told apart by color, dash and, if asked, marks; None if there is nothing to draw.
+    """Curves on common axes, distinguished by color, dash and optionally marks; None if there is nothing to draw.
 
     Args:
         curves: what is drawn, the last on top.
         x: the horizontal axis.
         y: the vertical axis.
-        label: what the chart shows, for those who cannot see it.
-        marks: put a mark of its own on every curve, here and there.
+        label: what the chart shows, as alternative text.
+        marks: put distinct marks on every curve at a few points.
     """
     rows: list[dict[str, Any]] = []
     for number, curve in enumerate(curves):
@@ -199,9 +199,9 @@ def frontier(ends: Sequence[End], metric: Axis, label: str, references: Mapping[
     """The metric against sparsity: a mark for each run, a line through the means of each group, and a band over its seeds.
 
     Args:
-        ends: of the runs.
+        ends: the ends of the runs.
         metric: the vertical axis.
-        label: what the chart shows, for those who cannot see it.
+        label: what the chart shows, as alternative text.
         references: values without a sparsity, such as that of the dense model, by name.
     """
     if not ends:
@@ -241,14 +241,14 @@ def frontier(ends: Sequence[End], metric: Axis, label: str, references: Mapping[
 def heat_map(
     names: Sequence[str], columns: Sequence[Sequence[int]], sizes: Sequence[int], heads: str, at: Sequence[str]
 ) -> Spec:
-    """The sparsity of each layer, for each reading; `shades` explains the colors.
+    """The sparsity of each layer for each reading; `shades` explains the colors.
 
     Args:
-        names: of the layers.
-        columns: entries kept in every layer, for each reading.
-        sizes: entries of every layer.
+        names: names of the layers.
+        columns: kept entries of every layer, for each reading.
+        sizes: total entries of every layer.
         heads: what the readings are.
-        at: their names.
+        at: names of the readings.
     """
     chosen = thinned(len(columns), max(12, min(COLUMNS, CELLS // max(len(names), 1))))
     rows = [{"head": at[j], "kept": list(columns[j])} for j in chosen]
@@ -286,7 +286,7 @@ def heat_map(
 
 
 def _even_stops(low: float, high: float, most: int = 8) -> list[float]:
-    """Densities at a distance of one percent, or as many as leave few of them.
+    """Densities at steps of one percent, or at a larger step so that there are few.
 
     Example:
         >>> _even_stops(0.11, 0.315), _even_stops(0.02, 0.045)
@@ -301,14 +301,14 @@ def _even_stops(low: float, high: float, most: int = 8) -> list[float]:
 
 
 def _spec(chart: alt.Chart | alt.LayerChart | alt.FacetChart, label: str, height: int = HEIGHT) -> Spec:
-    """As Vega takes it; the width is that of its place, and the look that of the page."""
+    """The specification for Vega; the page sets width and style."""
     shown = alt.param(name="shown", value="")
     made = chart.add_params(shown).properties(width="container", height=height, description=label).to_dict()
     return {key: value for key, value in made.items() if key != "config"}
 
 
 def _with_sparsities(chart: alt.Chart, x: Axis, y: Axis) -> alt.Chart:
-    """What a tooltip says of a place on a scale of what is left."""
+    """The sparsity in a tooltip, for a position on a density scale."""
     for name, axis in (("x", x), ("y", y)):
         if axis.kind == "sparsity":
             chart = chart.transform_calculate(**{f"{name}_sparsity": f"1 - datum.{name}"})
@@ -316,20 +316,20 @@ def _with_sparsities(chart: alt.Chart, x: Axis, y: Axis) -> alt.Chart:
 
 
 def shades() -> dict[str, float]:
-    """What the shades of a heat map are called, and where they end."""
+    """The names of the shades of a heat map, and where each ends."""
     ends = [0.0, *LEVELS]
     named = {f"{100 * low:g} to {100 * high:g}%": high for low, high in itertools.pairwise(ends)}
     return named | {f"{100 * LEVELS[-1]:g}% or more": math.inf}
 
 
 def _shade_of(value: str, named: Mapping[str, float]) -> str:
-    """The expression that finds it; what is meant to be at a level is not put below it by a rounding."""
+    """The expression that finds the shade; a rounding error does not move a value below its level."""
     *below, last = named
     return "".join(f"{value} < {named[name] - 1e-9} ? '{name}' : " for name in below) + f"'{last}'"
 
 
 def _styles(looks: Mapping[str, Look]) -> tuple[alt.Color, alt.Shape, alt.StrokeDash]:
-    """Color, mark and dash of each series; the page has their legend."""
+    """Color, mark and dash of each series; the page holds their legend."""
     names = list(looks)
     return (
         alt.Color("series:N", legend=None, scale=alt.Scale(domain=names, range=[look.paint for look in looks.values()])),
@@ -341,7 +341,7 @@ def _styles(looks: Mapping[str, Look]) -> tuple[alt.Color, alt.Shape, alt.Stroke
 
 
 def _means(ends: Sequence[End]) -> list[dict[str, Any]]:
-    """Of each group, where it ends at the same sparsity, to a tenth of a percent of it."""
+    """The mean of each group, over runs that end at the same sparsity to within a tenth of a percent."""
     together: dict[tuple[str, float], list[End]] = {}
     for end in ends:
         together.setdefault((end.group, round(end.sparsity, 3)), []).append(end)
@@ -363,7 +363,7 @@ def _means(ends: Sequence[End]) -> list[dict[str, Any]]:
 
 
 def _short_names(names: Sequence[str], most: int = 26) -> list[str]:
-    """Without what all have in common, and from the end where they are still long; each another.
+    """Names without their common prefix, cut from the left if still long; all distinct.
 
     Example:
         >>> _short_names(["network.conv1.weight", "network.stages.0.1.conv2.weight"])
@@ -379,5 +379,5 @@ def _short_names(names: Sequence[str], most: int = 26) -> list[str]:
 
 
 def _plain(value: float) -> float:
-    """As many digits as a screen shows."""
+    """A number with as many digits as a screen shows."""
     return float(f"{value:.6g}")

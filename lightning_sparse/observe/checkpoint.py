@@ -1,6 +1,6 @@
-"""The best checkpoint among those that are as sparse as they are to be.
+"""The best checkpoint among those that have reached the target sparsity.
 
-The only file of `observe` that touches private names of Lightning: it overrides `_save_topk_checkpoint` and
+The only file of `observe` that uses private names of Lightning. It overrides `_save_topk_checkpoint` and
 `_save_last_checkpoint`, because there is no hook between "a checkpoint is due" and "is it among the best", and
 `_find_last_checkpoints`, because Lightning takes the newest file for `ckpt_path="last"` without reading it.
 """
@@ -26,18 +26,18 @@ Phase = Literal["dense", "sparsifying", "at target"]
 
 @final
 class SparsityCheckpoint(ModelCheckpoint):
-    """`ModelCheckpoint` that chooses only among models at target sparsity, so the dense epoch is never the best.
+    """`ModelCheckpoint` that selects only among models at target sparsity, so a dense epoch is never the best.
 
-    A model counts from the moment every method that promises a sparsity has reached it, and only by metrics measured since:
-    by the latest validation, where there is one. All that it writes belongs to its phase, `last.ckpt` too: to resume from
-    any moment add a plain `ModelCheckpoint(save_last=True)`, and for the best of other phases one of these for each.
+    A model counts once every method with a target sparsity has reached it, and only by metrics measured since then: by the
+    latest validation, if there is one. Everything it writes belongs to its phase, including `last.ckpt`. To resume from any
+    point add a plain `ModelCheckpoint(save_last=True)`; for the best of other phases add one `SparsityCheckpoint` for each.
 
-    When a run goes on, files that a kill or a full disk has left broken are named and skipped: `ckpt_path="last"` takes the
-    newest that can be read, and the best is the best of those. (`AtomicCheckpointIO` leaves none broken.)
+    When a run is resumed, files that a kill or a full disk has corrupted are named and skipped: `ckpt_path="last"` uses the
+    newest readable file, and the best is chosen among the readable ones. (`AtomicCheckpointIO` leaves no corrupt files.)
 
     Args:
-        phase: whose best is kept: `at target`, `dense`, or `sparsifying` in between.
-        options: of `ModelCheckpoint`, such as `monitor`, `mode`, `save_top_k`, `dirpath`.
+        phase: the phase whose best model is kept: `at target`, `dense`, or `sparsifying` in between.
+        options: options of `ModelCheckpoint`, such as `monitor`, `mode`, `save_top_k`, `dirpath`.
 
     Example:
         >>> SparsityCheckpoint(monitor="val/accuracy", mode="max").phase
@@ -87,7 +87,7 @@ class SparsityCheckpoint(ModelCheckpoint):
         if self.save_top_k != 0 and not self._found and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"SparsityCheckpoint has saved nothing: the run was not '{self.phase}' when a checkpoint was due; train "
-                "on, or end the schedule earlier."
+                "longer, or end the schedule earlier."
             )
 
     def eligible(self, trainer: pl.Trainer) -> bool:
@@ -115,9 +115,9 @@ class SparsityCheckpoint(ModelCheckpoint):
 
 
 def _can_be_read(path: str) -> bool:
-    """Says so if it cannot; paths that are not local are taken as they are."""
+    """Whether a checkpoint can be read; warns if not. Paths that are not local are accepted as they are."""
     if not path or "://" in path or (reason := why_unreadable(path)) is None:
         return bool(path)
-    if Path(path).exists():  # else it has been replaced by a better one since
+    if Path(path).exists():  # otherwise a better one has replaced it
         rank_zero_warn(f"SparsityCheckpoint: '{path}' cannot be read as a checkpoint ({reason}) and is skipped.")
     return False

@@ -1,4 +1,4 @@
-"""Checkpoints that no kill and no full disk can break: each is written beside its place, and takes it when it is whole."""
+"""Checkpoints that a kill or a full disk cannot corrupt: written to a temporary file, then renamed when complete."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ from lightning_sparse.core import first_line
 __all__ = ["SHARDED", "AtomicCheckpointIO", "newest_readable", "why_unreadable"]
 
 PART = ".part"
-"""The end of the name of a file that is being written; what a kill leaves of it the next write of that name replaces."""
+"""Suffix of a file that is being written; the next write of that name replaces what a kill leaves of it."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says where there is no room."""
+"""Error codes of the system for a full disk."""
 
 SHARDED = "meta.pt"
-"""What Lightning writes last into a folder of shards."""
+"""The last file that Lightning writes into a folder of shards."""
 
 
 @final
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, flushes it to the disk, and only then renames it.
+    """Write a checkpoint to a temporary file, flush it to disk, and only then rename it.
 
-    A file with the name of a checkpoint is whole, whenever the process is killed or the disk is full, and the one before it
-    stays until then. Remote paths (`s3://...`) are left to Lightning. It serves all strategies that write one file: a single
-    device, DDP, FSDP with `state_dict_type="full"`. Folders of shards (other FSDP, `ModelParallelStrategy`, DeepSpeed) are
-    written by the strategies themselves, into place: keep at least the latest two.
+    A file with the name of a checkpoint is always complete, whenever the process is killed or the disk is full, and the
+    previous one stays until then. Remote paths (`s3://...`) are left to Lightning. Works with all strategies that write a
+    single file: a single device, DDP, FSDP with `state_dict_type="full"`. Folders of shards (other FSDP,
+    `ModelParallelStrategy`, DeepSpeed) are written in place by the strategies themselves; for those, keep at least the
+    latest two.
 
     Args:
-        background: write in a thread while training goes on. Files are removed in their order too, which Lightning's
-            `AsyncCheckpointIO` does not do: it removes the old file before the new one is written.
+        background: write in a thread while training continues. Files are also removed in order. Lightning's
+            `AsyncCheckpointIO` instead removes the old file before the new one is written.
 
     Raises:
-        OSError: if a file cannot be written; the one before is still there. In the background: at the next write, or when
+        OSError: if a file cannot be written; the previous one is kept. With `background`, raised at the next write, or when
             the run ends.
 
     Example:
@@ -67,7 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not isinstance(system, LocalFileSystem) or storage_options is not None:
             self._do(lambda: super(AtomicCheckpointIO, self).save_checkpoint(checkpoint, path, storage_options))
             return
-        if self.background:  # training goes on and changes the tensors
+        if self.background:  # training continues and changes the tensors
             checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().clone())
         self._do(lambda: write_whole(checkpoint, Path(local)))
 
@@ -85,10 +86,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._do(lambda: super(AtomicCheckpointIO, self).remove_checkpoint(path))
 
     def teardown(self) -> None:
-        """Wait for what is being written.
+        """Wait for pending writes.
 
         Raises:
-            OSError: if it could not be.
+            OSError: if a write failed.
         """
         if self._thread is not None:
             self._thread.shutdown()
@@ -96,7 +97,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._raise()
 
     def _do(self, work: Callable[[], None]) -> None:
-        """Now, or in the thread after all that waits there."""
+        """Run now, or in the thread after all pending work."""
         if not self.background:
             work()
             return
@@ -105,7 +106,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._thread.submit(self._try, work)
 
     def _try(self, work: Callable[[], None]) -> None:
-        """In the thread: after an error nothing more is done, least of all removed."""
+        """Run in the thread; after an error nothing more is done, and in particular nothing is removed."""
         if self._error is None:
             try:
                 work()
@@ -113,14 +114,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 self._error = error
 
     def _raise(self) -> None:
-        """What has gone wrong in the thread."""
+        """Raise the error of the thread, if any."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
 
 def write_whole(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint in place of the one before, all of it or nothing.
+    """Write a checkpoint in place of the previous one, completely or not at all.
 
     Raises:
         OSError: if it cannot be written.
@@ -139,15 +140,15 @@ def write_whole(checkpoint: dict[str, Any], path: Path) -> None:
             part.unlink(missing_ok=True)
         if (cause := _system_error(error)) is None:
             raise
-        kept = "the one before it is untouched" if path.exists() else "files before it are untouched"
-        remedy = "make room and resume" if cause.errno in FULL else "choose a folder that can be written, and resume"
+        kept = "the previous one is untouched" if path.exists() else "earlier files are untouched"
+        remedy = "free some space and resume" if cause.errno in FULL else "choose a folder that can be written, and resume"
         refusal = OSError(f"checkpoint '{path}' cannot be written ({cause.strerror or cause}); {kept}: {remedy}.")
         refusal.errno = cause.errno
         raise refusal from error
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a rename last, which belongs to the folder and not to the file; where folders cannot be flushed, it has to do."""
+    """Make a rename durable, which is a property of the folder; folders that cannot be flushed are left alone."""
     with suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -157,17 +158,17 @@ def flush_folder(folder: Path) -> None:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """What the system said; torch raises an error of its own over it."""
+    """The system error behind an error that torch raised over it."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
 def why_unreadable(path: str | Path) -> str | None:
-    """Why a local file, or folder of shards, cannot be read as what torch has saved; None if it can.
+    """Why a local file, or folder of shards, cannot be read as a torch checkpoint; None if it can.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Example:
         >>> why_unreadable("nowhere.ckpt")
@@ -182,7 +183,7 @@ def why_unreadable(path: str | Path) -> str | None:
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except pickle.UnpicklingError:
-        return None if whole else "it is not a file of torch"  # objects that are no weights are for others to judge
+        return None if whole else "it is not a file of torch"  # objects that are not weights are judged elsewhere
     except Exception as error:
         with path.open("rb") as file:
             begin = file.read(2)
@@ -191,11 +192,11 @@ def why_unreadable(path: str | Path) -> str | None:
 
 
 def newest_readable(folder: str | Path, leave_out: Iterable[str | Path] = ()) -> Path | None:
-    """The checkpoint in a folder that was written last, among those that can be read.
+    """The newest readable checkpoint in a folder.
 
     Args:
-        folder: to look into.
-        leave_out: files that are not asked for.
+        folder: the folder to search.
+        leave_out: files to exclude.
     """
     left = {Path(path).resolve() for path in leave_out}
     files = [path for path in Path(folder).glob("*.ckpt") if path.resolve() not in left and path.exists()]

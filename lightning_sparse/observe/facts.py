@@ -1,4 +1,4 @@
-"""What there is to know of a run before it starts, in the same words from the command line and from Python."""
+"""The facts of a run before it starts, the same from the command line and from Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Facts = dict[str, Any]
 def describe_run(trainer: pl.Trainer, module: pl.LightningModule) -> Facts:
     """The configuration of a run as plain nested values, with the same keys from the command line and from Python.
 
-    From the command line, everything that it has resolved is in it as well, under `command_line`.
+    From the command line, the complete resolved configuration is included under `command_line`.
     """
     methods = {method.label: {"class": type(method).__name__, **method.config()} for method in sparsifiers(trainer)}
     facts: Facts = {
@@ -55,9 +55,9 @@ def describe_run(trainer: pl.Trainer, module: pl.LightningModule) -> Facts:
 
 
 def command_line_of(trainer: pl.Trainer) -> SaveConfigCallback | None:
-    """The callback that knows what the command line has resolved; None in Python.
+    """The callback that holds the resolved configuration of the command line; None in Python.
 
-    A command line has imported what it is made of, so nobody else needs to: that takes a quarter of a second.
+    The command line has already imported its own parts, so this does not import them: that takes a quarter of a second.
     """
     cli = sys.modules.get("lightning.pytorch.cli")
     callbacks = [] if cli is None else trainer.callbacks  # type: ignore[attr-defined]
@@ -65,7 +65,7 @@ def command_line_of(trainer: pl.Trainer) -> SaveConfigCallback | None:
 
 
 def name_of(trainer: pl.Trainer) -> str:
-    """Of a run: its methods, their sparsity, and the seed.
+    """The name of a run: its methods, their sparsity, and the seed.
 
     Example:
         >>> import lightning as L, lightning_sparse
@@ -77,7 +77,7 @@ def name_of(trainer: pl.Trainer) -> str:
 
 
 def group_of(trainer: pl.Trainer) -> str:
-    """Of a run: what it shares with those of other seeds."""
+    """The group of a run: what it shares with runs of other seeds."""
     parts = []
     for method in sparsifiers(trainer):
         sparsity = method.config().get("sparsity")
@@ -86,7 +86,7 @@ def group_of(trainer: pl.Trainer) -> str:
 
 
 def tags_of(trainer: pl.Trainer) -> list[str]:
-    """To find runs by: their methods, and their sparsity."""
+    """Tags for finding runs: their methods and their sparsity."""
     tags: dict[str, None] = {}
     for method in sparsifiers(trainer):
         tags[type(method).__name__] = None
@@ -96,7 +96,7 @@ def tags_of(trainer: pl.Trainer) -> list[str]:
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as `a/b`, for whoever takes no others.
+    """Nested values as `a/b`, for loggers that need flat keys.
 
     Example:
         >>> flat({"model": {"class": "MLP", "layers": [1, 2]}, "seed": 3})
@@ -127,13 +127,13 @@ def _data(trainer: pl.Trainer) -> Facts:
 
 
 def _optimizer(optimizer: Any) -> Facts:
-    """Its class and the settings of its first group."""
+    """The class of an optimizer and the settings of its first group."""
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     return {"class": type(optimizer).__name__, **_plain(optimizer.defaults | group)}
 
 
 def _plain(value: Any) -> Any:
-    """As values that any logger can write."""
+    """A value in a form that any logger can write."""
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set):

@@ -1,4 +1,4 @@
-"""What a monitor has read, epoch by epoch, as plain values of bounded size."""
+"""The readings of a monitor, epoch by epoch, as plain values of bounded size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Row = dict[str, Any]
 
 
 class History:
-    """Rows of readings in the order of epochs; a long run keeps every second, fourth, ... row and always the newest.
+    """Rows of readings in the order of epochs; a long run keeps every second, fourth, ... row, and always the newest.
 
     Args:
-        limit: rows that are kept at most.
+        limit: maximum number of rows.
 
     Example:
         >>> history = History(limit=3)
@@ -35,36 +35,36 @@ class History:
         self.stride = 1
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row; rows of the same and of later epochs give way to it."""
+        """Append a row; it replaces rows of the same and of later epochs."""
         while self.rows and self.rows[-1]["epoch"] >= row["epoch"]:
             self.rows.pop()
         number = self.rows[-1]["number"] + 1 if self.rows else 0
         if self.rows and self.rows[-1]["number"] % self.stride:
-            self.rows.pop()  # it was here only as the newest
+            self.rows.pop()  # it was kept only as the newest
         self.rows.append({**row, "number": number})
         while len(self.rows) > self.limit:
             self.stride *= 2
             self.rows = [row for row in self.rows if row["number"] % self.stride == 0 or row["number"] == number]
 
     def column(self, key: str) -> list[Any]:
-        """One value of every row, None where a row lacks it."""
+        """One value of every row; None if a row lacks it."""
         return [row.get(key) for row in self.rows]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The rows as plain values."""
         return {"rows": [dict(row) for row in self.rows], "stride": self.stride}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.rows, self.stride = [dict(row) for row in state["rows"]], state["stride"]
 
 
 def choose_metric(names: Iterable[str], asked: str | None = None) -> str | None:
-    """The metric that a curve of accuracy is drawn from: validation before training, accuracy before loss.
+    """Choose the metric for the accuracy curve: validation before training, accuracy before loss.
 
     Args:
-        names: of all that was logged.
-        asked: a name that goes before all others, if it was logged.
+        names: names of all logged metrics.
+        asked: a name that is preferred over all others, if it was logged.
 
     Example:
         >>> choose_metric(["train/loss", "val/loss", "val/accuracy", "train/accuracy"])
@@ -83,12 +83,12 @@ def choose_metric(names: Iterable[str], asked: str | None = None) -> str | None:
 
 
 def is_loss(metric: str) -> bool:
-    """Whether less of it is better, as far as its name tells."""
+    """Whether lower is better, judging by the name."""
     return any(word in metric.lower() for word in ("loss", "error", "mse", "perplexity"))
 
 
 def stem(metric: str) -> str:
-    """Without the set that it was measured on.
+    """The name without the set that it was measured on.
 
     Example:
         >>> stem("val/accuracy"), stem("test_loss"), stem("score")
@@ -98,7 +98,7 @@ def stem(metric: str) -> str:
 
 
 def best_of(rows: Sequence[Row], metric: str) -> Row | None:
-    """The row with the best value of a metric, among those of the phase that the run has ended in; the first of equals.
+    """The row with the best value of a metric, among those of the run's final phase; the first of equals.
 
     Example:
         >>> rows = [{"phase": "dense", "metrics": {"score": 0.9}}, {"phase": "at target", "metrics": {"score": 0.8}}]

@@ -1,4 +1,4 @@
-"""What loggers can show beyond curves: the configuration, results beside it, and charts laid out on a page."""
+"""What loggers can show beyond curves: the configuration, results next to it, and charts laid out on a page."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LAYOUT = {
 
 
 def introduce(trainer: pl.Trainer, facts: Mapping[str, Any]) -> None:
-    """Give loggers the configuration of a run at its beginning; TensorBoard gets it at the end, together with the results.
+    """Give loggers the configuration of a run at its start; TensorBoard gets it at the end, together with the results.
 
     Args:
-        trainer: whose loggers are asked.
-        facts: as `describe_run` tells them.
+        trainer: the Trainer whose loggers are used.
+        facts: what `describe_run` returned.
     """
-    short = {key: value for key, value in facts.items() if key != "command_line"}  # that lies beside the logs as a file
+    short = {key: value for key, value in facts.items() if key != "command_line"}  # it is saved as a file beside the logs
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_custom_scalars(LAYOUT)
@@ -43,12 +43,12 @@ def introduce(trainer: pl.Trainer, facts: Mapping[str, Any]) -> None:
 
 
 def conclude(trainer: pl.Trainer, facts: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
-    """Put the results beside the configuration, where a logger has a table of both: HParams of TensorBoard.
+    """Put the results next to the configuration, for loggers with a table of both: HParams of TensorBoard.
 
     Args:
-        trainer: whose loggers are asked.
-        facts: as `describe_run` tells them.
-        numbers: what the run has come to.
+        trainer: the Trainer whose loggers are used.
+        facts: what `describe_run` returned.
+        numbers: the results of the run.
     """
     short = flat({key: value for key, value in facts.items() if key != "command_line"})
     plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in short.items()}
@@ -58,10 +58,10 @@ def conclude(trainer: pl.Trainer, facts: Mapping[str, Any], numbers: Mapping[str
 
 
 def log_export(logger: Logger, report: Mapping[str, Any]) -> None:
-    """Log what an export has made: size of every file, latency, and how many times as fast as the dense model it is.
+    """Log the results of an export: size of every file, latency, and speedup over the dense model.
 
     Args:
-        logger: any of Lightning's.
+        logger: any Lightning logger.
         report: `to_json()` of what `export_ladder` returns, or the `report.json` that it writes.
     """
     batch, rungs = str(report["batch_size"]), report["rungs"]

@@ -1,4 +1,4 @@
-"""Log what the methods of a Trainer do to its model, to whatever loggers it has."""
+"""Log what the methods of a Trainer do to its model, to any logger."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ from lightning_sparse.observe.wandb import Dashboard
 __all__ = ["SparsityMonitor", "run_folder"]
 
 PICTURES = 3
-"""Masks that are drawn, from the first layer on."""
+"""Number of masks that are drawn, starting with the first layer."""
 
 
 @dataclass(frozen=True)
 class _Concluded:
-    """A fit that is over: what tests after it add to."""
+    """A finished fit, to which later tests add their results."""
 
     run: Run
     page: Path | None
@@ -65,31 +65,31 @@ class _Concluded:
 
 @final
 class SparsityMonitor(Callback):
-    """Log sparsity, per layer too, to every logger of the Trainer, and print the table at the end.
+    """Log overall and per-layer sparsity to every logger of the Trainer, and print a table at the end.
 
-    Finds all methods by itself. At Lightning's log steps, from counts that are there anyway: target and actual sparsity, in
-    all and by method. Once per epoch, at the cost of a few passes over the masks: each layer, exact zeros as a second
-    reading, churn, dead outputs, effective MACs and parameters. Nothing is done between. Holds one byte per masked weight;
-    once, at the start, a forward pass of a copy of the module is made, to count its MACs.
+    Finds all methods by itself. At Lightning's log steps it logs target and actual sparsity, overall and by method, from
+    counts that exist anyway. Once per epoch, at the cost of a few passes over the masks, it logs each layer, exact zeros as
+    a second reading, churn, dead outputs, effective MACs and parameters. It does nothing in between. Holds one byte per
+    masked weight. Once, at the start, it runs one forward pass of a copy of the module to count its MACs.
 
     Args:
-        metric: what accuracy is drawn from, as it is logged; None takes validation accuracy, or what comes nearest.
+        metric: the logged metric for the accuracy curves; None uses validation accuracy, or the closest match.
         table: print what is left of each layer when training ends.
-        report: write `report.html`, one page that needs nothing else, beside the logs of the first logger or into the
-            Trainer's `default_root_dir`; `lightning-sparse report` lays several side by side.
-        artifacts: give Weights & Biases the best checkpoint, with its sparsity and accuracy.
+        report: write `report.html`, one self-contained page, beside the logs of the first logger or into the Trainer's
+            `default_root_dir`; `lightning-sparse report` compares several side by side.
+        artifacts: upload the best checkpoint to Weights & Biases, with its sparsity and accuracy.
 
     Raises:
-        ValueError: before the first step if a metric is never logged, or after the first epoch if that could not be known
-            before; and if there is no room for the report.
+        ValueError: if a metric is never logged (before the first step, or after the first epoch if that could not be known
+            earlier), or if there is no disk space for the report.
     """
 
     def __init__(self, metric: str | None = None, table: bool = True, report: bool = True, artifacts: bool = True) -> None:
         self.metric, self.table, self.report, self.artifacts = metric, table, report, artifacts
         self.history = History()
-        """A row of readings per epoch."""
+        """One row of readings per epoch."""
         self.macs: dict[str, int] = {}
-        """Multiply-accumulates of the dense model by weight; empty where they could not be counted."""
+        """MACs of the dense model by weight; empty if they could not be counted."""
         self._targets: dict[str, Target] = {}
         self._before: dict[str, Tensor] = {}
         self._boards: list[Dashboard] = []
@@ -128,7 +128,7 @@ class SparsityMonitor(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._asked.before_training(trainer, pl_module, batch)
-        if not self._begun and (trainer.is_global_zero or is_cut(pl_module)):  # now all methods have
+        if not self._begun and (trainer.is_global_zero or is_cut(pl_module)):  # by now all methods have
             self._begun = True
             self._begin(trainer, pl_module, batch)
 
@@ -141,7 +141,7 @@ class SparsityMonitor(Callback):
             rank_zero_warn(
                 f"SparsityMonitor: {type(pl_module).__name__} has no convolution, linear layer or attention projection, and "
                 "no method has chosen other weights, so nothing is counted and no report is written; add a method with "
-                "targets=['type:<class>'], or leave SparsityMonitor out."
+                "targets=['type:<class>'], or remove SparsityMonitor."
             )
             return
         if self.report and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -153,7 +153,7 @@ class SparsityMonitor(Callback):
                 )
         self._before = self._masks(trainer)
         if is_cut(pl_module):
-            rank_zero_info("SparsityMonitor: MACs are left out, because weights are cut into shards.")
+            rank_zero_info("SparsityMonitor: MACs are not counted, because weights are sharded.")
         else:
             self.macs = self.macs or _dense_macs(trainer, pl_module, batch)
         if trainer.is_global_zero:
@@ -184,11 +184,11 @@ class SparsityMonitor(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._before = {}
-        if not (self._begun and self.history.rows):  # no batch, nothing to see, or a rank that need not help
+        if not (self._begun and self.history.rows):  # no batch, nothing to show, or a rank that is not needed
             return
         try:
             self._asked.after_epoch(trainer)
-        except ValueError as error:  # the only epoch is over, and stays
+        except ValueError as error:  # the only epoch is over, and its results stay
             rank_zero_warn(str(error))
         row = self.history.rows[-1]
         self._log(trainer, self._summary(), row["step"])
@@ -203,7 +203,7 @@ class SparsityMonitor(Callback):
             self._conclude(trainer, pl_module, row["step"])
 
     def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """The report, for those with a browser; the same for those with a dashboard."""
+        """Write the report for browsers, and the same for dashboards."""
         folder = run_folder(trainer)
         run = self._describe(trainer, pl_module, folder)
         if not trainer.is_global_zero:
@@ -224,34 +224,35 @@ class SparsityMonitor(Callback):
         self._boards = []
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A test after the fit, of the same module, belongs into its report."""
+        """Add a test of the same module after the fit to its report."""
         done = self._concluded
         if done is not None and done.module == id(pl_module) and trainer.is_global_zero:
             done.run["test"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self._write()
 
     def beside_dense(self, tested: Mapping[str, float]) -> None:
-        """Put the test of a dense model, trained by the same recipe, beside that of the last fit.
+        """Add the test results of a dense model, trained with the same recipe, to those of the last fit.
 
         Args:
-            tested: what `Trainer.test` has returned for it.
+            tested: what `Trainer.test` returned for it.
         """
         if self._concluded is not None:
             self._concluded.run["dense"]["test"] = {name: float(value) for name, value in tested.items()}
             self._write()
 
     def _write(self) -> bool:
-        """Whether there is a page now."""
+        """Write the page; returns whether it exists now."""
         done = self._concluded
         assert done is not None
         if done.page is None:
             return False
         try:
             write_report(done.page, done.run)
-        except OSError as error:  # training is over, and worth more than its report
+        except OSError as error:  # training is over, and is worth more than its report
             rank_zero_warn(
-                f"SparsityMonitor: '{done.page}' cannot be written ({error.strerror or error}), and the run goes on without "
-                "it; make room, and a test of the model in this process writes it again."
+                f"SparsityMonitor: '{done.page}' cannot be written ({error.strerror or error}), and the run continues "
+                f"without "
+                "it; free some space, and a test of the model in this process writes it again."
             )
             return False
         for board in done.boards:
@@ -259,7 +260,7 @@ class SparsityMonitor(Callback):
         return True
 
     def _whole(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The masks that are drawn; where they are cut, all ranks must call it, and the first one gets them."""
+        """The masks that are drawn; with sharded weights, all ranks must call it, and the first one gets them."""
         layouts = {name: self._targets[name].layout for name in list(masks)[:PICTURES]}
         return {name: masks[name] if layout is None else layout.gather(masks[name]) for name, layout in layouts.items()}
 
@@ -271,7 +272,7 @@ class SparsityMonitor(Callback):
 
     @torch.no_grad()
     def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Everything there is to know now."""
+        """Everything that is known now."""
         methods, masks = sparsifiers(trainer), self._masks(trainer)
         weights = {name: target.weight for name, target in self._targets.items()}
         nonzero = count_nonzero(weights, self._targets)
@@ -299,7 +300,7 @@ class SparsityMonitor(Callback):
         return row
 
     def _numbers(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """A row as it is logged."""
+        """A row in logged form."""
         numbers = {f"sparsity/{key}": row[key] for key in ("zeros", "churn", "dead_outputs") if key in row}
         numbers |= {"sparsity/actual": row["sparsity"], "cost/parameters": row["parameters"]}
         if "macs" in row:
@@ -307,7 +308,7 @@ class SparsityMonitor(Callback):
         return numbers
 
     def _summary(self) -> dict[str, float]:
-        """What a run has come to: the best of its last phase, and where it lies among others."""
+        """The results of a run: the best of its last phase, and its position among other runs."""
         row = self.history.rows[-1]
         numbers = {"frontier/density": 1 - row["sparsity"]}
         metric = choose_metric(row["metrics"], self.metric)
@@ -316,25 +317,25 @@ class SparsityMonitor(Callback):
         return numbers
 
     def _warn(self, row: Mapping[str, Any]) -> None:
-        """Layers of which nothing is left, as soon as they are, to those who want to know at once."""
+        """Warn at once about layers with no weights left."""
         for name, kept in zip(self._targets, row["layers"], strict=True):
             if kept == 0 and name not in self._dead:
                 self._dead.add(name)
                 for board in self._boards:
                     text = (
-                        f"{name} has no weight left after epoch {row['epoch'] + 1}; give it less sparsity by layer_sparsity."
+                        f"{name} has no weight left after epoch {row['epoch'] + 1}; lower its sparsity with layer_sparsity."
                     )
                     board.alert("A layer is dead", text)
 
     def _layers(self, row: Mapping[str, Any], methods: list[Sparsifier]) -> dict[str, float]:
-        """The sparsity of each layer, and what it is to be where that is known."""
+        """The sparsity of each layer, and its target where that is known."""
         sizes = {name: target.size for name, target in self._targets.items()}
         actual = {f"layers/{name}": 1 - kept / sizes[name] for name, kept in zip(sizes, row["layers"], strict=True)}
         goals = {name: kept for method in methods for name, kept in method.goal["layers"].items()}
         return actual | {f"layer_targets/{name}": 1 - kept / sizes[name] for name, kept in goals.items()}
 
     def _show(self, trainer: pl.Trainer, row: Mapping[str, Any]) -> None:
-        """Pictures, some twenty times in a run."""
+        """Log pictures about twenty times per run."""
         epochs = trainer.max_epochs or 0
         last = row["epoch"] + 1 == epochs
         if not self._boards or (row["epoch"] % max(1, epochs // 20) and not last):
@@ -351,7 +352,7 @@ class SparsityMonitor(Callback):
             board.pictures(row["step"], survivors, masks, columns)
 
     def _describe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> dict[str, Any]:
-        """The run as the report takes it."""
+        """The run in the form that the report takes."""
         methods, masks = sparsifiers(trainer), self._masks(trainer)
         rows = self.history.rows
         goals = {name: kept for method in methods for name, kept in method.goal["layers"].items()}
@@ -396,7 +397,7 @@ class SparsityMonitor(Callback):
 
 
 def _best_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """The file of the best model: at target sparsity, where somebody has looked for that."""
+    """The file of the best model: at target sparsity, if a callback selected for that."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
     found.sort(key=lambda callback: getattr(callback, "phase", None) != "at target")
     paths = [Path(callback.best_model_path) for callback in found if callback.best_model_path]
@@ -404,7 +405,7 @@ def _best_checkpoint(trainer: pl.Trainer) -> Path | None:
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """Where a run keeps what it writes: a folder of its own if a logger gives it one."""
+    """The folder where a run writes: its own folder if a logger provides one."""
     for logger in trainer.loggers:
         if getattr(logger, "log_dir", None):
             return Path(str(logger.log_dir))
@@ -415,7 +416,7 @@ def run_folder(trainer: pl.Trainer) -> Path:
 
 
 def _config(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """What the run was configured with: all of it from the command line, else what methods and module remember."""
+    """The configuration of the run: complete from the command line, otherwise the hyperparameters of methods and module."""
     if (saved := command_line_of(trainer)) is not None:
         return str(saved.parser.dump(saved.config, skip_none=False))
     known: dict[str, Any] = {method.label: method.config() for method in sparsifiers(trainer)}
@@ -427,14 +428,14 @@ def _config(trainer: pl.Trainer, module: pl.LightningModule) -> str:
 
 
 def _weights_of(module: nn.Module) -> list[Target]:
-    """What methods would choose by default, frozen or not."""
+    """The weights that methods choose by default, frozen or not."""
     names = [candidate.name for candidate in describe(module, ["*"], frozen=True) if candidate.chosen]
     layers, parts = [module.get_submodule(name.rpartition(".")[0]) for name in names], parts_of(module)
     return [Target.of(name, parts[name], layer) for name, layer in zip(names, layers, strict=True)]
 
 
 def _sparsities(methods: list[Sparsifier]) -> dict[str, float]:
-    """Target and actual sparsity, in all and of each method where there are several; waits only for masks that are live."""
+    """Target and actual sparsity, overall and by method if there are several; waits for the device only for live masks."""
     masked = [(method, masks) for method in methods if (masks := method.mask_set) is not None]
     if not masked:
         return {}
@@ -452,10 +453,10 @@ def _sparsities(methods: list[Sparsifier]) -> dict[str, float]:
 
 
 def _dense_macs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> dict[str, int]:
-    """MACs per sample of a forward pass, or of what `training_step` does; of a silent copy, so nobody notices."""
+    """MACs per sample of a forward pass, or of `training_step`; counted on a copy that logs nothing."""
     example = module.example_input_array
     inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    inputs = inputs[:1] if isinstance(inputs, Tensor) and inputs.ndim else inputs  # one sample will do
+    inputs = inputs[:1] if isinstance(inputs, Tensor) and inputs.ndim else inputs  # one sample is enough
     ways: list[tuple[int, Callable[[Any], Any], Callable[[Any], Any]]] = [
         (size_of(inputs), lambda twin: twin(inputs), nn.Module.eval),
         (size_of(batch), lambda twin: take_step(twin, batch, 0), nn.Module.eval),
@@ -474,5 +475,5 @@ def _dense_macs(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> 
         else:
             if counted:
                 return counted
-    rank_zero_warn(f"SparsityMonitor: MACs are left out, because no forward pass could be counted ({'; '.join(reasons)}).")
+    rank_zero_warn(f"SparsityMonitor: MACs are not counted, because no forward pass succeeded ({'; '.join(reasons)}).")
     return {}

@@ -1,4 +1,4 @@
-"""The page about a run, or about several side by side: everything inside, nothing to load from anywhere."""
+"""The page about one run, or several side by side: self-contained, nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_sparse.observe.pictures import bits, describe_corner
 __all__ = ["DATA", "Run", "page"]
 
 Run = dict[str, Any]
-"""All that a page says of a run, as plain values; a page carries it along."""
+"""Everything a page shows about a run, as plain values; the page embeds it."""
 
 DATA = '<script type="application/json" id="run">'
 APART = 10
-"""As many runs get a mark of their own; more share that of their method."""
+"""Up to this many runs get distinct marks; with more, runs share the mark of their method."""
 MANY = 40
-"""Layers that a page shows without an area that scrolls."""
+"""Number of layers that a page shows without a scrolling area."""
 
 
 def page(*runs: Run) -> str:
@@ -53,13 +53,13 @@ class Page:
     """Gathers the charts of a page."""
 
     def __init__(self) -> None:
-        from lightning_sparse.observe import charts  # Altair is there when a page is written, and not before
+        from lightning_sparse.observe import charts  # imports Altair only when a page is written
 
         self.draw = charts
         self.charts: dict[str, Any] = {"config": charts.CONFIG, "specs": {}}
 
     def figure(self, title: str, spec: Mapping[str, Any] | None, keys: str = "", wide: bool = False) -> str:
-        """A chart with its title and legend; nothing where there is nothing to draw."""
+        """A chart with its title and legend; empty if there is nothing to draw."""
         if spec is None:
             return ""
         place = f"chart{len(self.charts['specs'])}"
@@ -76,7 +76,7 @@ class Page:
 
 
 def _keys(looks: Mapping[str, Look], marks: Collection[str]) -> str:
-    """The legend: the stroke of every series, the mark of some, and its name; a click lets one stand out."""
+    """The legend: the stroke of every series, the mark of some, and its name; a click highlights one."""
     buttons = []
     for name, look in looks.items():
         dash = " ".join(map(str, look.dash))
@@ -111,13 +111,13 @@ def _single(made: Page, run: Run) -> str:
 
 
 NO_SCRIPT = (
-    '<noscript><p class="note">The charts of this page are drawn by a script inside it, which this viewer does not run; the '
-    "tables say the same.</p></noscript>"
+    '<noscript><p class="note">The charts of this page are drawn by an embedded script, which this viewer does not run; the '
+    "tables show the same data.</p></noscript>"
 )
 
 
 def _tiles(run: Run) -> str:
-    """What to know first: both readings of sparsity, and the whole model; test before validation, dense beside sparse."""
+    """The headline numbers: both readings of sparsity, and the whole model; test before validation, dense next to sparse."""
     last, dense, metric = run["rows"][-1], run["dense"], run["metric"]
     target = "no target" if run["target"] is None else f"target {run['target']:.2%}"
     whole = 1 - last["parameters"] / dense["parameters"]
@@ -156,7 +156,7 @@ def _metric_tile(run: Run, metric: str) -> tuple[str, str, list[str]]:
 
 
 def _curves(made: Page, run: Run) -> list[str]:
-    """Sparsity and the metric over epochs, one against the other, and churn."""
+    """Sparsity and the metric over epochs, the metric against sparsity, and churn."""
     draw, epochs, metric, target = made.draw, _epochs(run), run["metric"], run["target"]
     epoch, sparsity = draw.Axis("epoch"), draw.Axis("sparsity", "sparsity")
     ends = [epochs[0], epochs[-1]]
@@ -184,7 +184,7 @@ def _curves(made: Page, run: Run) -> list[str]:
 
 
 def _layers(made: Page, run: Run) -> str:
-    """What is left of each layer, and the way there."""
+    """What is left of each layer, and how it got there."""
     layers, lines = run["layers"], []
     goals, dead = any(layer["target"] is not None for layer in layers), any(layer["dead"] for layer in layers)
     for layer, kept in zip(layers, run["rows"][-1]["layers"], strict=True):
@@ -267,7 +267,7 @@ def _several(made: Page, runs: Sequence[Run]) -> str:
 
 
 def _frontier(made: Page, runs: Sequence[Run], series: Sequence[tuple[str, Look]], metric: str) -> str:
-    """The metric against sparsity: on the test set where all have been tested; dense runs are lines of reference."""
+    """The metric against sparsity: on the test set if all runs were tested; dense runs are reference lines."""
     tested = all(_tested(run, metric) is not None for run in runs)
     name = f"test {stem(metric)}" if tested else metric
     ends, dense = [], []
@@ -298,7 +298,7 @@ def _over_epochs(
     series: Sequence[tuple[str, Look]],
     values: Callable[[Run], list[Any]],
 ) -> str:
-    """A curve for each run."""
+    """One curve per run."""
     curves = [
         made.draw.Curve(called, _epochs(run), values(run), look, name)
         for (called, look), name, run in zip(series, _names(runs), runs, strict=True)
@@ -334,7 +334,7 @@ DENSE = "dense"
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Of each run, another: method, sparsity and seed, and the folder where that is not enough."""
+    """Distinct names of the runs: method, sparsity and seed, and the folder if that is not enough."""
     names = []
     for run in runs:
         sparsity = "" if run["method"] == DENSE else f" {100 * run['rows'][-1]['sparsity']:.4g}%"
@@ -344,9 +344,9 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _series(runs: Sequence[Run]) -> list[tuple[str, Look]]:
-    """What each run is called in the legend, and how it looks.
+    """The legend entry and style of each run.
 
-    Its color is that of its method; its mark is its own, or that of its method where there are more runs than marks.
+    Its color is that of its method; its mark is its own, or that of its method if there are more runs than marks.
     """
     methods = list(dict.fromkeys(run["method"] for run in runs))
     colors = [methods.index(run["method"]) for run in runs]
@@ -361,7 +361,7 @@ def _shared_metric(runs: Sequence[Run]) -> str | None:
 
 
 def _tested(run: Run, metric: str, dense: bool = False) -> float | None:
-    """The same metric on the test set, of the sparse model or of the dense one beside it; None where it is not known."""
+    """The same metric on the test set, of the sparse model or of the dense one next to it; None if unknown."""
     known: Mapping[str, float] = (run["dense"] if dense else run).get("test") or {}
     return next((value for name, value in known.items() if stem(name) == stem(metric)), None)
 
@@ -393,5 +393,5 @@ def _value(metric: str, value: float | None) -> str:
 
 
 def _scroll(body: str, long: bool = False) -> str:
-    """An area that scrolls sideways where it has to, and shows it; a long one scrolls down as well."""
+    """An area that scrolls sideways where needed, and shows it; a long one also scrolls down."""
     return f'<div class="scroll{" long" if long else ""}" tabindex="0">{body}</div>'

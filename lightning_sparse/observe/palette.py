@@ -1,4 +1,4 @@
-"""Colors and marks of the page: ten series are apart for every kind of color vision, and without any color too."""
+"""Colors and marks of the page: ten series stay distinct for every kind of color vision, and without any color."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 __all__ = ["DASHES", "LEVELS", "SERIES", "SHAPES", "THEMES", "Look", "level_colors", "style_sheet"]
 
-# Chosen by computation: any two of one theme differ by at least 12 in CIEDE2000, to normal vision and under simulated
-# protanopia, deuteranopia and tritanopia, and each stands out from the paper by a contrast of at least 3.
+# Chosen by computation: any two colors of one theme differ by at least 12 in CIEDE2000, for normal vision and under
+# simulated protanopia, deuteranopia and tritanopia, and each contrasts with the background by at least 3.
 SERIES = {
     "light": (
         "#04479c", "#a33d06", "#689d60", "#c277c1", "#b27102", "#7c59d4", "#21757f", "#620718", "#2b213e", "#828179",
@@ -16,7 +16,7 @@ SERIES = {
         "#80a5ff", "#b16d2d", "#68e6d7", "#e96ab7", "#fbdd81", "#7e4ec2", "#298b8d", "#b78e83", "#f8fcd7", "#7a5f66",
     ),
 }  # fmt: skip
-"""A color for each series."""
+"""One color per series."""
 
 SHAPES = (
     "M1,0A1,1,0,1,1,-1,0A1,1,0,1,1,1,0Z",  # circle
@@ -30,10 +30,10 @@ SHAPES = (
     "M-1,0L.8,-1V1Z",  # triangle to the left
     "M-1.1,-.35H1.1V.35H-1.1Z",  # bar
 )
-"""A mark for each series, as a path between -1 and 1."""
+"""One mark per series, as a path between -1 and 1."""
 
 DASHES = ((1, 0), (6, 3), (2, 2), (10, 3), (6, 2, 2, 2), (12, 2, 2, 2), (4, 4), (10, 2, 2, 2, 2, 2), (1, 3), (14, 5))
-"""A dash for each series."""
+"""One dash per series."""
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 """Sparsities at which a heat map changes its shade."""
@@ -56,17 +56,17 @@ THEMES = {
         "shade": "#ffffff42",
     },
 }
-"""Text, quiet text, lines, the two backgrounds, and the shadow at the edge of what scrolls."""
+"""Text, muted text, lines, the two backgrounds, and the shadow at the edge of scrolling areas."""
 
 _RAMPS = {"light": ("#e9eff8", "#7fa8dc", "#0a2a5c"), "dark": ("#232b38", "#3f78c4", "#dbe9ff")}
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a series is told from others.
+    """The style that distinguishes a series.
 
     Args:
-        color: its number.
+        color: number of its color.
         mark: number of its shape and of its dash.
     """
 
@@ -75,7 +75,7 @@ class Look:
 
     @property
     def paint(self) -> str:
-        """The color, as the style sheet calls it."""
+        """The color, as a variable of the style sheet."""
         return f"var(--s{self.color % len(SERIES['light'])})"
 
     @property
@@ -102,7 +102,7 @@ def level_colors(theme: str) -> list[str]:
 
 
 def style_sheet() -> str:
-    """The themes as variables of a style sheet: light, on paper too, and dark on screens that ask for it."""
+    """The themes as variables of a style sheet: light, also in print, and dark on screens that prefer it."""
     rules = {}
     for theme, colors in THEMES.items():
         named = colors | {f"s{i}": color for i, color in enumerate(SERIES[theme])}

@@ -1,4 +1,4 @@
-"""Corners of masks: as plain values that a report carries along, and as pictures."""
+"""Corners of masks, as plain values for a report and as pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS, COLUMNS = 64, 128
 
 
 def corner(mask: Tensor) -> Tensor:
-    """As much of a mask as a picture shows: outputs down, inputs across."""
+    """The part of a mask that a picture shows: outputs down, inputs across."""
     return mask.flatten(1)[:ROWS, :COLUMNS].contiguous()
 
 
@@ -30,14 +30,14 @@ def picture(mask: Tensor) -> dict[str, Any]:
 
 
 def describe_corner(saved: Mapping[str, Any]) -> str:
-    """The size of a layer, and how much of it is in the picture."""
+    """The size of a layer, and how much of it the picture shows."""
     outputs, inputs = saved["shape"][0], math.prod(saved["shape"][1:])
     whole = (outputs, inputs) == (saved["rows"], saved["columns"])
     return f"{outputs} by {inputs}" + ("" if whole else f", the first {saved['rows']} by {saved['columns']}")
 
 
 def bits(saved: Mapping[str, Any]) -> str:
-    """A picture of a corner as SVG: a square for each entry, filled where it is kept."""
+    """A picture of a corner as SVG: one square per entry, filled if kept."""
     packed = torch.frombuffer(bytearray(base64.b64decode(saved["bits"])), dtype=torch.uint8)
     rows: Sequence[Sequence[bool]] = unpack(packed, (saved["rows"], saved["columns"])).tolist()
     strokes, width = [], len(rows[0])

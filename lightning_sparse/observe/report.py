@@ -1,4 +1,4 @@
-"""Reports as files: written, found, read again."""
+"""Reports as files: write, find and read them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["FILE", "describe_machine", "find_reports", "read_report", "why_unwri
 
 FILE = "report.html"
 ROOM = 4 * 2**20
-"""Bytes that must be free for a report and the configuration beside it."""
+"""Free bytes required for a report and the configuration next to it."""
 
 
 def describe_machine() -> dict[str, str]:
-    """Versions and the command, for whoever runs it again."""
+    """Versions and the command, to rerun it."""
     program, module = Path(sys.argv[0]).name, getattr(sys.modules["__main__"], "__spec__", None)
     called = ["python", "-m", module.name.removesuffix(".__main__")] if module and program.endswith(".py") else [program]
     if module is None and program.endswith(".py"):
@@ -46,7 +46,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def write_report(path: Path, *runs: Run) -> None:
-    """Write the page of a run, or of several: all of it or nothing, and the one before stays until then.
+    """Write the page of one run or several, completely or not at all; the previous one stays until then.
 
     Raises:
         OSError: if it cannot be written.
@@ -62,10 +62,10 @@ def write_report(path: Path, *runs: Run) -> None:
 
 
 def why_unwritable(folder: Path) -> str | None:
-    """Why a report could not be written into a folder, which need not be there yet; None if it could.
+    """Why a report could not be written into a folder, which need not exist yet; None if it could.
 
     Args:
-        folder: of a run.
+        folder: folder of a run.
     """
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     try:
@@ -74,14 +74,14 @@ def why_unwritable(folder: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     free = shutil.disk_usage(existing).free
-    return None if free >= ROOM else f"{free / 2**20:.1f} MB of room, and {ROOM / 2**20:g} MB are needed"
+    return None if free >= ROOM else f"{free / 2**20:.1f} MB free, and {ROOM / 2**20:g} MB are needed"
 
 
 def find_reports(paths: Sequence[str | Path]) -> list[Path]:
-    """The reports of runs: the files given, and those in the folders given.
+    """The reports of runs: the given files, and those in the given folders.
 
     Raises:
-        FileNotFoundError: naming the first path in which there is none.
+        FileNotFoundError: naming the first path without a report.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -98,7 +98,7 @@ def read_report(path: Path) -> list[Run]:
     """The runs that a page is about.
 
     Raises:
-        ValueError: if the file is no such page.
+        ValueError: if the file is not such a page.
     """
     match = re.search(re.escape(DATA) + r"(.*?)</script>", path.read_text(encoding="utf-8"), flags=re.S)
     if match is None:

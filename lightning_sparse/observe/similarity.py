@@ -1,4 +1,4 @@
-"""A heat map of how similar the layers see the validation data."""
+"""A heat map of the similarity of layers on the validation data."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["SimilarityMap"]
 
 
 class SimilarityMap(Callback):
-    """Log the similarity of every two layers after validation: a heat map, and the mean of all pairs as `similarity`.
+    """Log the similarity of all pairs of layers after validation: a heat map, and the mean over pairs as `similarity`.
 
-    Weights & Biases and TensorBoard get the figure; for loggers that only have a folder it lies there as a file.
+    Weights & Biases and TensorBoard get the figure; loggers that only have a folder get it as a file.
 
     Args:
-        layers: patterns that choose the layers; None finds blocks, see `core.feature_layers`.
-        batches: of the first validation set that are looked at.
+        layers: patterns that select the layers; None finds blocks, see `core.feature_layers`.
+        batches: number of batches used, from the first validation set.
         figure: False logs only the mean, which needs no matplotlib.
 
     Raises:
-        ValueError: at the start, if there are no two layers, or matplotlib is missing.
+        ValueError: at the start, if there are fewer than two layers, or matplotlib is missing.
     """
 
     def __init__(self, layers: str | Sequence[str] | None = None, batches: int = 8, figure: bool = True) -> None:
@@ -64,7 +64,7 @@ class SimilarityMap(Callback):
             return
         seen = self._tap.take()
         names = [layer.name for layer, _ in seen]
-        if names != self.metric.names:  # a layer of an auxiliary branch is never called here
+        if names != self.metric.names:  # a layer of an auxiliary branch may never be called here
             if self.metric.update_called or len(names) < 2:
                 return
             self.metric = CKA(names).to(pl_module.device)
@@ -94,7 +94,7 @@ class SimilarityMap(Callback):
     def _log_figure(self, trainer: pl.Trainer, matrix: Tensor) -> None:
         assert self.metric is not None
         figure, _ = self.metric.plot(matrix)
-        loggers: list[Any] = list(trainer.loggers)  # what a logger can do differs
+        loggers: list[Any] = list(trainer.loggers)  # loggers differ in what they can do
         for logger in loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("similarity", [figure])

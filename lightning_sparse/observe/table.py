@@ -1,4 +1,4 @@
-"""A table at the end of training: what every layer was to keep, and what it kept."""
+"""A table at the end of training: the target and the actual count of every layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_sparse.core import HEADER, SUMS, LayerRow, Masks
 __all__ = ["SparsityTable", "render"]
 
 SHORTEST = 12
-"""Characters that are left of a name, however narrow the terminal is."""
+"""Minimum number of characters of a name, however narrow the terminal is."""
 
 
 def render(rows: list[LayerRow], title: str = "") -> Table:
-    """The rows as a rich table, the total and the whole model set off; long names keep their end where there is no room."""
+    """The rows as a rich table, with the total and the whole model set apart; long names are cut from the left."""
     cells = [row.cells() for row in rows]
     others = sum(max(map(len, column)) for column in list(zip(HEADER, *cells, strict=True))[1:])
     room = max(get_console().width - others - 3 * len(HEADER) - 1, SHORTEST)
@@ -35,12 +35,12 @@ def render(rows: list[LayerRow], title: str = "") -> Table:
 class SparsityTable(Callback):
     """Print what is left of each layer when training ends.
 
-    Finds every callback of the Trainer that owns masks.
+    Finds every callback of the Trainer that has masks.
     """
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(masks := getattr(callback, "mask_set", None), Masks) and len(masks):
-                rows = callback.summary()  # where weights are cut into shards, all ranks count together
+                rows = callback.summary()  # where weights are sharded, all ranks count together
                 if trainer.is_global_zero:
                     get_console().print("", render(rows, title=callback.label))  # the progress bar may still stand

@@ -1,6 +1,6 @@
 """A saved view and a report for a project on Weights & Biases, as code: `lightning-sparse dashboard --project P`.
 
-Both show the keys that `SparsityMonitor` logs, so a project of forty runs need not be arranged by hand.
+Both show the keys that `SparsityMonitor` logs, so that a project with many runs need not be arranged by hand.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ INTRODUCTIONS = {
 
 
 def make_view(entity: str, project: str, metric: str) -> Any:
-    """The saved view, not sent yet.
+    """Make the saved view, without sending it.
 
     Args:
         entity: user or team.
-        project: its project.
-        metric: that runs are compared by.
+        project: name of the project.
+        metric: the metric that runs are compared by.
     """
     from wandb_workspaces import workspaces
 
@@ -56,12 +56,12 @@ def make_view(entity: str, project: str, metric: str) -> Any:
 
 
 def make_report(entity: str, project: str, metric: str) -> Any:
-    """The report, not sent yet.
+    """Make the report, without sending it.
 
     Args:
         entity: user or team.
-        project: its project.
-        metric: that runs are compared by.
+        project: name of the project.
+        metric: the metric that runs are compared by.
     """
     from wandb_workspaces.reports import v2 as reports
 
@@ -87,12 +87,12 @@ def save_dashboard(project: str, entity: str | None = None, metric: str = "val/a
     """Save the view and the report in a project.
 
     Args:
-        project: that runs were logged to.
-        entity: user or team; None takes the one of the account.
-        metric: that runs are compared by, as it is logged.
+        project: the project that runs were logged to.
+        entity: user or team; None uses that of the account.
+        metric: the logged metric that runs are compared by.
 
     Returns:
-        The addresses of both.
+        The URLs of both.
 
     Raises:
         ValueError: if `wandb-workspaces` or an account is missing.
@@ -103,7 +103,7 @@ def save_dashboard(project: str, entity: str | None = None, metric: str = "val/a
         import wandb_workspaces  # noqa: F401
     except ImportError:
         raise ValueError(
-            "a dashboard is made with wandb-workspaces, which is not installed; pip install 'lightning_sparse[dashboard]'."
+            "a dashboard needs wandb-workspaces, which is not installed; pip install 'lightning_sparse[dashboard]'."
         ) from None
     owner = entity or default_entity()
     view, report = make_view(owner, project, metric).save(), make_report(owner, project, metric)
@@ -168,7 +168,7 @@ def _panels(metric: str) -> dict[str, Sequence[Any]]:
 
 
 def _placed(panels: Sequence[Any], columns: int = 3, width: int = 8, height: int = 8) -> list[Any]:
-    """Side by side, on the grid of a report."""
+    """Panels side by side on the grid of a report."""
     from wandb_workspaces.reports import v2 as reports
 
     for i, panel in enumerate(panels):

@@ -1,4 +1,4 @@
-"""The dashboard on Weights & Biases; the only file that imports wandb, and not before it is used."""
+"""The dashboard on Weights & Biases; the only file that imports wandb, and only when it is used."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ BINS, SAMPLE = 64, 100_000
 
 
 class Dashboard:
-    """What Weights & Biases can show beyond curves; it makes a panel for whatever is logged, so nobody has to click.
+    """What Weights & Biases can show beyond curves; it makes a panel for everything that is logged, without any clicks.
 
     Args:
-        logger: of the Trainer; its run may be online or offline, new or resumed.
+        logger: logger of the Trainer; its run may be online or offline, new or resumed.
         facts: the configuration of the run.
-        name: of the run, where it has none.
-        tags: to find it by, besides those that it has.
+        name: name of the run, if it has none.
+        tags: tags added to those that it has.
     """
 
     def __init__(self, logger: WandbLogger, facts: Mapping[str, Any], name: str, tags: Sequence[str]) -> None:
         self.logger = logger
         run = logger.experiment
-        # Lightning defines the step only for runs that it has opened itself, and a sweep opens them for it.
+        # Lightning defines the step only for runs that it opened itself, and a sweep opens its own.
         run.define_metric(STEP)
         for section in SECTIONS:
             run.define_metric(section, step_metric=STEP)
         run.config.update(dict(facts), allow_val_change=True)
-        if not run.name or run.name == run.id or re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.name):  # nobody has chosen it
+        if not run.name or run.name == run.id or re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.name):  # the user has not chosen it
             run.name = name
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), *tags]))
 
     def alert(self, title: str, text: str) -> None:
-        """Tell whoever has asked Weights & Biases for alerts, once.
+        """Send an alert to users who enabled alerts in Weights & Biases, once.
 
         Args:
-            title: what has happened.
+            title: what happened.
             text: where, and what to do.
         """
         self.logger.experiment.alert(title=title, text=text, level="WARN")
@@ -64,12 +64,12 @@ class Dashboard:
     def pictures(
         self, step: int, survivors: Mapping[str, Tensor], masks: Mapping[str, Tensor], columns: Sequence[Sequence[float]]
     ) -> None:
-        """Histograms of the weights that are left, masks, and the heat map of layers over time.
+        """Log histograms of the remaining weights, masks, and the heat map of layers over time.
 
         Args:
-            step: at which they were so.
-            survivors: weights that are not zero, by layer.
-            masks: two-dimensional, by layer.
+            step: the step of the readings.
+            survivors: nonzero weights, by layer.
+            masks: two-dimensional masks, by layer.
             columns: the sparsity of each layer, for each reading so far.
         """
         import wandb
@@ -90,11 +90,11 @@ class Dashboard:
         self.logger.log_metrics(logged, step)
 
     def conclude(self, step: int, run: Mapping[str, Any]) -> None:
-        """The table of layers, and the metric against sparsity.
+        """Log the table of layers, and the metric against sparsity.
 
         Args:
-            step: the last.
-            run: as the report takes it.
+            step: the last step.
+            run: the run in the form that the report takes.
         """
         import wandb
 
@@ -116,11 +116,11 @@ class Dashboard:
         self.logger.experiment.log_artifact(artifact)
 
     def report(self, step: int, page: Path) -> None:
-        """The page of the run.
+        """Log the page of the run.
 
         Args:
-            step: the last.
-            page: its file.
+            step: the last step.
+            page: file of the page.
         """
         import wandb
 
@@ -128,11 +128,11 @@ class Dashboard:
         self.logger.log_metrics(logged, step)
 
     def checkpoint(self, path: Path, run: Mapping[str, Any]) -> None:
-        """The sparse checkpoint as an artifact that knows its sparsity and its accuracy.
+        """Upload the sparse checkpoint as an artifact with its sparsity and its accuracy.
 
         Args:
-            path: of the checkpoint; one that falls short of the target is left where it is.
-            run: as the report takes it.
+            path: path of the checkpoint; one that misses the target is not uploaded.
+            run: the run in the form that the report takes.
         """
         import wandb
 
@@ -157,22 +157,22 @@ class Dashboard:
 
 
 class PatientWandbLogger(WandbLogger):
-    """Lightning's `WandbLogger`, whose run waits on this machine, with a hint, where there is no account or network.
+    """Lightning's `WandbLogger`, but the run stays on this machine, with a hint, if there is no account or network.
 
-    Lightning opens runs before any callback is asked, so this cannot be left to one. The command line does it for every
-    `WandbLogger`. Whoever sets `WANDB_MODE` has decided already.
+    Lightning opens runs before it calls any callback, so a callback cannot do this. The command line does it for every
+    `WandbLogger`. A value of `WANDB_MODE` takes precedence.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         given = inspect.signature(WandbLogger).bind(*args, **options).arguments
         self.decided = bool(given.get("offline") or given.get("experiment"))
-        """Whether it is known where the run goes."""
+        """Whether the destination of the run has been decided."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run; opened, online or offline, when it is first asked for."""
+        """The run; opened, online or offline, at the first access."""
         if not self.decided and (hint := stay_offline()) is not None:
             rank_zero_warn(hint)
         self.decided = True
@@ -180,11 +180,11 @@ class PatientWandbLogger(WandbLogger):
 
 
 def open_in_group(logger: Any, group: str) -> None:
-    """Open the run of a logger in a group, where the user has given none; Weights & Biases fixes it when a run is opened.
+    """Open the run of a logger in a group, unless the user has set one; Weights & Biases fixes it when a run is opened.
 
     Args:
-        logger: any; others than `WandbLogger` are left alone.
-        group: that the seeds of one configuration share.
+        logger: any logger; those other than `WandbLogger` are left alone.
+        group: the group that the seeds of one configuration share.
     """
     if not isinstance(logger, WandbLogger):
         return
@@ -192,7 +192,7 @@ def open_in_group(logger: Any, group: str) -> None:
 
     settings = wandb.setup().settings
     before = settings.run_group
-    settings.run_group = before or group  # what a logger is given goes first
+    settings.run_group = before or group  # the logger's own setting takes precedence
     try:
         _ = logger.experiment
     finally:
@@ -200,10 +200,10 @@ def open_in_group(logger: Any, group: str) -> None:
 
 
 def default_entity() -> str:
-    """Whose account it is.
+    """The entity of the account.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no account.
     """
     import wandb
 
@@ -211,7 +211,7 @@ def default_entity() -> str:
         found = wandb.Api().default_entity if _has_key(wandb) else None
     except Exception as error:
         raise ValueError(
-            f"Weights & Biases cannot be asked for the account ({first_line(error)}); see `wandb login`."
+            f"Weights & Biases could not be queried for the account ({first_line(error)}); see `wandb login`."
         ) from None
     if not found:
         raise ValueError("there is no account of Weights & Biases on this machine; `wandb login` stores its key.")
@@ -219,18 +219,18 @@ def default_entity() -> str:
 
 
 def _facts(run: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """What to know of an artifact before loading it."""
+    """Facts about an artifact that are useful before loading it."""
     return {"method": run["method"], "model": run["model"], "sparsity": row["sparsity"], **row["metrics"]}
 
 
 def stay_offline(timeout: float = 3.0) -> str | None:
-    """Keep runs on this machine if they could not be sent anyway; to be called before a logger opens one.
+    """Keep runs on this machine if they could not be sent anyway; call it before a logger opens one.
 
     Args:
         timeout: seconds after which the network counts as missing.
 
     Returns:
-        What was missing and what to do, in one sentence; None if all is there or the user has chosen a mode.
+        One sentence with what is missing and what to do; None if nothing is missing or the user has chosen a mode.
     """
     if os.environ.get("WANDB_MODE"):
         return None
@@ -246,14 +246,14 @@ def stay_offline(timeout: float = 3.0) -> str | None:
             return None
         except OSError:
             missing = f"{address.hostname} cannot be reached"
-    os.environ["WANDB_MODE"] = settings.mode = "offline"  # processes started from here; this one has read it already
+    os.environ["WANDB_MODE"] = settings.mode = "offline"  # for processes started from here; this one has already read it
     return f"Weights & Biases stays offline, because {missing}; `wandb sync DIR` sends the run later."
 
 
 def _has_key(wandb: Any) -> bool:
     try:
         return bool(wandb.login(prompt=False))
-    except TypeError:  # of versions that can only ask
+    except TypeError:  # for versions that can only prompt
         return bool(wandb.api.api_key)
-    except Exception:  # a key that cannot be verified now; whether the network is there is asked next
+    except Exception:  # a key that cannot be verified now; the network is checked next
         return True

@@ -1,4 +1,4 @@
-"""Optimizers that train sparse weights by themselves, without a callback and without Lightning."""
+"""Optimizers that train sparse weights without a callback and without Lightning."""
 
 from lightning_sparse.optim.lp_sphere import LpSGD, sphere_groups
 

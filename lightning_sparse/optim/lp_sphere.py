@@ -24,22 +24,23 @@ class LpSGD(Optimizer):
     $$ v \leftarrow \frac{(1 - \eta) v - \eta \, \hat g}{\|\cdot\|_q}, \qquad w = sign(v) |v|^{1/(p-1)}, \qquad
        \hat g = m / \|m\|_q $$
 
-    with m the gradient after momentum and eta the group's `lr`. Weights are put on the sphere when the optimizer is made;
-    the closer p is to 1, the sparser they become. The state of a constrained weight is its dual coordinates v, in
-    float32 or wider, and its momentum; the weight is written anew from v in every step and by `load_state_dict`, so
-    what else edits it in between lasts one forward pass only.
+    where m is the gradient after momentum and eta the group's `lr`. Weights are projected onto the sphere when the optimizer
+    is created; the closer p is to 1, the sparser they become. The state of a constrained weight is its dual coordinates v,
+    in float32 or wider, and its momentum. The weight is recomputed from v in every step and by `load_state_dict`, so any
+    other edit to it lasts for one forward pass only.
 
     Source: Li et al. 2021, https://arxiv.org/abs/2103.16013; `LpCGD` in the official repository WilliamLiPro/LpSS.
 
     Args:
         params: parameters or groups; `sphere_groups` makes groups from a module.
-        lr: of a group without `p`, the learning rate; of a group with `p`, the mixing weight eta in (0, 1]. The published
-            recipe has 2.0 in the former for the mean loss of a batch and 2/256 in the latter, both along one schedule.
-        p: of the sphere, above 1; None leaves a group free.
-        momentum: in [0, 1).
-        nesterov: look ahead along the momentum.
-        weight_decay: of free groups; the norm of a constrained vector is fixed.
-        dim: the dimension that counts outputs: 0, or 1 for transposed convolutions.
+        lr: in a group without `p`, the learning rate; in a group with `p`, the mixing weight eta in (0, 1]. The published
+            recipe uses 2.0 for the former, with the mean loss of a batch, and 2/256 for the latter, both with the same
+            schedule.
+        p: exponent of the sphere, above 1; None leaves a group free.
+        momentum: momentum factor, in [0, 1).
+        nesterov: use Nesterov momentum.
+        weight_decay: weight decay of free groups; the norm of a constrained vector is fixed.
+        dim: the output dimension: 0, or 1 for transposed convolutions.
 
     Raises:
         ValueError: if a value is out of range, or a weight has no vectors of at least two entries.
@@ -69,7 +70,7 @@ class LpSGD(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its constrained weights are put on the sphere."""
+        """Add a group; its constrained weights are projected onto the sphere."""
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
@@ -87,10 +88,10 @@ class LpSGD(Optimizer):
         if not 0 <= group["momentum"] < 1:
             raise ValueError(f"momentum={group['momentum']} must be in [0, 1).")
         if group["weight_decay"] < 0:
-            raise ValueError(f"weight_decay={group['weight_decay']} must not be negative.")
+            raise ValueError(f"weight_decay={group['weight_decay']} must be >= 0.")
         if group["p"] is None:
             if group["lr"] < 0:
-                raise ValueError(f"lr={group['lr']} must not be negative.")
+                raise ValueError(f"lr={group['lr']} must be >= 0.")
             return
         check_exponent(group["p"])
         if not 0 < group["lr"] <= 1:
@@ -112,7 +113,7 @@ class LpSGD(Optimizer):
         """Move all parameters that have a gradient.
 
         Args:
-            closure: evaluates the loss anew and returns it.
+            closure: reevaluates the loss and returns it.
         """
         loss = None
         if closure is not None:
@@ -143,7 +144,7 @@ class LpSGD(Optimizer):
     def _step_on_spheres(self, group: dict[str, Any], weights: list[nn.Parameter]) -> None:
         rate, p = group["lr"], group["p"]
         if not isinstance(rate, Tensor) and not 0 <= rate <= 1:
-            raise ValueError(f"A scheduler has set lr={rate} for a group with p={p}; a mixing weight must stay in [0, 1].")
+            raise ValueError(f"A scheduler set lr={rate} for a group with p={p}; a mixing weight must stay in [0, 1].")
         for weight in weights:
             state = self.state[weight]
             if not state:
@@ -164,14 +165,14 @@ class LpSGD(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, and put constrained weights where it says."""
+        """Restore a saved state, and set constrained weights from it."""
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for group in self.param_groups:
             for weight, index in zip(group["params"], saved, strict=False):
                 state = self.state.get(weight, {})
                 if "dual" in state:
-                    # torch has cast the state to the type of the weight, which may be too narrow for it.
+                    # torch cast the state to the type of the weight, which may be too narrow for it.
                     for name, value in state_dict["state"][index].items():
                         state[name] = value.to(device=weight.device, dtype=value.dtype, copy=True)
                     weight.copy_(from_dual(state["dual"], group["p"]))
@@ -186,17 +187,18 @@ def sphere_groups(
     targets: str | Sequence[str] = ("*",),
     free: str | Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `LpSGD`: the weights of a module by their p, and last all that stays free.
+    """Parameter groups for `LpSGD`: the weights of a module grouped by their p, then everything that stays free.
 
-    Free are biases and norms, what `targets` leaves out, and by default the last layer and the layers whose name holds
-    `shortcut` or `downsample`.
+    Biases and norms stay free, and so does everything outside `targets`, and by default the last layer and layers whose name
+    contains `shortcut` or `downsample`.
 
     Args:
-        module: whose parameters are grouped.
-        p: of the spheres: one for all, a list in the order of the constrained weights, or glob over names -> p.
-        lr: learning rate of what is free.
+        module: the module whose parameters are grouped.
+        p: exponent of the spheres: one for all, a list in the order of the constrained weights, or a mapping of glob over
+            names -> p.
+        lr: learning rate of the free parameters.
         mixing: mixing weight of the constrained groups, in (0, 1].
-        targets: patterns that choose weights; see `core.find_targets`.
+        targets: patterns that select the weights; see `core.find_targets`.
         free: patterns of weights that stay off the spheres, instead of the default.
 
     Raises:

@@ -127,7 +127,7 @@ MISTAKES = [
     (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsitty=0.5"], "did you mean 'sparsity'"),
     (["--trainer.maximum_epochs=3"], "'trainer.maximum_epochs' is not an option; did you mean 'trainer.max_epochs'?"),
     (["--data.init_args.batchsize=3"], "'batchsize' is not an option of Digits; did you mean 'batch_size'?"),
-    (["--data.init_args.batch_size=many"], "batch_size='many' must be a whole number."),
+    (["--data.init_args.batch_size=many"], "batch_size='many' must be an integer."),
     (["--trainer.callbacks+=MagnitudePrunning"], "did you mean 'MagnitudePruning'"),
     (["--trainer.callbacks+=MagnitudePruning", "--trainer.callbacks.sparsity=1.5"], "sparsity=1.5 must be in [0, 1)"),
     (
@@ -145,7 +145,7 @@ MISTAKES = [
     (["--trainer.precision=abc"], "'32', '16', 'bf16'], or write null."),
     (
         ["--trainer.callbacks=lightning_sparse.MagnitudePruning(0.9)"],
-        "'lightning_sparse.MagnitudePruning(0.9)' in trainer.callbacks is not the import path of a class; write the class",
+        "'lightning_sparse.MagnitudePruning(0.9)' in trainer.callbacks is not the import path of a class; write only",
     ),
     (["--trainer.logger=NoLogger"], "'NoLogger' in trainer.logger is not a known class; did you mean 'CometLogger'?"),
     ([CHOOSER, "--trainer.callbacks.kind=l1"], "Chooser does not take kind: it is called penalty now."),
@@ -238,7 +238,7 @@ def test_the_command_line_is_a_module_too(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("lightning_sparse.cli", run_name="__main__")
     assert stop.value.code == 0
-    assert "Lay runs side by side in one page." in capsys.readouterr().out
+    assert "Compare runs side by side on one page." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("start", ["warm", "fresh"])
@@ -261,7 +261,7 @@ def test_refit_from_a_checkpoint(start: str, tmp_path: Path, capsys: pytest.Capt
     other = [*again, "--model.init_args.network.init_args.hidden=[5]", f"--ckpt_path={checkpoint}"]
     with pytest.raises(SystemExit):
         main(["refit", *other])
-    assert "does not fit the model that is configured" in capsys.readouterr().err
+    assert "does not fit the configured model" in capsys.readouterr().err
 
 
 def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,8 +295,8 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     mistakes = [
         (["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; "),
         ([f"--ckpt_path={broken}"], "cannot be read as a checkpoint ("),
-        ([f"--ckpt_path={other}"], "holds a dict without a state_dict, not a checkpoint of Lightning; give one that a run"),
-        ([f"--ckpt_path={checkpoint}", "--batch_size=0"], "batch_size=0 must be at least 1."),
+        ([f"--ckpt_path={other}"], "holds a dict without a state_dict, not a Lightning checkpoint; give one that a run"),
+        ([f"--ckpt_path={checkpoint}", "--batch_size=0"], "batch_size=0 must be >= 1."),
         ([f"--ckpt_path={checkpoint}", "--recalibrate=-1"], "recalibrate=-1 must be a number of batches, or 0"),
         (
             [f"--ckpt_path={checkpoint}", "--calibrate=-1"],
@@ -321,7 +321,7 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "other").exists()
     with pytest.raises(SystemExit):
         main(["export", f"--ckpt_path={checkpoint}"])
-    assert "to='' names no folder; write --to FOLDER." in capsys.readouterr().err
+    assert "to='' is not a folder; write --to FOLDER." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["export", f"--ckpt_path={checkpoint}", "--to=/dev/null/deployed"])
     assert "to='/dev/null/deployed' cannot be written (Not a directory); choose another folder." in capsys.readouterr().err

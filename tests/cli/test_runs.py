@@ -78,7 +78,7 @@ def test_a_folder_of_two_runs_is_noticed(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.warns(UserWarning, match="exists and is not empty"):
         second = fit(*LOGGERS["none"], "--trainer.default_root_dir=runs", "--trainer.callbacks.sparsity=0.7")
     said = refusal(capsys, "test", f"--ckpt_path={kept}", *QUIET)
-    assert "is of another run than" in said
+    assert "belongs to another run than" in said
     assert "give the configuration of the checkpoint's own run with --config" in said
     main(["test", f"--ckpt_path={second}", *QUIET])
     main(["test", *RUN, *LOGGERS["none"], "--trainer.enable_checkpointing=false", f"--ckpt_path={kept}"])
@@ -120,9 +120,9 @@ def test_the_folder_of_a_sharded_run_is_a_checkpoint_too(capsys: pytest.CaptureF
     exported, whole = (torch.load(Path(name) / "plain.pt", weights_only=True) for name in ("sharded", "whole"))
     assert exported.keys() == whole.keys()
     assert all(torch.equal(exported[name], whole[name]) for name in whole)
-    content["callbacks"]["SaveRunConfig"]["fingerprint"] = "of another run"
+    content["callbacks"]["SaveRunConfig"]["fingerprint"] = "belongs to another run"
     torch.save(content, folder / "meta.pt")
-    assert "is of another run" in refusal(capsys, *files, "--to=third")
+    assert "belongs to another run" in refusal(capsys, *files, "--to=third")
 
 
 def test_a_broken_checkpoint_is_skipped_when_a_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +136,7 @@ def test_a_broken_checkpoint_is_skipped_when_a_run_goes_on(capsys: pytest.Captur
     for name in ("last.ckpt", "epoch=3.ckpt"):
         (folder / name).write_bytes((folder / name).read_bytes()[:1000])
     with (
-        pytest.warns(UserWarning, match=r"last.ckpt' cannot be read .* goes on from 'checkpoints/epoch=2.ckpt', the newest"),
+        pytest.warns(UserWarning, match=r"last.ckpt' cannot be read .* resumes from 'checkpoints/epoch=2.ckpt', the newest"),
         pytest.warns(UserWarning, match="exists and is not empty"),
     ):
         start("--ckpt_path=checkpoints/last.ckpt")
@@ -161,9 +161,10 @@ def test_what_is_no_checkpoint_of_this_model_is_refused(capsys: pytest.CaptureFi
         "nowhere.ckpt": "ckpt_path='nowhere.ckpt' is not a file; give one that a run saved.",
         "checkpoints": f"ckpt_path='checkpoints' is a folder; give a file in it, such as '{good.relative_to(Path.cwd())}'.",
         "checkpoints/lost.ckpt": f"is not a file; the newest beside it is '{good.relative_to(Path.cwd())}'.",
-        "files/bare.ckpt": "holds a bare state dict, not a checkpoint of Lightning; give one that a run saved.",
-        "files/mask.ckpt": "holds a dict without a state_dict, not a checkpoint of Lightning; give one that a run saved.",
-        "files/weights.ckpt": "holds weights only, from which no training can go on; give one that was saved without save_w",
+        "files/bare.ckpt": "holds a bare state dict, not a Lightning checkpoint; give one that a run saved.",
+        "files/mask.ckpt": "holds a dict without a state_dict, not a Lightning checkpoint; give one that a run saved.",
+        "files/weights.ckpt": "holds only weights, so training cannot resume from it; give one that was saved without "
+        "save_w",
         "files/objects.ckpt": "holds objects beside weights and plain values, which the command line does not load; load it",
     }
     for name, sentence in cases.items():

@@ -172,7 +172,7 @@ def test_a_checkpoint_of_a_version_with_fewer_arguments() -> None:
         method.check_brought()
 
 
-@pytest.mark.filterwarnings("ignore:.*begins in the middle")
+@pytest.mark.filterwarnings("ignore:.*starts in the middle")
 def test_a_checkpoint_of_another_run_brings_no_stale_masks(tmp_path: Path) -> None:
     fit(toy(), ModelCheckpoint(tmp_path, "dense"), max_epochs=1)
     method = MagnitudePruning(0.9)
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_run_brings_no_stale_masks(tmp_path: Path) -> No
     assert seen[0] < 0.5
 
 
-@pytest.mark.filterwarnings("ignore:.*begins in the middle")
+@pytest.mark.filterwarnings("ignore:.*starts in the middle")
 def test_the_same_trainer_with_other_weights_is_projected() -> None:
     method = MagnitudePruning(0.9)
     module = toy()

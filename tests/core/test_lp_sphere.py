@@ -89,7 +89,7 @@ def test_shards_are_refused() -> None:
     """A stand-in, for a DTensor needs a process group."""
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     net[0].weight.placements = ("Shard(dim=1)",)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"'0.weight' is cut into shards.*use 'ddp', or leave it free"):
+    with pytest.raises(ValueError, match=r"'0.weight' is sharded.*use 'ddp', or leave it free"):
         find_spheres(net, 1.2)
 
 

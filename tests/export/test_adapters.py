@@ -163,7 +163,7 @@ def test_not_while_a_trainer_trains_it() -> None:
 
     module = Adapted()
     fit(module, KeepSparsity(), Impatient(), max_epochs=1)
-    assert said[0].startswith("A Trainer is training this Adapted, and what methods have attached to it would come along")
+    assert said[0].startswith("A Trainer is training this Adapted, and what methods have attached to it would be copied too")
     assert merge_adapters(module).rows
 
 
@@ -178,11 +178,11 @@ def on_a_dense_base() -> nn.Module:
 
 
 REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
-    (net, {}, "Sequential holds no adapters of peft; give the model that get_peft_model returned"),
+    (net, {}, "Sequential contains no PEFT adapters; give the model that get_peft_model returned"),
     (
         merged_already,
         {},
-        "is merged already, so the zeros of its base cannot be told any more; call unmerge_adapter() first",
+        "is already merged, so the zeros of its base are unknown; call unmerge_adapter() first",
     ),
     (on_a_dense_base, {}, "The base of these adapters has no zeros, so there is nothing to keep; merge them with merge_and"),
     (

@@ -122,7 +122,7 @@ def test_what_cannot_be_stored_or_read_says_so(tmp_path: Path, monkeypatch: pyte
     from safetensors.torch import save_file
 
     save_file({"w": torch.ones(2)}, str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="not one of a lightning_sparse export; load it with safetensors"):
+    with pytest.raises(ValueError, match="not from a lightning_sparse export; load it with safetensors"):
         load_compact(tmp_path / "other")
     save_model(nn.Linear(3, 2), tmp_path / "linear")
     with pytest.raises(ValueError, match="does not fit Linear as it was built"):

@@ -46,7 +46,7 @@ def test_a_row_holds_its_inputs_in_order() -> None:
 def test_what_has_no_constant_fan_in_is_refused() -> None:
     dense = layer(12, 7, 4)
     dense.weight.data[3] *= torch.arange(12) > 6
-    with pytest.raises(ValueError, match=r"as many weights in every output, but one has 4, another \d; train"):
+    with pytest.raises(ValueError, match=r"the same number of weights in every output, but one has 4, another \d; train"):
         CondensedLinear(dense)
     with pytest.raises(ValueError, match="in every output, but there is none"):
         use_kernels(nn.Sequential(nn.Linear(2, 2, bias=False).requires_grad_(False).apply(empty)), {"0": "condensed"})

@@ -102,11 +102,11 @@ def test_a_lost_zero_is_found(tmp_path: Path) -> None:
     whole = file("float.onnx", w=[[0, 0.001, 1], [0, 0, -2]])
     found = check_zeros(whole, file("good.onnx", w_quantized=[[0, 0, 127], [0, 0, -127]], w_zero_point=[[0, 0]]))
     assert (found.weights, found.zeros, found.rounded) == (6, 3, 1)
-    with pytest.raises(ValueError, match=r"zeros of 'w' would be lost: 2 have another code than 0"):
+    with pytest.raises(ValueError, match=r"zeros of 'w' would be lost: 2 have a code other than 0"):
         check_zeros(whole, file("bad.onnx", w_quantized=[[1, 0, 127], [0, -1, -127]], w_zero_point=[[0, 0]]))
     with pytest.raises(ValueError, match=r"code 0 stands for another number in 1 outputs"):
         check_zeros(whole, file("off.onnx", w_quantized=[[0, 0, 127], [0, 0, -127]], w_zero_point=[[3, 0]]))
-    with pytest.raises(ValueError, match=r"onnxruntime quantizes no weight of it"):
+    with pytest.raises(ValueError, match=r"onnxruntime quantizes no weight of this model; it has"):
         check_zeros(whole, file("none.onnx"))
 
 
@@ -213,7 +213,7 @@ def test_a_network_that_is_computed_elsewhere_returns_what_it_returned() -> None
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Quantization([]), "calibration holds no batch; give some of the training set."),
+        (lambda: Quantization([]), "calibration contains no batch; give some from the training set."),
         (lambda: Quantization([torch.ones(1)], tolerance=0), "tolerance=0 must be above 0: int8 rounds."),
         (lambda: Quantization([torch.ones(1)], error=-1), "error=-1 must be above 0: int8 rounds."),
         (

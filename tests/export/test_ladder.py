@@ -288,11 +288,11 @@ def test_a_rung_that_does_not_run_is_left_out(tmp_path: Path, monkeypatch: pytes
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"rungs": []}, "rungs=[] names none; choose from ['plain', 'compact', 'merged'"),
-    ({"rounds": -1}, "rounds=-1 must be 0, for no measurement, or more."),
-    ({"input_range": [1]}, "input_range=[1] must be the least and the largest input, such as [0, 1]."),
-    ({"input_range": [1, 0]}, "input_range=[1, 0] must be the least and the largest input"),
-    ({"inputs": torch.randn(0, 4)}, "inputs holds no sample; give a batch of real ones."),
+    ({"rungs": []}, "rungs=[] is empty; choose from ['plain', 'compact', 'merged'"),
+    ({"rounds": -1}, "rounds=-1 must be >= 0; 0 measures nothing."),
+    ({"input_range": [1]}, "input_range=[1] must be the smallest and the largest input, such as [0, 1]."),
+    ({"input_range": [1, 0]}, "input_range=[1, 0] must be the smallest and the largest input"),
+    ({"inputs": torch.randn(0, 4)}, "inputs contains no sample; give a batch of real ones."),
     ({"rungs": ["plan"]}, "rung 'plan' is unknown; choose from ['plain', 'compact', 'merged'"),
     ({"tolerance": 0.0}, "tolerance=0.0 must be above 0"),
     (

@@ -237,7 +237,7 @@ def test_ranks_compare_masks_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_layer_that_is_emptied_is_named() -> None:
-    with pytest.warns(UserWarning, match=r"STR has removed all of 'net.6.weight'; signals no longer"):
+    with pytest.warns(UserWarning, match=r"STR has removed all of 'net.6.weight'; no signal passes"):
         fit(toy(), STR(strength=5.0, targets=["net.6"]))
 
 

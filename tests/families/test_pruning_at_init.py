@@ -276,7 +276,7 @@ def test_grasp_of_attention() -> None:
     """Its fused kernels have no second derivative."""
     module = Attention()
     assert masks(GraSP(0.5), module)["net.self_attn.in_proj_weight"].any()
-    with pytest.raises(ValueError, match="saw no call of the network 'Attention'.* give the input_shape"):
+    with pytest.raises(ValueError, match="saw no call of the network 'Attention'.* set the input_shape"):
         masks(SynFlow(0.5), Attention())
 
 
@@ -327,7 +327,7 @@ REFUSED: list[tuple[Callable[[], L.LightningModule], Callable[[], L.Callback], s
     (
         lambda: Variant(lambda loss: Once.apply(loss) ** 2),
         lambda: GraSP(0.5),
-        "GraSP needs second derivatives of the loss, and this model has none",
+        "GraSP needs second derivatives of the loss, which this model does not have; replace",
     ),
     (Unused, lambda: SNIP(0.5), "does not depend on 'spare.weight'; exclude it with targets=['!spare.weight']"),
     (Unused, lambda: SynFlow(0.5), "saw no call of the network 'Unused'"),
@@ -335,7 +335,7 @@ REFUSED: list[tuple[Callable[[], L.LightningModule], Callable[[], L.Callback], s
     (Attention, lambda: SynFlow(0.5, network="net", targets=["net"]), "every score at initialization is zero"),
     (Parts, lambda: SynFlow(0.5, network="embedding"), "nothing flows through 'body.0.weight'; exclude it"),
     (toy, lambda: SynFlow(0.5, network="head"), "network='head' is no part of Toy; it has ['net']"),
-    (toy, lambda: SynFlow(0.5, input_shape=[3, 8, 8]), "could not send ones through the network; give the input_shape of"),
+    (toy, lambda: SynFlow(0.5, input_shape=[3, 8, 8]), "could not send ones through the network; set the input_shape of"),
     (toy, lambda: SNIP(0.9999), "leaves nothing"),
 ]
 

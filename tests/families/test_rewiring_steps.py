@@ -240,7 +240,7 @@ def test_two_methods_under_one_optimizer() -> None:
 
 def test_a_run_that_became_too_short_to_prune(tmp_path: Path) -> None:
     fit(toy(), GraNet(0.9), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1), max_epochs=10)
-    with pytest.raises(ValueError, match=r"end=0.5 is 50% of the run as it was begun, but .* stop at 30%"):
+    with pytest.raises(ValueError, match=r"end=0.5 is 50% of the run as originally planned, but .* stop at 30%"):
         fit(toy(), GraNet(0.9), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=3)
 
 

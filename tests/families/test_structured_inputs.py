@@ -160,7 +160,10 @@ class Aside(Toy):
 @pytest.mark.parametrize(
     ("module", "sentence"),
     [
-        (Failing, "MagnitudePruning must see how training_step of Failing calls its network, but it fails on a copy of it"),
+        (
+            Failing,
+            "MagnitudePruning must record how training_step of Failing calls its network, but it fails on a copy",
+        ),
         (
             Aside,
             "training_step calls no module that holds 'net.0.weight' on the first batch; set example_input_array in Aside",

@@ -1,4 +1,4 @@
-"""Toys whose weights are cut into shards, and trainings of them on several ranks."""
+"""Toys whose weights are sharded, and trainings of them on several ranks."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ class Refuse(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter")
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"Once can be read only once; give a loader that starts anew"):
+    with pytest.raises(ValueError, match=r"Once can be read only once; use a loader that restarts"):
         trainer(Refuse(), max_steps=2).fit(toy(), DataLoader(Once(), 8), loader(1))
 
     class Uncopyable(Talkative):
@@ -199,7 +199,7 @@ def test_refusals() -> None:
         def training_step(self, dataloader_iter: Any) -> Any:
             return self.loss(next(dataloader_iter)[0])
 
-    with pytest.raises(ValueError, match=r"which a training_step\(dataloader_iter\) does not allow"):
+    with pytest.raises(ValueError, match=r"which training_step\(dataloader_iter\) does not allow"):
         trainer(Refuse()).fit(Fetching(), loader(), loader(1))
 
 

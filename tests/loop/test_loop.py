@@ -303,7 +303,7 @@ def test_manual_optimization_without_the_mixin_is_warned_of() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> None:
             self.optimizers().step()
 
-    with pytest.warns(UserWarning, match=r"no callback can reach its loss; add self.sparsity_penalty\(\)"):
+    with pytest.warns(UserWarning, match=r"no callback can change its loss; add self.sparsity_penalty\(\)"):
         fit(Manual(), FeaturePenalty(0.5), max_epochs=1)
 
 
@@ -362,7 +362,7 @@ def test_an_emptied_layer_is_said() -> None:
 def test_beginning_in_the_middle_is_said(tmp_path: Any) -> None:
     files = L.pytorch.callbacks.ModelCheckpoint(tmp_path, "last")
     fit(toy(), files, max_epochs=1)
-    with pytest.warns(UserWarning, match="begins in the middle of a run"):
+    with pytest.warns(UserWarning, match="starts in the middle of a run"):
         fit(toy(), MagnitudePruning(0.5), ckpt_path=tmp_path / "last.ckpt")
 
 

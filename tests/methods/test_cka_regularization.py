@@ -252,9 +252,9 @@ def test_a_network_of_zeros_trains_on() -> None:
 
 def test_small_batches_are_left_out_with_one_warning() -> None:
     modules = [toy(), toy()]
-    with pytest.warns(UserWarning, match=r"leaves out batches of fewer than 4 samples \(this one has 2\)") as caught:
+    with pytest.warns(UserWarning, match=r"skips batches of fewer than 4 samples \(this one has 2\)") as caught:
         fit(modules[0], CKARegularization(strength=10.0, every_n_batches=1), batch_size=2)
-    assert len([w for w in caught if "leaves out" in str(w.message)]) == 1
+    assert len([w for w in caught if "skips batches" in str(w.message)]) == 1
     torch.manual_seed(0)
     results = []
     for extra in ([], [CKARegularization(strength=10.0, every_n_batches=1, unbiased=False)]):

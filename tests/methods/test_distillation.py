@@ -194,20 +194,24 @@ def half_file(tmp_path: Path) -> str:
 
 Make = Callable[[Path], L.Callback]
 REFUSED: list[tuple[Callable[[], Toy], Make, str]] = [
-    (toy, lambda p: Distillation(wide()), "the network puts out (8, 4) and the teacher (8, 5), but logits of equal shape"),
+    (
+        toy,
+        lambda p: Distillation(wide()),
+        "the network puts out (8, 4) and the teacher (8, 5), but logits must have equal shapes",
+    ),
     (
         toy,
         lambda p: Distillation(teacher_net(), class_dim=1, features={"0": "2"}),
         "layer '0' puts out (8, 8, 8, 8)",
     ),
-    (toy, lambda p: Distillation(features=["nine"]), "features: 'nine' is no layer of the network (Sequential); did you"),
+    (toy, lambda p: Distillation(features=["nine"]), "features: 'nine' is not a layer of the network (Sequential); did you"),
     (
         toy,
         lambda p: Distillation(nn.Flatten(), features=["0"]),
-        "'0' is no layer of the teacher (Flatten); it has no",
+        "'0' is not a layer of the teacher (Flatten); it has no",
     ),
-    (toy, lambda p: Distillation(other_file(p)), "w.pt' holds another shape of '8.weight', which the network that learns"),
-    (toy, lambda p: Distillation(half_file(p)), "w.pt' has nothing for '0.bias', which the network that learns has; give"),
+    (toy, lambda p: Distillation(other_file(p)), "w.pt' holds another shape of '8.weight', which the student network"),
+    (toy, lambda p: Distillation(half_file(p)), "w.pt' has nothing for '0.bias', which the student network has; give"),
     (toy, lambda p: Distillation(str(p / "no.pt")), "no.pt' is not a file; give a checkpoint"),
     (toy, lambda p: Distillation(network="head"), "Distillation: network='head' is no part of Toy; it has ['net']"),
     (
@@ -241,7 +245,7 @@ def test_a_refusal_leaves_the_teacher_as_it_was() -> None:
     net = wide().train()
     net[0].eval()
     before = [(part.training, len(part._forward_hooks)) for part in net.modules()]
-    with pytest.raises(ValueError, match="logits of equal shape"):
+    with pytest.raises(ValueError, match="logits must have equal shapes"):
         fit(toy(), Distillation(net, features=["2"]))
     assert [(part.training, len(part._forward_hooks)) for part in net.modules()] == before
     assert all(parameter.requires_grad for parameter in net.parameters())
@@ -250,7 +254,7 @@ def test_a_refusal_leaves_the_teacher_as_it_was() -> None:
 def test_data_that_can_be_read_once_are_refused_in_the_first_batch() -> None:
     """A batch to try is a batch that training would not get."""
     begun = Begun()
-    with pytest.raises(ValueError, match="logits of equal shape"):
+    with pytest.raises(ValueError, match="logits must have equal shapes"):
         trainer(Distillation(wide()), begun, max_epochs=1).fit(toy(), once(), loader(1))
     assert begun.batches == 1
     trainer(Distillation(teacher_net()), begun, max_epochs=1).fit(toy(), once(), loader(1))
@@ -267,7 +271,7 @@ def test_what_cannot_be_copied_is_tried_in_the_first_batch() -> None:
             raise TypeError("no copies")
 
     begun = Begun()
-    with pytest.raises(ValueError, match="logits of equal shape"):
+    with pytest.raises(ValueError, match="logits must have equal shapes"):
         fit(Locked(), Distillation(wide()), begun)
     assert begun.batches == 1
 
@@ -305,6 +309,6 @@ def test_one_output_has_no_classes() -> None:
         def loss(self, batch: Any) -> Tensor:
             return self.net(batch[0]).square().mean()
 
-    with pytest.raises(ValueError, match=r"outputs of shape \(8, 1\) have one class in class_dim=-1"):
+    with pytest.raises(ValueError, match=r"outputs of shape \(8, 1\) have a single class in class_dim=-1"):
         fit(Regressor(), Distillation())
     fit(Regressor(), Distillation(strength=0, features=["1"], network="net"))

@@ -162,7 +162,9 @@ def test_the_golden_trace_that_stops_stale() -> None:
     module, method = Net(), HyperSparse(0.9, pretrain=0, regularize="9 epochs", strength=1e-4)
     module.dense, module.pruned = [92, 91, 90, 80, 70, 60, 50, 0, 0, 0], [50, 56, 53, 20, 20, 20, 20, 0, 0, 0]
     spy = Spy(method)
-    with pytest.warns(UserWarning, match=r"pruned copy of epoch 1, score 56 \(mean 53\): the dense model has sunk below it"):
+    with pytest.warns(
+        UserWarning, match=r"pruned copy of epoch 1, score 56 \(mean 53\): the dense model has fallen below it"
+    ):
         fit(module, method, spy, max_epochs=10)
     assert method.stop_reason == "stale"
     assert spy.phases == ["regularize"] * 7 + ["finetune"] * 3
@@ -465,8 +467,8 @@ def test_manual_optimization_that_returns_no_loss_is_refused() -> None:
 @pytest.mark.parametrize(
     ("score", "sentence"),
     [
-        ("f1", "score='f1' needs an entry 'f1' in what training_step returns, which returns no dictionary"),
-        (lambda output, batch: torch.zeros(2), "must be one number, not a tensor of shape (2,)"),
+        ("f1", "score='f1' needs an entry 'f1' in the output of training_step, which is not a dictionary"),
+        (lambda output, batch: torch.zeros(2), "must be a single number, not a tensor of shape (2,)"),
     ],
 )
 def test_scores_that_are_not_there(score: Any, sentence: str) -> None:

@@ -59,7 +59,7 @@ def test_zeros_that_a_checkpoint_brings(tmp_path: Path) -> None:
     first = toy()
     fit(first, MagnitudePruning(0.8, start=0, end=0), ModelCheckpoint(tmp_path, "last"))
     second, method = toy(seed=3), KeepSparsity()
-    with pytest.warns(UserWarning, match="KeepSparsity begins in the middle of a run"):
+    with pytest.warns(UserWarning, match="KeepSparsity starts in the middle of a run"):
         fit(second, method, ckpt_path=tmp_path / "last.ckpt", max_epochs=4)
     assert all(found.equal(zeros(first)[name]) for name, found in zeros(second).items())
     assert not second.net[6].weight.equal(first.net[6].weight)
@@ -86,7 +86,7 @@ def test_the_table_says_what_was_found(caplog: pytest.LogCaptureFixture) -> None
     fit(module, method)
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in caplog.text.splitlines() if line.startswith("net.")}
     assert lines == {
-        "net.0.weight": "72 of 72 100.00% left dense: zero throughout, an initialization",
+        "net.0.weight": "72 of 72 100.00% left dense: entirely zero, an initialization",
         "net.2.weight": "2 of 576 0.35% left dense: zeros by chance",
         "net.6.weight": "1,024 of 2,048 50.00% 2:4",
         "net.8.weight": "30 of 64 46.88%",
@@ -260,8 +260,8 @@ def dense(tmp_path: Path) -> Path:
 
 
 REFUSED: list[tuple[Callable[[Path], Path] | None, str]] = [
-    (None, "KeepSparsity finds no sparse weight in the model: the most zeros are in 'net.0.weight', 0.00%, and min_spa"),
-    (dense, "w.pt': the most zeros are in 'net.0.weight', 0.00%"),
+    (None, "KeepSparsity found no sparse weight in the model: 'net.0.weight' has the most zeros, 0.00%, and min_spa"),
+    (dense, "w.pt': 'net.0.weight' has the most zeros, 0.00%"),
     (other_shapes, "'net.6.weight' has shape (16, 64), but 'net.6.weight' has shape (16, 128); give a file of this model"),
     (other_names, "has nothing for 'net.0.weight'; it has ['conv.weight']. Give a file of this model, or leave the layer"),
     (no_file, "missing.pt' is not a file; give a checkpoint, a state dict, safetensors or masks"),

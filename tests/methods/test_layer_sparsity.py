@@ -164,7 +164,9 @@ def test_what_is_logged_and_remembered() -> None:
 def test_a_collapsed_network_is_a_warning() -> None:
     module = Toy(net=deep())
     module.net[3].weight.data.mul_(1e-9)  # type: ignore[index, union-attr, operator]
-    with pytest.warns(UserWarning, match=r"the weights of \['net.3'\] are almost zero: a signal is cut"):
+    with pytest.warns(
+        UserWarning, match=r"the weights of \['net\.3'\] are almost zero: the signal is cut off, the layer is"
+    ):
         fit(module, LayerSparsity(strength=0.0, layer_strength={"net.5": 0.1}), limit_train_batches=1, max_epochs=1)
 
 

@@ -342,11 +342,11 @@ def test_rounds_wait_for_the_gradients_of_a_step() -> None:
     assert diary.rounds == [0, 0, 0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.filterwarnings("ignore:.*begins in the middle")
+@pytest.mark.filterwarnings("ignore:.*starts in the middle")
 def test_a_moment_that_has_passed(tmp_path: Path) -> None:
     fit(toy(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
     with pytest.raises(
-        ValueError, match=r"rewind_to='3 steps' lies before step 6, at which this run begins, so it will never"
+        ValueError, match=r"rewind_to='3 steps' lies before step 6, at which this run begins, so it is never"
     ):
         fit(toy(), LotteryTicket(0.8, rounds=1, rewind_to="3 steps"), ckpt_path=tmp_path / "step=6.ckpt")
     for rewind_to in (0, "7 steps"):
@@ -358,7 +358,7 @@ def test_a_moment_that_has_passed(tmp_path: Path) -> None:
 def test_a_run_that_became_too_short(tmp_path: Path) -> None:
     fit(toy(), LotteryTicket(0.8, rounds=4), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), max_epochs=5)
     with pytest.raises(
-        ValueError, match="begins its last round at 80% of the run as it was begun, but training now ends at 60%"
+        ValueError, match="starts its last round at 80% of the run as it was begun, but training now ends at 60%"
     ):
         fit(toy(), LotteryTicket(0.8, rounds=4), ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=3)
 

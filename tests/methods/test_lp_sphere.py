@@ -232,7 +232,7 @@ def test_eta_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates == pytest.approx([0.5 * t / 10 for t in range(1, 11)]), "counted in steps"
 
 
-@pytest.mark.filterwarnings("ignore:.*begins in the middle")
+@pytest.mark.filterwarnings("ignore:.*starts in the middle")
 def test_weights_that_were_exchanged_are_begun_with() -> None:
     method, module = LpSphere(p=1.3, sparsity=0.5, mixing=0.1), toy()
     runner = fit(module, method)
@@ -257,9 +257,7 @@ def test_weights_that_were_exchanged_are_begun_with() -> None:
 
 def test_another_method_on_the_same_weights_is_refused_and_on_others_it_is_not() -> None:
     for pair in ([LpSphere(p=1.2), MagnitudePruning(0.5)], [MagnitudePruning(0.5), LpSphere(p=1.2)]):
-        with pytest.raises(
-            ValueError, match=r"LpSphere moves 'net.0.weight' by itself, so MagnitudePruning cannot act on it"
-        ):
+        with pytest.raises(ValueError, match=r"LpSphere moves 'net.0.weight' itself, so MagnitudePruning cannot act on it"):
             fit(toy(), *pair)
     method = MagnitudePruning(0.5, targets=["net.8"])
     fit(toy(), LpSphere(p=1.2), method)

@@ -159,13 +159,13 @@ def test_masks_that_are_read_off_a_sparse_model_are_its_zeros() -> None:
 @pytest.mark.parametrize("other", [STR, lambda: SCL(0.5)])
 def test_methods_that_hold_weights_of_their_own_are_refused(other: Any) -> None:
     method = other()
-    sentence = rf"{method.label} and QuantizationAware both hold another 'net.0.weight' than the model shows; train with"
+    sentence = rf"{method.label} and QuantizationAware both keep a 'net.0.weight' that differs from the model's; train with"
     with pytest.raises(ValueError, match=sentence):
         fit(toy("sgd"), method, QuantizationAware())
 
 
 def test_two_of_them_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"both hold another 'net.0.weight' than the model shows"):
+    with pytest.raises(ValueError, match=r"both keep a 'net.0.weight' that differs from the model's"):
         fit(toy("sgd"), QuantizationAware(), QuantizationAware(bits=4, name="again"))
 
 
@@ -177,7 +177,7 @@ def test_zeros_that_nobody_holds_are_refused() -> None:
         return module
 
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"% of 'net.0.weight' are zero, and QuantizationAware alone .* put KeepSparsity"):
+    with pytest.raises(ValueError, match=r"% of 'net.0.weight' are zero, and QuantizationAware alone .* add KeepSparsity"):
         fit(sparse(), QuantizationAware())
     fit(sparse(), QuantizationAware(targets="!net.0"), max_steps=1)
     fit(sparse(), QuantizationAware(), KeepSparsity(), max_steps=1)

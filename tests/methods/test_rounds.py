@@ -49,18 +49,18 @@ def test_the_point_to_return_to() -> None:
 
 
 REFUSED: list[tuple[tuple[Any, ...], RunLength, str]] = [
-    ((40, None, 0), RUN, "rounds=40 leave less than one of the run's 40 steps to each training; take fewer"),
+    ((40, None, 0), RUN, "rounds=40 leave less than one of the run's 40 steps to each training; use fewer"),
     ((10, None, 0), RunLength(10.0, None, within_epochs=False), "less than one of the run's 10 epochs"),
     (
         (2, "4 epochs", 0),
         RUN,
         "rounds=2 need 3 trainings of every='4 epochs', but from rewind_to='0' on the run has room for 2",
     ),
-    ((1, None, "40 steps"), RUN, "rewind_to='40 steps' is the end of training, to which nothing returns"),
+    ((1, None, "40 steps"), RUN, "rewind_to='40 steps' is the end of training, so nothing rewinds to it; choose"),
     ((1, None, 1.0), RUN, "rewind_to='1' is the end of training"),
     ((1, None, "41 steps"), RUN, "rewind_to='41 steps' lies after the end of training (40 steps)"),
     ((1, None, "3 steps"), RunLength(10.0, None), "rewind_to='3 steps' needs to know the run's length in steps"),
-    ((1, None, 0), RunLength(None, None), "The length of this run is unknown, so no rounds can be laid out"),
+    ((1, None, 0), RunLength(None, None), "The length of this run is unknown, so rounds cannot be scheduled"),
 ]
 
 
@@ -74,9 +74,9 @@ def test_what_does_not_fit(arguments: tuple[Any, ...], run: RunLength, sentence:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((0, None, 0), "rounds=0 must be a whole number from 1 up"),
-        ((1.5, None, 0), "rounds=1.5 must be a whole number"),
-        ((1, 0.0, 0), "every=0.0 must be longer than nothing"),
+        ((0, None, 0), "rounds=0 must be an integer >= 1: the number of pruning rounds"),
+        ((1.5, None, 0), "rounds=1.5 must be an integer >= 1: the number"),
+        ((1, 0.0, 0), "every=0.0 must be longer than zero"),
         ((1, None, 500), "rewind_to=500 is not a span of time; write a fraction of the run from 0 to 1, '500 epochs'"),
         ((1, "often", 0), "every='often' is not a span of time"),
     ],

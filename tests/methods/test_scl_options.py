@@ -138,7 +138,7 @@ def test_those_with_the_highest_variables_settle() -> None:
 
 def test_training_that_stops_before_the_masks_are_frozen() -> None:
     method = SCL(sparsity=0.9)
-    with pytest.warns(UserWarning, match=r"ends at sparsity 0\.\d+, not 0.9: training stopped before its masks were frozen"):
+    with pytest.warns(UserWarning, match=r"ends at sparsity 0\.\d+, not 0\.9: training stopped before the masks were fixed"):
         fit(toy(), method, StopAt(5))
     assert not method.frozen
 

@@ -126,14 +126,12 @@ def test_what_others_have_changed_meanwhile() -> None:
     assert training.optimizer.param_groups[0]["swa_lr"] == 0.5
     assert differences(before, exchanged.state_dict()) == []
     training.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-    with pytest.raises(
-        ValueError, match="SGD holds other parameter groups than at the moment to return to; add all of them"
-    ):
+    with pytest.raises(ValueError, match="SGD has other parameter groups than when the snapshot was taken; add all of them"):
         snapshot.restore_optimizers([training.optimizer], [training.schedule])
 
 
 def test_a_moment_that_never_came() -> None:
-    with pytest.raises(ValueError, match="There is no moment to return to"):
+    with pytest.raises(ValueError, match="There is no snapshot to rewind to"):
         Snapshot().restore_weights(nn.Linear(1, 1))
 
 

@@ -35,7 +35,7 @@ def test_plot() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"names=\['a'\] must name two layers or more"):
+    with pytest.raises(ValueError, match=r"names=\['a'\] must name at least two layers"):
         CKA(["a"])
-    with pytest.raises(ValueError, match=r"CKA of 2 layers was given 3 features"):
+    with pytest.raises(ValueError, match=r"CKA of 2 layers got 3 features"):
         CKA(["a", "b"]).update(related())

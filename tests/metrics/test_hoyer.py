@@ -56,5 +56,5 @@ def test_outputs_of_one_entry_do_not_count() -> None:
     alone = HoyerSparsity("1")
     alone.update(net)
     assert metric.compute() == alone.compute()
-    with pytest.raises(ValueError, match="chooses no weight of Sequential whose outputs have two entries or more"):
+    with pytest.raises(ValueError, match="chooses no weight of Sequential whose outputs have at least two entries"):
         HoyerSparsity("0").update(net)

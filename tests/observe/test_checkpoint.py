@@ -108,7 +108,7 @@ class Early(L.Callback):
 
 
 def test_a_target_that_is_never_reached_is_said(tmp_path: Path) -> None:
-    nothing = "SparsityCheckpoint has saved nothing: the run was not 'at target' when a checkpoint was due; train on"
+    nothing = "SparsityCheckpoint has saved nothing: the run was not 'at target' when a checkpoint was due; train longer"
     with (
         pytest.warns(UserWarning, match=nothing),
         pytest.warns(UserWarning, match="training stopped before the schedule did"),

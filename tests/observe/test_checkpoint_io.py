@@ -42,7 +42,10 @@ def files_up_to(size: int) -> Iterator[None]:
 def test_a_full_disk_leaves_the_file_before(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "runs" / "last.ckpt"
     io.save_checkpoint(OLD, path)
-    with files_up_to(50_000), pytest.raises(OSError, match="the one before it is untouched: make room and resume") as stop:
+    with (
+        files_up_to(50_000),
+        pytest.raises(OSError, match="the previous one is untouched: free some space and resume") as stop,
+    ):
         io.save_checkpoint(NEW, path)
     assert stop.value.errno == errno.EFBIG
     assert written(path.parent) == ["last.ckpt"]
@@ -129,7 +132,7 @@ def test_in_the_background_nothing_is_removed_for_what_could_not_be_written(
         io.save_checkpoint(NEW, tmp_path / "2.ckpt")
         io.remove_checkpoint(tmp_path / "1.ckpt")
         gate.set()
-        with pytest.raises(OSError, match="files before it are untouched"):
+        with pytest.raises(OSError, match="earlier files are untouched"):
             io.teardown()
     assert written(tmp_path) == ["1.ckpt"]
     io.teardown()  # said once

@@ -220,7 +220,7 @@ def test_a_model_without_layers_and_a_run_that_is_over(tmp_path: Path) -> None:
 
 def test_weights_that_only_a_method_without_masks_has_chosen(tmp_path: Path) -> None:
     monitor, module = SparsityMonitor(), Lookup()
-    with pytest.warns(UserWarning, match="MACs are left out"):
+    with pytest.warns(UserWarning, match="MACs are not counted"):
         fit(module, WeightPenalty(targets=["type:Embedding"]), monitor, default_root_dir=tmp_path)
     weight = next(p for p in module.parameters() if p.ndim > 1)
     assert monitor.history.column("layers")[-1] == [int(weight.count_nonzero())]
@@ -261,7 +261,7 @@ class Unmeasurable(Toy):
 
 def test_a_pass_that_cannot_be_counted_is_one_line() -> None:
     monitor = SparsityMonitor(table=False)
-    with pytest.warns(UserWarning, match="MACs are left out, because no forward pass could be counted") as warned:
+    with pytest.warns(UserWarning, match="MACs are not counted, because no forward pass succeeded") as warned:
         fit(Unmeasurable(), MagnitudePruning(0.5), monitor)
     assert str(warned[0].message).count("\n") == 0
     assert "macs" not in monitor.history.rows[-1]

@@ -281,7 +281,7 @@ def test_a_disk_that_is_full_in_the_end_does_not_cost_the_run(tmp_path: Path, mo
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
         with pytest.warns(
-            UserWarning, match=r"report.html' cannot be written \(No space left on device\), and the run goes on"
+            UserWarning, match=r"report.html' cannot be written \(No space left on device\), and the run continues"
         ):
             ended = fit(module, MagnitudePruning(0.5), SparsityMonitor(table=False), default_root_dir=tmp_path)
     assert ended.state.finished

@@ -178,9 +178,9 @@ BAD: list[tuple[Any, str]] = [
     (lambda: LpSGD([weight()], lr=0.1, p=1.0), "p=1.0 must be a finite number above 1"),
     (lambda: LpSGD([weight()], lr=0.0, p=1.5), "lr=0.0 of a group with p=1.5 is a mixing weight and must be in (0, 1]"),
     (lambda: LpSGD([weight()], lr=2.0, p=1.5), "lr=2.0 of a group with p=1.5 is a mixing weight"),
-    (lambda: LpSGD([weight()], lr=-0.1), "lr=-0.1 must not be negative"),
+    (lambda: LpSGD([weight()], lr=-0.1), "lr=-0.1 must be >= 0"),
     (lambda: LpSGD([weight()], lr=0.1, momentum=1.0), "momentum=1.0 must be in [0, 1)"),
-    (lambda: LpSGD([weight()], lr=0.1, weight_decay=-1), "weight_decay=-1 must not be negative"),
+    (lambda: LpSGD([weight()], lr=0.1, weight_decay=-1), "weight_decay=-1 must be >= 0"),
     (lambda: LpSGD([nn.Parameter(torch.ones(3))], lr=0.1, p=1.5), "Parameter 0 of a group with p has shape (3,) and no"),
     (lambda: LpSGD([nn.Parameter(torch.ones(3, 1))], lr=0.1, p=1.5), "has outputs of a single entry"),
     (lambda: sphere_groups(network(), [1.2] * 3, lr=0.1), "p lists 3 values for 2 constrained weights"),
@@ -200,7 +200,7 @@ def test_a_scheduler_that_leaves_the_range() -> None:
     optimizer = LpSGD(sphere_groups(net, 1.3, lr=0.1), lr=0.1)
     loss_of(net, 0).backward()
     optimizer.param_groups[0]["lr"] = 1.5
-    with pytest.raises(ValueError, match=r"A scheduler has set lr=1.5 for a group with p=1.3"):
+    with pytest.raises(ValueError, match=r"A scheduler set lr=1.5 for a group with p=1.3"):
         optimizer.step()
 
 

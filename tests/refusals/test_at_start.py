@@ -169,12 +169,12 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [MagnitudePruning(0.5, end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
     (toy, lambda: [MagnitudePruning(0.5, end="99 steps")], {}, "end='99 steps' lies after the end of training (12 steps)"),
     (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
-    (toy, lambda: [ACDC(0.5)], {"max_epochs": -1}, "The length of this run is unknown, so no phases can be laid out"),
+    (toy, lambda: [ACDC(0.5)], {"max_epochs": -1}, "The length of this run is unknown, so phases cannot be scheduled"),
     (
         toy,
         lambda: [ACDC(0.5)],
         {},
-        "every='0.05' leaves a phase less than one of the run's 12 steps; give it more",
+        "every='0.05' leaves a phase less than one of the run's 12 steps; make it longer",
     ),
     (
         toy,
@@ -186,7 +186,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         toy,
         lambda: [ACDC(0.5, start=0.5, every=0.3, last_dense=0.2)],
         {},
-        "leave no room for a compressed phase before the last dense one; start earlier, or take shorter phases",
+        "leave no room for a compressed phase before the last dense one; start earlier, or use shorter phases",
     ),
     (toy, lambda: [RandomSparsity(0.999, allocation="uniform")], {}, "leaves nothing of 'net.0.weight' (72 units)"),
     (toy, lambda: [RandomSparsity(0.99, allocation="erk+")], {}, "the layers with a sparsity of their own keep"),
@@ -205,10 +205,10 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (toy, lambda: [MagnitudePruning(0.5), ModelPruning("l1_unstructured")], {}, "cannot share a Trainer with ModelPruning"),
     (toy, lambda: [MagnitudePruning(0.5, targets=[5])], {}, "targets: 5 is not a pattern"),
-    (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": 0}, "max_epochs=0 trains nothing; give a number from 1 up"),
-    (toy, lambda: [MagnitudePruning(0.5)], {"max_steps": 0}, "max_steps=0 trains nothing; give a number from 1 up"),
-    (toy, lambda: [RandomSparsity(0.5)], {"limit_train_batches": 0}, "has nothing to train on: the training set gives no"),
-    (toy, lambda: [RandomSparsity(0.5)], {"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be a number from"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": 0}, "max_epochs=0 trains nothing; give a number >= 1"),
+    (toy, lambda: [MagnitudePruning(0.5)], {"max_steps": 0}, "max_steps=0 trains nothing; give a number >= 1"),
+    (toy, lambda: [RandomSparsity(0.5)], {"limit_train_batches": 0}, "has nothing to train on: the training set yields no"),
+    (toy, lambda: [RandomSparsity(0.5)], {"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be a number >= 1"),
     (toy, lambda: [SNIP(0.5, batches=10**9)], {}, "batches=1000000000 is more than an epoch has; write at most 4."),
     (Embedded, lambda: [MagnitudePruning(0.5, targets=["type:Embedding"])], {}, "make the layer with sparse=False"),
     (toy, lambda: [MagnitudePruning(0.9999)], {}, "sparsity=0.9999 of 2,760 units leaves nothing"),
@@ -252,7 +252,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         toy,
         lambda: [GraNet(0.9, start=0.6)],
         {},
-        "end=0.5 is 50% of the run as it was begun, but updates start at 60%",
+        "end=0.5 is 50% of the run as originally planned, but updates start at 60%",
     ),
     (toy, lambda: [GraNet(0.9, rewiring_end=0.4)], {}, "but updates start at 0% and stop at 40%; move it between them"),
     (toy, lambda: [GraNet(0.99, initial_sparsity=0.98, initial_allocation="erk+")], {}, "keep"),
@@ -273,7 +273,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         toy,
         lambda: [LpSphere(p=1.2), LpSphere(p=1.3, name="b")],
         {},
-        "LpSphere moves 'net.0.weight' by itself, so LpSphere(name",
+        "LpSphere moves 'net.0.weight' itself, so LpSphere(name",
     ),
     (
         lambda: toy(net=nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))),
@@ -286,7 +286,12 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [LayerSparsity(targets=["!net.6"])], {}, "'net.0': the next layer pads between the two"),
     (toy, lambda: [LayerSparsity(warmup="9 epochs")], {}, "warmup='9 epochs' lies after the end of training"),
     (Untraceable, lambda: [LayerSparsity()], {}, "'net.layers.0': Dynamic cannot be traced (symbolically traced"),
-    (toy, lambda: [LotteryTicket(0.5)], {"max_epochs": -1}, "The length of this run is unknown, so no rounds can be laid"),
+    (
+        toy,
+        lambda: [LotteryTicket(0.5)],
+        {"max_epochs": -1},
+        "The length of this run is unknown, so rounds cannot be scheduled",
+    ),
     (
         toy,
         lambda: [LotteryTicket(0.5, rounds=12)],
@@ -300,7 +305,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         toy,
         lambda: [WeightPenalty(proximal=True)],
         {},
-        "zeros that last only as long as the penalty, and end=0.8 is before the",
+        "zeros that last only as long as the penalty, but end=0.8 is before the",
     ),
     (toy, lambda: [WeightPenalty(0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
     (toy, lambda: [WeightPenalty(end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
@@ -310,7 +315,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         HalfStepping,
         lambda: [SCL(price=0.05)],
         {},
-        "the optimizer does not step 'net.0.weight', whose learning rate is 0; give it",
+        "the optimizer does not step 'net.0.weight', whose learning rate is 0; set",
     ),
     (toy, lambda: [SCL(price=0.05, min_kept=65)], {}, "min_kept=65 is more than 'net.8.weight' has (64)"),
     (
@@ -407,7 +412,7 @@ def test_resuming_with_another_configuration(
     with pytest.raises(ValueError, match="MagnitudePruning resumes with") as error:
         fit(make(), callback(), ckpt_path=tmp_path / "last.ckpt", max_epochs=4)
     assert sentence in str(error.value)
-    assert "restore the checkpoint's values, or start anew" in str(error.value)
+    assert "restore the checkpoint's values, or start a new run" in str(error.value)
 
 
 def test_resuming_with_other_weights() -> None:
@@ -415,7 +420,7 @@ def test_resuming_with_other_weights() -> None:
     fit(toy(), method)
     method.brought = method.state_dict()
     method.chosen = find_targets(nn.Sequential(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match=r"MagnitudePruning resumes with other weights than the checkpoint's: .*0.weight"):
+    with pytest.raises(ValueError, match=r"MagnitudePruning resumes with weights other than the checkpoint's: .*0.weight"):
         method.check_brought()
 
 

@@ -107,4 +107,4 @@ def refused(rank: int) -> list[str]:
 
 def test_a_sharded_module_is_not_exported() -> None:
     for said in run_on_ranks(refused):
-        assert "is cut into shards, and an export needs whole weights" in said[0]
+        assert "is sharded, and an export needs whole weights" in said[0]

@@ -211,8 +211,8 @@ def told(rank: int) -> list[str]:
 
 def test_what_needs_whole_weights_is_refused_on_all_ranks() -> None:
     for said in run_on_ranks(told, timeout=300):
-        assert "teacher='start' needs a copy of the network, whose weights are cut into shards; give a module" in said[0]
-        assert "SparseGPT does not support strategy=ModelParallelStrategy, which cuts weights into shards" in said[1]
+        assert "teacher='start' needs a copy of the network, but its weights are sharded; pass a module instead" in said[0]
+        assert "SparseGPT does not support strategy=ModelParallelStrategy, which shards weights" in said[1]
         assert "allocation='owl' looks for outliers in whole layers" in said[2]
 
 

@@ -1,4 +1,4 @@
-"""AC/DC: compressed and dense phases in turns."""
+"""AC/DC: alternating compressed and dense phases."""
 
 from lightning_sparse.methods.acdc.acdc import ACDC
 

@@ -1,4 +1,4 @@
-"""AC/DC: train in turns with all weights and with the largest alone."""
+"""AC/DC: alternate between training all weights and training only the largest ones."""
 
 from __future__ import annotations
 
@@ -29,42 +29,43 @@ __all__ = ["ACDC"]
 
 @final
 class ACDC(Budgeted):
-    r"""Train in turns with all weights and with the largest alone: sparse in the end, with a dense companion.
+    r"""Alternate between training all weights and training only the largest ones; ends sparse, with a dense companion.
 
-    A compressed phase begins with $\theta \leftarrow T_k(\theta)$, which keeps the k weights of largest magnitude, and
-    trains those; in a dense phase all are trained, those that were dropped from zero. As in the official code, optimizers
-    begin a dense phase without memory. The weights with which the last dense phase ends are a model of their own, the dense
-    companion: `save_to` keeps it, and `SparsityCheckpoint(phase="dense")` the best of all dense epochs.
+    A compressed phase starts with $\theta \leftarrow T_k(\theta)$, which keeps the k weights of largest magnitude, and
+    trains only those. A dense phase trains all weights; dropped ones restart from zero. As in the official code, optimizer
+    state is reset at the start of each dense phase. The weights at the end of the last dense phase are a model in their own
+    right, the dense companion: `save_to` saves it, and `SparsityCheckpoint(phase="dense")` keeps the best of all dense
+    epochs.
 
-    At station `before_batch`, at the cost of one selection over all weights per compressed phase; in between that of every
-    mask. A phase begins right before its first batch, so validation, checkpoints and learning rate schedulers that follow
-    the last step of a phase still see what it has trained.
+    Runs at station `before_batch`. Costs one selection over all weights per compressed phase, and otherwise what every mask
+    costs. A phase starts right before its first batch, so validation, checkpoints and learning rate schedulers that follow
+    the last step of a phase still see what that phase trained.
 
     Source: Peste et al. 2021, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks",
     https://arxiv.org/abs/2106.12379, algorithm 1, and the official repository IST-DASLab/ACDC. The defaults are the
     published lengths for 100 epochs of ImageNet, as fractions of the run.
 
     Args:
-        sparsity: the fraction removed in compressed phases, in [0, 1); may be left out for `structure='n:m'`.
-        start: when the first compressed phase begins (published: 10 of 100 epochs): a fraction of the run, `'n epochs'` or
+        sparsity: the fraction removed in compressed phases, in [0, 1); optional with `structure='n:m'`.
+        start: when the first compressed phase starts (published: 10 of 100 epochs): a fraction of the run, `'n epochs'` or
             `'n steps'`.
         every: length of a phase (published: 5).
-        last_dense: length of the last dense phase, at least (published: 10).
-        end: when the last compressed phase begins (published: 85); masks do not change from there on.
-        save_to: a folder for both models: `dense.ckpt`, the weights with which the last dense phase ends, and `sparse.ckpt`,
-            those of the end; both load into the plain model. None saves nothing.
-        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`.
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
-            attention, which can leave too), `fan_in` (as many weights in every output), `block:RxC` (outputs by inputs),
-            `n:m` or `transposable n:m` (both ways).
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
+        last_dense: minimum length of the last dense phase (published: 10).
+        end: when the last compressed phase starts (published: 85); masks are fixed from then on.
+        save_to: folder for both models: `dense.ckpt`, the weights at the end of the last dense phase, and `sparse.ckpt`, the
+            final weights; both load into the plain model. None saves nothing.
+        allocation: how sparsity is distributed over the layers: `global` (scores of all layers compete), `uniform`,
+            `uniform+`, `er`, `erk`, `erk+`.
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
+            across all layers that additions tie together, with biases and norms, so that they can be cut out of the
+            network), `heads` (whole attention heads, which can be cut out too), `fan_in` (the same number of weights in
+            every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (in both directions).
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
         ValueError: if the phases do not fit into the run.
@@ -75,7 +76,7 @@ class ACDC(Budgeted):
     """
 
     phase = Remembered(int)
-    """Which phase this is; 0 is the dense beginning, odd ones are compressed."""
+    """The current phase: 0 is the initial dense phase, odd numbers are compressed phases."""
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class ACDC(Budgeted):
     def check(self, run: RunLength, until: float = 1.0) -> None:
         super().check(run, until)
         self.turns.resolve(run)
-        refuse_shorter_run(f"{self.label} begins its last compressed phase", self.turns.begins[-1], until)
+        refuse_shorter_run(f"{self.label} starts its last compressed phase", self.turns.begins[-1], until)
 
     @property
     def at_target(self) -> bool:
@@ -149,7 +150,7 @@ class ACDC(Budgeted):
             return
         rank_zero_warn(
             f"{self.label} ends in phase {self.phase} of {len(self.turns.begins)} at sparsity {self.masks.sparsity:.4f}: "
-            "training stopped before the last compressed phase. Train on, or end the phases earlier."
+            "training stopped before the last compressed phase. Train longer, or end the phases earlier."
         )
 
     def _save(self, what: str) -> None:

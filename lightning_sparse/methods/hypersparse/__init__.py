@@ -1,4 +1,4 @@
-"""HyperSparse, its stop rule, and the score by which it compares models."""
+"""HyperSparse, its stop rule, and the score that compares its models."""
 
 from lightning_sparse.methods.hypersparse.hypersparse import HyperSparse
 

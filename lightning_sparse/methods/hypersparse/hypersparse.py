@@ -45,7 +45,7 @@ PUBLISHED_PULL = 5e-6 * 782 * sum(PUBLISHED_GROWTH**epoch for epoch in range(PUB
 """The strength summed over all steps of the published runs, which stopped after 64 and 66 epochs of 782 steps."""
 
 RESERVE = 3.0
-"""By how much the strength of a planned phase exceeds the published pull: it may stop early, but should not stop late."""
+"""By how much the strength of a planned phase exceeds the published pull: stopping early is fine, stopping late is not."""
 
 LEARNING_RATES: dict[str, Callable[[float], float]] = {
     "step": lambda progress: 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01,
@@ -56,47 +56,47 @@ LEARNING_RATES: dict[str, Callable[[float], float]] = {
 
 @final
 class HyperSparse(Masked):
-    r"""Grow an adaptive penalty until the pruned copy predicts as well as the dense model, then prune and fine-tune.
+    r"""Increase an adaptive penalty until a pruned copy predicts as well as the dense model, then prune and fine-tune.
 
-    Three phases of whole epochs. `pretrain` trains as usual. `regularize` adds, at station `weight_penalty`,
+    There are three phases of whole epochs. `pretrain` trains as usual. `regularize` adds, at station `weight_penalty`,
 
     $$ \lambda_0 \eta^e \, sign(w) \, P \, sech^2(s |w|) $$
 
-    to the gradients (see `functional.hypersparse_gradient`); after every epoch a copy pruned to the target is scored on the
-    training set in evaluation mode, and the phase ends when it has caught up with the dense model's score during that epoch
-    (`core.StopRule`). A model that returns no loss in evaluation mode, such as a detector, is scored in train mode with its
-    norms and dropout in evaluation mode. Then the best copy is restored, with its mask for good and a fresh optimizer state,
-    and `finetune` goes on to the end.
+    to the gradients (see `functional.hypersparse_gradient`). After every epoch, a copy pruned to the target is scored on the
+    training set in evaluation mode, and the phase ends when that copy has caught up with the dense model's score during that
+    epoch (`core.StopRule`). A model that returns no loss in evaluation mode, such as a detector, is scored in train mode
+    with its norms and dropout in evaluation mode. Then the best copy is restored, its mask is fixed, the optimizer state is
+    reset, and `finetune` runs to the end.
 
-    Costs four passes over the weights per step while regularizing, and one pass over the training set per epoch of it. The
-    copies that may still be chosen (at most 2 * radius + 2) stay on the CPU and in the checkpoint.
+    Costs four passes over the weights per step during regularization, and one pass over the training set per epoch of it.
+    The copies that may still be selected (at most 2 * radius + 2) stay on the CPU and in the checkpoint.
 
     Source: Glandorf, Kaiser and Rosenhahn 2023, "HyperSparse Neural Networks: Shifting Exploration to Exploitation through
-    Adaptive Regularization", https://arxiv.org/abs/2308.07163, as in the official repository. One weight more than
-    sparsity * n is removed, as there. Of equal magnitudes on the boundary the earlier are kept, as many as are due (there,
-    none), and sparsity * n is rounded down as exact numbers are: 0.57 * 20,024,000 is one less there. Phases as fractions of
-    the run, and strengths that follow from them, are ours.
+    Adaptive Regularization", https://arxiv.org/abs/2308.07163, as in the official repository. As there, one weight more than
+    sparsity * n is removed. Of equal magnitudes on the boundary, the earlier ones are kept, as many as needed (there, none),
+    and sparsity * n is rounded down in exact arithmetic: 0.57 * 20,024,000 gives one less there. Phases as fractions of the
+    run, and the strengths derived from them, are ours.
 
     Args:
         sparsity: the fraction removed, in (0, 1), of all chosen weights together.
-        strength: of the penalty in the first epoch of its phase (lambda_0; published: 5e-6). None: as much as the phase
-            needs to pull three times as strongly, in all, as the published runs did.
-        growth: factor of the strength per epoch (eta; published: 1.05). None: what 64 epochs grow by, in this phase.
-        penalty: `hypersparse`, or `l1` or `l2` (the sum of squares) in the same frame; `l2` needs a strength of its own.
+        strength: strength in the first epoch of the phase (lambda_0; published: 5e-6). None: three times the published pull.
+        growth: factor by which the strength grows per epoch (eta; published: 1.05). None: the published growth over 64
+            epochs, spread over this phase.
+        penalty: `hypersparse`, or `l1` or `l2` (the sum of squares) in the same framework; `l2` needs its own strength.
         pretrain: length of the first phase: a fraction of the run or `'n epochs'` (published: 60); 0 for none.
-        regularize: the longest that the second phase may take (published: no limit).
-        finetune: None: to the end of the run, so that what regularization leaves over is not lost. `'n epochs'` (published:
-            160): training ends so long after pruning, whenever that is; set `max_epochs=-1`.
-        radius: copies on each side of the one that is judged by the mean of all (published: 1).
-        score: what the pruned copy and the dense model are compared by: None for the entry `accuracy` of what
-            `training_step` returns if it is a dictionary that has it, else for the loss; the name of such an entry, with a
-            minus sign if lower is better; or a function of (output, batch), higher is better.
-        learning_rate_schedule: constant until pruning, then, from the first value again, `step` (a tenth at 1/2 and 3/4 of
-            fine-tuning; published), `cosine` or `constant`; None leaves learning rates to the module's schedulers.
+        regularize: maximum length of the second phase (published: no limit).
+        finetune: None: to the end of the run, so that time saved by regularization is used. `'n epochs'` (published: 160):
+            training ends this long after pruning, whenever that is; set `max_epochs=-1`.
+        radius: a copy is judged by the mean score over this many neighbors on each side of it (published: 1).
+        score: how the pruned copy and the dense model are compared. None uses the entry `accuracy` of the dictionary that
+            `training_step` returns if it has one, otherwise the loss. Or the name of such an entry, with a minus sign if
+            lower is better; or a function of (output, batch), higher is better.
+        learning_rate_schedule: constant until pruning, then restarted from the initial value: `step` (divided by 10 at 1/2
+            and 3/4 of fine-tuning; published), `cosine` or `constant`. None keeps the module's schedulers.
         max_pull: cap on P, which grows without bound when the magnitude on the pruning boundary goes to zero.
         alignment: x*, the point of tanh that meets the pruning boundary; the official code rounds it to 0.6585.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
     """
 
     shards: ClassVar[Shards] = "any"
@@ -111,17 +111,17 @@ class HyperSparse(Masked):
     first_epoch = Remembered(int)
     phase_start = Remembered(int)
     plan = Remembered[dict[str, Any]](dict)
-    """The phases in epochs, and the steps of an epoch."""
+    """The phases in epochs, and the number of steps per epoch."""
     rates = Remembered[list[list[float]]](list)
     """Learning rates of all groups of all optimizers, before fine-tuning."""
     dense = Remembered[Tensor](lambda: torch.zeros(2, dtype=torch.float64), averaged=True)
-    """What the dense model has scored in this epoch: the sum, and the number of samples."""
+    """The dense model's score in this epoch: the sum, and the number of samples."""
     scale = Remembered[list[Tensor]](list)
     """Quantile and pull of the penalty in the last step."""
 
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("allocation", "structure", "layer_sparsity"), ONE_BOUNDARY),
-        "learning_rate": "a schedule of it is called learning_rate_schedule",
+        "learning_rate": "use learning_rate_schedule for its schedule",
     }
 
     def __init__(
@@ -149,10 +149,10 @@ class HyperSparse(Masked):
         self.max_pull, self.alignment = max_pull, alignment
         check_sparsity("sparsity", sparsity)
         if sparsity == 0:
-            raise ValueError("sparsity=0 would regularize for nothing; leave the callback out to train densely.")
+            raise ValueError("sparsity=0 would regularize to no effect; remove the callback to train densely.")
         for argument in ("strength", "growth", "max_pull", "alignment"):
             value = getattr(self, argument)
-            infinite = value == math.inf and argument != "max_pull"  # which is none by default
+            infinite = value == math.inf and argument != "max_pull"  # which is infinite by default
             if value is not None and (infinite or not (isinstance(value, Real) and float(value) > 0)):
                 raise ValueError(f"{argument}={value!r} must be a positive number.")
         check_choice("penalty", penalty, PENALTIES)
@@ -161,7 +161,7 @@ class HyperSparse(Masked):
         check_whole("radius", radius, 0)
         self._check_spans()
         if penalty == "l2" and strength is None:
-            raise ValueError("penalty='l2' has no published strength; give one, such as strength=1e-4.")
+            raise ValueError("penalty='l2' has no published strength; set one, such as strength=1e-4.")
         self.stop_rule = StopRule(radius)
         self._score = TrainingScore(score)
 
@@ -174,11 +174,11 @@ class HyperSparse(Masked):
                 continue
             parsed = Span.parse(span, argument)
             if parsed.unit == "steps" or (parsed.unit == "epochs" and parsed.value != int(parsed.value)):
-                raise ValueError(f"{argument}={span!r} must be whole epochs: the pruned copy is tried after each.")
+                raise ValueError(f"{argument}={span!r} must be whole epochs: the pruned copy is scored after each.")
             if argument == "finetune" and parsed.unit != "epochs":
                 raise ValueError(f"finetune={span!r} must be a number of epochs, such as '160 epochs', or None.")
             if parsed.value == 0 and argument != "pretrain":
-                raise ValueError(f"{argument}={span!r} leaves the phase out; give it at least one epoch.")
+                raise ValueError(f"{argument}={span!r} makes the phase empty; give it at least one epoch.")
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
         refuse_unrepeatable_data(self.run.trainer, self.run.module, self.label)
@@ -198,10 +198,10 @@ class HyperSparse(Masked):
                     "shorten the phases" + (", or set max_epochs=-1: the method ends training." if plan["finetune"] else ".")
                 )
         if self.strength is None and plan["steps"] is None:
-            raise ValueError(f"{self.label} cannot choose its strength: the data have no length; give strength=5e-6, say.")
+            raise ValueError(f"{self.label} cannot derive its strength: the data has no length; set one, such as 5e-6.")
 
     def _make_plan(self, run: RunLength) -> dict[str, Any]:
-        """The phases in epochs, and the steps of an epoch."""
+        """The phases in epochs, and the number of steps per epoch."""
         plan: dict[str, Any] = {
             "epochs": run.epochs,
             "finetune": None if self.finetune is None else int(Span.parse(self.finetune).value),
@@ -234,7 +234,7 @@ class HyperSparse(Masked):
             for optimizer in trainer.optimizers
         ]
         with dry_run(trainer, self.run.module):
-            pass  # a module that cannot be copied is refused now, not when the copy is needed
+            pass  # refuse a module that cannot be copied now, not when the copy is needed
 
     def resume(self) -> None:
         super().resume()
@@ -260,14 +260,14 @@ class HyperSparse(Masked):
             self._set_rates(optimizer)
 
     def _try_pruned_copy(self, epoch: int) -> str | None:
-        """Score a copy pruned to the target, and ask the stop rule."""
+        """Score a copy pruned to the target, and consult the stop rule."""
         trainer = self.run.trainer
         masks = self._magnitude_masks()
         try:
             state, pruned = self._score_copy(masks, nn.Module.eval)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # such models have many ways to fail; what is wrong in train mode too is raised from there
+        except Exception:  # such models fail in many ways; a failure in train mode too is raised from there
             state, pruned = self._score_copy(masks, train_but_leaves)
         dense, attained = self._score.mean(trainer, self.dense), self._score.mean(trainer, pruned)
         if not math.isfinite(dense):
@@ -285,7 +285,7 @@ class HyperSparse(Masked):
         return reason
 
     def _score_copy(self, masks: MaskSet, set_mode: Callable[[nn.Module], Any]) -> tuple[dict[str, Tensor | Piece], Tensor]:
-        """The state of a pruned copy, and what it scores on the training set: the sum, and the number of samples."""
+        """The state of a pruned copy, and its score on the training set: the sum, and the number of samples."""
         pruned = torch.zeros_like(self.dense)
         with dry_run(self.run.trainer, self.run.module) as twin:
             masks.apply_(parts_of(twin))
@@ -301,19 +301,19 @@ class HyperSparse(Masked):
         return masks
 
     def _prune(self, epoch: int, reason: str) -> None:
-        """Restore the best copy, fix its mask, forget what the optimizers knew."""
+        """Restore the best copy, fix its mask, and reset the optimizer state."""
         best, last = self.stop_rule.best, self.history[-1]
         assert best is not None
         what = f"the pruned copy of epoch {best.epoch}, score {best.score:.4g} (mean {self.stop_rule.mean:.4g})"
         scores = f"the dense model's {last['dense']:.4g} in epoch {epoch - 1}"
         if reason == "stale":
             rank_zero_warn(
-                f"{self.label} goes on with {what}: the dense model has sunk below it, to {scores}. The penalty grows "
+                f"{self.label} continues with {what}: the dense model has fallen below it, to {scores}. The penalty grows "
                 "faster than the network can follow; lower strength or growth."
             )
         else:
             verb = "has caught up with" if reason == "fresh" else "is the best when the phase ends; compare"
-            rank_zero_info(f"{self.label} goes on with {what}, which {verb} {scores}.")
+            rank_zero_info(f"{self.label} continues with {what}, which {verb} {scores}.")
         if self.layouts:
             put_back_(best.state, self.run.module.state_dict())
         else:
@@ -325,12 +325,12 @@ class HyperSparse(Masked):
         for optimizer in self.run.optimizers:
             optimizer.state.clear()
         self.stop_reason, self.phase, self.phase_start = reason, "finetune", epoch
-        self.stop_rule.reset()  # lets the copies go
+        self.stop_rule.reset()  # releases the copies
         self.scale = []
         self._end_training()
 
     def _end_training(self) -> None:
-        """Where fine-tuning has a length of its own, the run ends with it."""
+        """If fine-tuning has its own length, end the run with it."""
         if self.plan["finetune"] is not None:
             trainer, end = self.run.trainer, self.phase_start + self.plan["finetune"]
             if trainer.current_epoch < end:
@@ -375,7 +375,7 @@ class HyperSparse(Masked):
     def batch_end(self, output: Any, batch: Any) -> None:
         self.dense += self._score.weighted(output, batch)
         for optimizer in self.run.optimizers:
-            self._set_rates(optimizer)  # schedulers have just set theirs, and observers look before the next step
+            self._set_rates(optimizer)  # schedulers just set theirs, and observers read them before the next step
 
     # ---- what can be seen --------------------------------------------------------------------------------------------
 
@@ -395,6 +395,6 @@ class HyperSparse(Masked):
     def conclude(self) -> None:
         if self.phase != "finetune":
             rank_zero_warn(
-                f"{self.label} ends dense: training stopped in phase '{self.phase}', before pruning. Train on, or shorten "
-                "the phases before."
+                f"{self.label} ends dense: training stopped in phase '{self.phase}', before pruning. Train longer, or "
+                "shorten the earlier phases."
             )

@@ -1,4 +1,4 @@
-"""What pulls at the weights while they are regularized."""
+"""The penalty gradients of the regularization phase."""
 
 from __future__ import annotations
 
@@ -25,4 +25,4 @@ PENALTIES: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "l1": lambda method: torch.sign,
     "l2": lambda method: lambda weight: 2 * weight,
 }
-"""By name: what makes the gradient of one layer."""
+"""By name: the function that computes the gradient of one layer."""

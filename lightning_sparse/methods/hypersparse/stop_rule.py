@@ -1,4 +1,4 @@
-"""When a pruned copy has caught up with the dense model it is taken from."""
+"""When a pruned copy has caught up with the dense model it was taken from."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Attempt:
     """A pruned copy, kept on the CPU.
 
     Args:
-        epoch: after which it was taken.
-        score: of its predictions; higher is better.
+        epoch: the epoch after which it was taken.
+        score: score of its predictions; higher is better.
         state: its whole state dict.
         masks: what `MaskSet.pieces` returns.
     """
@@ -33,15 +33,15 @@ class Attempt:
 class StopRule:
     """The stop rule of adaptive regularized training, with the quirks of the official code.
 
-    The last 2 * radius + 1 attempts are kept. If their mean score exceeds the score of the best attempt so far, the
-    attempt in the middle becomes the best. It has caught up as soon as its mean exceeds the dense score of the current
-    epoch. Quirks: a mean is compared with a single score, and the best attempt may be an old one (`stale`), which happens
-    when the dense model has sunk below it.
+    The last 2 * radius + 1 attempts are kept. If their mean score exceeds the score of the best attempt so far, the attempt
+    in the middle becomes the best. It has caught up as soon as its mean exceeds the dense score of the current epoch. Two
+    quirks: a mean is compared with a single score, and the best attempt may be an old one (`stale`), which happens when the
+    dense model has fallen below it.
 
     Source: Glandorf, Kaiser and Rosenhahn 2023, https://arxiv.org/abs/2308.07163, as in the official repository.
 
     Args:
-        radius: attempts on each side of the middle.
+        radius: number of attempts on each side of the middle.
 
     Example:
         >>> rule = StopRule()
@@ -64,10 +64,11 @@ class StopRule:
         self.mean = float("-inf")
 
     def add(self, attempt: Attempt, dense: float) -> str | None:
-        """Take in this epoch's attempt.
+        """Add this epoch's attempt.
 
         Returns:
-            None to go on; `fresh` if the best attempt, found in this epoch, has caught up; `stale` if it was found before.
+            None to continue; `fresh` if the best attempt was found in this epoch and has caught up; `stale` if it was found
+            earlier.
         """
         self.window = [*self.window, attempt][-(2 * self.radius + 1) :]
         mean = sum(one.score for one in self.window) / len(self.window)
@@ -79,9 +80,9 @@ class StopRule:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for a checkpoint; an attempt that is the best and in the window shares its tensors.
+        """Everything, for a checkpoint; if the best attempt is also in the window, its tensors are stored once.
 
-        Where weights are cut, all ranks must call it.
+        With sharded weights, all ranks must call it.
         """
         attempts = [*self.window, *([] if self.best is None or self.best in self.window else [self.best])]
         best = None if self.best is None else next(i for i, one in enumerate(attempts) if one is self.best)
@@ -93,7 +94,7 @@ class StopRule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         attempts = [Attempt(**saved) for saved in state["attempts"]]
         self.window = attempts[: state["window"]]
         self.best = None if state["best"] is None else attempts[state["best"]]

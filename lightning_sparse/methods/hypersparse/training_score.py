@@ -1,4 +1,4 @@
-"""One number that says how well a model did on the training set, whatever its task."""
+"""One number that says how well a model does on the training set, for any task."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["TrainingScore"]
 
 
 class TrainingScore:
-    """The mean over samples of a number in what `training_step` returns; higher is better.
+    """The mean over samples of a number in the output of `training_step`; higher is better.
 
     Args:
-        what: None for the entry `accuracy` of a dictionary that has it, else for the loss; the name of an entry, with a
+        what: None uses the entry `accuracy` of a dictionary that has it, otherwise the loss. Or the name of an entry, with a
             minus sign if lower is better; or a function of (output, batch), higher is better.
 
     Example:
@@ -31,20 +31,20 @@ class TrainingScore:
         self.what = what
 
     def weighted(self, output: Any, batch: Any) -> Tensor:
-        """The sum over a batch, and the number of its samples, on the device.
+        """The sum over a batch and the number of its samples, on the device.
 
         Raises:
-            ValueError: if the output does not hold such a number.
+            ValueError: if the output contains no such number.
         """
         value = torch.as_tensor(self._value(output, batch)).detach()
         if value.numel() != 1:
-            raise ValueError(f"The score of a batch must be one number, not a tensor of shape {tuple(value.shape)}.")
+            raise ValueError(f"The score of a batch must be a single number, not a tensor of shape {tuple(value.shape)}.")
         size = size_of(batch)
         return torch.stack([value.reshape(()).double() * size, torch.full_like(value, size).reshape(()).double()])
 
     @staticmethod
     def mean(trainer: pl.Trainer, total: Tensor) -> float:
-        """The mean of all that was summed, over all ranks."""
+        """The mean of everything summed so far, over all ranks."""
         summed: Tensor = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum")
         return float(summed[0] / summed[1])
 
@@ -55,8 +55,8 @@ class TrainingScore:
         if self.what is not None:
             key = self.what.removeprefix("-")
             if key not in entries:
-                has = f"has {list(entries)}" if entries else "returns no dictionary"
-                raise ValueError(f"score='{self.what}' needs an entry '{key}' in what training_step returns, which {has}.")
+                has = f"has {list(entries)}" if entries else "is not a dictionary"
+                raise ValueError(f"score='{self.what}' needs an entry '{key}' in the output of training_step, which {has}.")
             return -torch.as_tensor(entries[key]) if self.what.startswith("-") else entries[key]
         if "accuracy" in entries:
             return entries["accuracy"]
@@ -64,6 +64,6 @@ class TrainingScore:
         if loss is None:
             raise ValueError(
                 "training_step returns no loss, so models cannot be compared by it; return the loss (in manual optimization "
-                "too), or give score= a function of (output, batch)."
+                "too), or set score to a function of (output, batch)."
             )
         return -loss

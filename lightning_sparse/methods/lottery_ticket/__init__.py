@@ -1,4 +1,4 @@
-"""LotteryTicket, its rounds, and the moment to which they return."""
+"""LotteryTicket, its rounds, and the snapshot that rounds rewind to."""
 
 from lightning_sparse.methods.lottery_ticket.lottery_ticket import LotteryTicket
 

@@ -34,50 +34,50 @@ REWINDS = ("weights", "learning rate")
 
 @final
 class LotteryTicket(Budgeted):
-    r"""Train, remove the smallest weights, return the others to where they were early on, and train again; several times.
+    r"""Train, remove the smallest weights, rewind the others to an early point, and train again, for several rounds.
 
-    All rounds run in one fit. After round i the sparsity is $1 - (1 - s)^{i / rounds}$: every round removes the same share
-    of what is left. A round returns weights, buffers such as those of BatchNorm, the optimizer and the learning rate
-    schedulers to the step they had at `rewind_to`; the data go on. So write the learning rate schedule for one round, that
-    is from the beginning to the end of the first. What depends on the number of the epoch or the step without a scheduler
-    is not returned. The progress bar shows the round; 0 is the dense one.
+    All rounds run in one fit. After round i the sparsity is $1 - (1 - s)^{i / rounds}$: every round removes the same
+    fraction of what is left. A round rewinds weights, buffers such as those of BatchNorm, the optimizer and the learning
+    rate schedulers to their state at `rewind_to`; the data continues. Therefore write the learning rate schedule for one
+    round, that is, from the beginning to the end of the first one. Anything that depends on the epoch or step number without
+    a scheduler is not rewound. The progress bar shows the round; 0 is the dense one.
 
-    At station `before_batch`, when validation and checkpoints have seen the trained ticket: one selection over all weights
-    per round. The moment to return to takes the memory of the model, and of the optimizer's moments if it is not the
-    beginning, on the CPU and in checkpoints.
+    Runs at station `before_batch`, after validation and checkpoints have seen the trained ticket. Costs one selection over
+    all weights per round. The snapshot takes the memory of the model, plus that of the optimizer's moments if it is not
+    taken at the beginning, on the CPU and in checkpoints.
 
-    Sources: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis", https://arxiv.org/abs/1803.03635 (to the beginning);
-    Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", https://arxiv.org/abs/1912.05671 (to
-    step k); Renda, Frankle and Carbin 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning",
-    https://arxiv.org/abs/2003.02389 (the learning rate alone).
+    Sources: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis", https://arxiv.org/abs/1803.03635 (rewinding to the
+    beginning); Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis",
+    https://arxiv.org/abs/1912.05671 (to step k); Renda, Frankle and Carbin 2020, "Comparing Rewinding and Fine-tuning in
+    Neural Network Pruning", https://arxiv.org/abs/2003.02389 (the learning rate only).
 
     Args:
-        sparsity: the fraction removed in the end, in [0, 1); may be left out for `structure='n:m'`.
-        rounds: how many times is pruned; the network is trained once more than that. 1 is one-shot. None is the fewest that
-            remove at most a fifth of what is left each.
-        every: length of a training: a fraction of the run, `'n epochs'` or `'n steps'`; the last one takes what remains of
-            the run. None shares the run out evenly.
-        rewind_to: the moment to return to, counted from the beginning of the run: 0 is the initialization; a fraction of
-            the run, `'n epochs'` or `'n steps'`.
-        rewind: `weights` returns all; `learning rate` returns the learning rate and its schedulers, while weights and
-            moments go on from where they are.
-        save_to: a folder for every round's ticket: `round=i-ticket.ckpt`, the weights that the round begins with, and
-            `round=i-trained.ckpt`, those it ends with; both load into the plain model. None saves nothing.
-        allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
-            `erk+`, `owl` (more where scores have outliers).
-        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
-            attention, which can leave too), `fan_in` (as many weights in every output), `block:RxC` (outputs by inputs),
-            `n:m` or `transposable n:m` (both ways).
-        layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
-        max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
+        sparsity: the final fraction removed, in [0, 1); optional with `structure='n:m'`.
+        rounds: number of pruning rounds; the network is trained once more than that. 1 is one-shot. None is the smallest
+            number of rounds such that each removes at most a fifth of what is left.
+        every: length of one training: a fraction of the run, `'n epochs'` or `'n steps'`; the last one takes the rest of the
+            run. None divides the run evenly.
+        rewind_to: the point to rewind to, counted from the beginning of the run: 0 is the initialization; a fraction of the
+            run, `'n epochs'` or `'n steps'`.
+        rewind: `weights` rewinds everything; `learning rate` rewinds the learning rate and its schedulers, while weights and
+            moments continue from where they are.
+        save_to: folder for every round's ticket: `round=i-ticket.ckpt`, the weights at the start of the round, and
+            `round=i-trained.ckpt`, those at its end; both load into the plain model. None saves nothing.
+        allocation: how sparsity is distributed over the layers: `global` (scores of all layers compete), `uniform`,
+            `uniform+`, `er`, `erk`, `erk+`, `owl` (layers with more outliers among their scores keep more).
+        structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
+            across all layers that additions tie together, with biases and norms, so that they can be cut out of the
+            network), `heads` (whole attention heads, which can be cut out too), `fan_in` (the same number of weights in
+            every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (in both directions).
+        layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
+        max_layer_sparsity: the largest fraction that one layer may lose where layers compete, in (0, 1].
+        budget: what sparsity counts: `units` (weights, channels or heads) or, with `coupled` or `heads`, the `macs` or
             `parameters` of the whole network, to within one channel.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
-        ValueError: if the rounds do not fit into the run, or it begins after the moment to return to.
+        ValueError: if the rounds do not fit into the run, or the run begins after the point to rewind to.
 
     Example:
         >>> LotteryTicket(sparsity=0.9, rewind_to="2 epochs").trainings.count
@@ -87,9 +87,9 @@ class LotteryTicket(Budgeted):
     shards: ClassVar[Shards] = "any"
 
     round = Remembered(int)
-    """Which training this is; 0 is the dense one."""
+    """The number of the current training; 0 is the dense one."""
     moment = Remembered(Snapshot)
-    """What rounds return to."""
+    """The snapshot that rounds rewind to."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class LotteryTicket(Budgeted):
     def check(self, run: RunLength, until: float = 1.0) -> None:
         super().check(run, until)
         self.trainings.resolve(run)
-        refuse_shorter_run(f"{self.label} begins its last round", self.trainings.end, until)
+        refuse_shorter_run(f"{self.label} starts its last round", self.trainings.end, until)
 
     @property
     def at_target(self) -> bool:
@@ -137,8 +137,9 @@ class LotteryTicket(Budgeted):
         step = self.run.trainer.global_step
         if step and self.trainings.start and self.trainings.passed_start(self.position(epoch_start=True)):
             raise ValueError(
-                f"{self.label}: rewind_to={self.rewind_to!r} lies before step {step}, at which this run begins, so it will "
-                "never come; rewind_to=0 returns to where the run begins."
+                f"{self.label}: rewind_to={self.rewind_to!r} lies before step {step}, at which this run begins, so it is "
+                f"never "
+                "reached; rewind_to=0 rewinds to the beginning of this run."
             )
 
     def before_batch(self, position: Position) -> None:
@@ -159,7 +160,7 @@ class LotteryTicket(Budgeted):
         if self.rewind == "weights":
             self.moment.restore_weights(run.module)
         self.moment.restore_optimizers(run.optimizers, schedulers, moments=self.rewind == "weights")
-        self.clean()  # the moment to return to was dense
+        self.clean()  # the snapshot was dense
         if self.rewind == "weights":
             for average in average_models(run.trainer):
                 restart_average(average, run.module)
@@ -181,5 +182,5 @@ class LotteryTicket(Budgeted):
         if self.round < self.trainings.count:
             rank_zero_warn(
                 f"{self.label} ends in round {self.round} of {self.trainings.count} at sparsity {self.masks.sparsity:.4f}, "
-                f"not {self.quota.sparsity}: training stopped early. Train on, or take fewer rounds."
+                f"not {self.quota.sparsity}: training stopped early. Train longer, or use fewer rounds."
             )

@@ -1,4 +1,4 @@
-"""A moment of a training, to which it can return."""
+"""A snapshot of training that can be restored."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class _Scheduler(Protocol):
 
 
 class Snapshot:
-    """Weights, buffers, optimizers and learning rate schedulers at one moment, on the CPU.
+    """Weights, buffers, optimizers and learning rate schedulers at one point in training, on the CPU.
 
-    Costs once the memory of the model and, after the first step, of the optimizer's moments; in checkpoints too.
+    Costs one copy of the model and, after the first step, of the optimizer's moments; in checkpoints too.
 
     Example:
         >>> layer = nn.Linear(1, 1)
@@ -47,7 +47,7 @@ class Snapshot:
         return self._state is not None
 
     def take(self, module: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[_Scheduler]) -> None:
-        """Remember this moment."""
+        """Take the snapshot."""
         self._state = _on_cpu(
             {
                 "tensors": dict(_tensors(module)),
@@ -58,28 +58,28 @@ class Snapshot:
 
     @torch.no_grad()
     def restore_weights(self, module: nn.Module) -> None:
-        """Put all parameters and buffers back, in place."""
+        """Restore all parameters and buffers in place."""
         put_back_(self._taken["tensors"], dict(_tensors(module)))
 
     def restore_optimizers(
         self, optimizers: Sequence[Optimizer], schedulers: Sequence[_Scheduler], moments: bool = True
     ) -> None:
-        """Put learning rates and all other settings back, with or without what optimizers remember of each weight.
+        """Restore learning rates and all other settings, with or without the optimizer state of each weight.
 
-        A scheduler that somebody has exchanged since is left alone, and settings that have been added stay.
+        A scheduler that was replaced in the meantime is left alone, and settings that were added stay.
 
         Raises:
-            ValueError: if the parameter groups are no longer the same.
+            ValueError: if the parameter groups have changed.
         """
         for optimizer, saved in zip(optimizers, self._taken["optimizers"], strict=True):
             current = optimizer.state_dict()
             groups = zip(current["param_groups"], saved["param_groups"], strict=False)
             if [g["params"] for g in current["param_groups"]] != [g["params"] for g in saved["param_groups"]]:
                 raise ValueError(
-                    f"{type(optimizer).__name__} holds other parameter groups than at the moment to return to; add all of "
+                    f"{type(optimizer).__name__} has other parameter groups than when the snapshot was taken; add all of "
                     "them in configure_optimizers."
                 )
-            # A copy, because an optimizer takes over tensors that are on its device and then changes them in place.
+            # A copy, because an optimizer adopts tensors that are on its device and then changes them in place.
             state = _moments(optimizer, saved["state"]) if moments else current["state"]
             settings = [{**now, **copy.deepcopy(then)} for now, then in groups]
             optimizer.load_state_dict({"state": state, "param_groups": settings})
@@ -90,24 +90,24 @@ class Snapshot:
     @property
     def _taken(self) -> dict[str, Any]:
         if self._state is None:
-            raise ValueError("There is no moment to return to: it never came.")
+            raise ValueError("There is no snapshot to rewind to: its point was never reached.")
         return self._state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, without a copy: nothing of it is ever changed. Where weights are cut, all ranks must call it."""
+        """Everything, without a copy, because none of it is ever changed. With sharded weights, all ranks must call it."""
         return {} if self._state is None else dict(whole(self._state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._state = dict(state) if state else None
 
     def to(self, weights: Mapping[str, Tensor]) -> None:
-        """Stays on the CPU."""
+        """Do nothing: the snapshot stays on the CPU."""
 
 
 @torch.no_grad()
 def restart_average(average: nn.Module, module: nn.Module) -> None:
-    """Let a moving average of a module begin again from the module as it is now."""
+    """Restart a moving average of a module from the module's current values."""
     if isinstance(average, AveragedModel):
         average.n_averaged.zero_()
         average = average.module
@@ -121,7 +121,7 @@ def _tensors(module: nn.Module) -> itertools.chain[tuple[str, Tensor]]:
 
 
 def _moments(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    """What an optimizer remembers, cut as its weights are."""
+    """The optimizer state, sharded like its weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return {
         index: {

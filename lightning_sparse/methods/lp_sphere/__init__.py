@@ -1,4 +1,4 @@
-"""LpSphere, and the schedule of how much of a new direction its steps mix in."""
+"""LpSphere, and the schedule of its mixing rate."""
 
 from lightning_sparse.methods.lp_sphere.lp_sphere import LpSphere
 

@@ -1,4 +1,4 @@
-"""Training on unit Lp spheres, with or without connections that fall and return."""
+"""Train on unit Lp spheres, optionally dropping and growing connections."""
 
 from __future__ import annotations
 
@@ -51,47 +51,48 @@ class LpSphere(Masked):
     $$ v \leftarrow \frac{(1 - \eta) v - \eta \, \hat g}{\|\cdot\|_q}, \qquad w = sign(v) |v|^{1/(p-1)}, \qquad
        \hat g = m / \|m\|_q, \qquad q = p / (p-1) $$
 
-    with m the gradient after momentum. The callback makes this step itself, at station `after_step`, and hides the
-    gradients of constrained weights from the optimizer until then: it neither moves nor decays them, keeps no state for
-    them, and gradients are clipped by the norm of the others alone (the step does not depend on theirs). Cost: three
-    powers per constrained weight and step; in memory and in checkpoints v and m, where SGD would keep m and Adam two
-    moments.
+    where m is the gradient after momentum. The callback makes this step itself, at station `after_step`, and hides the
+    gradients of constrained weights from the optimizer until then. So the optimizer neither moves nor decays these weights
+    and keeps no state for them, and gradient clipping uses the norm of the other gradients only (the step does not depend on
+    the norm of its own). Cost: three powers per constrained weight and step; in memory and in checkpoints v and m, where SGD
+    would keep m and Adam two moments.
 
-    With a `sparsity`, connections also fall and return (at `evolve`, from the gradients of that very step). A connection
-    falls where its weight is small beside the mean of its output; others return where the gradient is large. What has
-    fallen is exactly zero in the model and in every checkpoint, but v lives on in the callback: it fades, and a
-    connection that returns takes up what is left of it, at once (the official code shows zero for one more forward pass).
-    These masks are drawn over all `targets`, free ones included.
+    With a `sparsity`, connections also drop and return (at `evolve`, from the gradients of the same step). A connection
+    drops when its weight is small compared with the mean of its output; others return where the gradient is large. Dropped
+    weights are exactly zero in the model and in every checkpoint, but the callback keeps their v: it decays, and a
+    connection that returns resumes from its remaining value immediately (the official code shows zero for one more forward
+    pass). These masks cover all `targets`, including free ones.
 
-    Source: Li et al. 2021, https://arxiv.org/abs/2103.16013, read from the official repository WilliamLiPro/LpSS: the
-    text of the paper was not at hand. Its slips are mended: norms do not underflow, growth goes by the magnitude of the
-    gradient, and an output that has lost everything stays so.
+    Source: Li et al. 2021, https://arxiv.org/abs/2103.16013, read from the official repository WilliamLiPro/LpSS; the text
+    of the paper was not available. Its bugs are fixed: norms do not underflow, growth uses the magnitude of the gradient,
+    and an output that has lost everything stays empty.
 
     Args:
-        sparsity: the fraction removed in the end, in [0, 1); None trains on the spheres and removes nothing.
-        p: of the sphere, above 1; one for all, a list in the order of the constrained weights, or glob over names -> p, of
-            which the first that fits counts. Published: 1.4 and 1.3 for half of the weights removed, 1.3 and 1.15 for
-            80 %, 1.2 and 1.07 for 90 % (first four layers, others).
-        mixing: eta at its peak, in (0, 1]. Published: 2 / batch size, at 256.
-        mixing_schedule: along which eta moves: `published` (up for a sixth of the run, down to a quarter, out at the end),
+        sparsity: the final fraction removed, in [0, 1); None trains on the spheres and removes nothing.
+        p: the exponent of the sphere, above 1: one value for all, a list in the order of the constrained weights, or a
+            mapping of glob over names -> p, where the first match counts. Published: 1.4 and 1.3 for half of the weights
+            removed, 1.3 and 1.15 for 80 %, 1.2 and 1.07 for 90 % (first four layers, others).
+        mixing: peak value of eta, in (0, 1]. Published: 2 / batch size, at 256.
+        mixing_schedule: schedule of eta: `published` (up for a sixth of the run, down to a quarter, to zero at the end),
             `constant`, or knots of (fraction of the run, fraction of the peak) such as [[0, 0.1], [1, 1]].
-        momentum: in [0, 1), on the gradient.
-        nesterov: look ahead along the momentum.
-        mode: `official` steers toward the sparsity with the published controller, which need not arrive: choose p as
-            small as the sparsity wants it. `feedback` is our extension: a cubic schedule, met exactly at every update.
-        initial_sparsity: removed at random from every layer at the start; at most `sparsity`.
-        drop_threshold: h at the start, the fraction of its output's mean below which a weight falls; a cosine takes it to 0.
-        growth_margin: delta, by how much fewer connections return than fall below the target, and more above it.
-        start: when connections begin to fall and return: a fraction of the run, `'n epochs'` or `'n steps'`.
-        end: when they have stopped.
-        every: time between updates, in steps or as a fraction; the published 40 steps are a 300th of their run.
-        of_all_parameters: count `sparsity` over all parameters of the module, norms and biases included, as published; by
-            default over `targets`.
-        seed: of the first masks. None takes the seed of `seed_everything`, or draws one.
-        free: patterns of `targets` that stay off the spheres; by default the last layer, and layers whose name holds
+        momentum: momentum of the gradient, in [0, 1).
+        nesterov: use Nesterov momentum.
+        mode: `official` steers toward the sparsity with the published controller, which may not reach it: choose p small
+            enough for the sparsity. `feedback` is our extension: a cubic schedule, met exactly at every update.
+        initial_sparsity: fraction removed at random from every layer at the start; at most `sparsity`.
+        drop_threshold: initial value of h, the fraction of its output's mean below which a weight drops; a cosine takes it
+            to 0.
+        growth_margin: delta, by how much fewer connections return than drop below the target, and more above it.
+        start: when connections start to drop and return: a fraction of the run, `'n epochs'` or `'n steps'`.
+        end: when connections stop dropping and returning.
+        every: time between updates, in steps or as a fraction; the published 40 steps are 1/300 of their run.
+        of_all_parameters: count `sparsity` over all parameters of the module, norms and biases included, as published; the
+            default counts over `targets`.
+        seed: seed of the first masks. None uses the seed of `seed_everything`, or draws one.
+        free: patterns of `targets` that stay off the spheres; by default the last layer, and layers whose name contains
             `shortcut` or `downsample`.
-        targets: patterns that choose the weights; see `core.find_targets`.
-        name: tells two callbacks of one class apart.
+        targets: patterns that select the weights; see `core.find_targets`.
+        name: distinguishes several callbacks of the same class.
 
     Example:
         >>> LpSphere(0.9, p=1.07).label
@@ -101,16 +102,16 @@ class LpSphere(Masked):
     shards: ClassVar[Shards] = "any"
 
     duals = Remembered[dict[str, Tensor]](dict, over="entries")
-    """v of every constrained weight, what masks have removed included."""
+    """v of every constrained weight, including entries that masks have removed."""
     momenta = Remembered[dict[str, Tensor]](dict, over="entries")
     growth = Remembered[float](lambda: 0.95)
-    """How many connections return at the next update for each that falls, in the official mode."""
+    """How many connections return at the next update for each one that drops, in official mode."""
     drawn_seed = Remembered(int)
     window = Remembered[Window]()
 
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("allocation", "structure", "layer_sparsity"),
-        "weights fall inside each output's sphere, and only their sum is steered; choose weights with targets and free",
+        "weights drop within each output's sphere, and only their total is controlled; choose weights with targets and free",
     )
 
     def __init__(
@@ -164,7 +165,7 @@ class LpSphere(Masked):
                 "mixing_schedule='constant'."
             )
         if self.sparsity is None:
-            if run.epochs is not None:  # nothing falls, but a slip of the pen is one
+            if run.epochs is not None:  # nothing drops, but a typo should still be refused
                 self.window.check(run, 1.0, f"{self.label} ends its schedule")
             return
         self.window.check(run, until, f"{self.label} ends its schedule")
@@ -201,12 +202,12 @@ class LpSphere(Masked):
             expected, found = from_dual(self.duals[name], sphere.p), weight.detach().to(self.duals[name].dtype, copy=True)
             self.masks.apply_({name: expected})
             self.masks.apply_({name: found})
-            if (found - expected).norm() > 1e-2 * expected.norm():  # other weights have been loaded since: begin with them
+            if (found - expected).norm() > 1e-2 * expected.norm():  # other weights were loaded since: start from them
                 self._enter(name)
         super().resume()
 
     def _enter(self, name: str) -> None:
-        """Put a weight on its sphere, from wherever it is."""
+        """Project a weight onto its sphere."""
         sphere = self.spheres[name]
         self.duals[name] = to_dual(lp_normalize(sphere.target.weight, sphere.p, sphere.dim), sphere.p)
         if self.momentum:
@@ -226,7 +227,7 @@ class LpSphere(Masked):
             self.run.unscale(step.optimizer)
         for name in moving:
             self._hidden[name] = step.weights[name].grad  # type: ignore[assignment]
-            # A distributed checkpoint cannot be loaded where an optimizer remembers nothing of a weight.
+            # A distributed checkpoint cannot be loaded if an optimizer has no state for a weight.
             step.weights[name].grad = torch.zeros_like(self._hidden[name]) if self.layouts else None
 
     def after_step(self, step: Step) -> None:
@@ -239,7 +240,7 @@ class LpSphere(Masked):
         if self.sparsity is not None:
             super().after_unseen_step(step)
             super().silence(step)
-        for name in self._constrained(step):  # the optimizer has moved it too, which counts for nothing
+        for name in self._constrained(step):  # the optimizer moved it too, which is discarded
             self._move(name, step.weights[name].grad)
 
     def undo_step(self, step: Step) -> None:
@@ -259,7 +260,7 @@ class LpSphere(Masked):
 
     def _move(self, name: str, gradient: Tensor | None) -> None:
         sphere, dual = self.spheres[name], self.duals[name]
-        if gradient is None:  # not used in this batch; but a restless optimizer may have moved it
+        if gradient is None:  # not used in this batch; but the optimizer may still have moved it
             sphere.target.weight.copy_(from_dual(dual, sphere.p))
             return
         lp_sgd_(
@@ -275,7 +276,7 @@ class LpSphere(Masked):
         )
 
     def _mixing_at(self, progress: float) -> float:
-        """Eta, at a fraction of the run."""
+        """Eta at a fraction of the run."""
         return self.mixing * piecewise_linear(progress, self.knots)
 
     # ---- what falls, and what returns --------------------------------------------------------------------------------
@@ -285,13 +286,13 @@ class LpSphere(Masked):
         super().bring_in_line(name, entries, copies)
         if name in self.momenta:
             self.momenta[name].masked_fill_(entries, 0)
-        if name in self.spheres:  # what returns takes up what is left of it
+        if name in self.spheres:  # returning connections resume from their remaining v
             weight = self.spheres[name].target.weight
             weight.copy_(from_dual(self.duals[name], self.spheres[name].p))
             self.masks.apply_({name: weight})
 
     def evolve(self, position: Position) -> None:
-        if self.sparsity is None or position.epoch_start:  # before a batch there is no gradient to grow by
+        if self.sparsity is None or position.epoch_start:  # before a batch there is no gradient for growth
             return
         if self.window.take(position):
             update = {"official": self._steer, "feedback": self._follow}[self.mode]
@@ -299,11 +300,11 @@ class LpSphere(Masked):
         self._dense.clear()
 
     def _is_due(self) -> bool:
-        """Whether an update will follow this step; with several optimizers, whether it may."""
+        """Whether an update follows this step; with several optimizers, whether it may."""
         return self.window.tick(self.position(under_way=len(self.run.optimizers))) > self.window.done
 
     def _steer(self, progress: float) -> None:
-        """The published update: all below the threshold fall, and gamma times as many return."""
+        """The published update: everything below the threshold drops, and gamma times as many connections return."""
         threshold, masks = self._threshold(progress), {}
         for name, score in self._growth_scores().items():
             kept = self.masks[name] & (self._relative(name) >= threshold)
@@ -316,12 +317,12 @@ class LpSphere(Masked):
             self.growth = growth_factor(sparsity, self.sparsity, threshold, self.growth_margin)
 
     def _follow(self, progress: float) -> None:
-        """Our extension: as many return as the schedule wants; where too few have fallen, the threshold rises."""
+        """Our extension: as many return as the schedule needs; if too few dropped, the threshold rises."""
         start = min(self.initial_sparsity, self.sparsity or 0.0)
         wanted = self._kept_at(cubic(progress, start, self.sparsity or 0.0))
         threshold, scores = self._threshold(progress), self._growth_scores()
         relative = {name: self._relative(name) for name in self.weights}
-        # A layer without a gradient in this batch gives only what the count demands.
+        # A layer without a gradient in this batch drops only what the count requires.
         kept = {name: self.masks[name] & (r >= threshold if name in scores else True) for name, r in relative.items()}
         left = self._counts(kept)
         if sum(left) >= wanted:
@@ -340,12 +341,12 @@ class LpSphere(Masked):
         self.set_masks(kept)
 
     def _counts(self, masks: Mapping[str, Tensor]) -> list[int]:
-        """How many entries masks keep on all ranks together, in order."""
+        """How many entries the masks keep on all ranks together, in order."""
         counted = self.masks.added_up({name: mask.count_nonzero() for name, mask in masks.items()})
         return list(counted.values())
 
     def _best(self, name: str, score: Tensor, number: int) -> Tensor:
-        """The mask of the best entries of a weight."""
+        """The mask of the highest-scoring entries of a weight."""
         return top_k_masks([score], number, spread_over([self.layouts.get("entries", {}).get(name)]))[0]
 
     def _threshold(self, progress: float) -> float:
@@ -387,6 +388,7 @@ class LpSphere(Masked):
             rank_zero_warn(self.window.unfinished(self.label, reached, self.sparsity))
         elif abs(reached - self.sparsity) > 0.03:
             rank_zero_info(
-                f"{self.label} ends at sparsity {reached:.4f}, not {self.sparsity}: the published controller steers, but "
-                "does not promise. A smaller p or more mixing makes more weights fall; mode='feedback' arrives exactly."
+                f"{self.label} ends at sparsity {reached:.4f}, not {self.sparsity}: the published controller steers toward "
+                f"the "
+                "target without guaranteeing it. A smaller p or more mixing drops more weights; mode='feedback' is exact."
             )

@@ -1,4 +1,4 @@
-"""Along which schedule eta moves: how much of a new direction a step mixes in."""
+"""The schedule of eta: how much of a new direction a step mixes in."""
 
 from __future__ import annotations
 

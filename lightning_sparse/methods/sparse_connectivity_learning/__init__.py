@@ -1,4 +1,4 @@
-"""Sparse connectivity learning: mask variables that are trained, and a price per connection."""
+"""Sparse connectivity learning: trainable mask variables, and a price per connection."""
 
 from lightning_sparse.methods.sparse_connectivity_learning.sparse_connectivity_learning import SparseConnectivityLearning
 

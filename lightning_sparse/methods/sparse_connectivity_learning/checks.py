@@ -1,4 +1,4 @@
-"""Arguments that could not work, refused before anything else."""
+"""Check the arguments of SparseConnectivityLearning before anything else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEATURES = ("filter", "layer")
 
 
 def check_arguments(method: Any) -> None:
-    """Refuse values out of range, and those that contradict each other.
+    """Refuse values out of range, and values that contradict each other.
 
     Raises:
         ValueError: naming the value.
@@ -25,12 +25,12 @@ def check_arguments(method: Any) -> None:
             f"{type(method).__name__} needs a sparsity, such as sparsity=0.95, or the price of a connection, such as "
             "price=0.05."
         )
-    limits = {  # whether zero is allowed, what it must be below, in words
+    limits = {  # whether zero is allowed, upper bound, description
         "price": (False, math.inf, "a positive number"),
         "initial": (False, math.inf, "a positive number"),
         "learning_rate": (True, math.inf, "a number, 0 (masks stay dense) or more"),
         "momentum": (True, 1, "a number in [0, 1)"),
-        "min_kept": (True, math.inf, "a whole number, 0 or more"),
+        "min_kept": (True, math.inf, "an integer >= 0"),
     }
     for name, (zero, below, meaning) in limits.items():
         value = getattr(method, name)
@@ -43,11 +43,11 @@ def check_arguments(method: Any) -> None:
     check_choice("norm", method.norm, FEATURE_NORMS)
     check_choice("feature", method.feature, FEATURES)
     if method.sparsity == 0:
-        raise ValueError("sparsity=0 removes nothing; leave the callback out.")
+        raise ValueError("sparsity=0 removes nothing; remove the callback.")
     warms_up = Span.parse(method.warmup, "warmup").value > 0
     if method.sparsity is not None and warms_up:
         raise ValueError(
-            f"warmup={method.warmup!r} is for a price; with a sparsity the controller sets it, leave warmup out."
+            f"warmup={method.warmup!r} applies to a price; with a sparsity the controller sets the price, so omit warmup."
         )
     if not Span.parse(method.end, "end").value:
-        raise ValueError(f"end={method.end!r} leaves no time to learn; end later, or leave it out.")
+        raise ValueError(f"end={method.end!r} leaves no time to learn; set it later, or omit it.")

@@ -1,4 +1,4 @@
-"""Sparse connectivity learning: every connection has a variable that decides whether it is there."""
+"""Sparse connectivity learning: a trainable variable per connection decides whether it exists."""
 
 from __future__ import annotations
 
@@ -39,57 +39,59 @@ from lightning_sparse.methods.sparse_connectivity_learning.checks import check_a
 
 __all__ = ["SparseConnectivityLearning"]
 
-ONE_PRICE = "all connections pay one price, by which layers find their own sparsity; choose weights with targets"
+ONE_PRICE = "all connections pay one price, so layers find their own sparsity; choose weights with targets"
 
 ARRIVAL = 2 / 3
-"""Of the time until then: when the controller wants the target reached. The rest is for choosing at that density."""
+"""When the controller aims to reach the target, as a fraction of the time until `end`. The rest selects at that density."""
 
 STEERING = 0.005
-"""Of the run: the controller's clock. Counting waits for the device."""
+"""The controller's update interval, as a fraction of the run. Counting waits for the device."""
 
 FIRST_PRICE = 0.01
-"""Where the controller starts; a hundredth of the typical normalized gradient."""
+"""Initial price of the controller; a hundredth of the typical normalized gradient."""
 
 
 @final
 class SparseConnectivityLearning(ShadowWeights):
     r"""Learn which connections to keep, at one price for all: every layer finds its own sparsity.
 
-    A weight w is used as $w \cdot H(s)$, with a trainable variable s of its own and the unit step H. The task's gradient for
-    s takes a proxy p for the step's derivative and is normalized per filter f; the connection count enters with its price:
+    A weight w is used as $w \cdot H(s)$, where s is a trainable variable of its own and H is the unit step. The task
+    gradient for s uses a proxy p for the step's derivative and is normalized per filter f; the connection count enters
+    through its price:
 
     $$ g = \frac{\partial L}{\partial (w H)}\, w\, p(s), \qquad v \leftarrow \mu v + g / rms_f(g) + \lambda p(s), \qquad
        s \leftarrow s - \eta v $$
 
-    Dropped connections have a gradient too, so they can return. Their weights get none, but weight decay and moments of the
-    optimizer go on moving them. Dense weights, variables and velocities are the callback's; the model holds kept weights
-    and exact zeros. At stations `before_step` and `after_step`, at the cost of some twelve passes over the weights per
-    step and of three more copies of the weights in memory (12 bytes per weight): variable, velocity and the weight while it
-    is dropped, in float32, because in 16 bits a step of a variable would be lost in rounding.
+    Dropped connections have a gradient too, so they can return. Their weights get none, but the optimizer's weight decay and
+    moments keep moving them. The callback keeps dense weights, variables and velocities; the model holds kept weights and
+    exact zeros. Runs at stations `before_step` and `after_step`. Costs about twelve passes over the weights per step, and
+    three more copies of the weights in memory (12 bytes per weight): variable, velocity, and the weight while it is dropped.
+    They are float32, because in 16 bits a step of a variable would be lost in rounding.
 
-    Source: Tang et al. 2022, "Automatic Sparse Connectivity Learning for Neural Networks",
-    https://arxiv.org/abs/2201.05020, of which only the abstract was at hand: faithful to that, not to the paper. All
-    default values are ours. So is `sparsity`: a controller moves the price (below zero, a reward, if need be) until the
-    density is reached; then the highest variables are kept, exactly as many as promised, and masks stay.
+    Source: Tang et al. 2022, "Automatic Sparse Connectivity Learning for Neural Networks", https://arxiv.org/abs/2201.05020,
+    of which only the abstract was available: this follows the abstract, not the paper. All default values are ours. So is
+    `sparsity`: a controller moves the price (below zero, a reward, if needed) until the density is reached; then exactly the
+    promised number of connections with the highest variables is kept, and masks are fixed.
 
     Args:
-        sparsity: the fraction removed, in (0, 1); or give a price instead, and no number is promised.
-        price: of a connection (lambda), positive; higher is sparser. With rms-normalized gradients useful values lie between
-            0.01 and 0.2. With a sparsity: where its controller starts (0.01).
-        proxy: of the step's derivative: `identity` (the paper's), `leaky_relu`, `softplus`.
-        norm: of the gradients of a feature: `rms`, `l2`, `max`, or `none`. Prices depend on it: l2 makes gradients
-            smaller by the root of the fan-in.
-        feature: what is normalized: each `filter` (output channel, neuron) by itself, or the whole `layer`.
-        initial: value of all variables at the start, positive. Only its ratio to `learning_rate` counts (identity proxy).
-        learning_rate: of the variables (eta). It follows the shape of the weights' schedule: it is multiplied by their rate
-            over their highest or initial rate.
-        momentum: of the variables (mu), in [0, 1).
-        warmup: over which the price rises from zero: a fraction of the run, `'n epochs'` or `'n steps'`.
-        end: when masks stop changing, so that what is kept trains on; with a sparsity it is met here. `1.0` with a price:
+        sparsity: the fraction removed, in (0, 1); or give a price instead, which guarantees no sparsity.
+        price: price of a connection (lambda), positive; higher is sparser. With rms-normalized gradients useful values lie
+            between 0.01 and 0.2. With a sparsity: the controller's initial price (0.01).
+        proxy: proxy for the step's derivative: `identity` (the paper's), `leaky_relu`, `softplus`.
+        norm: norm of the gradients of a feature: `rms`, `l2`, `max`, or `none`. Prices depend on it: l2 divides gradients by
+            the root of the fan-in.
+        feature: the unit of normalization: each `filter` (output channel, neuron), or the whole `layer`.
+        initial: initial value of all variables, positive. Only its ratio to `learning_rate` matters (identity proxy).
+        learning_rate: learning rate of the variables (eta). It follows the shape of the weights' schedule: it is multiplied
+            by their rate divided by their highest or initial rate.
+        momentum: momentum of the variables (mu), in [0, 1).
+        warmup: span over which the price rises from zero: a fraction of the run, `'n epochs'` or `'n steps'`.
+        end: when masks are fixed, so that the kept weights train on; with a sparsity, it is met here. `1.0` with a price:
             never.
-        min_kept: connections that every layer keeps at least.
-        targets: patterns that choose the weights; see `core.find_targets`. `"!:first"` and `"!:last"` exempt the ends.
-        name: tells two callbacks of one class apart.
+        min_kept: minimum number of connections that every layer keeps.
+        targets: patterns that select the weights; see `core.find_targets`. `"!:first"` and `"!:last"` exempt the first and
+            last layers.
+        name: distinguishes several callbacks of the same class.
 
     Raises:
         ValueError: for values out of range, or without a price and a sparsity.
@@ -102,11 +104,11 @@ class SparseConnectivityLearning(ShadowWeights):
     shards: ClassVar[Shards] = "data"
 
     variables = Remembered[dict[str, Tensor]](dict, over="entries")
-    """One per connection, in float32 or wider; positive is kept."""
+    """One per connection, in float32 or wider; positive means kept."""
     velocity = Remembered[dict[str, Tensor]](dict, over="entries")
-    """Their momentum; the price is part of it."""
+    """Momentum of the variables; it includes the price."""
     cost = Remembered(float)
-    """The price now."""
+    """The current price."""
     window = Remembered[Window]()
     _steering = Remembered[dict[str, float]](lambda: {"memory": math.asinh(1.0), "progress": 0.0})
     _full_rates = Remembered[dict[str, float]](dict)
@@ -155,7 +157,7 @@ class SparseConnectivityLearning(ShadowWeights):
 
     def misfit(self, target: Target) -> str | None:
         if target.parts_outputs:
-            return "is cut into shards along its inputs, and the gradient of a filter is normalized over all of them"
+            return "is sharded along its inputs, and the gradient of a filter is normalized over all of them"
         return super().misfit(target)
 
     @property
@@ -171,8 +173,8 @@ class SparseConnectivityLearning(ShadowWeights):
         for target in self.chosen:
             if self._full_rate(target.weight) <= 0:
                 raise ValueError(
-                    f"{self.label}: the optimizer does not step '{target.name}', whose learning rate is 0; give it one, or "
-                    f"exclude it with targets=['!{target.name}']."
+                    f"{self.label}: the optimizer does not step '{target.name}', whose learning rate is 0; set one, or "
+                    f"exclude the weight with targets=['!{target.name}']."
                 )
             if target.size < self.min_kept:
                 raise ValueError(
@@ -182,8 +184,8 @@ class SparseConnectivityLearning(ShadowWeights):
         if self.layouts and (self.min_kept or (self.feature == "layer" and self.norm != "none")):
             given = f"min_kept={self.min_kept}" if self.min_kept else f"feature='{self.feature}'"
             raise ValueError(
-                f"{self.label}: {given} would make ranks talk about every layer in every step where weights are cut into "
-                "shards; write min_kept=0 and feature='filter'."
+                f"{self.label}: with sharded weights, {given} would make ranks communicate about every layer in every step; "
+                "use min_kept=0 and feature='filter'."
             )
         if self.warmup:
             self.rise.resolve(run)
@@ -215,7 +217,7 @@ class SparseConnectivityLearning(ShadowWeights):
         features = {target.name: target.output_dims if self.feature == "filter" else None for target in self.chosen}
         for name, weight in step.weights.items():
             if weight.grad is None:
-                continue  # its optimizer skips it, and so do we
+                continue  # its optimizer skips it, so this does too
             gradient = self.hidden[name]
             if gradient.dtype == weight.dtype == weight.grad.dtype:
                 torch.mul(weight, weight.grad, out=gradient)
@@ -228,7 +230,7 @@ class SparseConnectivityLearning(ShadowWeights):
             normalize_features_(gradient, self.norm, features[name])
 
     def silence(self, step: Step) -> None:
-        self._now = {name: above(self.variables[name]) for name in step.weights}  # asked for again after the step
+        self._now = {name: above(self.variables[name]) for name in step.weights}  # used again after the step
         super().silence(step)
 
     def after_step(self, step: Step) -> None:
@@ -245,7 +247,7 @@ class SparseConnectivityLearning(ShadowWeights):
         self._now = {}
 
     def _learn(self, name: str, rate: float) -> None:
-        """Move the variables of one layer by the gradient that waits in `hidden`."""
+        """Move the variables of one layer by the gradient stored in `hidden`."""
         variable, velocity, kept = self.variables[name], self.velocity[name], self._now[name]
         velocity.mul_(self.momentum).add_(self.hidden[name])
         if self.proxy == "identity":
@@ -264,12 +266,12 @@ class SparseConnectivityLearning(ShadowWeights):
 
     @property
     def freezes(self) -> bool:
-        """Whether masks stop changing before the run ends."""
+        """Whether masks are fixed before the run ends."""
         return self.budget is not None or self.end != 1
 
     @property
     def frozen(self) -> bool:
-        """Whether masks have stopped changing."""
+        """Whether masks are fixed now."""
         return self.window.is_over
 
     def evolve(self, position: Position) -> None:
@@ -296,7 +298,7 @@ class SparseConnectivityLearning(ShadowWeights):
         self.cost = connection_price(drive, self._first_price)
 
     def _settle(self, budget: Budget) -> None:
-        """Keep exactly as many connections as promised: those with the highest variables."""
+        """Keep exactly the promised number of connections: those with the highest variables."""
         scores = []
         for variable in self.variables.values():
             score = variable.clone(memory_format=torch.contiguous_format)
@@ -312,7 +314,7 @@ class SparseConnectivityLearning(ShadowWeights):
         if self.budget is not None and not self.frozen:
             rank_zero_warn(
                 f"{self.label} ends at sparsity {self.mask_set.sparsity:.4f}, not {self.budget.sparsity}: training stopped "
-                "before its masks were frozen. Train on, or end earlier."
+                "before the masks were fixed. Train longer, or set an earlier end."
             )
 
     # ---- what it tells -----------------------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ class SparseConnectivityLearning(ShadowWeights):
         return {key: float(value) for key, value in numbers.items()}
 
     def _told(self, dims: Mapping[str, tuple[int, ...]]) -> tuple[int, int, float]:
-        """Connections that have come back, features without any, and the smallest variable; of all ranks together."""
+        """Connections that have returned, features without any, and the smallest variable; over all ranks."""
         dead = [dead_features(variable, dims[name]) for name, variable in self.variables.items()]
         smallest = torch.stack([v.min() if v.numel() else v.new_full((), math.inf) for v in self.variables.values()]).min()
         if self.spread is None:
@@ -357,7 +359,7 @@ class SparseConnectivityLearning(ShadowWeights):
         return FIRST_PRICE if self.price is None else float(self.price)
 
     def _full_rate(self, weight: nn.Parameter) -> float:
-        """The learning rate that schedules start from or rise to, of the group that a weight is in."""
+        """The learning rate that schedules start from or rise to, for the group that contains a weight."""
         for optimizer in self.run.optimizers:
             for group in optimizer.param_groups:
                 if any(parameter is owner_of(weight) for parameter in group["params"]):
@@ -374,4 +376,4 @@ class SparseConnectivityLearning(ShadowWeights):
                 f"{len(self.chosen)} layers; lower one of them."
             )
         if not self.frozen:
-            refuse_shorter_run(f"{self.label} freezes its masks", self.window.end, until)
+            refuse_shorter_run(f"{self.label} fixes its masks", self.window.end, until)
