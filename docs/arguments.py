@@ -1,4 +1,4 @@
-"""The guide's tables of arguments, from the signatures and docstrings of the methods: `python docs/arguments.py`."""
+"""The tables of `guides/arguments.md`, from the signatures and docstrings of the methods: `python docs/arguments.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lightning_sparse.cli.methods import METHODS, Argument, arguments
 
-PAGE = Path(__file__).parent / "guide.md"
+PAGE = Path(__file__).parent / "guides" / "arguments.md"
 PLACE = re.compile(r"(?<=<!-- arguments -->\n).*(?=\n<!-- end of arguments -->)", flags=re.DOTALL)
 
 
@@ -66,12 +66,12 @@ def own(found: list[Row]) -> str:
 
 
 def tables() -> str:
-    """Both tables, as they belong into the guide."""
+    """Both tables, as the page shows them."""
     found = [row(method.__name__, argument) for method in METHODS for argument in arguments(method)]
     names = [argument.name for argument in found]
     common = [argument for argument in found if names.count(argument.name) > 1]
     rest = [argument for argument in found if names.count(argument.name) == 1]
-    return f"{shared(common)}\n\nArguments that only one method has:\n\n{own(rest)}"
+    return f"{shared(common)}\n\n## Arguments of single methods\n\n{own(rest)}"
 
 
 def filled(page: str) -> str:

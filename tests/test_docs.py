@@ -45,7 +45,7 @@ class Child(Parent):
     ) -> None: ...
 
 
-def test_the_guide_lists_the_arguments_as_they_are() -> None:
+def test_the_page_lists_the_arguments_as_they_are() -> None:
     page = ARGUMENTS["PAGE"].read_text()
     assert len(ARGUMENTS["PLACE"].findall(page)) == 1
     assert ARGUMENTS["filled"](page) == page, "run python docs/arguments.py"

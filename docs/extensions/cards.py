@@ -70,7 +70,7 @@ def cost(method: str) -> str:
     ratios = [mine / plain for mine, plain in zip(peaks.get(place, {}).get(method, []), peaks[place]["dense"], strict=False)]
     if ratios:
         said.append(f"Peak memory: {statistics.median(ratios):.2f} times that of plain training.")
-    return " ".join(said) + " ([All costs](../evidence.md#what-it-costs).)"
+    return " ".join(said) + " ([All costs](../evidence/cost.md).)"
 
 
 def claim(method: str) -> str:
