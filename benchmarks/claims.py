@@ -62,7 +62,7 @@ def verdict(differences: Sequence[float], lower: bool = False) -> str:
 
 
 def beside(ours: Mapping[int, float], other: Mapping[int, float], digits: int = 2, factor: float = 100) -> Row:
-    """How many seeds both have, their differences, and whether these are significant; less is better unless percentages are given."""
+    """How many seeds both have, their differences, and whether these are significant; for percentages, more is better."""
     differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
     shown = spread(differences, digits, factor)
     return [

@@ -5,8 +5,8 @@
     python -m benchmarks.tables --draw docs/accuracy.png   draw `desk-lenet300`
     python -m benchmarks.tables --draw docs/imbalance.png  draw gradients of `claim-norms-lenet5`
 
-A table is between `<!-- its name -->` and `<!-- end -->`; what is between is replaced. A test fails if a page and the results
-differ. The best of a column is bold.
+A table is between `<!-- its name -->` and `<!-- end -->`; what is between is replaced. A test fails if a page and the
+results differ. The best of a column is bold.
 """
 
 from __future__ import annotations
@@ -321,6 +321,41 @@ def sharded() -> list[Row]:
     return [["two ranks, one thread each", *sizes], *rows]
 
 
+def rungs(found: Mapping[str, Any], note: str = "", only: Sequence[str] = ()) -> list[Row]:
+    """A row for each rung that was written: size, gain beside the dense model in the same runtime, and exactness."""
+    rows = []
+    for name, rung in found["rungs"].items():
+        if not rung["file"] or not rung["latency"] or (only and name not in only):
+            continue
+        dense = found["rungs"]["dense" if rung["runtime"] == "torch" else f"dense, {rung['runtime']}"]["latency"]
+        gains = [gain(dense[batch], rung["latency"][batch]) if batch in rung["latency"] else "" for batch in ("64", "1")]
+        sizes = [f"{found[of][name]:.2f}" for of in ("parameters, of dense", "bytes, of dense")]
+        change = f"{rung['change']:.1e}" if rung["change"] else "0"
+        accuracy = f"{100 * rung['metrics']['test accuracy']:.2f}" if rung["metrics"] else ""
+        rows.append([f"`{name}`{note}", rung["runtime"], *sizes, *gains, change, accuracy])
+    return rows
+
+
+def gain(dense: Mapping[str, float], ours: Mapping[str, float]) -> str:
+    """How many times as fast, and whether the middle halves of both lie apart."""
+    apart = ours["high"] < dense["low"] or ours["low"] > dense["high"]
+    return f"{dense['median'] / ours['median']:.2f}" + ("" if apart else " (level)")
+
+
+def exported() -> list[Row]:
+    """ResNet-20 as trained, and what removing does with its normalizations folded."""
+    found = numbers("export-resnet")
+    folded = rungs(found["normalization folded"], ", `fold=True`", only=("removed",))
+    return [[*RUNGS, "test accuracy, %"], *rungs(found["as trained"]), *folded]
+
+
+def perceptron() -> list[Row]:
+    """The wide perceptron, which has not been trained."""
+    return [RUNGS, *(row[:-1] for row in rungs(numbers("export-mlp")))]
+
+
+RUNGS = ["rung", "runtime", "parameters", "bytes", "speed, batch 64", "speed, batch 1", "largest change"]
+
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "lenet300": lambda: accuracy("desk-lenet300"),
     "hypersparse": lambda: accuracy("desk-hypersparse", work=False),
@@ -342,6 +377,8 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "inside": inside,
     "memory": lambda: memory("memory-methods"),
     "sharded": sharded,
+    "exported": exported,
+    "perceptron": perceptron,
     "exports": lambda: structure_rows(SUITES["export-structures"].content(RESULTS).get("numbers", {})),
 }
 

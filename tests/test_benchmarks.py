@@ -213,6 +213,13 @@ def test_a_table_without_results_says_so(monkeypatch):
     assert tables.block("exports") == tables.NOT_MEASURED
 
 
+def test_a_gain_within_the_noise_is_called_level():
+    dense = {"low": 9.0, "median": 10.0, "high": 11.0}
+    assert tables.gain(dense, {"low": 4.0, "median": 5.0, "high": 8.9}) == "2.00"
+    assert tables.gain(dense, {"low": 4.0, "median": 5.0, "high": 9.0}) == "2.00 (level)"
+    assert tables.gain(dense, {"low": 11.1, "median": 12.5, "high": 20.0}) == "0.80"
+
+
 def test_the_best_of_a_column_is_bold():
     rows = [["a", "1.50 ± 0.10", "3 of 4"], ["b", "12.0", ""], ["c", "12.0 (x)", "2"]]
     tables.embolden(rows, [1])
