@@ -55,7 +55,9 @@ def test_cost_is_read_from_the_results() -> None:
     assert "1 byte per weight" in cards.cost("RigL")
     assert "perceptron" in cards.cost("LayerSparsity")
     assert cards.cost("KeepSparsity").startswith("Inside the method: **0.3 %** of a training step of ResNet-18 at batch 128")
-    assert cards.cost("MovementPruning").startswith("Inside the method: **2.1 %** of a training step of ResNet-18 at batch 128")
+    assert cards.cost("MovementPruning").startswith(
+        "Inside the method: **2.1 %** of a training step of ResNet-18 at batch 128"
+    )
     assert cards.cost("QuantizationAware") == cards.NOT_MEASURED
 
 
