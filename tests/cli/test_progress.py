@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import rich
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
 from lightning_sparse import MagnitudePruning, SparsityMonitor
@@ -103,3 +105,13 @@ def test_metrics_give_way() -> None:
     assert fitting({"long_name": 1.0, "b": 2.0}, 10) == {"b": "2.000"}
     assert fitting({"a": 1.0}, 8) == {"a": "1.000"}
     assert fitting({"a": 1.0}, 7) == {}
+
+
+def test_the_version_of_a_run_takes_no_room(tmp_path: Path) -> None:
+    options: Any = {"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(logger=CSVLogger(tmp_path, version=7), callbacks=[OneLineBar()], **options)
+    module = Talkative()
+    trainer.fit(module, loader(), loader(1))
+    assert ProgressBar().get_metrics(trainer, module)["v_num"] == 7
+    assert OneLineBar().get_metrics(trainer, module).keys() >= {"x"}
+    assert "v_num" not in OneLineBar().get_metrics(trainer, module)

@@ -130,6 +130,8 @@ def test_attention(options: dict[str, Any], train: bool) -> None:
     """What is seen gives queries, keys and values, and what comes out."""
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(8, 2, dropout=0.5, **options).train(train)
+    if attention.out_proj.bias is not None:
+        nn.init.normal_(attention.out_proj.bias)  # zero at first
     query, key = torch.randn(5, 3, 8), torch.randn(5, 3, options.get("kdim", 8))
     value = torch.randn(5, 3, options.get("vdim", 8))
     torch.manual_seed(1)

@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from lightning_sparse.cli import main
 from lightning_sparse.observe import SparsityMonitor
 from lightning_sparse.observe.page import page
 from lightning_sparse.observe.pictures import picture
-from lightning_sparse.observe.report import find_reports, read_report, write_report
+from lightning_sparse.observe.report import find_reports, read_report, why_unwritable, write_report
 from lightning_sparse.testing import Toy, fit, loader, toy, trainer
 
 VOID = {"meta"}
@@ -298,3 +299,12 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
         write_report(path)
     assert path.read_text() == "before"
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_room_is_asked_for_before_a_report_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_unwritable(tmp_path / "not" / "there" / "yet") is None
+    assert why_unwritable(Path("/dev/null/x")) == "Not a directory"
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    assert why_unwritable(tmp_path) == "1.0 MB of room, and 4 MB are needed"
+    with pytest.raises(ValueError, match=r"cannot write its report into '.*' \(1.0 MB of room, and 4 MB are needed\)"):
+        trained(tmp_path, MagnitudePruning(0.75))
