@@ -1,7 +1,7 @@
-"""The tables of the protocols that decide claims: pairs of trainings of the same seeds, and whether they decide.
+"""The tables of the protocols for claims: pairs of trainings with the same seeds, and whether they differ significantly.
 
-A difference decides if the 95 % interval of its mean over seeds (Student's t) does not hold zero. With many rows some will
-decide by chance, one in twenty.
+A difference is significant if the 95 % confidence interval of its mean over seeds (Student's t) excludes zero. Among many
+rows without an effect, one in twenty is significant by chance.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ def by_seed(found: Runs, value: str = "test", **what: Any) -> dict[int, float]:
     return {run["seed"]: run[value] for run in pick(found, **what)}
 
 
-def decides(differences: Sequence[float], lower: bool = False) -> str:
-    """Whether a difference is significant, and in which direction.
+def verdict(differences: Sequence[float], lower: bool = False) -> str:
+    """Whether a difference is more than chance, and to which side.
 
     Args:
         differences: seed by seed.
         lower: whether less is better.
     """
     if len(differences) < 2:
-        return "does not decide"
+        return "not significant"
     mean, deviation = statistics.mean(differences), statistics.stdev(differences)
     half = float(student.ppf(0.975, len(differences) - 1)) * deviation / math.sqrt(len(differences))
     if abs(mean) <= half:
-        return "does not decide"
-    return "decides: better" if (mean < 0) == lower else "decides: worse"
+        return "not significant"
+    return "better" if (mean < 0) == lower else "worse"
 
 
 def beside(ours: Mapping[int, float], other: Mapping[int, float], digits: int = 2, factor: float = 100) -> Row:
-    """The number of common seeds, their differences, and whether they decide; if it is not a percentage, lower is better."""
+    """How many seeds both have, their differences, and whether these are significant; for percentages, more is better."""
     differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
     shown = spread(differences, digits, factor)
     return [
         str(len(differences)),
         shown if shown.startswith("-") or not shown else f"+{shown}",
-        decides(differences, factor == 1),
+        verdict(differences, factor == 1),
     ]
 
 
@@ -92,7 +92,19 @@ def tamed() -> list[Row]:
                 [n, *to_plain], [_, *to_static] = beside(ours, plain), beside(ours, static)
                 network = NETWORKS[name.rpartition("-")[2]]
                 rows.append([network, f"{100 * sparsity:g} %", f"`{variant}`", n, *shown, *to_plain, *to_static])
-    titles = ["network", "sparsity", "", "n", "static mask", "`RigL`", "this one", "to `RigL`", "", "to the static mask", ""]
+    titles = [
+        "network",
+        "sparsity",
+        "",
+        "seeds",
+        "static mask",
+        "`RigL`",
+        "variant",
+        "difference from `RigL`",
+        "",
+        "difference from the static mask",
+        "",
+    ]
     return [titles, *rows]
 
 
@@ -115,9 +127,9 @@ def unfavorable() -> list[Row]:
         labels = {
             "plain": "plain",
             "weight decay": "weight decay alone, tuned",
-            "layer penalty": "and `LayerSparsity`, tuned, merged",
-            "refit, warm": "the same, trained on without it (warm)",
-            "refit, fresh": "the same, trained anew (fresh)",
+            "layer penalty": "with `LayerSparsity`, tuned, merged",
+            "refit, warm": "the same, trained further without it (warm)",
+            "refit, fresh": "the same, trained from scratch (fresh)",
         }
         for fit, label in labels.items() if seeds else ():
             depths = [run["depth"] for run in chosen[fit].values() if run.get("depth")]
@@ -125,7 +137,7 @@ def unfavorable() -> list[Row]:
             depth = f"{statistics.mean(left for _, left in depths):.1f} of {depths[0][0]}" if depths else ""
             depth += f" ({len(depths)} seeds)" if 0 < len(depths) < len(seeds) else ""
             rows.append([setting, label, cells[0], values(error[fit], 3, 1), depth, *cells[1:]])
-    return [["teacher", "fit", "n", "error", "layers left", "to weight decay", ""], *rows]
+    return [["teacher", "fit", "seeds", "error", "layers left", "difference from weight decay", ""], *rows]
 
 
 # ---- sparse connectivity learning ---------------------------------------------------------------------------------------
@@ -144,7 +156,10 @@ def norms() -> list[Row]:
                     rates = " and ".join(f"{pick(found, norm=kind, target=target)[0]['rate']:g}" for kind in ("none", norm))
                     shown = [values(accuracy["none"]), values(accuracy[norm]), rates]
                     rows.append([NETWORKS[name], f"{100 * target:g} %", f'`norm="{norm}"`', n, *shown, *rest])
-    return [["network", "sparsity", "", "n", '`norm="none"`', "this one", "mask rates", "to none", ""], *rows]
+    return [
+        ["network", "sparsity", "", "seeds", '`norm="none"`', "variant", "mask rates", "difference from none", ""],
+        *rows,
+    ]
 
 
 def imbalance() -> list[Row]:
@@ -190,7 +205,17 @@ def forms() -> list[Row]:
                 published = f"{APPENDIX[form][strength]:.2f}" if sparsity == 0.95 and strength in APPENDIX[form] else ""
                 words = [f"{100 * sparsity:g} %", form or "none", f"{strength:g}"]
                 rows.append([*words, cells[0], similar, values(ours), *cells[1:], published])
-    head = ["sparsity", "penalty from", "strength", "n", "similarity", "test accuracy", "to none", "", "appendix"]
+    head = [
+        "sparsity",
+        "penalty from",
+        "strength",
+        "seeds",
+        "similarity",
+        "test accuracy",
+        "difference from none",
+        "",
+        "appendix",
+    ]
     return [head, *rows]
 
 
@@ -208,7 +233,7 @@ def prunable() -> list[Row]:
                 strength = method.rpartition(", ")[2]
                 shown = [values(curves["dense"]), values(curves[method])]
                 rows.append([f"{100 * sparsity:g} %", when, strength, n, *shown, *rest])
-    return [["sparsity", "", "strength", "n", "trained without", "trained with", "to without", ""], *rows]
+    return [["sparsity", "", "strength", "seeds", "trained without", "trained with", "difference", ""], *rows]
 
 
 # ---- HyperSparse --------------------------------------------------------------------------------------------------------
@@ -228,7 +253,10 @@ def phases() -> list[Row]:
                 n, *rest = beside(ours, other)
                 shown = [n, values(other), values(ours)]
                 rows.append([f"{100 * sparsity:g} %", labels[method], *shown, *rest, README.get(sparsity, "")])
-    return [["sparsity", "beside", "n", "the other", "`HyperSparse`", "to the other", "", "published, larger"], *rows]
+    return [
+        ["sparsity", "compared with", "seeds", "its accuracy", "`HyperSparse`", "difference", "", "published, larger"],
+        *rows,
+    ]
 
 
 # ---- LpSS ---------------------------------------------------------------------------------------------------------------
@@ -249,7 +277,7 @@ def hoyer() -> list[Row]:
     layers = [
         f"{kind}, {size}" for kind, size in zip(3 * ["conv."] + 3 * ["linear"], (25, 144, 288, 3136, 512, 64), strict=True)
     ]
-    return [["p", "n", "test accuracy", *layers], *rows]
+    return [["p", "seeds", "test accuracy", *layers], *rows]
 
 
 def spheres() -> list[Row]:
@@ -269,7 +297,7 @@ def spheres() -> list[Row]:
             if ours:
                 words = [f"{100 * sparsity:g} %", label, str(len(ours)), values(ours), *cells[1:]]
                 rows.append([*words, f"{published:.2f}" if method == "LpSphere" else ""])
-    return [["sparsity", "", "n", "test accuracy", "to the static mask", "", "published"], *rows]
+    return [["sparsity", "", "seeds", "test accuracy", "difference from the static mask", "", "published"], *rows]
 
 
 CLAIMS = {
@@ -287,10 +315,10 @@ CLAIMS = {
 
 
 def progress(names: Sequence[str]) -> str:
-    """How much of the suites is done."""
+    """How many runs of the suites are done."""
     options = Options(out=RESULTS)
     counts = []
     for name in names:
         whole, missing = len(list(SUITES[name].parts(options))), len(SUITES[name].missing(options))
-        counts.append(f"{whole - missing} of the {whole} parts of `{name}`")
-    return ", ".join(counts) + " are there."
+        counts.append(f"{whole - missing} of {whole} runs of `{name}`")
+    return "Done: " + ", ".join(counts) + "."

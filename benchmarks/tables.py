@@ -1,12 +1,12 @@
-"""The tables of docs/evidence.md, and some of other pages, made from the results, and its figures.
+"""The tables of docs/evidence/, and some of other pages, made from the results, and two figures.
 
-    python -m benchmarks.tables                            write the tables into the page
+    python -m benchmarks.tables                            write the tables into the pages
     python -m benchmarks.tables cka                        print one
     python -m benchmarks.tables --draw docs/accuracy.png   draw `desk-lenet300`
     python -m benchmarks.tables --draw docs/imbalance.png  draw gradients of `claim-norms-lenet5`
 
-A table stands between `<!-- its name -->` and `<!-- end -->`; what is between is replaced. A test keeps page and results in
-step. The best of a column is bold.
+A table is between `<!-- its name -->` and `<!-- end -->`; what is between is replaced. A test fails if a page and the
+results differ. The best of a column is bold.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ from benchmarks.export import structure_rows
 from benchmarks.record import RESULTS, Row, markdown, pick, spread
 from benchmarks.suites import SUITES
 
-PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
-LARGE = PAGE.with_name("large-models.md")
-GUIDE = PAGE.with_name("guide.md")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [
+    *(DOCS / "evidence" / f"{name}.md" for name in ("accuracy", "claims", "fine-tuning", "cost")),
+    DOCS / "large-models.md",
+    DOCS / "guides" / "export.md",
+]
+"""The pages with tables, in the order of `TABLES`."""
+NOT_MEASURED = "Not measured yet."
 
 LABELS = {
     "dense": "dense (0 %)",
@@ -104,16 +109,16 @@ def accuracy(name: str, work: bool = True, beside: Sequence[Mapping[str, Any]] =
     columns = range(1, len(suite.sparsities) + 1)
     embolden(rows, columns)
     dense = [LABELS["dense"], tests(found, method="dense"), *[""] * (len(columns) - 1), *["1"] * work]
-    return [["", *percent(suite.sparsities), *["training at 98 %"] * work], dense, *rows]
+    return [["", *percent(suite.sparsities), *["training cost at 98 %"] * work], dense, *rows]
 
 
 def growth() -> list[Row]:
     """Where connections grow."""
     keys = {
-        "into outputs without connections": "of what grows, into outputs without connections",
+        "into outputs without connections": "growth that goes to outputs without connections",
         "outputs without connections": "such outputs",
-        "into one output": "of what a layer grows, into one output",
-        "in the end": "outputs without connections in the end",
+        "into one output": "growth of a layer that goes to one output",
+        "in the end": "outputs without connections at the end",
         "test": "test accuracy",
     }
     rows = []
@@ -146,7 +151,7 @@ def scl() -> list[Row]:
         cells = [[tests(found, study=study, price=price)] for study in ("price", "gradual")]
         embolden(cells, [0])
         rows.append([f"{price:g}", reached, *(cell for [cell] in cells)])
-    return [["price", "sparsity it led to, %", "`SparseConnectivityLearning`", "gradual magnitude"], *rows]
+    return [["price", "resulting sparsity, %", "`SparseConnectivityLearning`", "gradual magnitude"], *rows]
 
 
 def lpss() -> list[Row]:
@@ -165,8 +170,8 @@ def simulation() -> list[Row]:
         ("plain", None, "plain"),
         ("weight decay", 0.0, "weight decay alone"),
         ("layer penalty", 0.3, "`LayerSparsity(strength=0.3)`, merged"),
-        ("refit, warm", 0.3, "the same, trained on from there (warm)"),
-        ("refit, fresh", 0.3, "the same, trained anew (fresh)"),
+        ("refit, warm", 0.3, "the same, trained further (warm)"),
+        ("refit, fresh", 0.3, "the same, trained from scratch (fresh)"),
         ("layer penalty", 1.0, "`LayerSparsity(strength=1.0)`, merged"),
         ("refit, warm", 1.0, "the same, warm"),
         ("refit, fresh", 1.0, "the same, fresh"),
@@ -209,9 +214,9 @@ def updates() -> list[Row]:
     columns = {title.split()[2]: c for title, c in numbers("cost-updates").items() if title.startswith("mask update")}
     rows = [["`MagnitudePruning`, ms", *(f"{1e3 * c['MagnitudePruning']['seconds']:.0f}" for c in columns.values())]]
     for way, label in {
-        "prune.global_unstructured": "`prune.global_unstructured`, times that",
-        "ModelPruning": "`ModelPruning`, times that",
-        "cat, kthvalue, compare": "concatenate, `torch.kthvalue`, compare; times that",
+        "prune.global_unstructured": "`prune.global_unstructured`, relative to that",
+        "ModelPruning": "`ModelPruning`, relative to that",
+        "cat, kthvalue, compare": "concatenate, `torch.kthvalue`, compare; relative to that",
     }.items():
         rows.append([label, *(ratio(c[way], 1) if way in c else "" for c in columns.values())])
     return [["a global mask update over", *(f"{int(size.replace(',', '')) / 1e6:g} M" for size in columns)], *rows]
@@ -257,20 +262,20 @@ def peaks(columns: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[
 
     rows = [["plain, MiB", *(f"{statistics.median(column['dense']):.0f}" for column in columns.values())]]
     rows += [[label, *(cell(column, way) for column in columns.values())] for way, label in labels.items()]
-    return [["peak memory, times a plain training's", *places(columns)], *rows]
+    return [["peak memory, relative to plain training", *places(columns)], *rows]
 
 
 def sparsegpt() -> list[Row]:
     """One large layer beside a plain version of the published loop."""
     columns = {title.rpartition(", ")[2]: column for title, column in numbers("cost-sparsegpt").items()}
     rows = [["ours, s", *(f"{c['time']['ours']['seconds']:.1f}" for c in columns.values())]]
-    rows.append(["the published loop, times that", *(ratio(c["time"]["published loop"], 1) for c in columns.values())])
+    rows.append(["the published loop, relative to that", *(ratio(c["time"]["published loop"], 1) for c in columns.values())])
     for way in ("ours", "published loop"):
         sizes = [c["peak in MiB"][way] for c in columns.values()]
         rows.append([f"{way}: peak beyond weight and products, MiB", *(f"{size:.0f}" for size in sizes)])
     for dtype in ("float32", "float64"):
         found = [c["agreement"][dtype]["other masks"] for c in columns.values()]
-        rows.append([f"entries that one of the two alone removes, {dtype}", *(f"{count:,.0f}" for count in found)])
+        rows.append([f"entries that only one of the two removes, {dtype}", *(f"{count:,.0f}" for count in found)])
     return [["4096 x 4096, 2,048 rows", *columns], *rows]
 
 
@@ -316,6 +321,41 @@ def sharded() -> list[Row]:
     return [["two ranks, one thread each", *sizes], *rows]
 
 
+def rungs(found: Mapping[str, Any], note: str = "", only: Sequence[str] = ()) -> list[Row]:
+    """A row for each rung that was written: size, gain beside the dense model in the same runtime, and exactness."""
+    rows = []
+    for name, rung in found["rungs"].items():
+        if not rung["file"] or not rung["latency"] or (only and name not in only):
+            continue
+        dense = found["rungs"]["dense" if rung["runtime"] == "torch" else f"dense, {rung['runtime']}"]["latency"]
+        gains = [gain(dense[batch], rung["latency"][batch]) if batch in rung["latency"] else "" for batch in ("64", "1")]
+        sizes = [f"{found[of][name]:.2f}" for of in ("parameters, of dense", "bytes, of dense")]
+        change = f"{rung['change']:.1e}" if rung["change"] else "0"
+        accuracy = f"{100 * rung['metrics']['test accuracy']:.2f}" if rung["metrics"] else ""
+        rows.append([f"`{name}`{note}", rung["runtime"], *sizes, *gains, change, accuracy])
+    return rows
+
+
+def gain(dense: Mapping[str, float], ours: Mapping[str, float]) -> str:
+    """How many times as fast, and whether the middle halves of both lie apart."""
+    apart = ours["high"] < dense["low"] or ours["low"] > dense["high"]
+    return f"{dense['median'] / ours['median']:.2f}" + ("" if apart else " (level)")
+
+
+def exported() -> list[Row]:
+    """ResNet-20 as trained, and what removing does with its normalizations folded."""
+    found = numbers("export-resnet")
+    folded = rungs(found["normalization folded"], ", `fold=True`", only=("removed",))
+    return [[*RUNGS, "test accuracy, %"], *rungs(found["as trained"]), *folded]
+
+
+def perceptron() -> list[Row]:
+    """The wide perceptron, which has not been trained."""
+    return [RUNGS, *(row[:-1] for row in rungs(numbers("export-mlp")))]
+
+
+RUNGS = ["rung", "runtime", "parameters", "bytes", "speed, batch 64", "speed, batch 1", "largest change"]
+
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "lenet300": lambda: accuracy("desk-lenet300"),
     "hypersparse": lambda: accuracy("desk-hypersparse", work=False),
@@ -337,15 +377,18 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "inside": inside,
     "memory": lambda: memory("memory-methods"),
     "sharded": sharded,
+    "exported": exported,
+    "perceptron": perceptron,
     "exports": lambda: structure_rows(SUITES["export-structures"].content(RESULTS).get("numbers", {})),
 }
 
 
 def block(name: str) -> str:
-    """A table; for a claim, what is done so far, and how much that is."""
+    """A table, or a line that there is none yet; for a claim, also how many of its runs are done."""
     rows = TABLES[name]()
-    said = [f"{progress(CLAIMS[name][1])}"] if name in CLAIMS else []
-    return "\n\n".join([*([markdown(rows)] if len(rows) > 1 else []), *said])
+    table = [markdown(rows)] if len(rows) > 1 else []
+    said = [progress(CLAIMS[name][1])] if name in CLAIMS else [] if table else [NOT_MEASURED]
+    return "\n\n".join([*table, *said])
 
 
 def filled(page: str) -> str:
@@ -456,7 +499,7 @@ def main() -> None:
     elif options.table:
         print(block(options.table))
     else:
-        for page in (PAGE, LARGE, GUIDE):
+        for page in PAGES:
             page.write_text(filled(page.read_text()))
 
 

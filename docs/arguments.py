@@ -1,4 +1,4 @@
-"""The guide's tables of arguments, from the signatures and docstrings of the methods: `python docs/arguments.py`."""
+"""The tables of `guides/arguments.md`, from the signatures and docstrings of the methods: `python docs/arguments.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lightning_sparse.cli.methods import METHODS, Argument, arguments
 
-PAGE = Path(__file__).parent / "guide.md"
+PAGE = Path(__file__).parent / "guides" / "arguments.md"
 PLACE = re.compile(r"(?<=<!-- arguments -->\n).*(?=\n<!-- end of arguments -->)", flags=re.DOTALL)
 
 
@@ -37,10 +37,8 @@ def row(method: str, argument: Argument) -> Row:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown, in which a first cell that repeats the one above is left empty."""
-    above = ["", *(row[0] for row in rows)]
-    body = [["" if row[0] == before else row[0], *row[1:]] for row, before in zip(rows, above, strict=False)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *body])
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def shared(found: list[Row]) -> str:
@@ -49,29 +47,32 @@ def shared(found: list[Row]) -> str:
     for name, method, default, meaning in found:
         methods[name][meaning, default].append(f"`{method}`")
     by_name = sorted(methods.items(), key=lambda item: (item[0] != "sparsity", -sum(map(len, item[1].values()))))
-    rows = []
+    parts = []
     for name, uses in by_name:
-        everywhere = sum(map(len, uses.values())) == len(METHODS)
+        everywhere, rows = sum(map(len, uses.values())) == len(METHODS), []
         for (meaning, default), users in sorted(uses.items(), key=lambda item: -len(item[1])):
             most = "all" if len(uses) == 1 else "all but those below"
             who = most if everywhere and 2 * len(users) > len(METHODS) else ", ".join(users)
-            rows.append([f"`{name}`", default, who, meaning])
-    return table(["argument", "default", "methods", "meaning"], rows)
+            rows.append([who, default, meaning])
+        parts.append(f"### `{name}`\n\n{table(['methods', 'default', 'meaning'], rows)}")
+    return "\n\n".join(parts)
 
 
 def own(found: list[Row]) -> str:
     """Arguments that one method has, by method."""
-    rows = [[f"`{method}`", f"`{name}`", default, meaning] for name, method, default, meaning in found]
-    return table(["method", "argument", "default", "meaning"], rows)
+    rows = defaultdict(list)
+    for name, method, default, meaning in found:
+        rows[method].append([f"`{name}`", default, meaning])
+    return "\n\n".join(f"### `{method}`\n\n{table(['argument', 'default', 'meaning'], rows[method])}" for method in rows)
 
 
 def tables() -> str:
-    """Both tables, as they belong into the guide."""
+    """Both tables, as the page shows them."""
     found = [row(method.__name__, argument) for method in METHODS for argument in arguments(method)]
     names = [argument.name for argument in found]
     common = [argument for argument in found if names.count(argument.name) > 1]
     rest = [argument for argument in found if names.count(argument.name) == 1]
-    return f"{shared(common)}\n\nArguments that only one method has:\n\n{own(rest)}"
+    return f"{shared(common)}\n\n## Arguments of single methods\n\n{own(rest)}"
 
 
 def filled(page: str) -> str:

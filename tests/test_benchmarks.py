@@ -200,13 +200,24 @@ def test_on_a_gpu_what_is_missing_runs_short_ones_of_first_seeds_first(monkeypat
     assert "paper-cka-cifar10 is left out. CIFAR10 is not in root=" in capsys.readouterr().out
 
 
-def test_the_page_shows_the_results():
-    page, large, guide = (path.read_text() for path in (tables.PAGE, tables.LARGE, tables.GUIDE))
-    shown = re.findall(rf"^<!-- ({'|'.join(tables.TABLES)}) -->$", page + large + guide, flags=re.MULTILINE)
+def test_the_pages_show_the_results():
+    pages = [path.read_text() for path in tables.PAGES]
+    shown = re.findall(rf"^<!-- ({'|'.join(tables.TABLES)}) -->$", "".join(pages), flags=re.MULTILINE)
     assert shown == list(tables.TABLES), "every table has its place, in this order"
-    assert tables.filled(page) == page, "run python -m benchmarks.tables"
-    assert tables.filled(large) == large, "run python -m benchmarks.tables"
-    assert tables.filled(guide) == guide, "run python -m benchmarks.tables"
+    for path, page in zip(tables.PAGES, pages, strict=True):
+        assert tables.filled(page) == page, f"{path.name}: run python -m benchmarks.tables"
+
+
+def test_a_table_without_results_says_so(monkeypatch):
+    monkeypatch.setitem(tables.TABLES, "exports", lambda: [["structure", "`plain`"]])
+    assert tables.block("exports") == tables.NOT_MEASURED
+
+
+def test_a_gain_within_the_noise_is_called_level():
+    dense = {"low": 9.0, "median": 10.0, "high": 11.0}
+    assert tables.gain(dense, {"low": 4.0, "median": 5.0, "high": 8.9}) == "2.00"
+    assert tables.gain(dense, {"low": 4.0, "median": 5.0, "high": 9.0}) == "2.00 (level)"
+    assert tables.gain(dense, {"low": 11.1, "median": 12.5, "high": 20.0}) == "0.80"
 
 
 def test_the_best_of_a_column_is_bold():

@@ -1,4 +1,4 @@
-"""Claims: what has come so far belongs to its suite, is compared seed by seed, and says whether it decides."""
+"""Claims: what has come so far belongs to its suite, is compared seed by seed, and says whether it is significant."""
 
 import json
 
@@ -62,18 +62,18 @@ def come(name, folder):
     [
         ("tamed", 28,
          "narrow ResNet-20|98 %|`RigL, drop_fraction=0.1`|2|55.00 ± 7.07|55.00 ± 7.07|56.50 ± 7.78|+1.50 ± 0.71|"
-         "does not decide|+1.50 ± 0.71|does not decide"),
+         "not significant|+1.50 ± 0.71|not significant"),
         ("unfavorable", 15,
-         "width 40|and `LayerSparsity`, tuned, merged|2|0.350 ± 0.000|4.0 of 8|-0.050 ± 0.000|decides: better"),
-        ("norms", 12, 'LeNet-5|98 %|`norm="rms"`|2|55.00 ± 7.07|56.50 ± 7.78|0.01 and 0.01|+1.50 ± 0.71|does not decide'),
+         "width 40|with `LayerSparsity`, tuned, merged|2|0.350 ± 0.000|4.0 of 8|-0.050 ± 0.000|better"),
+        ("norms", 12, 'LeNet-5|98 %|`norm="rms"`|2|55.00 ± 7.07|56.50 ± 7.78|0.01 and 0.01|+1.50 ± 0.71|not significant'),
         ("imbalance", 6, "ResNet-8|last epoch|10|9|1|9.1 %"),
         ("forms", 14,
-         "95 %|all samples of every batch|0.0008|2|0.60 ± 0.00|56.50 ± 7.78|+1.50 ± 0.71|does not decide|85.03"),
-        ("prunable", 20, "90 %|fine-tuned|0.03|2|20.00 ± 0.00|20.50 ± 0.71|+0.50 ± 0.71|does not decide"),
-        ("phases", 6, "99.5 %|`GraNet`|2|55.00 ± 7.07|56.50 ± 7.78|+1.50 ± 0.71|does not decide|89.35"),
+         "95 %|all samples of every batch|0.0008|2|0.60 ± 0.00|56.50 ± 7.78|+1.50 ± 0.71|not significant|85.03"),
+        ("prunable", 20, "90 %|fine-tuned|0.03|2|20.00 ± 0.00|20.50 ± 0.71|+0.50 ± 0.71|not significant"),
+        ("phases", 6, "99.5 %|`GraNet`|2|55.00 ± 7.07|56.50 ± 7.78|+1.50 ± 0.71|not significant|89.35"),
         ("hoyer", 7, "1.4|2|55.00 ± 7.07|0.500, 0.400, 0.572|0.500, 0.400, 0.524|0.500, 0.400, 0.597|0.500, 0.400, 0.347|"
          "0.500, 0.400, 0.868|0.500, 0.400, 0.721"),
-        ("spheres", 7, "90 %|`LpSphere`|2|56.50 ± 7.78|+1.50 ± 0.71|does not decide|93.29"),
+        ("spheres", 7, "90 %|`LpSphere`|2|56.50 ± 7.78|+1.50 ± 0.71|not significant|93.29"),
     ],
 )  # fmt: skip
 def test_the_table_of_a_claim_pairs_seeds(monkeypatch, tmp_path, name, count, row):
@@ -86,28 +86,28 @@ def test_the_table_of_a_claim_pairs_seeds(monkeypatch, tmp_path, name, count, ro
 
 
 def test_only_seeds_that_both_have_are_compared():
-    assert claims.beside({0: 0.9, 1: 0.5, 2: 0.25}, {1: 0.25, 2: 0.5, 3: 0.9}) == ["2", "+0.00 ± 35.36", "does not decide"]
-    assert claims.beside({0: 0.5}, {1: 0.5}) == ["0", "", "does not decide"]
+    assert claims.beside({0: 0.9, 1: 0.5, 2: 0.25}, {1: 0.25, 2: 0.5, 3: 0.9}) == ["2", "+0.00 ± 35.36", "not significant"]
+    assert claims.beside({0: 0.5}, {1: 0.5}) == ["0", "", "not significant"]
 
 
 @pytest.mark.parametrize(
     ("differences", "lower", "expected"),
     [
-        ([0.01], False, "does not decide"),
-        ([0.01, 0.02, 0.03], False, "does not decide"),  # 0.02 ± 0.0248
-        ([0.01, 0.015, 0.02], False, "decides: better"),  # 0.015 ± 0.0124
-        ([0.01, 0.015, 0.02], True, "decides: worse"),
-        ([-0.01, -0.015, -0.02], True, "decides: better"),
-        ([-0.01, -0.015, -0.02], False, "decides: worse"),
-        ([0.0, 0.0, 0.0], False, "does not decide"),
+        ([0.01], False, "not significant"),
+        ([0.01, 0.02, 0.03], False, "not significant"),  # 0.02 ± 0.0248
+        ([0.01, 0.015, 0.02], False, "better"),  # 0.015 ± 0.0124
+        ([0.01, 0.015, 0.02], True, "worse"),
+        ([-0.01, -0.015, -0.02], True, "better"),
+        ([-0.01, -0.015, -0.02], False, "worse"),
+        ([0.0, 0.0, 0.0], False, "not significant"),
     ],
 )
-def test_a_difference_decides_if_its_interval_does_not_hold_zero(differences, lower, expected):
-    assert claims.decides(differences, lower) == expected
+def test_a_difference_is_significant_if_its_interval_excludes_zero(differences, lower, expected):
+    assert claims.verdict(differences, lower) == expected
 
 
 def test_what_has_not_come_yet_is_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    assert tables.block("hoyer") == "0 of the 21 parts of `claim-hoyer` are there."
+    assert tables.block("hoyer") == "Done: 0 of 21 runs of `claim-hoyer`."
     SUITES["claim-hoyer"].write(Options(out=tmp_path), {"seed": 0, "method": "p = 2", "sparsity": 0.0}, made_up({"seed": 0}))
-    assert tables.block("hoyer").endswith("\n\n1 of the 21 parts of `claim-hoyer` are there.")
+    assert tables.block("hoyer").endswith("\n\nDone: 1 of 21 runs of `claim-hoyer`.")

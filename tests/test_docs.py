@@ -45,7 +45,7 @@ class Child(Parent):
     ) -> None: ...
 
 
-def test_the_guide_lists_the_arguments_as_they_are() -> None:
+def test_the_page_lists_the_arguments_as_they_are() -> None:
     page = ARGUMENTS["PAGE"].read_text()
     assert len(ARGUMENTS["PLACE"].findall(page)) == 1
     assert ARGUMENTS["filled"](page) == page, "run python docs/arguments.py"
@@ -62,8 +62,10 @@ def test_an_argument_is_told_by_its_signature_and_docstring() -> None:
 
 def test_a_shared_argument_has_a_row_per_meaning_and_default() -> None:
     uses = [("end", "A", "1", "m"), ("sparsity", "A", "0", "s"), ("end", "B", "2", "m"), ("end", "C", "2", "m")]
-    rows = ARGUMENTS["shared"]([ARGUMENTS["Row"](*use) for use in uses]).splitlines()[2:]
-    assert rows == ["| `sparsity` | 0 | `A` | s |", "| `end` | 2 | `B`, `C` | m |", "|  | 1 | `A` | m |"]
+    lines = ARGUMENTS["shared"]([ARGUMENTS["Row"](*use) for use in uses]).splitlines()
+    head = ["| methods | default | meaning |", "| --- | --- | --- |"]
+    first = ["### `sparsity`", "", *head, "| `A` | 0 | s |"]
+    assert lines == [*first, "", "### `end`", "", *head, "| `B`, `C` | 2 | m |", "| `A` | 1 | m |"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -70,17 +70,16 @@ def cost(method: str) -> str:
     ratios = [mine / plain for mine, plain in zip(peaks.get(place, {}).get(method, []), peaks[place]["dense"], strict=False)]
     if ratios:
         said.append(f"Peak memory: {statistics.median(ratios):.2f} times that of plain training.")
-    return " ".join(said) + " ([All costs](../evidence.md#what-it-costs).)"
+    return " ".join(said) + " ([All costs](../evidence/cost.md).)"
 
 
 def claim(method: str) -> str:
-    """The row of the evidence page that sets the paper's claim beside what was found."""
+    """What the evidence page says of the paper's claim, and of what was found."""
     page = (ROOT / "docs" / "evidence.md").read_text()
     section = page.partition("## What papers claim, and what was found")[2].partition("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| `")]
-    for name, claimed, found in (row for row in rows if len(row) == 3):
+    for name, text in re.findall(r"^### (.+)\n\n((?:[- ].*\n)+)", section, flags=re.MULTILINE):
         if f"`{method}`" in name:
-            return f"**The paper claims:** {claimed}.\n\n**Found here:** {found}."
+            return str(text)
     return "No comparison with the paper's claims has been run yet. The tests check its formulas and its promises."
 
 

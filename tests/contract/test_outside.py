@@ -29,7 +29,7 @@ class Broken(MyMethod):
 
 
 def test_the_classes_of_the_guide(tmp_path: Path) -> None:
-    chapter = (ROOT / "docs" / "guide.md").read_text().split("## Your own method")[1]
+    chapter = (ROOT / "docs" / "guides" / "your-own-method.md").read_text().split("## Test it")[1]
     single, several = re.findall(r"```python\n(.*?)```", chapter, flags=re.S)
     several = several.replace("TestMyMethod", "TestSeveral").replace("lambda: MyMethod(0.9),", "lambda: Broken(0.9),")
     (tmp_path / "test_mine.py").write_text(METHOD + single + several)

@@ -125,15 +125,15 @@ def shards() -> dict[str, Any]:
 
 
 GIVEN: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
-    ("guide", 3): lambda: {"model": sparse(Toy())},
-    ("guide", 5): lambda: {
+    ("fine-tuning", 0): lambda: {"model": sparse(Toy())},
+    ("export", 0): to_export,
+    ("export", 1): to_quantize,
+    ("export", 2): lambda: {
         "model": Chain(),
         "trainer": QuickTrainer(callbacks=[lightning_sparse.LayerSparsity(strength=0.3)]),
         "loader": loader(),
     },
-    ("guide", 6): to_export,
-    ("guide", 7): to_quantize,
-    ("guide", 9): lambda: {"MethodContract": MethodContract},
+    ("your-own-method", 2): lambda: {"MethodContract": MethodContract},
     ("adapters", 0): adapted,
     ("large-models", 0): shards,
     ("large-models", 2): whole,
