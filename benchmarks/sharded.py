@@ -1,13 +1,16 @@
 """What masks cost where two processes hold half of every weight each: `python -m benchmarks cost-sharded`.
 
 Whole Lightning runs of linear layers under FSDP2, with and without `RigL`, each in processes of its own. What is sent is
-counted, and what a step and an update take is measured inside the run, by the stations of the method.
+counted, and what a step and an update take is measured inside the run, by the stations of the method. Freed memory goes back
+to the system at once, so that the peak is what is needed at one time, and not what the allocator of the C library keeps.
 """
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +33,9 @@ from lightning_sparse.testing import run_on_ranks, trainer
 STEPS = 9
 SIZES = {25_165_824: (6, 2048), 100_663_296: (6, 4096), 402_653_184: (24, 4096)}
 """By the number of weights: layers, and their width."""
+
+M_MMAP_THRESHOLD = -3
+"""Of glibc: what is larger than this is never kept after it was freed."""
 
 METHODS: dict[str, Callable[[], list[Sparsifier]]] = {
     "dense": list,
@@ -103,6 +109,8 @@ class Ledger(Callback):
 
 def trained(rank: int, layers: int, width: int, name: str) -> dict[str, Any]:
     """One rank's part of a run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     ledger = Ledger()
     layout.distributed = ledger  # type: ignore[assignment] # this process ends with the run
     strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")

@@ -192,6 +192,7 @@ PAPER = (
 COST = (
     Measurements("cost-overhead", overhead.parts),
     Measurements("cost-methods", methods.parts),
+    Measurements("cost-finetuning", methods.finetuning),
     Measurements("cost-updates", updates.parts),
     Measurements("cost-sharded", sharded.parts),
     Measurements("cost-rewiring", rewiring.parts),
@@ -207,6 +208,10 @@ COST = (
     Measurements("export-resnet", export.resnet),
     Measurements("export-mlp", whole(export.mlp)),
     Measurements("export-carriers", whole(export.carriers)),
+    Measurements("kernels-fan-in", structures.fan_in),
+    Measurements("kernels-blocks", structures.blocks),
+    Measurements("ladders-structures", structures.ladders),
+    Measurements("export-structures", export.structures),
     Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness", robustness.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
@@ -222,11 +227,6 @@ COMING = (
     Comparison("desk-structures-resnet20", CIFAR, STRUCTURED, (0.9,)),
     Comparison("desk-channels-resnet20", CIFAR, ("dense", *CHANNELS), (0.5,)),
     Measurements("cost-structures", methods.structured),
-    Measurements("cost-finetuning", methods.finetuning),
-    Measurements("kernels-fan-in", structures.fan_in),
-    Measurements("kernels-blocks", structures.blocks),
-    Measurements("ladders-structures", structures.ladders),
-    Measurements("export-structures", export.structures),
 )
 """Whose numbers have not been measured, or not all of them, on a quiet machine yet."""
 
