@@ -431,7 +431,7 @@ def draw_features(epochs: Mapping[str, Mapping[str, Sequence[float]]], file: Pat
         axis.spines[["top", "right"]].set_visible(False)
     axes.flat[0].legend(fontsize=6.5, frameon=False)
     figure.supxlabel("features in order of size, %; those without a gradient are left out", fontsize=8)
-    figure.supylabel("root mean square", fontsize=8)
+    figure.supylabel("gradient, root mean square", fontsize=8)
     figure.savefig(file, dpi=130)
 
 

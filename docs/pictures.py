@@ -34,10 +34,11 @@ import matplotlib as mpl
 import torch
 from torch import Tensor
 
-from lightning_sparse import MagnitudePruning, RigL, SparsityMonitor
-from lightning_sparse.data import Digits
+from lightning_sparse import CKARegularization, LayerSparsity, MagnitudePruning, RigL, SparsityMonitor
+from lightning_sparse.data import Digits, Teacher
 from lightning_sparse.functional import distillation_loss, round_symmetric
-from lightning_sparse.models import MLP, Classifier, ResNet
+from lightning_sparse.models import MLP, Classifier, Regressor, ResNet
+from lightning_sparse.observe import SimilarityMap
 from lightning_sparse.observe.palette import THEMES
 from lightning_sparse.observe.report import find_reports, read_report, write_report
 
@@ -201,6 +202,45 @@ def draw_grid(file: Path) -> None:
     save(figure, file)
 
 
+def draw_layers(file: Path) -> None:
+    """How far each layer is from linear, over a run with data that come from a network of few layers."""
+    L.seed_everything(0)
+    data, method = Teacher(passes=50, seed=0), LayerSparsity(strength=0.3)
+    module = Regressor(partial(MLP, hidden=[20] * 7, kaiming=True), 1, data.in_channels, data.image_size)
+    L.Trainer(max_epochs=EPOCHS, limit_val_batches=0, callbacks=[method], **QUIET).fit(module, data)  # type: ignore[arg-type]
+    figure, axis = plt.subplots(figsize=(9, 2.6))
+    places = [100 * epoch / EPOCHS for epoch in range(EPOCHS + 1)]
+    for number, layer in enumerate(method.history[-1]["ratios"]):
+        ratios = [entry["ratios"][layer] for entry in method.history]
+        axis.semilogy(places, ratios, color=f"C{number}", label=f"layer {number + 2} of 8")
+    axis.set(xlim=(0, 100), ylim=(1e-5, 2), xlabel="share of the run, %", ylabel="negative part, share")
+    axis.set_title("a line that leaves the chart is a layer that has become linear")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, file)
+
+
+def draw_similarity(file: Path) -> None:
+    """How similar the blocks of a residual network are, trained without the penalty and with it."""
+    data, strengths = Digits(batch_size=64), (0.0, 0.1)
+    figure, axes = plt.subplots(1, len(strengths), figsize=(9, 3))
+    for axis, strength in zip(axes, strengths, strict=True):
+        L.seed_everything(0)
+        module = Classifier(partial(ResNet, depth=14, width=0.5), in_channels=1, image_size=8)
+        callbacks = [CKARegularization(strength=strength, every_n_batches=1)]
+        L.Trainer(max_epochs=6, limit_val_batches=0, callbacks=[*callbacks], **QUIET).fit(module, data)  # type: ignore[arg-type]
+        seen = SimilarityMap(figure=False)
+        L.Trainer(callbacks=[seen], **QUIET).validate(module, data, verbose=False)  # type: ignore[arg-type]
+        image = axis.imshow(seen.metric.compute(), vmin=0, vmax=1)
+        blocks = [name.removeprefix("network.stages.") for name in seen.metric.names]
+        axis.set_xticks(range(len(blocks)), blocks)
+        axis.set_yticks(range(len(blocks)), blocks)
+        axis.set(title=f"strength {strength:g}", xlabel="stage.block")
+        axis.grid(visible=False)
+    axes[0].set_ylabel("stage.block")
+    figure.colorbar(image, ax=axes, label="CKA on the validation images")
+    save(figure, file)
+
+
 def draw_front(file: Path) -> None:
     """Accuracy against sparsity, from the committed results; the axes are spread where methods differ."""
     runs = json.loads((ROOT / "benchmarks" / "results" / "desk-lenet300.json").read_text())["runs"]
@@ -273,6 +313,8 @@ OTHERS: dict[str, tuple[Callable[[Path], None], Path]] = {
     "front": (draw_front, FOLDER / "front.svg"),
     "distillation": (draw_distillation, FOLDER / "distillation.svg"),
     "quantization_aware": (draw_grid, FOLDER / "quantization_aware.svg"),
+    "layer_sparsity": (draw_layers, FOLDER / "layer_sparsity.svg"),
+    "cka": (draw_similarity, FOLDER / "cka.svg"),
     "report": (shoot_report, DOCS / "report.png"),
     "comparison": (shoot_comparison, DOCS / "comparison.png"),
     **{name.removesuffix(".png"): (make, DOCS / name) for name, make in FIGURES.items()},
