@@ -29,6 +29,7 @@ from traitlets.config import Config
 
 FOLDER = Path(__file__).parent
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+COLOR = re.compile(r"\x1b\[[\d;]*m")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # sums in the same order every time
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -60,7 +61,7 @@ def execute(path: Path, claims: str = "") -> nbformat.NotebookNode:
         try:
             client.execute(env=os.environ | ENVIRONMENT)
         except CellExecutionError as error:
-            raise RuntimeError(f"{path.name} fails: {error}") from error
+            raise RuntimeError(f"{path.name} fails: {COLOR.sub('', str(error))}") from error
     notebook.cells.pop()
     for number, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", []):
