@@ -3,6 +3,7 @@
 python -m benchmarks export-resnet --data DIR    ResNet-20 trained on CIFAR-10 with half of its channels masked
 python -m benchmarks export-resnet --quick       the same on the digits of scikit-learn, for an epoch
 python -m benchmarks export-mlp                  three linear layers, 2048 wide, 95 % of the weights masked at random
+python -m benchmarks export-heads                timm's ViT-tiny without half of its heads, random weights
 python -m benchmarks export-carriers             what it costs that dead channels emit something, random weights
 python -m benchmarks export-structures           what each structure gains on each target, as the table of the guide
 python -m benchmarks export-vit                  2:4 linear layers of ViT-B in bfloat16, on a CUDA device
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,15 +24,16 @@ import lightning as L
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.accuracy import have_data
 from benchmarks.record import Options, Parts
-from benchmarks.trainers import trained
+from benchmarks.trainers import quiet, trained
 from lightning_sparse import MagnitudePruning
 from lightning_sparse.data import CIFAR10, Digits
 from lightning_sparse.export import Quantization, export_ladder, fold_norms, remove_dead
 from lightning_sparse.export.compare_models import interleaved
-from lightning_sparse.models import MLP, Classifier, ResNet
+from lightning_sparse.models import MLP, Classifier, ResNet, VisionTransformer
 
 BATCH = 64
 
@@ -86,7 +89,7 @@ def ladder(module: nn.Module, inputs: Tensor, options: Options, **more: Any) -> 
     start = perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         more["compiled"] = not options.quick
-        report = export_ladder(module, inputs, Path(folder) / "out", rounds=options.times(50), **more)
+        report = export_ladder(module, inputs, Path(folder) / "out", **{"rounds": options.times(50), **more})
     seconds = perf_counter() - start
     Console(width=200).print(report.table())
     for choice in report.choices:
@@ -161,6 +164,27 @@ def _gained(numbers: Mapping[str, Any], target: str) -> str:
     if outcome.endswith(("no faster", "slower")):
         return f"{share:.2f}, {'no faster' if outcome.endswith('no faster') else 'slower'}"
     return f"{share:.2f}, {numbers['gain'][target][str(BATCH)]:.1f} times"
+
+
+def heads(options: Options) -> dict[str, Any]:
+    """A vision transformer whose heads are pruned at the first step; weights are random, so times and equality count."""
+    torch.manual_seed(0)
+    if options.quick:
+        net: nn.Module = VisionTransformer(10, 3, 32, depth=2)
+    else:
+        net = import_module("timm").create_model("vit_tiny_patch16_224", num_classes=10)
+    size = 32 if options.quick else 224
+    images, labels = torch.randn(BATCH, 3, size, size), torch.randint(0, 10, (BATCH,))
+    pruning = MagnitudePruning(0.5, structure="heads", start=0, end=0)
+    module = Classifier(lambda *_: net, 10, 3, size)
+    loader = DataLoader(TensorDataset(images[:8], labels[:8]), batch_size=8)
+    quiet([pruning], "cpu", max_steps=1).fit(module, loader)
+    rungs: Any = ["removed", "onnx"]
+    found = ladder(net.eval(), images, options, rounds=options.times(10), rungs=rungs)
+    smaller, removal = remove_dead(net, images[:4])
+    with torch.no_grad():
+        change = float((smaller(images[:4]) - net(images[:4])).abs().max())
+    return found | {"heads": pruning.left["attention heads"], "gone": removal.heads, "largest change of an output": change}
 
 
 def carriers(options: Options) -> dict[str, Any]:

@@ -227,6 +227,7 @@ COMING = (
     Comparison("desk-structures-resnet20", CIFAR, STRUCTURED, (0.9,)),
     Comparison("desk-channels-resnet20", CIFAR, ("dense", *CHANNELS), (0.5,)),
     Measurements("cost-structures", methods.structured),
+    Measurements("export-heads", whole(export.heads)),
 )
 """Whose numbers have not been measured, or not all of them, on a quiet machine yet."""
 

@@ -1,5 +1,6 @@
 """State of `torch.nn` and `torch.optim`: which weights, their masks, their moments, how much, when."""
 
+from lightning_sparse.core.attention import Attention, find_attentions, places_of, resize, row_of, without_heads
 from lightning_sparse.core.blocks import Blocks
 from lightning_sparse.core.budget import AllocationName, Budget, BudgetName
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
@@ -15,13 +16,17 @@ from lightning_sparse.core.chains import (
 )
 from lightning_sparse.core.channel_costs import ChannelCosts
 from lightning_sparse.core.checks import check_choice, check_number, check_schedule, check_sparsity, check_whole
-from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, count_macs, effective_macs, tensors_in
+from lightning_sparse.core.costs import BETWEEN_ACTIVATIONS, between_activations_of, count_macs, effective_macs, tensors_in
+from lightning_sparse.core.coupled import Coupled
 from lightning_sparse.core.coupling import CoupledVectors, Coupling, Place
 from lightning_sparse.core.coupling_engine import CouplingEngine, Member, Positions
 from lightning_sparse.core.coverage import Coverage, count_parameters, coverage
+from lightning_sparse.core.cutting import Kept, cut, cut_tensor, own_tensors
 from lightning_sparse.core.dependencies import Dependencies, Group, coupled_outputs, find_coupling
 from lightning_sparse.core.fan_in import FanIn
 from lightning_sparse.core.features import FeatureLayer, FeatureTap, feature_layers, group_features
+from lightning_sparse.core.fewer_heads import FewerHeads
+from lightning_sparse.core.heads import Heads
 from lightning_sparse.core.inputs import InputTap, Reading, as_matrix, from_matrix, input_rows, shows_inputs
 from lightning_sparse.core.layers import LAYER_KINDS, LayerKind, kind_of, register_layer
 from lightning_sparse.core.layout import (
@@ -69,7 +74,7 @@ from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
 from lightning_sparse.core.plan import Plan, lay_out
 from lightning_sparse.core.sources import align_names, read_masks, read_tensors
-from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured
+from lightning_sparse.core.structure import Channels, NOfM, Structure, Unstructured
 from lightning_sparse.core.structures import StructureName, parse_structure
 from lightning_sparse.core.summary import HEADER, SUMS, LayerRow, format_table, summarize
 from lightning_sparse.core.target import Target
@@ -91,6 +96,7 @@ __all__ = [
     "SUMS",
     "TRANSPOSED_CONVOLUTIONS",
     "AllocationName",
+    "Attention",
     "Blocks",
     "Budget",
     "BudgetName",
@@ -109,8 +115,11 @@ __all__ = [
     "FanIn",
     "FeatureLayer",
     "FeatureTap",
+    "FewerHeads",
     "Group",
+    "Heads",
     "InputTap",
+    "Kept",
     "LayerKind",
     "LayerRow",
     "Layout",
@@ -147,6 +156,7 @@ __all__ = [
     "analyze",
     "as_matrix",
     "as_patterns",
+    "between_activations_of",
     "callee",
     "changed_share",
     "check_choice",
@@ -165,11 +175,14 @@ __all__ = [
     "count_parameters",
     "coupled_outputs",
     "coverage",
+    "cut",
+    "cut_tensor",
     "describe",
     "effective_macs",
     "effective_pair",
     "exchange",
     "feature_layers",
+    "find_attentions",
     "find_chains",
     "find_coupling",
     "find_networks",
@@ -201,16 +214,20 @@ __all__ = [
     "matches_name",
     "need",
     "out_count",
+    "own_tensors",
     "owner_of",
     "padding_of",
     "parse_structure",
     "part_of",
     "parts_of",
+    "places_of",
     "put_back_",
     "read_masks",
     "read_tensors",
     "refuse_shorter_run",
     "register_layer",
+    "resize",
+    "row_of",
     "select_targets",
     "shared_parameters",
     "shows_inputs",
@@ -223,4 +240,5 @@ __all__ = [
     "total_over_ranks",
     "trained_part",
     "whole",
+    "without_heads",
 ]

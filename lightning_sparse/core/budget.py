@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Literal, get_args
 
 from lightning_sparse.core.checks import check_choice, check_sparsity
-from lightning_sparse.core.structure import Coupled
+from lightning_sparse.core.coupled import Coupled
 from lightning_sparse.core.structures import parse_structure
 from lightning_sparse.functional import ALLOCATIONS
 
@@ -82,7 +82,7 @@ class Budget:
         if measure != "units" and not isinstance(self.structure, Coupled):
             raise ValueError(
                 f"budget='{measure}' counts what leaves the network, and structure='{structure}' takes nothing out of it; "
-                "write structure='coupled'."
+                "write structure='coupled', or 'heads'."
             )
         if measure != "units" and self.layer_sparsity:
             raise ValueError(

@@ -7,7 +7,7 @@ outputs, have no public names in the versions supported.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
 
 from lightning_sparse.core.calls import leaves
 from lightning_sparse.functional import layer_density
 
-__all__ = ["BETWEEN_ACTIVATIONS", "count_macs", "effective_macs", "tensors_in"]
+__all__ = ["BETWEEN_ACTIVATIONS", "between_activations_of", "count_macs", "effective_macs", "tensors_in"]
 
 BETWEEN_ACTIVATIONS = "(between activations)"
 """The name under which products without a weight are counted, such as attention scores."""
@@ -30,7 +31,11 @@ COPIES = ("aten::_to_copy", "aten::clone")
 
 
 def count_macs(
-    module: nn.Module, run: Callable[[], Any], samples: int = 1, set_mode: Callable[[nn.Module], Any] = nn.Module.eval
+    module: nn.Module,
+    run: Callable[[], Any],
+    samples: int = 1,
+    set_mode: Callable[[nn.Module], Any] = nn.Module.eval,
+    parts: Collection[str] = (),
 ) -> dict[str, int]:
     """Multiply-accumulates of a forward pass per sample, by the name of the weight that takes part in them.
 
@@ -43,6 +48,7 @@ def count_macs(
         run: makes one forward pass of it, without gradients.
         samples: in that pass.
         set_mode: puts it into evaluation mode, or into another.
+        parts: modules whose products between activations are counted by themselves, see `between_activations_of`.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -50,9 +56,19 @@ def count_macs(
         {'0.weight': 144, '2.weight': 32}
     """
     counter = _Counter(module)
-    with _plainly(module, set_mode), counter:
-        run()
+    handles = [handle for part in parts for handle in counter.attend(part, module.get_submodule(part))]
+    try:
+        with _plainly(module, set_mode), counter:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
     return {name: round(macs / samples) for name, macs in counter.macs.items()}
+
+
+def between_activations_of(part: str) -> str:
+    """The name under which the products between activations of a module are counted."""
+    return f"{BETWEEN_ACTIVATIONS} of {part}"
 
 
 def effective_macs(macs: Mapping[str, int], weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -88,6 +104,18 @@ class _Counter(TorchDispatchMode):
         self.macs: dict[str, int] = {}
         self.names = {_address(weight): name for name, weight in module.named_parameters() if weight.ndim >= 2}
         self.copies: list[Tensor] = []  # kept, so that no other tensor takes their place
+        self.between = BETWEEN_ACTIVATIONS
+
+    def attend(self, name: str, part: nn.Module) -> list[RemovableHandle]:
+        """Count by themselves what is multiplied in a module without a weight."""
+
+        def within(*_: Any) -> None:
+            self.between = between_activations_of(name)
+
+        def outside(*_: Any) -> None:
+            self.between = BETWEEN_ACTIVATIONS
+
+        return [part.register_forward_pre_hook(within), part.register_forward_hook(outside)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -98,7 +126,7 @@ class _Counter(TorchDispatchMode):
         elif packet in flop_registry:
             operands = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim >= 2]
             found = [name for operand in operands if (name := self.names.get(_address(operand)))]
-            name = found[0] if found else BETWEEN_ACTIVATIONS
+            name = found[0] if found else self.between
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
             self.macs[name] = self.macs.get(name, 0) + flops // 2
         return result

@@ -12,10 +12,11 @@ from torch import Tensor
 from lightning_sparse.core.budget import Budget
 from lightning_sparse.core.channel_costs import ChannelCosts
 from lightning_sparse.core.checks import refuse_nan
+from lightning_sparse.core.coupled import Coupled
 from lightning_sparse.core.coupling import Coupling
 from lightning_sparse.core.layout import spread_over
 from lightning_sparse.core.patterns import matches_name
-from lightning_sparse.core.structure import Coupled, Structure, Unstructured
+from lightning_sparse.core.structure import Structure, Unstructured
 from lightning_sparse.core.target import Target
 from lightning_sparse.functional import ALLOCATIONS, counts, exact_count, outlier_share, owl, random_generator, top_k_masks
 from lightning_sparse.functional.order import each_top_k_mask
@@ -32,10 +33,13 @@ def lay_out(
     Args:
         budget: that is shared.
         targets: the weights.
-        coupling: which channels go together, for `coupled`.
+        coupling: which channels go together, for `coupled` and `heads`.
         costs: of the network, where sparsity counts those.
     """
-    return Plan(budget, targets, budget.structure if coupling is None else Coupled(coupling), costs)
+    structure = budget.structure
+    if coupling is not None and isinstance(structure, Coupled):
+        structure = type(structure)(coupling)
+    return Plan(budget, targets, structure, costs)
 
 
 class Plan:
@@ -87,7 +91,7 @@ class Plan:
         if kept == 0:
             raise ValueError(f"sparsity={sparsity} of {self.units:,} units leaves nothing; lower it or choose more layers.")
         if self.structure.keeps_one and kept < len(self._pools):
-            what = "groups of coupled layers" if isinstance(self.structure, Coupled) else "layers"
+            what = self.structure.holders if isinstance(self.structure, Coupled) else "layers"
             raise ValueError(
                 f"sparsity={sparsity} keeps {kept} units, fewer than there are {what} ({len(self._pools)}), and each keeps "
                 "one; lower it."

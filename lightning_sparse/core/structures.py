@@ -7,19 +7,24 @@ from collections.abc import Callable
 from typing import Literal
 
 from lightning_sparse.core.blocks import Blocks
+from lightning_sparse.core.coupled import Coupled
 from lightning_sparse.core.fan_in import FanIn
-from lightning_sparse.core.structure import Channels, Coupled, NOfM, Structure, Unstructured
+from lightning_sparse.core.heads import Heads
+from lightning_sparse.core.structure import Channels, NOfM, Structure, Unstructured
 from lightning_sparse.core.transposable import Transposable
 
 __all__ = ["STRUCTURES", "StructureName", "parse_structure"]
 
-StructureName = Literal["unstructured", "channel", "coupled", "fan_in", "block:16x16", "2:4", "transposable 2:4"] | str | int
+StructureName = (
+    Literal["unstructured", "channel", "coupled", "heads", "fan_in", "block:16x16", "2:4", "transposable 2:4"] | str | int
+)
 """A line of `STRUCTURES`; a number only because YAML reads an unquoted 2:4 as one."""
 
 STRUCTURES: dict[str, tuple[str, Callable[..., Structure]]] = {
     "'unstructured'": ("unstructured", Unstructured),
     "'channel'": ("channel", Channels),
     "'coupled'": ("coupled", Coupled),
+    "'heads'": ("heads", Heads),
     "'fan_in'": ("fan_in", FanIn),
     "'block:RxC' such as 'block:16x16'": (r"block:(\d+)x(\d+)", Blocks),
     "'n:m' such as '2:4'": (r"(\d+):(\d+)", NOfM),

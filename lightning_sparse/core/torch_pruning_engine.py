@@ -92,6 +92,9 @@ class _Answers(Mapping[str, Sequence[Member]]):
                 there: Any = places if edge.is_triggered_by(function) else []
                 for mapping in filter(None, edge.index_mapping):
                     there = mapping(there)
+                if any(place.root_idx is None for place in there):  # mappings of repeated heads forget where they come from
+                    lost |= {place.root_idx for place in places}
+                    continue
                 known = reached.setdefault((edge.target, edge.handler), set())
                 lost |= {place.root_idx for place in there if place.idx >= self.widest}
                 new = [place for place in there if place not in known and place.root_idx not in lost]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse.core import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, out_count
+from lightning_sparse.core import Kept, cut, cut_tensor, out_count, resize
 from lightning_sparse.export.compact import load_compact, read_note, save_compact
 from lightning_sparse.export.kernels import use_kernels
 
 __all__ = ["Blueprint", "Kept", "add_bias", "carry_optimizer", "load_model", "save_model"]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Which outputs and inputs of a layer are left, as positions in the layer it was; None for all.
-
-    Args:
-        outputs: rows, filters or channels, ascending.
-        inputs: columns or channels that are read, ascending.
-    """
-
-    outputs: list[int] | None = None
-    inputs: list[int] | None = None
-
-    def then(self, after: Kept) -> Kept:
-        """What is left if `after` is kept of what this keeps."""
-        return Kept(_then(self.outputs, after.outputs), _then(self.inputs, after.inputs))
 
 
 @dataclass(frozen=True)
@@ -44,12 +27,14 @@ class Blueprint:
         folded: normalizations that are gone.
         biased: layers that got a bias from one.
         kernels: layer -> the kernel that multiplies its weight, such as `csr`.
+        sizes: attributes of modules that have fewer heads, by their paths.
     """
 
     kept: Mapping[str, Kept] = field(default_factory=dict)
     folded: tuple[str, ...] = ()
     biased: tuple[str, ...] = ()
     kernels: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> nn.Module:
@@ -59,7 +44,8 @@ class Blueprint:
             ValueError: if the model has other layers.
         """
         modules = dict(model.named_modules())
-        unknown = [name for name in (*self.folded, *self.biased, *self.kept, *self.kernels) if name not in modules]
+        resized = [path.rpartition(".")[0] for path in self.sizes]
+        unknown = [name for name in (*self.folded, *self.biased, *self.kept, *self.kernels, *resized) if name not in modules]
         if unknown:
             raise ValueError(
                 f"the export holds a layer '{unknown[0]}' that {type(model).__name__} does not have; build the model as it "
@@ -69,14 +55,15 @@ class Blueprint:
             add_bias(modules[name])
         for name in self.folded:
             model.set_submodule(name, nn.Identity())
+        resize(model, self.sizes)
         for name, kept in self.kept.items():
-            cut(modules[name], kept)
+            cut(model.get_submodule(name), kept)
         return model
 
-    def then(self, kept: Mapping[str, Kept]) -> Blueprint:
-        """With layers cut once more."""
+    def then(self, kept: Mapping[str, Kept], sizes: Mapping[str, Any] | None = None) -> Blueprint:
+        """With layers cut once more, and attributes set."""
         joined = {name: self.kept.get(name, Kept()).then(kept.get(name, Kept())) for name in {**self.kept, **kept}}
-        return replace(self, kept=joined)
+        return replace(self, kept=joined, sizes={**self.sizes, **(sizes or {})})
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -86,7 +73,9 @@ class Blueprint:
     def from_json(cls, values: Mapping[str, Any]) -> Blueprint:
         """From what `to_json` returned, written and read again."""
         kept = {name: Kept(**parts) for name, parts in values["kept"].items()}
-        return cls(kept, tuple(values["folded"]), tuple(values["biased"]), dict(values["kernels"]))
+        return cls(
+            kept, tuple(values["folded"]), tuple(values["biased"]), dict(values["kernels"]), dict(values.get("sizes", {}))
+        )
 
 
 def save_model(model: nn.Module, path: str | Path, blueprint: Blueprint | None = None, note: Any = None) -> int:
@@ -142,84 +131,11 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     return use_kernels(model, blueprint.kernels)
 
 
-# ---- cutting ------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def add_bias(layer: Any) -> None:
     """Give a layer a bias of zeros, if it has none."""
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(out_count(layer)))
-
-
-def cut(layer: Any, kept: Kept) -> None:
-    """Take outputs and inputs out of a layer, in place: its parameters, buffers and sizes."""
-    pieces = {name: cut_tensor(layer, name, tensor, kept) for name, tensor in own_tensors(layer).items()}
-    if isinstance(layer, CONVOLUTIONS):
-        groups = _group_members(layer, kept)
-        layer.groups = len(groups)
-    for name, piece in pieces.items():
-        old = getattr(layer, name)
-        new: Any = nn.Parameter(piece, old.requires_grad) if isinstance(old, nn.Parameter) else piece
-        setattr(layer, name, new)
-    for names, indices in ((_OUT_NAMES, kept.outputs), (_IN_NAMES, kept.inputs)):
-        for name in names:
-            if indices is not None and hasattr(layer, name):
-                setattr(layer, name, len(indices))
-
-
-_OUT_NAMES = ("out_features", "out_channels", "num_features", "num_parameters")
-_IN_NAMES = ("in_features", "in_channels")
-
-
-def own_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a layer itself."""
-    return dict((*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)))
-
-
-def cut_tensor(layer: nn.Module, name: str, tensor: Tensor, kept: Kept) -> Tensor:
-    """What is left of a tensor in the shape of one of the layer's: a parameter, a gradient, a moment."""
-    if name == "weight" and tensor.ndim >= 2:
-        if not isinstance(layer, CONVOLUTIONS) or layer.groups == 1:
-            first, second = (
-                (kept.inputs, kept.outputs) if isinstance(layer, TRANSPOSED_CONVOLUTIONS) else (kept.outputs, kept.inputs)
-            )
-            return _take(_take(tensor, 0, first), 1, second)
-        rows = [_take(_take(tensor, 0, ahead), 1, within) for ahead, within in _group_members(layer, kept)]
-        return torch.cat(rows)
-    if tensor.ndim == 1 and len(tensor) == out_count(layer):
-        return _take(tensor, 0, kept.outputs)
-    return tensor
-
-
-def _group_members(layer: Any, kept: Kept) -> list[tuple[list[int], list[int]]]:
-    """Of each group that is left: positions along the weight's first dimension, and along its second within the group."""
-    outputs = range(layer.out_channels) if kept.outputs is None else kept.outputs
-    inputs = range(layer.in_channels) if kept.inputs is None else kept.inputs
-    per_out, per_in = layer.out_channels // layer.groups, layer.in_channels // layer.groups
-    within: list[tuple[list[int], list[int]]] = [([], []) for _ in range(layer.groups)]
-    for output in outputs:
-        within[output // per_out][0].append(output)
-    for read in inputs:
-        within[read // per_in][1].append(read)
-    members = []
-    for out, ins in within:
-        if out and ins:
-            transposed = isinstance(layer, TRANSPOSED_CONVOLUTIONS)
-            members.append((ins, [o % per_out for o in out]) if transposed else (out, [i % per_in for i in ins]))
-    if len({(len(ahead), len(within)) for ahead, within in members}) > 1:
-        raise ValueError(f"groups of {layer} would differ in size.")
-    return members
-
-
-def _take(tensor: Tensor, dim: int, indices: Sequence[int] | None) -> Tensor:
-    return tensor.clone() if indices is None else tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
-
-
-def _then(first: list[int] | None, second: list[int] | None) -> list[int] | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return [first[i] for i in second]
 
 
 # ---- the optimizer ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Call, callee, copy_model, first_line, need, silenced
+from lightning_sparse.core import Call, callee, copy_model, first_line, kind_of, need, silenced
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.onnx import batch_sizes
 from lightning_sparse.export.quantization import check_reached
@@ -199,8 +199,14 @@ def _quantized(called: nn.Module, quantizer: Any, calibration: Sequence[Any]) ->
     except Exception:
         samples = [sample for batch in batches for sample in samples_of(batch)]
         converted = _calibrated(called, tools, quantizer, samples, several=False)
-    weights = [weight.detach() for weight in called.parameters() if weight.ndim > 1]
-    check_codes(weights, [*converted.buffers(), *converted.parameters()])
+    weights = [
+        weight.detach()
+        for layer in called.modules()
+        for name, weight in layer.named_parameters(recurse=False)
+        if kind_of(layer, name) is not None
+    ]
+    sizes = {weight.shape for weight in weights}  # what scales the outputs of a layer is no weight, and has an offset
+    check_codes(weights, [held for held in (*converted.buffers(), *converted.parameters()) if held.shape in sizes])
     return converted
 
 
@@ -208,7 +214,7 @@ def _quantized(called: nn.Module, quantizer: Any, calibration: Sequence[Any]) ->
 def _calibrated(called: nn.Module, tools: Any, quantizer: Any, calls: Sequence[Call], several: bool) -> Any:
     sizes = batch_sizes(called, calls[0]) if several else None
     program = torch.export.export(called, calls[0].args, dict(calls[0].kwargs), dynamic_shapes=sizes)
-    prepared = tools.prepare_pt2e(program.module(), quantizer)
+    prepared = tools.prepare_pt2e(program.module(check_guards=False), quantizer)  # Arm's passes take no guards
     for call in calls:
         prepared(*call.args, **call.kwargs)
     return tools.convert_pt2e(prepared)

@@ -29,19 +29,27 @@ from torch import Tensor, nn
 from lightning_sparse.core import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
+    Attention,
     Call,
     CouplingEngine,
+    Kept,
     Positions,
     copy_model,
+    cut,
+    find_attentions,
     first_line,
     in_count,
     is_depthwise,
     is_layer,
+    kind_of,
     out_count,
+    places_of,
+    row_of,
     tensors_in,
     torch_pruning,
+    without_heads,
 )
-from lightning_sparse.export.blueprint import Blueprint, Kept, cut
+from lightning_sparse.export.blueprint import Blueprint
 from lightning_sparse.export.compare_models import difference, runner
 from lightning_sparse.export.dead import DeadGroup, Round, bias_is_exact, fed_outputs
 
@@ -57,12 +65,14 @@ class Removal:
         removed: layer -> outputs that are gone.
         carriers: layer -> dead outputs that stay, because they carry a constant that no bias can hold exactly.
         refused: layer -> why dead outputs of it stay.
+        heads: attention -> heads that are gone.
     """
 
     blueprint: Blueprint = field(default_factory=Blueprint)
     removed: dict[str, int] = field(default_factory=dict)
     carriers: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
 
 
 def remove_dead(
@@ -102,10 +112,18 @@ def remove_dead(
     now, removal = copy_model(model).eval(), Removal()
     call = Call.of(inputs, network)
     probes = [call, call.map(_shuffled)] if _can_be_shuffled(now, call) else [call]
+    now = _without_dead_heads(now, call, probes, tolerance, removal)
+    staying = dict(removal.refused)
     expected = [runner(now, probe)() for probe in probes]
     while True:
         removal.refused.clear()
-        groups = list(Round(now, probes, removal.refused, engine).groups())
+        try:
+            groups = list(Round(now, probes, removal.refused, engine).groups())
+        except ValueError as error:
+            if not removal.heads:
+                raise
+            removal.refused[type(model).__name__] = str(error)
+            break
         groups, smaller, kept = _without_most(now, groups, probes, expected, tolerance, removal.refused)
         if not groups:
             break
@@ -116,14 +134,67 @@ def remove_dead(
                     gone = sum(len(channels.get(channel, ())) for channel in group.removed)
                     removal.removed[name] = removal.removed.get(name, 0) + gone
             removal.carriers[group.root] = len(group.carriers)
+    removal.refused = {**staying, **removal.refused}
     removal.carriers = {name: count for name, count in removal.carriers.items() if count}
-    if not removal.removed:
+    if not (removal.removed or removal.heads):
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(removal.refused.items())[:2])
         raise ValueError(
             f"nothing in {type(model).__name__} can be removed: {reasons or 'no neuron, filter or channel in it is dead'}"
             '. Train with structure="coupled", or at a higher sparsity.'
         )
     return now, removal
+
+
+# ---- heads --------------------------------------------------------------------------------------------------------------
+
+
+def _without_dead_heads(model: nn.Module, call: Call, probes: list[Call], tolerance: float, removal: Removal) -> nn.Module:
+    """The model without heads of attention that put out zeros, or whose output is multiplied by zeros; those of each
+    attention are tried before they go.
+    """
+    for attention in find_attentions(model, [call]).attentions:
+        dead = _dead_heads(model, attention)
+        if not dead:
+            continue
+        smaller = copy_model(model).eval()
+        try:
+            kept, sizes = without_heads(smaller, attention, dead)
+            reason = _difference(model, smaller, probes, tolerance)
+        except Exception as error:
+            reason = f"with fewer heads the model does not run ({first_line(error)})"
+        if reason:
+            removal.refused[attention.name] = reason
+            continue
+        model = smaller
+        removal.blueprint = removal.blueprint.then(kept, sizes)
+        removal.heads[attention.name] = len(dead)
+    return model
+
+
+def _dead_heads(model: nn.Module, attention: Attention) -> list[int]:
+    """Heads without a weight and a bias, or whose output nobody reads; but one stays."""
+    read = model.get_submodule(attention.out)
+    kind, weight = kind_of(read), read.get_parameter("weight")
+    columns_read = weight.any(1 - (1 if kind is None else kind.input_dim))
+    dead = []
+    for head, (places, columns) in enumerate(zip(places_of(model, attention), attention.columns, strict=True)):
+        if not columns_read[list(columns)].any() or not any(row_of(model, name, row).any() for name, row in places):
+            dead.append(head)
+    return dead[:-1] if len(dead) == attention.heads else dead
+
+
+def _difference(before: nn.Module, after: nn.Module, probes: list[Call], tolerance: float) -> str:
+    """How the outputs of two models differ, if they do; those of another size, such as caches of keys, have no say."""
+    compared = 0
+    for probe in probes:
+        for one, other in zip(*(tensors_in(runner(model, probe)()) for model in (before, after)), strict=True):
+            if one.shape != other.shape or not one.numel():
+                continue
+            compared += 1
+            change, largest = difference(one, other)
+            if not change <= tolerance * max(1.0, largest):
+                return f"without its dead heads outputs change by {change:.2g} (the largest is {largest:.3g})"
+    return "" if compared else "without its dead heads all outputs have another size"
 
 
 # ---- taking it out ------------------------------------------------------------------------------------------------------

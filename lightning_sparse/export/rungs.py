@@ -112,8 +112,10 @@ class Ladder:
     def removed(self) -> Made:
         """Without the channels that do nothing; what comes after stands on it."""
         smaller, removal = remove_dead(self.base, self.inputs, tolerance=self.tolerance)
-        blueprint = replace(self.blueprint, kept=removal.blueprint.kept)
-        note = f"{sum(removal.removed.values()):,} outputs of {len(removal.removed)} layers are gone"
+        blueprint = replace(self.blueprint, kept=removal.blueprint.kept, sizes=removal.blueprint.sizes)
+        gone = [f"{sum(removal.heads.values()):,} heads of {len(removal.heads)} attentions"] if removal.heads else []
+        gone += [f"{sum(removal.removed.values()):,} outputs of {len(removal.removed)} layers"] if removal.removed else []
+        note = f"{' and '.join(gone)} are gone"
         if removal.carriers:
             note += f"; {sum(removal.carriers.values())} dead ones stay to carry a constant where zeros are padded"
         if removal.refused:

@@ -26,9 +26,8 @@ from lightning_sparse.core import (
     count_macs,
     lay_out,
 )
-from lightning_sparse.core.dependencies import find_coupling
 from lightning_sparse.families.masked import Masked
-from lightning_sparse.loop import Step
+from lightning_sparse.loop import Run, Step
 from lightning_sparse.loop.arguments import arguments
 from lightning_sparse.loop.dry_run import dry_run, example_inputs
 
@@ -58,11 +57,12 @@ class Budgeted(Masked):
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`, `owl` (more where scores have outliers). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
-            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
+            attention, which can leave too), `fan_in` (as many weights in every output), `block:RxC` (outputs by inputs),
+            `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
             `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.
@@ -99,15 +99,22 @@ class Budgeted(Masked):
         """The budget of weights, or of what `budget` counts."""
         self._plan: Plan | None = None
         self.vectors: CoupledVectors | None = None
+        self._coupling: Coupling | None = None
         self._coupled: Mapping[str, Any] = {}
         self._costs: dict[str, ChannelCosts] = {}
 
     def misfit(self, target: Target) -> str | None:
         return self.quota.structure.unfit(target)
 
+    def enter(self, run: Run) -> None:
+        super().enter(run)
+        if isinstance(self.quota.structure, Coupled):
+            self._coupling = coupling = self._find_coupling(self.quota.structure)
+            self.chosen = [target for target in self.chosen if target.name in coupling.units]
+
     def check(self, run: RunLength, until: float = 1.0) -> None:
-        coupling = self._find_coupling() if isinstance(self.quota.structure, Coupled) else None
         refuse_parted_owl(self.quota, self.layouts)
+        coupling = self._coupling
         self._costs = {} if coupling is None else self._costs_of(coupling)
         self._plan = lay_out(self.quota, self.chosen, coupling, self._costs.get(self.quota.measure))
         self._plan.check()
@@ -128,7 +135,7 @@ class Budgeted(Masked):
         self._follow_channels()
 
     def release(self) -> None:
-        self._plan = self.vectors = None
+        self._plan = self.vectors = self._coupling = None
         self._costs = {}
         super().release()
 
@@ -154,19 +161,22 @@ class Budgeted(Masked):
 
     # ---- coupled channels --------------------------------------------------------------------------------------------
 
-    def _find_coupling(self) -> Coupling:
+    def _find_coupling(self, structure: Coupled) -> Coupling:
         trainer, module = self.run.trainer, self.run.module
         channels = {target.name: target.shape[target.output_dim] for target in self.chosen}
-        traced = self.known("traced", {})
-        coupling, macs = Coupling.restore(traced, channels), traced.get("macs")
+        traced: Mapping[str, Any] = self.traced if trainer.global_step > 0 else {}
+        if self.brought is not None:
+            traced = self.brought["memory"].get("traced", {})
+        coupling, macs = structure.restore(traced, channels), traced.get("macs")
         if coupling is None or macs is None:
             with dry_run(trainer, module) as twin:
                 calls = example_inputs(trainer, twin, self.label, list(channels))
-                coupling = find_coupling(twin, calls, channels)
-                macs = count_macs(twin, lambda: [call(twin) for call in calls], max(call.samples for call in calls))
+                coupling = structure.find(twin, calls, channels)
+                samples, parts = max(call.samples for call in calls), structure.parts(coupling)
+                macs = count_macs(twin, lambda: [call(twin) for call in calls], samples, parts=parts)
             stay = [f"'{name}' ({reason})" for name, reason in coupling.staying.items() if name in channels]
             if stay:
-                rank_zero_info(f"{self.label}: channels stay in {', '.join(stay)}.")
+                rank_zero_info(f"{self.label}: {structure.noun} stay in {', '.join(stay)}.")
         self._coupled = {**coupling.state(), "macs": macs}
         self.vectors = CoupledVectors(coupling, dict(module.named_parameters()))
         return coupling
@@ -180,7 +190,8 @@ class Budgeted(Masked):
             alive = {t.name: self.masks[t.name].movedim(t.output_dim, 0).flatten(1).any(1) for t in self.chosen}
             self.vectors.follow(alive, self.run.optimizers, self.run.averages())
             kept = self.vectors.coupling.gather(alive)
-            self.left = {"coupled channels": [int(kept.sum()), len(kept)]}
+            assert isinstance(self.quota.structure, Coupled)
+            self.left = {self.quota.structure.counted: [int(kept.sum()), len(kept)]}
             self.left |= {name: [costs(kept), costs.dense] for name, costs in self._costs.items()}
 
     def summary(self) -> list[LayerRow]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sparse.core import (
     AllocationName,
     Budget,
+    Coupled,
     MaskSet,
     Plan,
     Position,
@@ -98,10 +99,10 @@ class MovementPruning(ShadowWeights):
         self.schedule, self.allocation, self.structure = schedule, allocation, structure
         self.layer_sparsity = layer_sparsity
         self.quota = Budget(sparsity, allocation, structure, layer_sparsity, usual="uniform")
-        if structure == "coupled":
+        if isinstance(self.quota.structure, Coupled):
             raise ValueError(
-                "structure='coupled' removes channels for good, but here what is removed may come back; write 'channel', or "
-                "use MagnitudePruning."
+                f"structure='{structure}' removes {self.quota.structure.noun} for good, but here what is removed may come "
+                "back; write 'channel', or use MagnitudePruning."
             )
         check_choice("score", score, MOVEMENT_SCORES)
         self.ramp = Ramp(schedule, self.quota.sparsity)

@@ -28,11 +28,11 @@ class RandomSparsity(Budgeted):
         allocation: how sparsity is shared: `erk`, `erk+` (last layer dense), `er`, `uniform`, `uniform+`,
             or `global` (every weight has the same chance). With `n:m` every layer has the same share.
         structure: what is removed: `unstructured`, `channel`, `coupled` (channels, in all layers that additions couple, with
-            biases and norms, so that they can leave the network), `fan_in`, `block:RxC`, `n:m` or
-            `transposable n:m`.
+            biases and norms, so that they can leave the network), `heads` (of attention, which can leave too), `fan_in`,
+            `block:RxC`, `n:m` or `transposable n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
             `parameters` of the whole network, to within one channel.
         rescale: divide each weight by the square root of its layer's density, so that activations keep their variance.
         seed: of the mask. None takes the seed of `seed_everything`, or draws one.

@@ -59,11 +59,12 @@ class SynFlow(PruningAtInit):
         allocation: how sparsity is shared: `global` (scores of all layers compete), `uniform`, `uniform+`, `er`, `erk`,
             `erk+`, `owl` (more where scores have outliers).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), `fan_in` (as
-            many weights in every output), `block:RxC` (outputs by inputs), `n:m` or `transposable n:m` (both ways).
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
+            attention, which can leave too), `fan_in` (as many weights in every output), `block:RxC` (outputs by inputs),
+            `n:m` or `transposable n:m` (both ways).
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         max_layer_sparsity: the largest share that a layer loses where layers compete, in (0, 1].
-        budget: what sparsity counts: `units` (weights, or channels), or, with `structure='coupled'`, the `macs` or the
+        budget: what sparsity counts: `units` (weights, or channels), or, with `coupled` or `heads`, the `macs` or the
             `parameters` of the whole network, to within one channel.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.

@@ -71,7 +71,8 @@ class Wanda(SeesInputs, Pruning):
         allocation: how sparsity is shared: `uniform`, `uniform+`, `er`, `erk`, `erk+`, `owl` (more where scores have
             outliers), or with `compare='layer'` also `global`.
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (the same,
-            in all layers that additions couple, with biases and norms, so that they can leave the network), or `n:m`.
+            in all layers that additions couple, with biases and norms, so that they can leave the network), `heads` (of
+            attention, which can leave too), or `n:m`.
         layer_sparsity: layers with a sparsity of their own, glob -> sparsity, counted in the total.
         targets: patterns that choose the weights; see `core.find_targets`.
         name: tells two callbacks of one class apart.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse.core import check_whole
 
-__all__ = ["MLP", "VGG", "LeNet5", "LeNet300", "ResNet", "TorchvisionNetwork", "WideResNet"]
+__all__ = ["MLP", "VGG", "LeNet5", "LeNet300", "ResNet", "TorchvisionNetwork", "VisionTransformer", "WideResNet"]
 
 
 class MLP(nn.Sequential):
@@ -211,6 +212,48 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc(self.features(x).flatten(1))
+        return out
+
+
+class VisionTransformer(nn.Module):
+    """A small vision transformer (Dosovitskiy et al. 2021), normalized before each block, with the mean over tokens.
+
+    Args:
+        num_classes: outputs.
+        in_channels: of the image.
+        image_size: height and width of the image.
+        patch_size: height and width of a patch; must divide `image_size`.
+        width: numbers of a token.
+        depth: blocks.
+        heads: of each attention; must divide `width`.
+        dropout: in each block.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 1,
+        image_size: int = 28,
+        patch_size: int = 4,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"patch_size={patch_size} must divide image_size={image_size}.")
+        if width % heads:
+            raise ValueError(f"heads={heads} must divide width={width}.")
+        self.patches = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.position = nn.Parameter(nn.init.normal_(torch.empty(1, (image_size // patch_size) ** 2, width), std=0.02))
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, F.gelu, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        out: Tensor = self.head(self.blocks(tokens).mean(1))
         return out
 
 

@@ -16,7 +16,23 @@ from lightning_sparse.testing.state import (
     state_of,
     zeros_hold,
 )
-from lightning_sparse.testing.toys import BATCH, BATCHES, EPOCHS, OPTIMIZERS, Manual, Toy, fit, loader, network, toy, trainer
+from lightning_sparse.testing.toys import (
+    BATCH,
+    BATCHES,
+    EPOCHS,
+    OPTIMIZERS,
+    Architecture,
+    Manual,
+    Toy,
+    attention_network,
+    fit,
+    loader,
+    network,
+    plain_network,
+    toy,
+    trainer,
+    with_architecture,
+)
 
 if TYPE_CHECKING:
     from lightning_sparse.testing.suite import MethodContract
@@ -27,6 +43,7 @@ __all__ = [
     "CHECKS",
     "EPOCHS",
     "OPTIMIZERS",
+    "Architecture",
     "Case",
     "Check",
     "Inapplicable",
@@ -36,6 +53,7 @@ __all__ = [
     "Recording",
     "Toy",
     "Watcher",
+    "attention_network",
     "check_method",
     "differences",
     "fit",
@@ -47,12 +65,14 @@ __all__ = [
     "network",
     "nonzero",
     "off_target",
+    "plain_network",
     "recorded",
     "run_check",
     "run_on_ranks",
     "state_of",
     "toy",
     "trainer",
+    "with_architecture",
     "zeros_hold",
 ]
 

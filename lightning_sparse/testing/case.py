@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.testing.state import Watcher, masks_of, nonzero, state_of
-from lightning_sparse.testing.toys import fit, toy
+from lightning_sparse.testing.toys import Architecture, fit, plain_network, toy
 
 __all__ = ["Case", "Inapplicable", "Make", "Recording", "quiet", "recorded", "require"]
 
@@ -46,9 +46,11 @@ class Case:
 
     Args:
         make: returns new callbacks at every call: one, or a list.
+        network: that toys are made of.
     """
 
     make: Make
+    network: Architecture = plain_network
 
     def callbacks(self) -> list[Callback]:
         """New callbacks."""

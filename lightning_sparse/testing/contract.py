@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from lightning_sparse.testing import neighbors, promises, ranks, refusals
 from lightning_sparse.testing.case import Case, Inapplicable, Make, quiet
-from lightning_sparse.testing.toys import OPTIMIZERS
+from lightning_sparse.testing.toys import OPTIMIZERS, Architecture, plain_network, with_architecture
 
 __all__ = ["CHECKS", "Check", "check_method", "run_check"]
 
@@ -65,7 +65,7 @@ def run_check(name: str, case: Case, checks: Mapping[str, Check] = CHECKS) -> No
         AssertionError: if the promise is broken; it names the check and says what was seen.
         Inapplicable: if it says nothing about this case, or cannot be tried here.
     """
-    with quiet():
+    with quiet(), with_architecture(case.network):
         try:
             checks[name](case)
         except Inapplicable:
@@ -74,12 +74,13 @@ def run_check(name: str, case: Case, checks: Mapping[str, Check] = CHECKS) -> No
             raise AssertionError(f"{name}: {error}") from error
 
 
-def check_method(make: Make, exempt: Mapping[str, str] | None = None) -> None:
+def check_method(make: Make, exempt: Mapping[str, str] | None = None, network: Architecture = plain_network) -> None:
     """Put a method under the contract, on a toy: all points in about half a minute, without pytest.
 
     Args:
         make: returns new callbacks at every call, one of which at least is a `Sparsifier`.
         exempt: checks that are left out, each with a reason.
+        network: that the toy is made of, for methods that need another, such as `testing.attention_network`.
 
     Raises:
         AssertionError: at the first promise that is broken; it begins with the name of the check in `CHECKS`.
@@ -93,7 +94,7 @@ def check_method(make: Make, exempt: Mapping[str, str] | None = None) -> None:
     unknown = sorted(exempt.keys() - CHECKS.keys())
     if unknown:
         raise ValueError(f"exempt={unknown} are no checks; choose from {list(CHECKS)}.")
-    case = Case(make)
+    case = Case(make, network)
     for name in CHECKS:
         if name not in exempt:
             try:

@@ -23,7 +23,7 @@ from torch import Tensor, distributed
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.testing.case import Case, Inapplicable, quiet, require
 from lightning_sparse.testing.state import differences, masks_of, off_target
-from lightning_sparse.testing.toys import BATCHES, EPOCHS, Toy, loader, trainer
+from lightning_sparse.testing.toys import BATCHES, EPOCHS, Toy, loader, trainer, with_architecture
 
 __all__ = ["agrees_on_all_ranks", "fit_on_ranks", "run_on_ranks"]
 
@@ -131,12 +131,13 @@ def _train_and_resume(rank: int, case: Case, folder: str) -> dict[str, Any]:
     """Without a seed, and with different numbers consumed on every rank."""
     torch.seed()
     torch.rand(1 + 5 * rank)
+    with with_architecture(case.network):
+        module, resumed = _Restless(), _Restless()
     callbacks, methods = case.fresh()
-    recorder, module = _Recorder(methods), _Restless()
+    recorder = _Recorder(methods)
     files = ModelCheckpoint(folder, "{step}", every_n_train_steps=BATCHES // 2 + 1, save_top_k=-1)
     fit_on_ranks(rank, module, *callbacks, recorder, files, accumulate_grad_batches=2)
     missed = [sentence for method in methods for sentence in off_target(method)]
-    resumed = _Restless()
     torch.rand(1 + rank)
     path = Path(folder, f"step={BATCHES // 2 + 1}.ckpt")
     fit_on_ranks(rank, resumed, *case.callbacks(), ckpt_path=path, accumulate_grad_batches=2)

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_sparse.testing.case import Case, Inapplicable, Make
 from lightning_sparse.testing.contract import CHECKS, Check, run_check
+from lightning_sparse.testing.toys import Architecture, plain_network
 
 __all__ = ["MethodContract"]
 
@@ -35,6 +36,10 @@ class MethodContract:
         """What makes new callbacks, by the name of the case."""
         return {"": self.callbacks}
 
+    def networks(self) -> Mapping[str, Architecture]:
+        """What toys are made of, by the name of the case; of those left out it is `testing.plain_network`."""
+        return {}
+
     def checks(self) -> Mapping[str, Check]:
         """What is tried on each case: the contract, to which a subclass may add."""
         return CHECKS
@@ -46,7 +51,8 @@ class MethodContract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for each check of each case."""
         if "check" in metafunc.fixturenames:
-            cases = {name: Case(make) for name, make in self.cases().items()}
+            networks = self.networks()
+            cases = {name: Case(make, networks.get(name, plain_network)) for name, make in self.cases().items()}
             pairs = [(name, check) for name in cases for check in self.checks()]
             ids = [f"{name}-{check}".lstrip("-") for name, check in pairs]
             metafunc.parametrize(("case", "check"), [(cases[name], check) for name, check in pairs], ids=ids)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -15,7 +17,23 @@ from torch.optim import Optimizer
 from lightning_sparse.data import TensorLoader
 from lightning_sparse.loop import SparsityMixin
 
-__all__ = ["BATCH", "BATCHES", "EPOCHS", "OPTIMIZERS", "Manual", "Toy", "fit", "loader", "network", "toy", "trainer"]
+__all__ = [
+    "BATCH",
+    "BATCHES",
+    "EPOCHS",
+    "OPTIMIZERS",
+    "Architecture",
+    "Manual",
+    "Toy",
+    "attention_network",
+    "fit",
+    "loader",
+    "network",
+    "plain_network",
+    "toy",
+    "trainer",
+    "with_architecture",
+]
 
 EPOCHS, BATCHES, BATCH = 3, 4, 8
 """How long `fit` trains, how many batches an epoch has, and how many images a batch."""
@@ -28,7 +46,12 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 """The optimizers with which the contract trains, by name."""
 
 
-def network(dropout: float = 0.1) -> nn.Sequential:
+Architecture: TypeAlias = Callable[[float], nn.Sequential]
+"""Makes a network that takes images of shape (batch, 1, 8, 8) and returns four logits, with a share of dropout; its first
+four modules hold weights, and so do the others."""
+
+
+def plain_network(dropout: float = 0.1) -> nn.Sequential:
     """Two convolutions and two linear layers; every size divides by four except the single input channel.
 
     Args:
@@ -45,6 +68,43 @@ def network(dropout: float = 0.1) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(16, 4),
     )
+
+
+def attention_network(dropout: float = 0.1) -> nn.Sequential:
+    """A convolution, one layer of a transformer with four heads, and a linear layer; channels are its tokens.
+
+    Args:
+        dropout: in the transformer; with 0 nothing draws random numbers.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 2, stride=2),
+        nn.Flatten(2),
+        nn.TransformerEncoderLayer(16, 4, 16, dropout, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 4),
+    )
+
+
+_ARCHITECTURE: ContextVar[Architecture] = ContextVar("architecture", default=plain_network)
+
+
+@contextmanager
+def with_architecture(architecture: Architecture) -> Iterator[None]:
+    """Let toys be made of another network."""
+    token = _ARCHITECTURE.set(architecture)
+    try:
+        yield
+    finally:
+        _ARCHITECTURE.reset(token)
+
+
+def network(dropout: float = 0.1) -> nn.Sequential:
+    """The network that toys are made of: `plain_network`, or that of the case that is tried.
+
+    Args:
+        dropout: in it; with 0 nothing draws random numbers.
+    """
+    return _ARCHITECTURE.get()(dropout)
 
 
 class Toy(pl.LightningModule):

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_sparse.cli import main
 from lightning_sparse.export import RUNGS, RungName
 from lightning_sparse.testing import method_of
-from tests.helpers.overlays import NEEDS_ZEROS, OVERLAYS, ROOT, overlay
+from tests.helpers.overlays import NEEDS_ATTENTION, NEEDS_ZEROS, OVERLAYS, ROOT, overlay
 
 CONFIGS = ROOT / "configs"
 SMALL = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
@@ -78,6 +78,8 @@ def test_fit(path: Path, tmp_path: Path) -> None:
     run = [*files, f"--config={path}", *SMALL, f"--trainer.default_root_dir={tmp_path}"]
     if path.stem in NEEDS_ZEROS:
         run.append("--trainer.callbacks+=tests.helpers.overlays.Sparsened")
+    if path.stem in NEEDS_ATTENTION:
+        run[1] = f"--config={CONFIGS / 'models' / 'transformer.yaml'}"
     main(["fit", *run, "--trainer.max_epochs=3", "--trainer.limit_train_batches=4"])
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]

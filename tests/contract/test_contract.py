@@ -7,8 +7,18 @@ from functools import partial
 
 from lightning_sparse.families import Rewiring
 from lightning_sparse.loop.phase import phase_of
-from lightning_sparse.testing import CHECKS, Case, Check, Make, MethodContract, masks_of, recorded
-from tests.helpers.overlays import OVERLAYS, overlay
+from lightning_sparse.testing import (
+    CHECKS,
+    Architecture,
+    Case,
+    Check,
+    Make,
+    MethodContract,
+    attention_network,
+    masks_of,
+    recorded,
+)
+from tests.helpers.overlays import NEEDS_ATTENTION, OVERLAYS, overlay
 
 
 def shows_what_it_counts(case: Case) -> None:
@@ -35,6 +45,9 @@ def ends_in_the_phase_it_promises(case: Case) -> None:
 class TestOverlays(MethodContract):
     def cases(self) -> Mapping[str, Make]:
         return {path.stem: partial(overlay, path) for path in OVERLAYS}
+
+    def networks(self) -> Mapping[str, Architecture]:
+        return dict.fromkeys(NEEDS_ATTENTION, attention_network)
 
     def checks(self) -> Mapping[str, Check]:
         return {"1-kept-is-shown": shows_what_it_counts, "1-phase": ends_in_the_phase_it_promises, **CHECKS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.core import Call
-from lightning_sparse.export import Quantization, export_ladder
+from lightning_sparse.export import Quantization, RungName, export_ladder
 
 
 def small() -> nn.Module:
@@ -62,6 +63,31 @@ def test_the_rung_on_a_cpu_is_verified_in_its_own_runtime(tmp_path: Path) -> Non
     found = executorch_runner(tmp_path / "out" / "model.pte")(x[:3])
     torch.testing.assert_close(found, net(x[:3]), atol=0.05, rtol=0.05)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.pte", "report.json"}
+
+
+class Scaled(nn.Module):
+    """Factors behind a layer, as in ConvNeXt, and a mean over places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.factors, self.out = nn.Conv2d(1, 8, 3), nn.Parameter(torch.rand(1, 8, 1, 1) + 0.5), nn.Linear(8, 10)
+        self.conv.weight.data[torch.rand_like(self.conv.weight) < 0.9] = 0
+        self.out.weight.data[torch.rand_like(self.out.weight) < 0.9] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out((self.conv(x) * self.factors).mean((2, 3)))
+        return out
+
+
+def test_factors_and_means_are_compiled_too(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    net, x = Scaled().eval(), images()
+    rungs: list[RungName] = ["edge"]
+    if all(find_spec(module) for module in ("ethosu", "tosa_serializer")):
+        rungs.append("ethos_u85")
+    made = export_ladder(net, x, tmp_path / "out", rungs=rungs, rounds=0, quantization=Quantization([x], error=1))
+    assert all(made.rungs[name].file for name in rungs)
 
 
 def test_the_accelerator_is_estimated_and_says_so(tmp_path: Path) -> None:

@@ -66,6 +66,28 @@ def test_every_weight_is_rounded_to_the_nearest_code_of_its_output(tmp_path: Pat
     onnx.checker.check_model(str(tmp_path / "net.onnx"), full_check=True)
 
 
+class Scaled(nn.Module):
+    """Factors behind a layer, as in ConvNeXt, some of which are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.factors, self.out = nn.Conv2d(3, 8, 3), nn.Parameter(torch.rand(1, 8, 1, 1) + 0.5), nn.Linear(8, 4)
+        self.conv.weight.data[:4] = 0
+        self.factors.data[:, :4] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out((self.conv(x) * self.factors).mean((2, 3)))
+        return out
+
+
+def test_factors_behind_a_layer_are_no_weights_and_keep_their_zeros_too(tmp_path: Path) -> None:
+    net, x = Scaled().eval(), torch.randn(16, 3, 8, 8)
+    found = save_int8(net, x, tmp_path / "net.onnx", [x])
+    assert (found.weights, found.zeros) == (8 * 27 + 32, 4 * 27)
+    assert relative_error(net(x), onnx_runner(tmp_path / "net.onnx")(x)) < 0.05
+
+
 def test_a_lost_zero_is_found(tmp_path: Path) -> None:
     from onnx import numpy_helper
 

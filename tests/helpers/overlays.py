@@ -19,6 +19,10 @@ NEEDS_ZEROS = ("keep_sparsity",)
 """Overlays that work on a model which is sparse already."""
 
 
+NEEDS_ATTENTION = ("magnitude_heads",)
+"""Overlays that work on attention."""
+
+
 class Sparsened(L.Callback):
     """Makes a model sparse before training begins: half of each matrix, in a pattern of 2:4 where that fits."""
 

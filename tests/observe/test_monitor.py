@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sparse import SET, MagnitudePruning, RandomSparsity, SparseConnectivityLearning, WeightPenalty
 from lightning_sparse.observe import SparsityMonitor
-from lightning_sparse.testing import BATCHES, Toy, fit, loader, method_of, network, toy, trainer
-from tests.helpers.overlays import OVERLAYS, overlay
+from lightning_sparse.testing import BATCHES, Toy, attention_network, fit, loader, method_of, network, toy, trainer
+from tests.helpers.overlays import NEEDS_ATTENTION, OVERLAYS, overlay
 
 
 def logged(folder: Path) -> dict[str, dict[int, float]]:
@@ -182,7 +182,8 @@ def test_readings_go_on_after_a_resume(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
 def test_every_method_can_be_watched(path: Path) -> None:
-    callbacks, monitor, module = overlay(path), SparsityMonitor(table=False), toy()
+    net = attention_network() if path.stem in NEEDS_ATTENTION else None
+    callbacks, monitor, module = overlay(path), SparsityMonitor(table=False), toy(net=net)
     fit(module, monitor, *callbacks)
     [row] = monitor.history.rows[-1:]
     masks = method_of(callbacks).mask_set

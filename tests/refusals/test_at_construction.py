@@ -60,7 +60,7 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: MagnitudePruning(structure="4:2"), "structure='4:2' must keep some and remove some"),
     (
         lambda: MagnitudePruning(0.5, structure="rows"),
-        "structure='rows' is unknown; write 'unstructured', 'channel', 'coupled', 'fan_in', 'block:RxC' such as 'block",
+        "structure='rows' is unknown; write 'unstructured', 'channel', 'coupled', 'heads', 'fan_in', 'block:RxC' such",
     ),
     (lambda: MagnitudePruning(structure="2:4", allocation="erk"), "structure='2:4' fixes every layer's sparsity"),
     (lambda: MagnitudePruning(0.5, allocation="ERK"), "allocation='ERK' is unknown; choose from ['global', 'uniform'"),

@@ -1,0 +1,350 @@
+"""Heads of attention, found by what depends on what: no names of layers, so any layout of any library will do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.core.calls import Call
+from lightning_sparse.core.costs import tensors_in
+from lightning_sparse.core.cutting import Kept, cut
+from lightning_sparse.core.fewer_heads import FewerHeads
+from lightning_sparse.core.layers import kind_of
+from lightning_sparse.core.libraries import first_line
+from lightning_sparse.core.networks import callee, copy_model, shared_parameters
+
+__all__ = [
+    "Attention",
+    "FoundAttentions",
+    "find_attentions",
+    "places_of",
+    "resize",
+    "row_of",
+    "why_they_stay",
+    "without_heads",
+]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention, and where its heads are. Heads that share a projection, as those of grouped queries, are one.
+
+    Args:
+        name: the module that holds all of its layers.
+        rows: layer -> head -> its outputs there, of query, key and value. Of `nn.MultiheadAttention`, which is one layer,
+            those of each projection.
+        out: the layer that reads the heads.
+        columns: head -> its inputs there.
+    """
+
+    name: str
+    rows: Mapping[str, Sequence[Sequence[int]]]
+    out: str
+    columns: Sequence[Sequence[int]]
+
+    @property
+    def heads(self) -> int:
+        """How many there are."""
+        return len(self.columns)
+
+
+@dataclass
+class FoundAttentions:
+    """What was found, and what looked like attention but is none whose heads can leave.
+
+    Args:
+        attentions: in the order in which they are called.
+        obstacles: layer -> reason.
+    """
+
+    attentions: list[Attention] = field(default_factory=list)
+    obstacles: dict[str, str] = field(default_factory=dict)
+
+
+def find_attentions(model: nn.Module, calls: Sequence[Call]) -> FoundAttentions:
+    """All attentions of a model.
+
+    A layer reads heads if what it is given comes in blocks: the entries of a block depend on the same outputs of layers
+    before it (the queries and keys of a head), and each on one of its own (its value). So `nn.MultiheadAttention`, fused
+    and separate projections, grouped queries and interleaved heads are all found.
+
+    Args:
+        model: that holds them; its parameters may have any values, zeros too.
+        calls: of its networks, on two positions at least.
+    """
+    found = FoundAttentions()
+    shared = shared_parameters(model)
+    for call in calls:
+        prefix, network = callee(model, call.network)
+        for attention in (*_of_torch(network), *_by_trying(network, replace(call, network=""))):
+            layers = [network.get_submodule(name) for name in (*attention.rows, attention.out)]
+            named = _prefixed(attention, prefix)
+            if any(id(p) in shared for layer in layers for p in layer.parameters()):
+                found.obstacles[named.out] = "its weights are shared with another layer"
+            elif attention.heads == 1:
+                found.obstacles[named.out] = "all heads share a projection"
+            else:
+                found.attentions.append(named)
+    return found
+
+
+def places_of(model: nn.Module, attention: Attention) -> list[list[tuple[str, int]]]:
+    """Head -> its rows of parameters: weights and biases of query, key and value."""
+    places: list[list[tuple[str, int]]] = [[] for _ in range(attention.heads)]
+    for path, heads in attention.rows.items():
+        layer = model.get_submodule(path)
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            kind, name = kind_of(layer, leaf), f"{path}.{leaf}".lstrip(".")
+            parts = 3 if leaf.startswith("in_proj") else 1
+            size = parameter.shape[0 if kind is None or parameter.ndim == 1 else kind.output_dim] // parts
+            for head, rows in zip(places, heads, strict=True):
+                head.extend((name, part * size + row) for part in range(parts) for row in rows)
+    return places
+
+
+def _prefixed(attention: Attention, prefix: str) -> Attention:
+    def path(name: str) -> str:
+        return f"{prefix}.{name}".strip(".")
+
+    rows = {path(name): heads for name, heads in attention.rows.items()}
+    return Attention(path(attention.name), rows, path(attention.out), attention.columns)
+
+
+def _of_torch(network: nn.Module) -> Iterator[Attention]:
+    """Those that are one module, which multiplies by its weights out of sight."""
+    for name, part in network.named_modules():
+        if isinstance(part, nn.MultiheadAttention):
+            size = part.head_dim
+            heads = [range(head * size, (head + 1) * size) for head in range(part.num_heads)]
+            yield Attention(name, {name: heads}, f"{name}.out_proj".lstrip("."), heads)
+
+
+# ---- by trying ----------------------------------------------------------------------------------------------------------
+
+
+def _by_trying(network: nn.Module, call: Call) -> list[Attention]:
+    """Those made of layers: the output of every layer begins a graph of its own, from numbers drawn at random."""
+    look = _Look()
+    torch_own = {id(part.out_proj) for part in network.modules() if isinstance(part, nn.MultiheadAttention)}
+    handles = []
+    training = [(part, part.training) for part in network.modules()]
+    network.eval()
+    for name, layer in network.named_modules():
+        kind = kind_of(layer)
+        weight = getattr(layer, "weight", None)
+        is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
+        if kind is not None and kind.reads_input and is_matrix and id(layer) not in torch_own:
+            handles.append(layer.register_forward_pre_hook(look.reading(name), with_kwargs=True))
+            handles.append(layer.register_forward_hook(look.giving(name)))
+    try:
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            call(network)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part, mode in training:
+            part.training = mode
+    return [one for one in look.found if all(look.readers[name] == {one.out} for name in one.rows)]
+
+
+class _Look:
+    """Hooks that see which outputs of earlier layers each layer reads."""
+
+    def __init__(self) -> None:
+        self.ends: dict[str, Tensor] = {}
+        self.readers: dict[str, set[str]] = {}
+        self.found: list[Attention] = []
+        self._dice = torch.Generator().manual_seed(0)
+
+    def giving(self, name: str) -> Callable[..., Any]:
+        def hook(layer: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                return output
+            drawn = torch.randn(output.shape, generator=self._dice).mul_(0.3)  # so small that no softmax saturates
+            self.ends[name] = drawn.to(output).requires_grad_()
+            return self.ends[name].clone()  # what follows may work in place
+
+        return hook
+
+    def reading(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, named: Any) -> None:
+            given: Tensor = args[0] if args else named["input"]
+            if not (self.ends and given.requires_grad):
+                return
+            for source in self._rows(given, range(given.shape[-1])):
+                self.readers.setdefault(source, set()).add(name)
+            attention = self._attention(name, given)
+            if attention is not None:
+                self.found.append(attention)
+
+        return hook
+
+    def _rows(self, given: Tensor, columns: Sequence[int]) -> dict[str, set[int]]:
+        """Layer -> which of its outputs some columns depend on."""
+        part = given[..., list(columns)]
+        weights = torch.rand(part.shape, generator=self._dice).to(part)
+        names, ends = list(self.ends), list(self.ends.values())
+        slopes = torch.autograd.grad((part * weights).sum(), ends, retain_graph=True, allow_unused=True)
+        rows = {
+            name: {*slope.flatten(0, -2).any(0).nonzero().flatten().tolist()}
+            for name, slope in zip(names, slopes, strict=True)
+            if slope is not None
+        }
+        return {name: found for name, found in rows.items() if found}
+
+    def _attention(self, name: str, given: Tensor) -> Attention | None:
+        width = given.shape[-1]
+        first = self._flat(given, [0])
+        size = self._size_of_a_head(given, first) if len(first) > 2 else None
+        if size is None:
+            return None
+        blocks = [range(start, start + size) for start in range(0, width, size)]
+        heads: list[tuple[list[int], set[tuple[str, int]]]] = []
+        for block in blocks:
+            mine: tuple[list[int], set[tuple[str, int]]] = [*block], self._flat(given, block)
+            for other in [one for one in heads if one[1] & mine[1]]:
+                heads.remove(other)
+                mine = other[0] + mine[0], other[1] | mine[1]
+            heads.append(mine)
+        if len(set.union(*(rows for _, rows in heads))) <= width:
+            return None  # a norm over groups
+        layers = sorted({layer for _, rows in heads for layer, _ in rows})
+        rows = {layer: [sorted(row for one, row in mine if one == layer) for _, mine in heads] for layer in layers}
+        return Attention(_holder([*layers, name]), rows, name, [columns for columns, _ in heads])
+
+    def _size_of_a_head(self, given: Tensor, first: set[tuple[str, int]]) -> int | None:
+        """How many columns a head has; None if columns do not come in blocks that depend on the same."""
+        width = given.shape[-1]
+        common = first & self._flat(given, [1]) if width > 2 else set()
+        if not common:
+            return None
+        for size in (size for size in range(2, width) if width % size == 0):
+            if not common <= self._flat(given, [size]):
+                return size
+        return None
+
+    def _flat(self, given: Tensor, columns: Sequence[int]) -> set[tuple[str, int]]:
+        return {(layer, row) for layer, rows in self._rows(given, columns).items() for row in rows}
+
+
+def _holder(paths: Sequence[str]) -> str:
+    """The innermost module that holds all of some."""
+    steps = [path.split(".") for path in paths]
+    same = [names[0] for names in zip(*steps, strict=False)]
+    depth = next((i for i, names in enumerate(zip(*steps, strict=False)) if len({*names}) > 1), len(same))
+    return ".".join(same[:depth])
+
+
+# ---- taking them out ----------------------------------------------------------------------------------------------------
+
+_COUNTS = (
+    "num_heads",
+    "n_heads",
+    "n_head",
+    "heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "all_head_size",
+    "attn_dim",
+    "inner_dim",
+    "split_size",
+)
+"""What modules call numbers that change with the number of their heads."""
+
+
+@torch.no_grad()
+def without_heads(model: nn.Module, attention: Attention, heads: Sequence[int]) -> tuple[dict[str, Kept], dict[str, Any]]:
+    """Take heads out of a model, in place.
+
+    Args:
+        model: that holds the attention.
+        attention: as the model is.
+        heads: that leave.
+
+    Returns:
+        What is left of each layer, and the attributes of modules that have changed, by their paths.
+
+    Raises:
+        ValueError: if the attention cannot have fewer.
+    """
+    stay = [head for head in range(attention.heads) if head not in set(heads)]
+    kept = {
+        layer: Kept(outputs=sorted(row for head in stay for row in rows[head])) for layer, rows in attention.rows.items()
+    }
+    kept[attention.out] = Kept(inputs=sorted(column for head in stay for column in attention.columns[head]))
+    sizes: dict[str, Any] = {}
+    for path in _holders(attention):
+        part = model.get_submodule(path)
+        for name in _COUNTS:
+            value = vars(part).get(name)
+            if isinstance(value, int) and value * len(stay) % attention.heads == 0:
+                sizes[f"{path}.{name}".lstrip(".")] = value * len(stay) // attention.heads
+    for path, part in model.named_modules():
+        if isinstance(part, nn.TransformerEncoder) and getattr(part, "use_nested_tensor", False):
+            sizes[f"{path}.use_nested_tensor".lstrip(".")] = False  # its layers would have to be torch's own
+    resize(model, sizes)
+    for layer, part_left in kept.items():
+        cut(model.get_submodule(layer), part_left)
+    return kept, sizes
+
+
+def why_they_stay(model: nn.Module, calls: Sequence[Call], attentions: Sequence[Attention]) -> str:
+    """Why no head of some attentions can leave a model, tried on the last one of each; empty if they can.
+
+    Args:
+        model: that holds them.
+        calls: of its networks.
+        attentions: in it.
+    """
+    zeroed, smaller = copy_model(model).eval(), copy_model(model).eval()
+    with torch.no_grad():
+        for attention in attentions:
+            for name, row in places_of(zeroed, attention)[-1]:
+                row_of(zeroed, name, row).zero_()
+        try:
+            for attention in attentions:
+                without_heads(smaller, attention, [attention.heads - 1])
+            both = [(_outputs(call, zeroed), _outputs(call, smaller)) for call in calls]
+        except Exception as error:
+            return f"with fewer heads the model does not run ({first_line(error)})"
+    pairs = [pair for mine, theirs in both for pair in zip(mine, theirs, strict=True) if pair[0].shape == pair[1].shape]
+    if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max())) for a, b in pairs if a.numel()):
+        return "with fewer heads the model returns something else"
+    return "" if pairs else "with fewer heads all that the model returns has another size"
+
+
+def row_of(model: nn.Module, name: str, row: int) -> Tensor:
+    """An output of a parameter: of a weight, or of a bias."""
+    holder, _, leaf = name.rpartition(".")
+    parameter, kind = model.get_parameter(name), kind_of(model.get_submodule(holder), leaf)
+    return parameter.select(0 if kind is None or parameter.ndim == 1 else kind.output_dim, row)
+
+
+def _outputs(call: Call, model: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(call(model)) if tensor.is_floating_point()]
+
+
+def resize(model: nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Set attributes of modules, by their paths; where heads leave `nn.MultiheadAttention`, it becomes `FewerHeads`."""
+    for path, value in sizes.items():
+        holder, _, name = path.rpartition(".")
+        part = model.get_submodule(holder)
+        if type(part) is nn.MultiheadAttention:
+            part = FewerHeads.of(part)
+            model.set_submodule(holder, part)
+        setattr(part, name, value)
+
+
+def _holders(attention: Attention) -> list[str]:
+    """Modules that may know how many heads there are: from the one that holds all layers down to those that hold one."""
+    paths = [attention.name]
+    for layer in (*attention.rows, attention.out):
+        steps = layer.split(".")
+        inner = [".".join(steps[:depth]) for depth in range(len(steps))]
+        paths += [path for path in inner if path.startswith(f"{attention.name}.")]
+    return list(dict.fromkeys(paths))
