@@ -286,7 +286,7 @@ def shoot_comparison(file: Path) -> None:
             _observed_run(Path(folder) / f"dense {seed}", seed)
         page = Path(folder) / "comparison.html"
         write_report(page, *(run for found in find_reports([folder]) for run in read_report(found)))
-        look(page, "return {}", 1280, 1030, "dark", file)
+        look(page, "return {}", 1280, 920, "dark", file)
 
 
 def _observed_run(folder: Path, seed: int, *methods: L.Callback) -> None:
