@@ -1,6 +1,6 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: check static format lint types spelling docs docs-serve test oldest
+.PHONY: check static format lint types spelling docs docs-serve notebooks pictures test oldest
 
 check: static test
 
@@ -20,12 +20,19 @@ spelling:
 
 # Warnings are errors: a broken link, an unknown name and a broken formula are told with file and line.
 docs:
-	@$(PYTHON) -c "import furo, myst_nb, sphinx_copybutton, sphinx_design" 2> /dev/null \
+	@$(PYTHON) -c "import furo, latex2mathml, myst_nb, sphinx_copybutton, sphinx_design" 2> /dev/null \
 		|| { echo "make docs needs packages that are not installed; run pip install -e '.[docs]'." >&2; exit 1; }
 	$(PYTHON) -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/site
 
 docs-serve: docs
 	$(PYTHON) -m http.server --directory build/site
+
+# What is stored and read without being run: outputs of the notebooks, and pictures of the README and the site.
+notebooks:
+	$(PYTHON) notebooks/execute.py
+
+pictures:
+	$(PYTHON) docs/pictures.py
 
 test:
 	$(PYTHON) -m pytest -n auto

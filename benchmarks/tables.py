@@ -420,7 +420,9 @@ def draw(suite: Comparison, found: Sequence[Mapping[str, Any]], file: Path, colu
     dense = curves.pop("dense", None)
     lines = -(-len(curves) // columns)
     size = (2.1 * columns, 1.9 * lines)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
     ticks = sorted({density for curve in curves.values() for density, _, _ in curve}, reverse=True)
     marks = [a for a in (99, 98, 95, 92, 90, 88, 85, 80, 70, 60, 40, 20, 10) if 100 - a <= max(means) + 10]
     for axis in axes.flat[len(curves) :]:
@@ -430,7 +432,7 @@ def draw(suite: Comparison, found: Sequence[Mapping[str, Any]], file: Path, colu
             axis.plot(*list(zip(*other, strict=True))[:2], color="0.85", linewidth=1)
         if dense:
             axis.axhline(dense[0][1], color="0.5", linewidth=0.8, linestyle=":")
-        axis.errorbar(*zip(*curve, strict=True), color="tab:blue", linewidth=1.6, marker="o", markersize=3, capsize=2)
+        axis.errorbar(*zip(*curve, strict=True), color="C0", linewidth=1.6, marker="o", markersize=3, capsize=2)
         axis.set_title(method, fontsize=8)
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -442,7 +444,6 @@ def draw(suite: Comparison, found: Sequence[Mapping[str, Any]], file: Path, colu
     axes.flat[0].set_ylim(1.05 * max(means), 0.95 * min(means))
     figure.supxlabel("sparsity, %", fontsize=8)
     figure.supylabel("test accuracy, %, on the scale of the error", fontsize=8)
-    figure.tight_layout()
     figure.savefig(file, dpi=130)
 
 
@@ -457,11 +458,11 @@ def draw_features(epochs: Mapping[str, Mapping[str, Sequence[float]]], file: Pat
     columns = min(4, len(layers))
     lines = -(-len(layers) // columns)
     size = (2.4 * columns, 2.0 * lines)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis in axes.flat[len(layers) :]:
         axis.set_visible(False)
     for axis, layer in zip(axes.flat, layers, strict=False):
-        for (epoch, sizes), color in zip(epochs.items(), ("0.75", "0.5", "tab:blue"), strict=True):
+        for (epoch, sizes), color in zip(epochs.items(), ("0.75", "C9", "C0"), strict=True):
             values = sorted(value for value in sizes[layer] if value > 0)
             shares = [100 * (place + 0.5) / len(sizes[layer]) for place in range(len(values))]
             axis.plot(shares, values, color=color, linewidth=1.4, label=epoch)
@@ -473,8 +474,7 @@ def draw_features(epochs: Mapping[str, Mapping[str, Sequence[float]]], file: Pat
         axis.spines[["top", "right"]].set_visible(False)
     axes.flat[0].legend(fontsize=6.5, frameon=False)
     figure.supxlabel("features in order of size, %; those without a gradient are left out", fontsize=8)
-    figure.supylabel("root mean square", fontsize=8)
-    figure.tight_layout()
+    figure.supylabel("gradient, root mean square", fontsize=8)
     figure.savefig(file, dpi=130)
 
 
@@ -495,6 +495,9 @@ def main() -> None:
     if options.draw:
         if options.draw.name not in FIGURES:
             parser.error(f"no figure {options.draw.name!r}; choose from {', '.join(FIGURES)}")
+        from matplotlib import pyplot
+
+        pyplot.style.use("lightning_sparse.observe.figures")
         FIGURES[options.draw.name](options.draw)
     elif options.table:
         print(block(options.table))

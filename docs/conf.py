@@ -17,12 +17,12 @@ version = release = lightning_sparse.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "myst_nb",
     "sphinx_design",
     "sphinx_copybutton",
     "docstrings",
+    "formulas",
     "cards",
     "pages",
 ]
@@ -33,6 +33,7 @@ html_title = "lightning_sparse"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_math_renderer = "mathml"
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 

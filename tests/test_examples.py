@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,38 @@ def language_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return [json.loads(line) for line in out.read_text().splitlines()], capsys.readouterr().out
 
     return run
+
+
+def run(name: str, folder: Path, *options: str) -> str:
+    """What an example prints in a process of its own."""
+    command = [sys.executable, str(ROOT / "examples" / name), "--quick", *options]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_an_image_classifier(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]*) ?\|$", run("finetune_timm.py", tmp_path), flags=re.M)
+    (_, dense, _), *others = rows
+    assert [name for name, *_ in rows] == [
+        "nothing",
+        "magnitude",
+        "Wanda",
+        "SparseGPT",
+        "SparseGPT, with its dense self as a teacher",
+    ]
+    assert len({pruned for _, pruned, _ in others}) == 3, "the teacher changes nothing before the first step"
+    assert all(float(after) > 0.5 for _, _, after in others)
+    assert float(dense) > 0.5
+
+
+def test_a_large_model_on_two_ranks_and_then_on_one(tmp_path: Path) -> None:
+    run("large_model.py", tmp_path, "--devices=2")
+    resumed = run("large_model.py", tmp_path, "--devices=1", "--resume")
+    assert "The plain decoder holds 90.0" in resumed
 
 
 @pytest.mark.filterwarnings("ignore:.*`training_step` returned")

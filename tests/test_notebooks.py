@@ -1,11 +1,10 @@
-"""Every notebook runs from top to bottom, quickly, and is stored without its outputs."""
+"""Every notebook runs from top to bottom, and shows what is stored in it."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import logging
-from collections.abc import Iterator
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,90 +12,127 @@ import pytest
 
 from tests.helpers.overlays import ROOT
 
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("matplotlib")
+
+CODE = runpy.run_path(str(ROOT / "notebooks" / "execute.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-def run(path: Path) -> dict[str, Any]:
-    """The names a notebook ends with; its code cells are plain Python."""
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("agg")
-    names: dict[str, Any] = {"__name__": "__main__"}
-    for number, cell in enumerate(json.loads(path.read_text())["cells"]):
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
-    matplotlib.pyplot.close("all")
-    return names
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("QUICK", "1")
-    logger = logging.getLogger("lightning.pytorch")  # notebooks silence it, and other tests read what it says
-    level = logger.level
-    yield
-    logger.setLevel(level)
+CLAIMS = {
+    "checkpoint": """
+gradual, at_once = (runs[name, 0.9] for name in ("magnitude, gradual", "magnitude, at once"))
+assert gradual[1] == reference and gradual[2] > reference - 3
+assert at_once[1] < 40 < 80 < at_once[2]
+assert same and zeros == round(0.9 * 77_072)
+assert report.rungs["compact"].bytes < 0.2 * report.rungs["plain"].bytes
+""",
+    "cka": """
+assert abs(similar["the same images, rotated"] - 1) < 1e-6
+assert similar["their labels"] > 0.3 > abs(similar["the images of other samples"])
+assert len(maps["new, dense"].names) == 6
+assert statistics.mean(found[0.1][1]) < statistics.mean(found[0.0][1]) - 0.05
+""",
+    "comparing": """
+assert dense > 95 and min(mean[0] for mean in means.values()) > 90
+assert all(sum(counts) == 293 for counts in left.values())
+assert left["random"] == left["RigL"]
+assert means["SynFlow"][-1] > means["SNIP"][-1] + 10
+assert min(left["SynFlow"][3], left["HyperSparse"][3]) > max(left["SNIP"][3], left["magnitude"][3])
+""",
+    "export": """
+assert change < 1e-5
+assert report.rungs["removed"].parameters < 0.35 * report.rungs["dense"].parameters
+assert smaller.network.fc.in_features == optimizer.param_groups[0]["params"][-2].shape[1]
+assert float((in_onnx(images).argmax(1) == labels).float().mean()) > 0.9
+""",
+    "layer_sparsity": """
+before, after = report.depth
+assert before == 8 == after + len(report.merged)
+assert abs(errors["merged"] / errors["eight layers, penalty"] - 1) < 0.05
+assert errors["merged"] < 0.7 * errors["eight layers, no penalty"]
+""",
+    "lp_sphere": """
+for values in (*measured.values(), *predicted.values()):
+    assert all(a > b for a, b in zip(values, values[1:])), "sparsity falls along p"
+assert min(accuracy for _, accuracy in trained.values()) > 0.95
+""",
+    "seeing": """
+assert [row["epoch"] for row in rows] == list(range(epochs))
+assert rows[int(Path(best.best_model_path).stem.split("-")[0].removeprefix("epoch="))]["phase"] == "at target"
+assert len(reports) == 5
+assert kept[-1][0] > 10 * kept[-1][names.index("stages.2.0.conv2")]
+assert comparison.stat().st_size < 1_000_000
+""",
+}
+"""What the text of each notebook says, as assertions that run behind its last cell."""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_stripped(path: Path) -> None:
+def test_it_shows_what_is_stored(path: Path) -> None:
+    if path.stem == "export":
+        for package in ("onnx", "onnxruntime", "onnxscript", "torch_pruning"):
+            pytest.importorskip(package)
+    fresh = CODE["execute"](path, CLAIMS[path.stem])
+    assert CODE["differences"](nbformat.read(path, as_version=4), fresh) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_small_and_tells_a_story(path: Path) -> None:
+    assert path.stat().st_size < 250_000
     cells = json.loads(path.read_text())["cells"]
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    first, *_ = texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    assert re.match(r"# .+\n", first)
+    assert re.search(r"\*\*[^*]+\?\*\*", first), "a question at the top"
+    assert texts[-1].startswith("## Answer"), "an answer at the end"
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
+    assert all("text/html" not in output.get("data", {}) for output in outputs), "the page of a repository shows no HTML"
+    assert not any(output.get("name") == "stderr" or output["output_type"] == "error" for output in outputs)
 
 
-def test_lp_sphere() -> None:
-    names = run(ROOT / "notebooks" / "lp_sphere.ipynb")
-    assert set(names["measured"]) == set(names["predicted"]) == set(names["LAYERS"])
-    for values in (*names["measured"].values(), *names["predicted"].values()):
-        assert all(a > b for a, b in itertools.pairwise(values)), "sparsity falls along p"
+def notebook(*cells: str, tags: tuple[str, ...] = ()) -> Any:
+    code = [nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)}) for source in cells]
+    return nbformat.v4.new_notebook(cells=code)
 
 
-def test_layer_sparsity() -> None:
-    names = run(ROOT / "notebooks" / "layer_sparsity.ipynb")
-    before, after = names["report"].depth
-    assert before == 8 == after + len(names["report"].merged)
-    assert names["errors"]["merged"] == pytest.approx(names["errors"]["penalized"], rel=0.05)
-    assert len(names["method"].history) == names["epochs"] + 1
+def stored(text: str, *tags: str) -> Any:
+    made = notebook("", tags=tags)
+    made.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
+    return made
 
 
-def test_seeing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_MODE", "WANDB_SILENT", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))  # the notebook sets the first two itself
-    names = run(ROOT / "notebooks" / "seeing.ipynb")
-    assert [row["epoch"] for row in names["monitor"].history.rows] == list(range(names["epochs"]))
-    assert names["best"].best_model_path
-    assert len(names["reports"]) == 4
-    assert names["comparison"].stat().st_size < 1_000_000
-    assert list(names["runs"].rglob("*.wandb"))
+@pytest.mark.parametrize(
+    ("tags", "before", "after", "same"),
+    [
+        ((), "12 weights, 3.0 s", "12 weights, 3.0 s", True),
+        ((), "12 weights", "13 weights", False),
+        (("approximate",), "90.1 % of 1,200", "91.0 % of  1,250", True),
+        (("approximate",), "90.1 % of 1,200", "91.0 % of 1,600", False),
+        (("approximate",), "90.1 %", "90.1 percent", False),
+        (("varies",), "43.6 and -0.00", "80.1 and 0.01", True),
+        (("varies",), "43.6 % RigL", "43.6 % SET", False),
+        (("timed",), "removed: faster", "removed: no faster", True),
+        (("timed",), "removed: faster", "", False),
+    ],
+)
+def test_what_counts_as_a_difference(tags: tuple[str, ...], before: str, after: str, same: bool) -> None:
+    assert (CODE["differences"](stored(before, *tags), stored(after, *tags)) == []) is same
 
 
-@pytest.mark.filterwarnings("ignore:HyperSparse continues with", "ignore:.*has removed all of")
-def test_comparing() -> None:
-    names = run(ROOT / "notebooks" / "comparing.ipynb")
-    assert len(names["curves"]) == 11
-    assert names["dense"][0] > 80
-    sizes = names["sizes"]
-    for (method, sparsity, _), (_, weights) in names["runs"].items():
-        kept = sum(int(weight.count_nonzero()) for weight in weights.values())
-        assert kept == pytest.approx((1 - sparsity) * sum(sizes), abs=1), method
-    for name, shares in names["layers"].items():
-        left = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
-        assert left == pytest.approx(1 - names["sparsities"][-1], abs=1e-3), name
-        assert left < names["work"][name] < 0.5, "small layers, used often, are the denser ones"
+def test_an_output_that_is_gone_or_new_is_a_difference() -> None:
+    for before, after in ((stored("12"), notebook("")), (notebook(""), stored("12"))):
+        (told,) = CODE["differences"](before, after)
+        assert told.startswith("cell 0 shows")
 
 
-def test_cka() -> None:
-    names = run(ROOT / "notebooks" / "cka.ipynb")
-    similar = {name: float(names["linear_cka"](names["x"], y)) for name, y in names["others"].items()}
-    assert similar["rotated"] == pytest.approx(1)
-    assert similar["their labels"] > 0.3 > abs(similar["the images of other samples"])
-    assert len(names["maps"]["not trained, dense"].names) == 9
-    weakest, strongest = (names["found"]["random", names["STRENGTHS"][i]][1] for i in (0, -1))
-    assert strongest[0] < weakest[0] - 0.02
-
-
-def test_export() -> None:
-    pytest.importorskip("torch_pruning")
-    names = run(ROOT / "notebooks" / "export.ipynb")
-    assert names["change"] < 1e-5
-    assert names["report"].rungs["removed"].parameters < 0.35 * names["report"].rungs["dense"].parameters
-    assert names["smaller"].network.fc.in_features == names["optimizer"].param_groups[0]["params"][-2].shape[1]
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("x = 1\n1 / 0", r"(?s)told\.ipynb fails: .*ZeroDivisionError"),
+        ("import sys\nprint('look out', file=sys.stderr)", r"told\.ipynb, cell 0 writes to the error stream: look out"),
+    ],
+)
+def test_a_cell_that_fails_or_warns_is_named(source: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "told.ipynb"
+    nbformat.write(notebook(source), path)
+    with pytest.raises(RuntimeError, match=said):
+        CODE["execute"](path)

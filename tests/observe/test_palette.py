@@ -117,3 +117,16 @@ def test_colors_of_the_page_are_those_that_were_checked() -> None:
     defined = set(re.findall(r"--(\w+):", style_sheet()))
     assert set(re.findall(r"var\(--(\w+)\)", css)) <= defined
     assert set(re.findall(r"[^-]color: var\(--(\w+)\)", css)) == {"ink", "soft"}
+
+
+def test_figures_have_the_colors_of_the_page() -> None:
+    style = pytest.importorskip("matplotlib.style")
+    with style.context("lightning_sparse.observe.figures"):
+        import matplotlib
+
+        assert (
+            tuple(f"#{color.lstrip('#')}" for color in matplotlib.rcParams["axes.prop_cycle"].by_key()["color"])
+            == SERIES["light"]
+        )
+        assert f"#{matplotlib.rcParams['text.color'].lstrip('#')}" == THEMES["light"]["ink"]
+        assert f"#{matplotlib.rcParams['grid.color'].lstrip('#')}" == THEMES["light"]["rule"]
