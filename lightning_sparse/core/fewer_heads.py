@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any, Self, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class FewerHeads(nn.MultiheadAttention):
     """
 
     @classmethod
-    def of(cls, attention: nn.MultiheadAttention) -> Self:
+    def of(cls, attention: nn.MultiheadAttention) -> FewerHeads:
         """The same attention with the same heads, some of which may be cut out.
 
         Raises:
