@@ -45,9 +45,9 @@ class RigL(Rewiring):
         drop_schedule: `cosine`, `constant`, or a function of (progress, start value, end value).
         allocation: how sparsity is distributed over the layers: `erk`, `erk+` (last layer dense), `er`, `uniform`,
             `uniform+` (first layer dense), or `global` (every weight has the same chance).
-        structure: `unstructured`; `n:m`: every group of m inputs keeps n connections at all times; `fan_in`: every output of
-            a layer has the same number of connections (SRigL, Lasby et al. 2024, https://arxiv.org/abs/2305.02299); or
-            `block:RxC`: whole blocks move.
+        structure: `unstructured`, `n:m` (every group of m inputs keeps n connections at all times), `fan_in` (every output
+            of a layer has the same number of connections: SRigL, Lasby et al. 2024, https://arxiv.org/abs/2305.02299), or
+            `block:RxC` (whole blocks move).
         layer_sparsity: glob -> sparsity for individual layers; they count toward the total.
         min_salient: with `structure='fan_in'`: ablate outputs where less than this fraction of the fan-in survives or grows,
             in [0, 1] (published: 0.3 for convolutional networks, 0.95 for transformers); never in the last layer. 0 ablates
