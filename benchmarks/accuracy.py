@@ -58,9 +58,6 @@ from lightning_sparse.loop import Sparsifier
 from lightning_sparse.models import Classifier
 from lightning_sparse.observe import SimilarityMap
 
-FITTING = ["!:first"]
-"""Where structures need inputs that divide by four: images have one or three channels."""
-
 METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "dense": lambda s: [],
     "random": lambda s: [RandomSparsity(s)],
@@ -82,16 +79,16 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "gradual": lambda s: [MagnitudePruning(s)],
     "AC/DC": lambda s: [ACDC(s)],
     "RigL, fan-in": lambda s: [RigL(s, structure="fan_in")],
-    "gradual, blocks of 4": lambda s: [MagnitudePruning(s, structure="block:4x4", targets=FITTING)],
+    "gradual, blocks of 4": lambda s: [MagnitudePruning(s, structure="block:4x4")],
     "channels, half of the MACs": lambda s: [MagnitudePruning(s, structure="coupled", budget="macs")],
     "channels, half of the MACs, uniform": lambda s: [
         MagnitudePruning(s, structure="coupled", budget="macs", allocation="uniform")
     ],
-    "gradual 2:4": lambda s: [MagnitudePruning(structure="2:4", targets=FITTING)],
-    "AC/DC 2:4": lambda s: [ACDC(structure="2:4", targets=FITTING)],
-    "SR-STE": lambda s: [SRSTE(targets=FITTING)],
-    "S-STE": lambda s: [SRSTE(soft=True, targets=FITTING)],
-    "SR-STE, transposable": lambda s: [SRSTE(structure="transposable 2:4", every="40 steps", targets=FITTING)],
+    "gradual 2:4": lambda s: [MagnitudePruning(structure="2:4")],
+    "AC/DC 2:4": lambda s: [ACDC(structure="2:4")],
+    "SR-STE": lambda s: [SRSTE()],
+    "S-STE": lambda s: [SRSTE(soft=True)],
+    "SR-STE, transposable": lambda s: [SRSTE(structure="transposable 2:4", every="40 steps")],
     "SET": lambda s: [SET(s)],
     "RigL": lambda s: [RigL(s)],
     "RigL, drop_fraction=0.1": lambda s: [RigL(s, drop_fraction=0.1)],
