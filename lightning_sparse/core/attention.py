@@ -123,7 +123,7 @@ def _of_torch(network: nn.Module) -> Iterator[Attention]:
             yield Attention(name, {name: heads}, f"{name}.out_proj".lstrip("."), heads)
 
 
-# ---- by trying ----------------------------------------------------------------------------------------------------------
+# ---- by tracing ---------------------------------------------------------------------------------------------------------
 
 
 def _by_trying(network: nn.Module, call: Call) -> list[Attention]:
@@ -239,7 +239,7 @@ def _holder(paths: Sequence[str]) -> str:
     return ".".join(same[:depth])
 
 
-# ---- taking them out ----------------------------------------------------------------------------------------------------
+# ---- removing heads -----------------------------------------------------------------------------------------------------
 
 _COUNTS = (
     "num_heads",

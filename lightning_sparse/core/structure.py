@@ -110,7 +110,7 @@ class Structure(ABC):
             target: the weight.
             mask: its current mask.
             keep: scores of the connections; the lowest are dropped.
-            grow: scores of the other entries; the highest are grown.
+            grow: scores of all entries; the highest of those that are not connections are grown.
             fraction: the fraction of connections to drop.
             kept: the current number of connections.
             min_salient: with `structure='fan_in'`: ablate outputs where less than this fraction of the fan-in survives or

@@ -200,7 +200,7 @@ def _difference(before: nn.Module, after: nn.Module, probes: list[Call], toleran
     return "" if compared else "without its dead heads all outputs have another size"
 
 
-# ---- taking it out ------------------------------------------------------------------------------------------------------
+# ---- removing channels --------------------------------------------------------------------------------------------------
 
 
 Cut = tuple[list[DeadGroup], nn.Module, dict[str, Kept]]

@@ -83,7 +83,7 @@ def regrow(
     Args:
         mask: True = kept.
         keep: scores of the connections, in the mask's shape; the lowest are dropped.
-        grow: finite scores of the entries; the highest are grown.
+        grow: finite scores of all entries; the highest of those that are not connections are grown.
         count: number of connections to drop, from 0 to all of them.
         kept: the number of connections on all ranks together, if known.
         protect: sets the score to inf for entries that a structure such as n of m must keep; called with `grow`, where

@@ -62,7 +62,7 @@ def _watch(methods: Sequence[Sparsifier]) -> Watcher:
     return Watcher(look)
 
 
-# ---- 6 accumulation, precision, layout -------------------------------------------------------------------------------
+# ---- 6 accumulation, precision, memory layout ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def serves_compiled_modules(case: Case) -> None:
     require(not wrong, f"Compiled, the module ends otherwise than the plain one: {wrong[:4]}.")
 
 
-# ---- 7 again and again -----------------------------------------------------------------------------------------------
+# ---- 7 repeated fits -------------------------------------------------------------------------------------------------
 
 
 def is_trained_twice(case: Case) -> None:
