@@ -1,4 +1,4 @@
-"""Heads of attention, found by what depends on what: no names of layers, so any layout of any library will do."""
+"""Find attention heads by tracing dependencies, not by layer names; this works for any layout from any library."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention, and where its heads are. Heads that share a projection, as those of grouped queries, are one.
+    """An attention and the positions of its heads. Heads that share a projection, as in grouped queries, count as one.
 
     Args:
         name: the module that holds all of its layers.
-        rows: layer -> head -> its outputs there, of query, key and value. Of `nn.MultiheadAttention`, which is one layer,
-            those of each projection.
+        rows: layer -> head -> its outputs in that layer (query, key, value). `nn.MultiheadAttention` is one layer; there
+            they are the outputs in each projection.
         out: the layer that reads the heads.
-        columns: head -> its inputs there.
+        columns: head -> its inputs in `out`.
     """
 
     name: str
@@ -48,17 +48,17 @@ class Attention:
 
     @property
     def heads(self) -> int:
-        """How many there are."""
+        """Number of heads."""
         return len(self.columns)
 
 
 @dataclass
 class FoundAttentions:
-    """What was found, and what looked like attention but is none whose heads can leave.
+    """The attentions that were found, and those whose heads cannot be removed.
 
     Args:
-        attentions: in the order in which they are called.
-        obstacles: layer -> reason.
+        attentions: the attentions, in the order in which they are called.
+        obstacles: output layer of an attention whose heads cannot be removed -> reason.
     """
 
     attentions: list[Attention] = field(default_factory=list)
@@ -66,15 +66,15 @@ class FoundAttentions:
 
 
 def find_attentions(model: nn.Module, calls: Sequence[Call]) -> FoundAttentions:
-    """All attentions of a model.
+    """Find all attentions of a model.
 
-    A layer reads heads if what it is given comes in blocks: the entries of a block depend on the same outputs of layers
-    before it (the queries and keys of a head), and each on one of its own (its value). So `nn.MultiheadAttention`, fused
-    and separate projections, grouped queries and interleaved heads are all found.
+    A layer reads heads if its input consists of blocks: the entries of a block depend on the same outputs of earlier layers
+    (the queries and keys of a head), and each entry depends on one more output that is its own (its value). This finds
+    `nn.MultiheadAttention`, fused and separate projections, grouped queries and interleaved heads.
 
     Args:
-        model: that holds them; its parameters may have any values, zeros too.
-        calls: of its networks, on two positions at least.
+        model: the model; its parameters may have any values, including zeros.
+        calls: calls of its networks, with at least two positions.
     """
     found = FoundAttentions()
     shared = shared_parameters(model)
@@ -93,7 +93,7 @@ def find_attentions(model: nn.Module, calls: Sequence[Call]) -> FoundAttentions:
 
 
 def places_of(model: nn.Module, attention: Attention) -> list[list[tuple[str, int]]]:
-    """Head -> its rows of parameters: weights and biases of query, key and value."""
+    """Return, for each head, its rows in the parameters: weights and biases of query, key and value."""
     places: list[list[tuple[str, int]]] = [[] for _ in range(attention.heads)]
     for path, heads in attention.rows.items():
         layer = model.get_submodule(path)
@@ -115,7 +115,7 @@ def _prefixed(attention: Attention, prefix: str) -> Attention:
 
 
 def _of_torch(network: nn.Module) -> Iterator[Attention]:
-    """Those that are one module, which multiplies by its weights out of sight."""
+    """Yield every `nn.MultiheadAttention`; it uses its weights internally, so hooks cannot see the products."""
     for name, part in network.named_modules():
         if isinstance(part, nn.MultiheadAttention):
             size = part.head_dim
@@ -123,11 +123,11 @@ def _of_torch(network: nn.Module) -> Iterator[Attention]:
             yield Attention(name, {name: heads}, f"{name}.out_proj".lstrip("."), heads)
 
 
-# ---- by trying ----------------------------------------------------------------------------------------------------------
+# ---- by tracing ---------------------------------------------------------------------------------------------------------
 
 
 def _by_trying(network: nn.Module, call: Call) -> list[Attention]:
-    """Those made of layers: the output of every layer begins a graph of its own, from numbers drawn at random."""
+    """Find attentions made of layers: the output of every layer is replaced by random numbers that start a new graph."""
     look = _Look()
     torch_own = {id(part.out_proj) for part in network.modules() if isinstance(part, nn.MultiheadAttention)}
     handles = []
@@ -164,9 +164,9 @@ class _Look:
         def hook(layer: nn.Module, args: Any, output: Any) -> Any:
             if not isinstance(output, Tensor):
                 return output
-            drawn = torch.randn(output.shape, generator=self._dice).mul_(0.3)  # so small that no softmax saturates
+            drawn = torch.randn(output.shape, generator=self._dice).mul_(0.3)  # small, so that no softmax saturates
             self.ends[name] = drawn.to(output).requires_grad_()
-            return self.ends[name].clone()  # what follows may work in place
+            return self.ends[name].clone()  # later operations may work in place
 
         return hook
 
@@ -184,7 +184,7 @@ class _Look:
         return hook
 
     def _rows(self, given: Tensor, columns: Sequence[int]) -> dict[str, set[int]]:
-        """Layer -> which of its outputs some columns depend on."""
+        """Return, for each layer, the outputs that these columns depend on."""
         part = given[..., list(columns)]
         weights = torch.rand(part.shape, generator=self._dice).to(part)
         names, ends = list(self.ends), list(self.ends.values())
@@ -217,7 +217,7 @@ class _Look:
         return Attention(_holder([*layers, name]), rows, name, [columns for columns, _ in heads])
 
     def _size_of_a_head(self, given: Tensor, first: set[tuple[str, int]]) -> int | None:
-        """How many columns a head has; None if columns do not come in blocks that depend on the same."""
+        """Return the number of columns of a head; None if the columns do not form blocks with the same dependencies."""
         width = given.shape[-1]
         common = first & self._flat(given, [1]) if width > 2 else set()
         if not common:
@@ -232,14 +232,14 @@ class _Look:
 
 
 def _holder(paths: Sequence[str]) -> str:
-    """The innermost module that holds all of some."""
+    """Return the path of the innermost module that holds all of these paths."""
     steps = [path.split(".") for path in paths]
     same = [names[0] for names in zip(*steps, strict=False)]
     depth = next((i for i, names in enumerate(zip(*steps, strict=False)) if len({*names}) > 1), len(same))
     return ".".join(same[:depth])
 
 
-# ---- taking them out ----------------------------------------------------------------------------------------------------
+# ---- removing heads -----------------------------------------------------------------------------------------------------
 
 _COUNTS = (
     "num_heads",
@@ -254,23 +254,23 @@ _COUNTS = (
     "inner_dim",
     "split_size",
 )
-"""What modules call numbers that change with the number of their heads."""
+"""Names that modules use for attributes that change with the number of heads."""
 
 
 @torch.no_grad()
 def without_heads(model: nn.Module, attention: Attention, heads: Sequence[int]) -> tuple[dict[str, Kept], dict[str, Any]]:
-    """Take heads out of a model, in place.
+    """Remove heads from a model, in place.
 
     Args:
-        model: that holds the attention.
-        attention: as the model is.
-        heads: that leave.
+        model: the model that holds the attention.
+        attention: the attention, as it is in the model now.
+        heads: the heads to remove.
 
     Returns:
-        What is left of each layer, and the attributes of modules that have changed, by their paths.
+        What is left of each layer, and the changed attributes of modules, by their paths.
 
     Raises:
-        ValueError: if the attention cannot have fewer.
+        ValueError: if the attention cannot have fewer heads.
     """
     stay = [head for head in range(attention.heads) if head not in set(heads)]
     kept = {
@@ -286,7 +286,7 @@ def without_heads(model: nn.Module, attention: Attention, heads: Sequence[int]) 
                 sizes[f"{path}.{name}".lstrip(".")] = value * len(stay) // attention.heads
     for path, part in model.named_modules():
         if isinstance(part, nn.TransformerEncoder) and getattr(part, "use_nested_tensor", False):
-            sizes[f"{path}.use_nested_tensor".lstrip(".")] = False  # its layers would have to be torch's own
+            sizes[f"{path}.use_nested_tensor".lstrip(".")] = False  # nested tensors need torch's own layers
     resize(model, sizes)
     for layer, part_left in kept.items():
         cut(model.get_submodule(layer), part_left)
@@ -294,12 +294,12 @@ def without_heads(model: nn.Module, attention: Attention, heads: Sequence[int]) 
 
 
 def why_they_stay(model: nn.Module, calls: Sequence[Call], attentions: Sequence[Attention]) -> str:
-    """Why no head of some attentions can leave a model, tried on the last one of each; empty if they can.
+    """Return why heads cannot be removed, by trying to remove the last head of each attention; empty if they can.
 
     Args:
-        model: that holds them.
-        calls: of its networks.
-        attentions: in it.
+        model: the model that holds the attentions.
+        calls: calls of its networks.
+        attentions: the attentions to try.
     """
     zeroed, smaller = copy_model(model).eval(), copy_model(model).eval()
     with torch.no_grad():
@@ -319,7 +319,7 @@ def why_they_stay(model: nn.Module, calls: Sequence[Call], attentions: Sequence[
 
 
 def row_of(model: nn.Module, name: str, row: int) -> Tensor:
-    """An output of a parameter: of a weight, or of a bias."""
+    """Return the row of a parameter, a weight or a bias, that belongs to one output."""
     holder, _, leaf = name.rpartition(".")
     parameter, kind = model.get_parameter(name), kind_of(model.get_submodule(holder), leaf)
     return parameter.select(0 if kind is None or parameter.ndim == 1 else kind.output_dim, row)
@@ -330,7 +330,7 @@ def _outputs(call: Call, model: nn.Module) -> list[Tensor]:
 
 
 def resize(model: nn.Module, sizes: Mapping[str, Any]) -> None:
-    """Set attributes of modules, by their paths; where heads leave `nn.MultiheadAttention`, it becomes `FewerHeads`."""
+    """Set attributes of modules, by their paths; an `nn.MultiheadAttention` that loses heads becomes `FewerHeads`."""
     for path, value in sizes.items():
         holder, _, name = path.rpartition(".")
         part = model.get_submodule(holder)
@@ -341,7 +341,7 @@ def resize(model: nn.Module, sizes: Mapping[str, Any]) -> None:
 
 
 def _holders(attention: Attention) -> list[str]:
-    """Modules that may know how many heads there are: from the one that holds all layers down to those that hold one."""
+    """Return modules that may store the number of heads: from the one that holds all layers down to those that hold one."""
     paths = [attention.name]
     for layer in (*attention.rows, attention.out):
         steps = layer.split(".")

@@ -1,4 +1,4 @@
-"""How much is removed, of what, and how it is shared among layers; exact in every case."""
+"""How much is removed, what sparsity counts, and how it is distributed over layers; always exact."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lightning_sparse.functional import ALLOCATIONS
 __all__ = ["AllocationName", "Budget", "BudgetName"]
 
 AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+", "owl"]
-"""`global` lets the scores of all layers compete, `owl` weighs layers by the outliers among their scores; the others are the
-names in `functional.ALLOCATIONS`."""
+"""With `global`, the scores of all layers compete; `owl` weights layers by the outliers among their scores; the others are
+the names in `functional.ALLOCATIONS`."""
 
 BudgetName = Literal["units", "macs", "parameters"]
-"""What sparsity counts: what the structure removes, or, of the whole network, multiplications or parameters."""
+"""What sparsity counts: the units of the structure, or the multiplications or parameters of the whole network."""
 
 
 class Budget:
-    """A sparsity, what it counts, and how layers share it.
+    """A sparsity, what it counts, and how it is distributed over layers.
 
     Args:
-        sparsity: the fraction of units (weights, or channels) removed in the end, in [0, 1). May be None where the
-            structure implies it.
+        sparsity: the final fraction of units (weights, or channels) removed, in [0, 1). May be None if the structure
+            implies it.
         allocation: `global` (scores of all layers compete), `owl` (layers with more outliers among their scores keep more),
             or a name in `functional.ALLOCATIONS`.
-        structure: a line of `STRUCTURES`, such as `channel` or `2:4`.
-        layer_sparsity: layers with a sparsity of their own: glob over names -> sparsity. They count toward the total.
-        usual: the allocation of a method about which nothing has been said; `n:m` takes no other.
-        max_layer_sparsity: the largest share of its units that a layer loses, where layers compete.
+        structure: a name in `STRUCTURES`, such as `channel` or `2:4`.
+        layer_sparsity: layers with their own sparsity: glob over names -> sparsity. They count toward the total.
+        usual: the method's default allocation; with `n:m`, only this one, `global` and `uniform` are accepted.
+        max_layer_sparsity: the largest fraction of its units that a layer may lose if layers compete.
         measure: what sparsity counts, a `BudgetName`.
-        scored: whether the method has scores, by which alone `owl` can share.
+        scored: whether the method has scores; `owl` needs them.
 
     Raises:
-        ValueError: for values out of range or in contradiction.
+        ValueError: if values are out of range or contradict each other.
     """
 
     def __init__(

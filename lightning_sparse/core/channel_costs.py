@@ -1,4 +1,4 @@
-"""What a network costs with some of its channels: multiplications, or parameters."""
+"""The cost of a network with only some of its channels: multiplications or parameters."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["ChannelCosts"]
 
 
 class ChannelCosts:
-    r"""The cost of a network, from which of its units of coupled channels are kept.
+    r"""The cost of a network as a function of which units of coupled channels are kept.
 
     $$ C = C_0 + \sum_l c_l \, \frac{\text{outputs kept of } l}{\text{outputs of } l} \,
            \frac{\text{inputs kept of } l}{\text{inputs of } l} $$
 
     Args:
-        coupling: which channels go together, and who reads them.
-        prices: what each weight, bias and norm costs while nothing is gone.
-        fixed: what no channel changes.
+        coupling: which channels are coupled, and which layers read them.
+        prices: the cost of each weight, bias and norm in the dense network.
+        fixed: the cost that does not depend on channels.
 
     Example:
         >>> import torch
@@ -35,10 +35,10 @@ class ChannelCosts:
         self._layers = [(price, coupling.units.get(name), coupling.inputs.get(name)) for name, price in prices.items()]
         self._fixed = fixed
         self.dense = fixed + sum(prices.values())
-        """What the whole network costs."""
+        """The cost of the dense network."""
 
     def __call__(self, kept: Tensor) -> int:
-        """The cost with these units alone.
+        """Return the cost with only these units.
 
         Args:
             kept: a boolean for each unit, on the CPU.
@@ -48,7 +48,7 @@ class ChannelCosts:
 
 
 def _share(units: Tensor | None, kept: Tensor) -> float:
-    """Of the channels that are numbered so, how many are left."""
+    """Return the fraction of channels left, from the unit of each channel."""
     if units is None or not len(units):
         return 1.0
     return float((kept[units.clamp(min=0)] | (units < 0)).double().mean()) if len(kept) else 1.0

@@ -1,7 +1,7 @@
-"""What a forward pass costs, by the weights that its products are made with.
+"""The cost of a forward pass, by the weight that takes part in each product.
 
-The only file of `core` that imports private modules of torch: a mode that sees every operation, and the walk through nested
-outputs, have no public names in the versions supported.
+This is the only file of `core` that imports private modules of torch: the mode that sees every operation, and the traversal
+of nested outputs, have no public names in the supported versions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_sparse.functional import layer_density
 __all__ = ["BETWEEN_ACTIVATIONS", "between_activations_of", "count_macs", "effective_macs", "tensors_in"]
 
 BETWEEN_ACTIVATIONS = "(between activations)"
-"""The name under which products without a weight are counted, such as attention scores."""
+"""The name for products without a weight, such as attention scores."""
 
 COPIES = ("aten::_to_copy", "aten::clone")
 
@@ -37,18 +37,18 @@ def count_macs(
     set_mode: Callable[[nn.Module], Any] = nn.Module.eval,
     parts: Collection[str] = (),
 ) -> dict[str, int]:
-    """Multiply-accumulates of a forward pass per sample, by the name of the weight that takes part in them.
+    """Count the multiply-accumulates of a forward pass per sample, by the name of the weight that takes part in them.
 
-    Every matrix product and convolution counts, wherever it is written, at the size of its operands: zeros as numbers, and
-    padding as input. Norms, activations, poolings and embeddings do not count. A weight that is used twice
+    Every matrix product and convolution counts, wherever it is in the code, at the size of its operands: zeros count as
+    numbers, and padding as input. Norms, activations, poolings and embeddings do not count. A weight that is used twice
     counts twice.
 
     Args:
-        module: whose weights are known by name.
+        module: the module that holds the weights.
         run: makes one forward pass of it, without gradients.
-        samples: in that pass.
-        set_mode: puts it into evaluation mode, or into another.
-        parts: modules whose products between activations are counted by themselves, see `between_activations_of`.
+        samples: number of samples in that pass.
+        set_mode: puts the module into evaluation mode, or into another.
+        parts: modules whose products between activations are counted separately, see `between_activations_of`.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -67,16 +67,16 @@ def count_macs(
 
 
 def between_activations_of(part: str) -> str:
-    """The name under which the products between activations of a module are counted."""
+    """Return the name for the products between activations of a module."""
     return f"{BETWEEN_ACTIVATIONS} of {part}"
 
 
 def effective_macs(macs: Mapping[str, int], weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """What is left of `count_macs` if nothing is multiplied by zero.
+    """Return what is left of `count_macs` if multiplications by zero are skipped.
 
     Args:
-        macs: of the dense model.
-        weights: masks, or weights of which exact zeros count as removed; those not given are dense.
+        macs: multiply-accumulates of the dense model.
+        weights: masks, or weights whose exact zeros count as removed; those not given are dense.
 
     Example:
         >>> effective_macs({"fc": 100, "head": 10}, {"fc": torch.tensor([True, False, False, False])})
@@ -87,7 +87,7 @@ def effective_macs(macs: Mapping[str, int], weights: Mapping[str, Tensor]) -> di
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples, mappings, dataclasses and whatever else torch knows how to open.
+    """Return all tensors in nested lists, tuples, mappings, dataclasses and any other type that torch can traverse.
 
     Example:
         >>> tensors_in({"logits": torch.ones(2), "cache": [None, (torch.zeros(1),)]})
@@ -103,11 +103,11 @@ class _Counter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.macs: dict[str, int] = {}
         self.names = {_address(weight): name for name, weight in module.named_parameters() if weight.ndim >= 2}
-        self.copies: list[Tensor] = []  # kept, so that no other tensor takes their place
+        self.copies: list[Tensor] = []  # kept alive, so that no other tensor gets their memory
         self.between = BETWEEN_ACTIVATIONS
 
     def attend(self, name: str, part: nn.Module) -> list[RemovableHandle]:
-        """Count by themselves what is multiplied in a module without a weight."""
+        """Count the products without a weight in a module separately."""
 
         def within(*_: Any) -> None:
             self.between = between_activations_of(name)
@@ -138,7 +138,7 @@ def _address(tensor: Tensor) -> int:
 
 @contextmanager
 def _plainly(module: nn.Module, set_mode: Callable[[nn.Module], Any]) -> Iterator[None]:
-    """In a mode that is put back, and by operations that can be counted: neither compiled nor fused into one kernel."""
+    """Set the mode, and run only operations that can be counted, neither compiled nor fused; restore both afterwards."""
     training = [(part, part.training) for part in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     set_mode(module)
@@ -149,8 +149,8 @@ def _plainly(module: nn.Module, set_mode: Callable[[nn.Module], Any]) -> Iterato
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "TF32 acceleration")  # oneDNN warns when its flags are set back
-            for backend in (torch.backends.mkldnn, torch.backends.cudnn):  # a whole recurrent layer is one kernel there
+            warnings.filterwarnings("ignore", "TF32 acceleration")  # oneDNN warns when its flags are restored
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn):  # they run a recurrent layer as one kernel
                 stack.enter_context(backend.flags(enabled=False))
             yield
     finally:

@@ -1,4 +1,4 @@
-"""Output channels that can only go together, since additions couple them: what one layer loses, the others must lose too."""
+"""Output channels that can only be removed together, because additions couple them across layers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Place = tuple[str, int]
 
 
 class Coupling:
-    """Which channels of which parameters are one unit.
+    """Which channels of which parameters form one unit.
 
     Args:
-        groups: for every channel the places where it shows; channels that have a place in common are one unit.
-        weights: weight -> how many output channels it has.
-        vectors: the same for biases and norms, which go with a channel but have no say in it.
-        staying: weights whose channels must stay, and with them all that is coupled with one; and why.
-        readers: weight -> for each of its inputs a place of the channel that it reads, or None.
+        groups: for every channel, the places where it appears; channels with a common place form one unit.
+        weights: weight -> its number of output channels.
+        vectors: the same for biases and norms; they are removed with a channel but do not affect its score.
+        staying: weight whose channels, and all channels coupled with them, must stay -> reason.
+        readers: weight -> for each of its inputs, a place of the channel that it reads, or None.
 
     Example:
         >>> channels = [[("a", 0), ("b", 0)], [("a", 1), ("b", 1)], [("c", 0)]]
@@ -60,7 +60,7 @@ class Coupling:
         numbers: dict[Place, int] = {}
         members: dict[int, list[str]] = {}
         self.units: dict[str, Tensor] = {}
-        """Parameter -> the unit of each of its channels; -1 for those that stay."""
+        """Parameter -> the unit of each of its channels; -1 for channels that stay."""
         for name, size in {**weights, **vectors}.items():
             units = [-1] * size
             for place in ((name, channel) for channel in range(size)):
@@ -70,22 +70,22 @@ class Coupling:
                         members[unit].append(name)
             self.units[name] = torch.tensor(units)
         self.inputs: dict[str, Tensor] = {}
-        """Weight -> the unit that each of its inputs reads; -1 for those that stay."""
+        """Weight -> the unit that each of its inputs reads; -1 for channels that stay."""
         for name, read in (readers or {}).items():
             found = [-1 if place is None or place not in parents else numbers.get(root(place), -1) for place in read]
             self.inputs[name] = torch.tensor(found)
         self.vectors = list(vectors)
-        """Biases and norms."""
+        """Names of biases and norms."""
         shared: dict[tuple[str, ...], list[int]] = {}
         for unit, names in members.items():
             shared.setdefault(tuple(names), []).append(unit)
         self.pools = [(names, torch.tensor(units)) for names, units in shared.items()]
-        """Units that the same weights have in common."""
+        """Units, grouped by the weights they belong to."""
         self.count = len(numbers)
-        """How many units there are."""
+        """Number of units."""
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs besides the weights."""
+        """Return what `restore` needs besides the weights."""
         return {
             "units": dict(self.units),
             "vectors": list(self.vectors),
@@ -95,11 +95,11 @@ class Coupling:
 
     @classmethod
     def restore(cls, state: Mapping[str, Any], weights: Mapping[str, int]) -> Coupling | None:
-        """The coupling that a state was taken from; None if that is one of other weights.
+        """Restore a coupling from its state; None if the state belongs to other weights.
 
         Args:
-            state: from `state`.
-            weights: weight -> how many output channels it has.
+            state: the result of `state`.
+            weights: weight -> its number of output channels.
         """
         units, vectors = state.get("units", {}), state.get("vectors", ())
         sizes = {name: len(one) for name, one in units.items()}
@@ -117,11 +117,11 @@ class Coupling:
         return cls(groups.values(), weights, {name: sizes[name] for name in vectors}, state["staying"], readers)
 
     def mean(self, scores: Mapping[str, Tensor], read: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The score of each unit: the mean over the weights it is in, and over those that read it.
+        """Return the score of each unit: the mean over the weights that contain it and those that read it.
 
         Args:
-            scores: weight -> a score per channel.
-            read: weight -> a score per input.
+            scores: weight -> one score per channel.
+            read: weight -> one score per input.
         """
         device = next(iter(scores.values())).device
         total, times = torch.zeros(self.count, device=device), torch.zeros(self.count, device=device)
@@ -136,12 +136,12 @@ class Coupling:
         return total / times
 
     def spread(self, kept: Tensor, name: str) -> Tensor:
-        """Which channels of a parameter are kept, from which units are."""
+        """Return the mask of a parameter's channels from the mask of units."""
         units = self.units[name].to(kept.device)
         return kept[units.clamp(min=0)] | (units < 0)
 
     def gather(self, channels: Mapping[str, Tensor]) -> Tensor:
-        """Which units are kept, from which channels of all weights are; the inverse of `spread`."""
+        """Return the mask of units from the masks of all weights' channels; the inverse of `spread`."""
         kept = torch.ones(self.count, dtype=torch.bool)
         for name, alive in channels.items():
             free = self.units[name] >= 0
@@ -150,11 +150,11 @@ class Coupling:
 
 
 class CoupledVectors:
-    """Biases and norms that go with coupled channels: zero where a channel is gone, and not counted.
+    """Biases and norms of coupled channels: they are zero where a channel is removed, and are not counted.
 
     Args:
-        coupling: which channels go together.
-        parameters: of the network, by name.
+        coupling: which channels are coupled.
+        parameters: the network's parameters, by name.
     """
 
     def __init__(self, coupling: Coupling, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -168,11 +168,11 @@ class CoupledVectors:
         optimizers: Iterable[Optimizer],
         averages: Iterable[Mapping[str, nn.Parameter]],
     ) -> None:
-        """What goes with a channel that is gone becomes zero, and so does what optimizers and averages know of it.
+        """Set the entries of removed channels to zero, also in optimizer states and averages.
 
         Args:
-            channels: which of every weight are left.
-            optimizers: of the network.
+            channels: for each weight, which channels are kept.
+            optimizers: the network's optimizers.
             averages: copies of the network's parameters.
         """
         units = self.coupling.gather(channels)
@@ -183,7 +183,7 @@ class CoupledVectors:
             self.masks.apply_({name: copy[name] for name in self.parameters})
 
     def clear(self, optimizer: Optimizer) -> None:
-        """Set what an optimizer remembers of them to zero."""
+        """Set their optimizer state to zero."""
         for name, vector in self.parameters.items():
             clear_moments(optimizer, vector, self.masks.dropped(name))
 

@@ -1,4 +1,4 @@
-"""The question of which channels can only leave together, in a form that any tracer of networks can answer."""
+"""An interface for finding channels that can only be removed together; any tracer of networks can implement it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ Positions = dict[int, list[int]]
 
 @dataclass(frozen=True)
 class Member:
-    """A part of a network that goes with outputs of a layer, the root.
+    """A part of a network that is coupled with outputs of a layer, the root.
 
     Args:
-        name: of a module; None for an operation, a parameter that is added, or an output of the network.
-        produces: whether by its outputs, or by its inputs; of a norm or an activation, and of a depthwise layer, both.
-        channels: where they are in it, by output of the root.
-        stays: why they cannot leave; empty if they can as far as the engine knows. That weights are shared, that a module
-            of no known kind holds them, or that they do not match its size is checked by who asks.
+        name: the name of a module; None for an operation, a parameter that is added, or an output of the network.
+        produces: True if its outputs are coupled, False if its inputs are; norms, activations and depthwise layers appear
+            with both.
+        channels: positions in this part, by output of the root.
+        stays: why the channels cannot be removed; empty if they can, as far as the engine knows. The caller checks whether
+            weights are shared, the module is of an unknown kind, or the channels do not match its size.
     """
 
     name: str | None
@@ -35,16 +36,18 @@ class Member:
 
 
 class CouplingEngine(Protocol):
-    """What finds out which channels of a network are coupled."""
+    """Finds the coupled channels of a network."""
 
     def __call__(self, network: nn.Module, call: Call) -> Mapping[str, Sequence[Member]]:
-        """Of each layer that the outputs depend on, by name, what goes with its outputs: itself, and what reads them.
+        """Return what is coupled with the outputs of each layer, by the layer's name: itself, and the layers that read them.
+
+        Only layers that the network's outputs depend on are included.
 
         Args:
-            network: in evaluation mode; its parameters require gradients.
-            call: that fits it.
+            network: the network, in evaluation mode; its parameters require gradients.
+            call: a call that fits it.
 
         Raises:
-            ValueError: if it cannot be traced.
+            ValueError: if the network cannot be traced.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which channels of a network can only leave together: what an engine answers, checked, by the names of layers.
+"""Channels of a network that can only be removed together: an engine's answers, checked, by the names of layers.
 
 Additions, concatenations, depthwise layers and normalization couple the channels of one layer with those of others.
 """
@@ -24,10 +24,10 @@ __all__ = ["Dependencies", "Group", "coupled_outputs", "find_coupling"]
 
 @dataclass
 class Group:
-    """Channels of a layer, the root, and what is coupled with them.
+    """Channels of a layer, the root, and the channels that are coupled with them.
 
     Args:
-        root: the layer by whose outputs they are counted.
+        root: the layer whose outputs number the channels.
         outputs: layer -> its outputs, by channel of the root.
         readers: layer -> its inputs, by channel of the root.
     """
@@ -38,12 +38,12 @@ class Group:
 
 
 class Dependencies:
-    """The layers of a model, and what the outputs of each are coupled with.
+    """The layers of a model, and what the outputs of each layer are coupled with.
 
     Args:
         model: a network, or a LightningModule that holds one.
-        inputs: a batch for it; a tuple holds positional arguments, a dictionary named ones.
-        engine: that finds out.
+        inputs: a batch for it; a tuple holds positional arguments, a dictionary holds keyword arguments.
+        engine: finds the coupled channels.
 
     Raises:
         ValueError: if the engine is missing or cannot trace the model.
@@ -53,22 +53,22 @@ class Dependencies:
         call = Call.of(inputs)
         traced = copy_model(model).eval().requires_grad_(True)
         self.prefix, self.network = callee(traced, call.network)
-        """The network is a copy; what is said of it goes for the model."""
+        """A copy of the network; results for it also hold for the model."""
         self.call = replace(call, network="").fit(self.network)
         self.coupled = engine(self.network, self.call)
         self.roots = {self.path(name): name for name in self.coupled}
         self.layers: dict[str, Any] = {path: self.network.get_submodule(name) for path, name in self.roots.items()}
-        """All layers that the outputs depend on, by their names in the model."""
+        """All layers that the model's outputs depend on, by their names in the model."""
         self.shared = shared_parameters(self.network)
         self._sources: dict[bool, dict[str, set[str]]] = {}
 
     def groups(self) -> Iterator[tuple[Group, str]]:
-        """Of every layer its outputs, what is coupled with them and what reads them; and why they must stay, if so."""
+        """Yield the group of all outputs of every layer, and why it cannot be removed; the reason is empty if it can."""
         for name, layer in self.layers.items():
             yield self.group(name, range(out_count(layer)))
 
     def group(self, root: str, chosen: Iterable[int]) -> tuple[Group, str]:
-        """What goes with some outputs of a root as outputs and inputs of layers, or why the group cannot be cut."""
+        """Return the group of some outputs of a root, and why it cannot be removed; the reason is empty if it can."""
         group = Group(root, {}, {})
         for member in self.members(root, chosen):
             if member.stays:
@@ -92,7 +92,7 @@ class Dependencies:
         return group, "" if group.readers else "no layer that reads it was found"
 
     def members(self, root: str, chosen: Iterable[int]) -> list[Member]:
-        """What goes with some outputs of a root."""
+        """Return the parts that are coupled with some outputs of a root."""
         left = set(chosen)
         narrowed = [
             replace(member, channels={channel: member.channels[channel] for channel in member.channels if channel in left})
@@ -101,13 +101,13 @@ class Dependencies:
         return [member for member in narrowed if member.channels]
 
     def sources(self, reader: str, through: bool) -> set[str]:
-        """Layers whose outputs a layer is given; depthwise ones are passed through, or count themselves."""
+        """Return the layers whose outputs a layer reads; `through` looks past depthwise layers to the layers before them."""
         if through not in self._sources:
             self._sources[through] = self._find_sources(through)
         return self._sources[through].get(reader, set())
 
     def _find_sources(self, through: bool) -> dict[str, set[str]]:
-        """Every layer's output begins a graph of its own, and what a layer is given tells which of them it comes from."""
+        """Find sources by gradients: every layer's output starts a new graph, and each input is traced back to them."""
         ends: list[tuple[str, Tensor]] = []
         found: dict[str, set[str]] = {}
 
@@ -124,7 +124,7 @@ class Dependencies:
         def end(path: str) -> Callable[..., Tensor]:
             def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
                 ends.append((path, output.detach().requires_grad_()))
-                return ends[-1][1].clone()  # what follows may work in place
+                return ends[-1][1].clone()  # later operations may work in place
 
             return hook
 
@@ -142,23 +142,23 @@ class Dependencies:
         return found
 
     def path(self, name: str) -> str:
-        """The name of a layer of the network in the model."""
+        """Return the name in the model of a layer of the network."""
         return f"{self.prefix}.{name}".strip(".")
 
 
 def coupled_outputs(
     model: nn.Module, inputs: Any, network: str | None = None, *, engine: CouplingEngine = torch_pruning
 ) -> list[list[str]]:
-    """Layers whose outputs can only be removed together, since additions or depthwise layers couple them.
+    """Return groups of layers whose outputs can only be removed together, because additions or depthwise layers couple them.
 
-    A mask that removes the same outputs of all of them makes a network that `remove_dead` can cut in both directions; masks
-    chosen layer by layer rarely agree along a residual stream.
+    If masks remove the same outputs in all layers of a group, `remove_dead` can shrink these layers and the layers that read
+    them. Masks chosen layer by layer rarely agree along a residual stream.
 
     Args:
         model: a network, or a model that holds one.
-        inputs: a batch for it; a tuple holds positional arguments, a dictionary named ones.
+        inputs: a batch for it; a tuple holds positional arguments, a dictionary holds keyword arguments.
         network: the part of the model that takes the inputs, by name; None finds it.
-        engine: that finds out which channels are coupled.
+        engine: finds the coupled channels.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
@@ -175,16 +175,16 @@ def coupled_outputs(
 def find_coupling(
     model: nn.Module, calls: Sequence[Call], weights: Mapping[str, int], engine: CouplingEngine = torch_pruning
 ) -> Coupling:
-    """Which channels of the given weights can only leave together, and what goes with them: biases and norms.
+    """Find which channels of the given weights can only be removed together, with their biases and norms.
 
     Args:
-        model: that holds the weights.
-        calls: of its networks, of which none holds another.
-        weights: weight -> how many output channels it has.
-        engine: that finds out which channels are coupled.
+        model: the model that holds the weights.
+        calls: calls of its networks; no network may contain another.
+        weights: weight -> its number of output channels.
+        engine: finds the coupled channels.
 
     Raises:
-        ValueError: if the engine is missing or cannot trace the model, or if no channel can leave.
+        ValueError: if the engine is missing or cannot trace the model, or if no channel can be removed.
     """
     parameters = {name: len(parameter) for name, parameter in model.named_parameters() if parameter.ndim == 1}
     staying = dict.fromkeys(weights, "the outputs do not depend on it")

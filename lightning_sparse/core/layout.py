@@ -1,8 +1,8 @@
-"""Where the part of a weight that this rank holds lies in the whole weight, and how all ranks count together.
+"""The position of this rank's part of a weight in the whole weight, and reductions over ranks.
 
 With FSDP2 or tensor parallelism a parameter is a `DTensor`: every rank holds a block of it. Methods see that block as a
-plain parameter in the same memory, a `Part`, and its `Layout` says the rest. Where nothing is cut there are no parts, and
-nothing is sent.
+plain parameter in the same memory, a `Part`; its `Layout` describes its position. Without sharding there are no parts and
+no communication.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SENT = {torch.int16: torch.int32}  # which NCCL does not add up
-_parts: Any = WeakIdKeyDictionary()  # of each parameter, the one part that everybody shares
+_SENT = {torch.int16: torch.int32}  # NCCL cannot sum int16
+_parts: Any = WeakIdKeyDictionary()  # the one shared part of each parameter
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Layout:
     """The block of a weight that this rank holds.
 
     Args:
-        shape: of the whole weight.
-        start: the first index held, by dimension.
-        size: how many are held, by dimension.
-        cut: the dimensions along which some rank may hold less than all.
-        counts: whether this block is counted; of copies of a block only one is.
-        device: on which ranks talk about it.
+        shape: shape of the whole weight.
+        start: first index of the block, by dimension.
+        size: size of the block, by dimension.
+        cut: the sharded dimensions: some rank may hold only a part of them.
+        counts: whether this block is counted; of several copies of a block, only one is.
+        device: the device for communication between ranks.
 
     Example:
         >>> rows = Layout((4, 3), (2, 0), (2, 3), (0,))
@@ -69,24 +69,24 @@ class Layout:
 
     @classmethod
     def of(cls, parameter: Tensor) -> Layout:
-        """Where the local part of a parameter of a sharded model lies.
+        """Return the layout of the local part of a parameter in a sharded model.
 
         Raises:
-            ValueError: if ranks hold sums, or blocks that are laid out in an unknown way.
+            ValueError: if ranks hold partial sums, or blocks in an unknown placement.
         """
         shape, first = tuple(parameter.shape), distributed.get_rank() == 0
         if not isinstance(parameter, DTensor):
             return cls(shape, (0,) * len(shape), shape, (), first, parameter.device)
         mesh, placements = parameter.device_mesh, parameter.placements
         here, start, size = mesh.get_coordinate(), [0] * len(shape), list(shape)
-        counts = here is not None and bool((mesh.mesh == 0).any())  # of several slices, that with the first rank
+        counts = here is not None and bool((mesh.mesh == 0).any())  # with several mesh slices, the one with rank 0
         for axis, placement in _in_order(placements):
             coordinate = 0 if here is None else here[axis]
             if isinstance(placement, Replicate):
                 counts &= coordinate == 0
             elif (dim := getattr(placement, "dim", None)) is None:
                 raise ValueError(f"A weight is placed as {placement}, and only blocks and copies can be counted.")
-            else:  # as torch.chunk does it
+            else:  # like torch.chunk
                 chunk = -(-size[dim] // mesh.size(axis))
                 skipped = min(chunk * coordinate, size[dim])
                 start[dim], size[dim] = start[dim] + skipped, min(chunk, size[dim] - skipped)
@@ -100,18 +100,18 @@ class Layout:
 
     @property
     def numel(self) -> int:
-        """How many entries the whole weight has."""
+        """Return the number of entries in the whole weight."""
         return math.prod(self.shape)
 
     def local(self, whole: Tensor) -> Tensor:
-        """This rank's part of something that it holds whole; a dimension of size 1 may stand for all of a weight's."""
+        """Return this rank's part of a whole tensor of the weight's shape; dimensions of size 1 broadcast."""
         for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
             if whole.shape[dim] == self.shape[dim]:
                 whole = whole.narrow(dim, start, size)
         return whole
 
     def places(self, entries: Tensor | None = None) -> Tensor:
-        """Where entries of the part, given by their flat positions, lie in the whole; by default all of them."""
+        """Return the flat positions in the whole weight of entries of the part, given by flat position; default: all."""
         if entries is None:
             index = torch.int32 if self.numel < 1 << 31 else torch.int64
             entries = torch.arange(math.prod(self.size), dtype=index, device=self.device)
@@ -122,10 +122,10 @@ class Layout:
         return places
 
     def along(self, dims: Sequence[int]) -> Layout:
-        """The layout of something that is laid out along some dimensions of the weight only.
+        """Return the layout of a tensor that has only some dimensions of the weight.
 
         Raises:
-            ValueError: if another dimension is cut, so that no rank has all it needs.
+            ValueError: if another dimension is sharded, so that no rank holds all the entries it needs.
         """
         if lost := [dim for dim in self.cut if dim not in dims]:
             raise ValueError(f"Dimension {lost[0]} of a weight is cut, and dimensions {list(dims)} need all of it.")
@@ -139,7 +139,7 @@ class Layout:
         )
 
     def flattened(self, dims: Sequence[int]) -> Layout:
-        """The same with all dimensions but some of size 1, as thresholds that broadcast over a weight."""
+        """Return the layout with all dimensions except `dims` of size 1, as for thresholds that broadcast over a weight."""
         shape, start, size = (
             tuple(value if dim in dims else rest for dim, value in enumerate(values))
             for values, rest in ((self.shape, 1), (self.start, 0), (self.size, 1))
@@ -147,7 +147,7 @@ class Layout:
         return replace(self, shape=shape, start=start, size=size, cut=tuple(dim for dim in self.cut if dim in dims))
 
     def select(self, dims: Sequence[int], indices: Sequence[int]) -> Layout:
-        """The layout of one matrix of a stack; the part is empty where this rank does not hold the matrix."""
+        """Return the layout of one matrix of a stack; the part is empty if this rank does not hold the matrix."""
         held = all(0 <= index - self.start[dim] < self.size[dim] for dim, index in zip(dims, indices, strict=True))
         left = [dim for dim in range(len(self.shape)) if dim not in dims]
         shape, start, size = (tuple(values[dim] for dim in left) for values in (self.shape, self.start, self.size))
@@ -156,13 +156,13 @@ class Layout:
         return replace(self, shape=shape, start=start, size=size, cut=cut)
 
     def total(self, sums: Tensor) -> Tensor:
-        """Sums over the whole weight from those over this rank's part; all ranks must call it."""
+        """Return sums over the whole weight from the sums over this rank's part; all ranks must call it."""
         return total_over_ranks(sums if self.counts else torch.zeros_like(sums))
 
     def gather(self, part: Tensor) -> Tensor:
-        """The whole tensor on the CPU of the first rank, without its entries elsewhere; all ranks must call it.
+        """Return the whole tensor on the CPU of the first rank, and no entries on other ranks; all ranks must call it.
 
-        Bits are added up, so that nothing is rounded and -0.0 stays what it is.
+        Bit patterns are summed as integers, so nothing is rounded and -0.0 keeps its sign.
         """
         raw = part.to(self.device).contiguous().view(_INTEGERS[part.element_size()])
         whole = torch.zeros(self.shape, dtype=_SENT.get(raw.dtype, raw.dtype), device=self.device)
@@ -175,24 +175,24 @@ class Layout:
 
 
 def _in_order(placements: Sequence[Placement]) -> list[tuple[int, Placement]]:
-    """In which order blocks are cut: where FSDP2 lies over tensor parallelism, the latter has cut first."""
+    """Return placements in the order of sharding: with FSDP2 over tensor parallelism, tensor parallelism comes first."""
     return sorted(enumerate(placements), key=lambda entry: hasattr(entry[1], "split_factor"))
 
 
 class Part(nn.Parameter):
-    """What this rank holds of a parameter, in the same memory: the weight that a method sees in a sharded model."""
+    """This rank's part of a parameter, in the same memory: the weight that a method sees in a sharded model."""
 
     owner: nn.Parameter
     block: Layout
 
     @classmethod
     def make(cls, data: Tensor, owner: nn.Parameter, layout: Layout) -> Part:
-        """Of a parameter.
+        """Make the part of a parameter.
 
         Args:
             data: the local tensor.
-            owner: the parameter as the module and the optimizer know it.
-            layout: where it lies.
+            owner: the parameter as the module and the optimizer see it.
+            layout: position of the part in the whole weight.
         """
         part: Part = cls(data.detach(), requires_grad=owner.requires_grad)
         part.owner, part.block = owner, layout
@@ -200,18 +200,18 @@ class Part(nn.Parameter):
 
 
 def is_cut(module: nn.Module) -> bool:
-    """Whether any parameter of a module is sharded, or copied, over ranks."""
+    """Whether any parameter of a module is sharded or replicated over ranks."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory; the tensor itself where it is not cut."""
+    """Return this rank's part of a tensor, in the same memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(parameter: nn.Parameter) -> Part:
-    """The part of a parameter of a sharded model; always the same one as long as anybody holds it."""
+    """Return the part of a parameter in a sharded model; the same object as long as it is referenced."""
     reference = _parts.get(parameter)
     part = None if reference is None else reference()
     if part is None:
@@ -223,47 +223,47 @@ def part_of(parameter: nn.Parameter) -> Part:
 
 
 def parts_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters of a module by name, as far as this rank holds them."""
+    """Return all parameters of a module by name; of sharded ones, this rank's part."""
     named = dict(module.named_parameters())
     return {name: part_of(parameter) for name, parameter in named.items()} if is_cut(module) else named
 
 
 def owner_of(weight: nn.Parameter) -> nn.Parameter:
-    """The parameter that the module and the optimizer know, of which a method sees a part."""
+    """Return the parameter that the module and the optimizer see for a weight that a method sees."""
     return weight.owner if isinstance(weight, Part) else weight
 
 
 def layout_of(weight: Tensor) -> Layout | None:
-    """Where a part lies; None for a weight that this rank holds whole."""
+    """Return the layout of a part; None for a weight that this rank holds whole."""
     return weight.block if isinstance(weight, Part) else None
 
 
 def total_over_ranks(sums: Tensor) -> Tensor:
-    """The sum of a small tensor over all ranks; all of them must call it."""
+    """Return the sum of a small tensor over all ranks; all ranks must call it."""
     sums = sums.clone()
     distributed.all_reduce(sums)
     return sums
 
 
 def least_over_ranks(number: Tensor) -> Tensor:
-    """The smallest of all ranks' numbers; all of them must call it."""
+    """Return the smallest number of all ranks; all ranks must call it."""
     number = number.clone()
     distributed.all_reduce(number, distributed.ReduceOp.MIN)
     return number
 
 
 def spread_over(layouts: Iterable[Layout | None]) -> Spread | None:
-    """How several weights are spread over ranks; None where nothing is cut."""
+    """Return how several weights are distributed over ranks; None if nothing is sharded."""
     shares = [layout for layout in layouts if layout is not None]
     return Spread(total_over_ranks, shares) if shares else None
 
 
 @contextmanager
 def lent_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """For a moment, parts have the gradients of their owners; what is done to them is done to those.
+    """Give parts the gradients of their owners within the context; changes to them also apply to the owners.
 
     Args:
-        weights: by name; those that are no parts have their own.
+        weights: the weights by name; those that are not parts keep their own gradients.
     """
     lent = [(weight, weight.owner, _as_placed(weight.owner)) for weight in weights.values() if isinstance(weight, Part)]
     for part, _, gradient in lent:
@@ -273,11 +273,11 @@ def lent_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     finally:
         for part, owner, gradient in lent:
             _give_back(part, owner, gradient)
-            part.grad = None  # so that no memory is held when the owner lets go of its gradient
+            part.grad = None  # so that the owner can free its gradient
 
 
 def _as_placed(owner: nn.Parameter) -> Tensor | None:
-    """The gradient of a parameter, cut as the parameter is."""
+    """Return the gradient of a parameter, sharded like the parameter."""
     gradient = owner.grad
     if isinstance(gradient, DTensor) and isinstance(owner, DTensor) and gradient.placements != owner.placements:
         gradient = owner.grad = gradient.redistribute(placements=owner.placements)

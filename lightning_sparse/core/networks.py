@@ -1,4 +1,4 @@
-"""The networks in a module: those that `torch.fx` can trace, a copy to work on, and which of them takes the inputs."""
+"""Find the networks in a module: those that `torch.fx` can trace, and the one that takes the inputs; copy a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Network", "callee", "copy_model", "find_networks", "is_training", "s
 
 @dataclass(frozen=True)
 class Network:
-    """A part of a module that could be traced.
+    """A part of a module that `torch.fx` can trace.
 
     Args:
         path: its name in the module; empty for the module itself.
-        module: itself.
-        graph: of its forward pass.
+        module: the part itself.
+        graph: the graph of its forward pass.
     """
 
     path: str
@@ -32,9 +32,9 @@ class Network:
 
 
 def find_networks(module: nn.Module) -> tuple[list[Network], dict[str, str]]:
-    """The largest parts of a module that can be traced and hold layers, and why others cannot.
+    """Return the largest parts of a module that can be traced and contain layers, and why other parts cannot be traced.
 
-    A LightningModule is never traced itself: its `forward` is not what trains. Its networks are its submodules.
+    A LightningModule itself is never traced, because training does not run its `forward`. Its networks are its submodules.
     """
     networks: list[Network] = []
     failures: dict[str, str] = {}
@@ -64,7 +64,7 @@ def find_networks(module: nn.Module) -> tuple[list[Network], dict[str, str]]:
 
 
 def shared_parameters(module: nn.Module) -> set[int]:
-    """Parameters that several layers hold."""
+    """Return the ids of parameters that several layers share."""
     seen: set[int] = set()
     twice: set[int] = set()
     for part in module.modules():
@@ -74,16 +74,16 @@ def shared_parameters(module: nn.Module) -> set[int]:
 
 
 def is_training(model: nn.Module) -> bool:
-    """Whether a Trainer is in the middle of fitting a model, a LightningModule."""
+    """Whether a Trainer is currently fitting a model, a LightningModule."""
     state = getattr(_trainer_of(model), "state", None)
     return getattr(state, "status", None) == "running" and getattr(state, "fn", None) == "fit"
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy that leaves the Trainer of a LightningModule behind.
+    """Return a deep copy of a model without the Trainer of a LightningModule.
 
     Raises:
-        ValueError: if it cannot be made.
+        ValueError: if the model cannot be copied.
     """
     trainer = _trainer_of(model)
     try:
@@ -94,19 +94,19 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def _trainer_of(model: nn.Module) -> Any:
-    """The Trainer that a LightningModule is attached to, if there is one."""
+    """Return the Trainer that a LightningModule is attached to, if any."""
     if isinstance(getattr(type(model), "trainer", None), property):
-        with suppress(RuntimeError):  # no Trainer has it
+        with suppress(RuntimeError):  # not attached to a Trainer
             return model.trainer
     return None
 
 
 def callee(model: nn.Module, network: str | None = None) -> tuple[str, nn.Module]:
-    """What is called with inputs: a model, or the only network of a LightningModule without a forward pass of its own.
+    """Return the module to call with inputs: a model, or the only network of a LightningModule without its own `forward`.
 
     Args:
-        model: that holds it.
-        network: its name in the model, where it cannot be found.
+        model: the model.
+        network: name of the network in the model, if it is not the only one.
 
     Returns:
         Its name in the model, empty for the model itself, and the module.
@@ -138,7 +138,7 @@ def callee(model: nn.Module, network: str | None = None) -> tuple[str, nn.Module
 
 
 def _callable_parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The largest parts that can be called and hold layers; a list of layers cannot."""
+    """Yield the largest parts that can be called and contain layers; a `ModuleList` cannot be called."""
     for name, child in module.named_children():
         if any(map(is_linear, child.modules())):
             inner = f"{path}.{name}".lstrip(".")
@@ -149,12 +149,12 @@ def _callable_parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn
 
 
 def trained_part(module: nn.Module, network: str | None, label: str) -> str:
-    """The name of a part of a module: the one that is named, or the innermost that can be called and holds all that trains.
+    """Return the name of a part: `network`, or the innermost callable module that holds all trainable parameters.
 
     Args:
-        module: that holds it.
-        network: its name, or None.
-        label: who asks.
+        module: the module that holds it.
+        network: name of the part, or None to find it.
+        label: name of the caller, for the error message.
 
     Raises:
         ValueError: if no part has the name.
@@ -171,7 +171,7 @@ def trained_part(module: nn.Module, network: str | None, label: str) -> str:
     path = trained[0]
     while path:
         path = path.rpartition(".")[0]
-        callable_ = type(module.get_submodule(path)).forward is not nn.Module.forward  # a list of layers is not
+        callable_ = type(module.get_submodule(path)).forward is not nn.Module.forward  # a ModuleList is not
         if callable_ and all(name.startswith(f"{path}.") for name in trained):
             break
     return path

@@ -1,4 +1,4 @@
-"""A budget laid out on the weights of a model: how many units each of them keeps, and which."""
+"""Distribute a budget over the weights of a model: how many units each weight keeps, and which."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["Plan", "lay_out"]
 def lay_out(
     budget: Budget, targets: Sequence[Target], coupling: Coupling | None = None, costs: ChannelCosts | None = None
 ) -> Plan:
-    """Lay a budget out on the weights of a model.
+    """Distribute a budget over the weights of a model.
 
     Args:
-        budget: that is shared.
+        budget: the budget.
         targets: the weights.
-        coupling: which channels go together, for `coupled` and `heads`.
-        costs: of the network, where sparsity counts those.
+        coupling: which channels are coupled, for `coupled` and `heads`.
+        costs: the costs of the network, if sparsity counts them.
     """
     structure = budget.structure
     if coupling is not None and isinstance(structure, Coupled):
@@ -43,18 +43,18 @@ def lay_out(
 
 
 class Plan:
-    """A budget laid out on weights: how many units each of them keeps, at every sparsity on the way.
+    """A budget distributed over weights: how many units each weight keeps, at every sparsity of a schedule.
 
-    Where a weight is a stack of independent matrices, such as experts, each matrix counts as a layer of its own.
+    If a weight is a stack of independent matrices, such as experts, each matrix counts as a layer of its own.
 
     Args:
-        budget: that is shared.
+        budget: the budget.
         targets: the weights.
-        structure: what is removed as one piece.
-        costs: of the network, by which the number of units is found where sparsity does not count them.
+        structure: what is removed as one unit.
+        costs: the costs of the network; they determine the number of units if sparsity does not count units.
 
     Raises:
-        ValueError: if a layer with a sparsity of its own is not among the weights.
+        ValueError: if a layer with its own sparsity is not among the weights.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Plan:
         self._pools = structure.pools(self._layers)
         self._sizes = [pool.size for pool in self._pools]
         self.units = sum(self._sizes)
-        """How many units there are."""
+        """Number of units."""
         self._own = self._sparsities_of_their_own()
         everyone = range(len(self._sizes))
         if budget.allocation == "global":
@@ -77,7 +77,7 @@ class Plan:
         self._room = [sum([self._sizes[pool] for pool in group]) for group in self._groups]
 
     def check(self) -> None:
-        """Refuse what cannot be reached on these weights, before any training."""
+        """Refuse a budget that these weights cannot meet, before training starts."""
         if self.costs is not None:
             self._check_costs(self.costs)
             return
@@ -105,7 +105,7 @@ class Plan:
                 )
 
     def _check_costs(self, costs: ChannelCosts) -> None:
-        """Refuse what is not reached even with as few channels as layers may have."""
+        """Refuse a budget that is not met even if every layer keeps as few channels as it may."""
         sparsity, limited = self.budget.sparsity, "" if self.budget.max_layer_sparsity == 1 else " that the limit leaves"
         assert isinstance(self.structure, Coupled)
         fewest = [torch.arange(size) < max(1, self._least(pool)) for pool, size in enumerate(self._sizes)]
@@ -118,19 +118,22 @@ class Plan:
 
     @property
     def _open(self) -> list[int]:
-        """Pools whose units compete with those of others."""
+        """Return the pools whose units compete with those of other pools."""
         return [pool for pool in range(len(self._sizes)) if pool not in self._own]
 
     def _least(self, pool: int) -> int:
-        """Units that a pool keeps in any case."""
+        """Return the minimum number of units that a pool keeps."""
         return self._sizes[pool] - math.floor(self.budget.max_layer_sparsity * self._sizes[pool] + 1e-6)
 
     def kept_units(self, sparsity: float | None = None) -> int:
-        """How many units remain at a sparsity (default: the final one)."""
+        """Return the number of units that remain at a sparsity (default: the final one)."""
         return self.units - exact_count(self.budget.sparsity if sparsity is None else sparsity, self.units)
 
     def kept_weights(self, sparsity: float | None = None) -> tuple[int | None, dict[str, int]]:
-        """Weights that remain at a sparsity (default: the final one): in all, and per layer where scores have no say."""
+        """Return the weights that remain at a sparsity (default: the final one): in total, and per layer if known.
+
+        The number of a layer is known if it does not depend on scores.
+        """
         if self.costs is not None:
             return None, {}
         numbers = self._final if sparsity is None else self._counts(sparsity)
@@ -145,7 +148,7 @@ class Plan:
         return (self.kept_units(sparsity) if isinstance(self.structure, Unstructured) else None), kept
 
     def _kept_alone(self, numbers: Sequence[int]) -> dict[int, int]:
-        """Weights that remain in each matrix where scores have no say, from the units of every group."""
+        """Return the weights that remain in each matrix whose number does not depend on scores, from the units per group."""
         by_score = self.budget.allocation == "owl"
         alone = {
             group[0]: number
@@ -157,13 +160,13 @@ class Plan:
     def masks(
         self, scores: Sequence[Tensor], sparsity: float | None = None, kept: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """Masks with exactly the due number of units, the best by score.
+        """Return masks that keep the units with the highest scores, and exactly as many as the budget allows.
 
         Args:
             scores: one tensor per weight; higher survives.
-            sparsity: at this moment of a schedule; default: the final one.
-            kept: weights that each layer keeps so far. No layer gets more, and none goes below its final number, so
-                that nothing returns and every layer ends exactly.
+            sparsity: the current sparsity of a schedule; default: the final one.
+            kept: number of weights that each layer keeps so far. No layer gets more, and none goes below its final number,
+                so removed weights stay removed and every layer ends exactly at its number.
 
         Raises:
             ValueError: if a score is NaN.
@@ -185,8 +188,10 @@ class Plan:
         ]
 
     def each_mask(self, scores: list[Tensor], sparsity: float, kept: Sequence[int]) -> Iterator[Tensor]:
-        """What `masks` returns, one mask after the other. The list of scores is emptied: where single weights compete, each
-        score leaves it before its mask is given; else all of them do at the start.
+        """Yield what `masks` returns, one mask at a time, and empty the list of scores to save memory.
+
+        If single weights compete, each score is removed from the list before its mask is yielded; otherwise all scores are
+        removed at the start.
         """
         single = isinstance(self.structure, Unstructured) and len(self._layers) == len(self.targets)
         if not single or len(self._groups) > 1 or self.budget.max_layer_sparsity < 1:
@@ -205,7 +210,7 @@ class Plan:
         yield from best
 
     def _best(self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None) -> list[Tensor]:
-        """Masks of the pools, of the highest scores."""
+        """Return the masks of the pools that keep the highest scores."""
         chosen: dict[int, Tensor] = {}
         for group, number in zip(self._groups, self._counts(sparsity, held, ranked), strict=True):
             masks = top_k_masks([ranked[pool] for pool in group], number, self._spread(group))
@@ -215,7 +220,7 @@ class Plan:
     def _affordable(
         self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None, costs: ChannelCosts
     ) -> list[Tensor]:
-        """The same with as many units as the costs allow: one more would be too many."""
+        """Return such masks with the largest number of units that the costs allow."""
         assert isinstance(self.structure, Coupled)
 
         def with_units(kept: int) -> list[Tensor]:
@@ -231,7 +236,7 @@ class Plan:
         return with_units(low)
 
     def _limited(self, ranked: list[Tensor]) -> list[Tensor]:
-        """Scores in which what a layer keeps in any case comes first."""
+        """Return scores in which the units that a layer must keep rank first."""
         if self.budget.max_layer_sparsity == 1:
             return ranked
         for pool in self._open:
@@ -240,7 +245,7 @@ class Plan:
         return ranked
 
     def _kept_apart(self, kept: Sequence[int], scores: Sequence[Tensor]) -> list[int]:
-        """Weights that each matrix keeps so far; in a stack those that do not rank last."""
+        """Return the number of weights that each matrix keeps so far; in a stack, those with a score above -inf."""
         counts: list[int] = []
         for count, matrices in zip(kept, self._matrices, strict=True):
             mine = scores[len(counts) : len(counts) + len(matrices)]
@@ -248,17 +253,17 @@ class Plan:
         return counts
 
     def _ranked(self, scores: Sequence[Tensor], matrices: Sequence[Target]) -> list[int]:
-        """How many entries of each matrix do not rank last."""
+        """Return the number of entries of each matrix with a score above -inf."""
         numbers, spread = [(score > -torch.inf).count_nonzero() for score in scores], spread_over(m.layout for m in matrices)
         return [int(number) for number in numbers] if spread is None else spread.sums(numbers)
 
     def _spread(self, group: Sequence[int]) -> Spread | None:
-        """How the units of some pools are spread over ranks."""
+        """Return how the units of these pools are distributed over ranks."""
         layers = [layer for pool in group for layer in self._pools[pool].layers]
         return spread_over(self.structure.layout(self._layers[layer]) for layer in layers)
 
     def random_masks(self, seed: int, sparsity: float | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Pairs of name and mask, drawn at random; the same on every rank and device."""
+        """Yield pairs of name and random mask; they are the same on every rank and device."""
         due = self.budget.sparsity if sparsity is None else sparsity
         draws = (target.draw(random_generator(seed, 0, target.name)) for target in self.targets)
         together = self.budget.allocation == "global" or isinstance(self.structure, Coupled)
@@ -267,7 +272,7 @@ class Plan:
             yield target.name, mask.to(target.weight.device)
 
     def _alone(self, scores: Iterable[Tensor], numbers: Sequence[int]) -> Iterator[Tensor]:
-        """Masks of weights that do not compete, so that the scores of only one are in memory."""
+        """Yield masks of weights that do not compete, with the scores of only one weight in memory."""
         first = 0
         for target, matrices, score in zip(self.targets, self._matrices, scores, strict=True):
             apart, chosen = target.unstack(score), []
@@ -283,12 +288,12 @@ class Plan:
     def _counts(
         self, sparsity: float, held: Sequence[int] | None = None, ranked: Sequence[Tensor] | None = None
     ) -> list[int]:
-        """Units to keep in every group of pools that compete with each other; most groups are single pools.
+        """Return the units to keep in every group of pools that compete with each other; most groups are single pools.
 
         Args:
-            sparsity: at this moment.
-            held: units that every pool keeps so far.
-            ranked: the scores of all units, where there are any.
+            sparsity: the current sparsity.
+            held: number of units that every pool keeps so far.
+            ranked: the scores of all units, if there are any.
         """
         densities, total = self._densities(sparsity, ranked), self.kept_units(sparsity)
         if held is None:
@@ -299,11 +304,11 @@ class Plan:
         return counts(densities, self._room, min(total, sum(high)), low, high)
 
     def _final_of(self, pool: int) -> int:
-        """The least that a pool keeps in the end, where the scores share: its own share, if it has been given one."""
+        """Return the final minimum of a pool if scores set the allocation: its own share, or none if it has none."""
         return self._final[pool] if pool in self._own else 0
 
     def _densities(self, sparsity: float, ranked: Sequence[Tensor] | None = None) -> list[float]:
-        """What every group keeps. Layers with a sparsity of their own go along in proportion to the whole."""
+        """Return the density of every group. Layers with their own sparsity approach it in proportion to the whole."""
         way = sparsity / self.budget.sparsity if self.budget.sparsity else 1.0
         own = {pool: 1 - value * way for pool, value in self._own.items()}
         if self.budget.allocation == "owl":
@@ -323,7 +328,7 @@ class Plan:
         return [*own.values(), *([left / room] if room else [])]
 
     def _sparsities_of_their_own(self) -> dict[int, float]:
-        """Of pools, in order."""
+        """Return the sparsities of pools that have their own, in order."""
         own: dict[int, float] = {}
         for pattern, value in self.budget.layer_sparsity.items():
             matching = [matches_name(pattern, target.name) for target in self.targets]

@@ -1,4 +1,4 @@
-"""What is removed as one piece: a weight, all but n of m neighbors, or an output channel."""
+"""What is removed as one unit: a weight, all but n of m neighbors, or an output channel."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Channels", "NOfM", "Pool", "Structure", "Unstructured"]
 
 @dataclass(frozen=True)
 class Pool:
-    """Units that belong to the same weights: all of one weight, unless channels are coupled.
+    """Units that belong to the same weights: all units of one weight, unless channels are coupled.
 
     Args:
         layers: positions of the weights.
-        size: how many units.
+        size: number of units.
     """
 
     layers: tuple[int, ...]
@@ -35,41 +35,41 @@ class Structure(ABC):
     """Turns scores of weights into scores of units, and masks of units into masks of weights."""
 
     keeps_one: ClassVar[bool] = False
-    """Whether the best unit of each pool stays in any case."""
+    """Whether the best unit of each pool is always kept."""
 
     @property
     @abstractmethod
     def text(self) -> str:
-        """How users write it."""
+        """The structure as users write it."""
 
     def misfit(self, target: Target) -> str | None:
-        """Why this weight cannot have the structure, or None if it can."""
+        """Return why this weight cannot have the structure; None if it can."""
         return None
 
     @abstractmethod
     def units(self, target: Target) -> int:
-        """How many units the weight has."""
+        """Return the number of units in the weight."""
 
     @abstractmethod
     def score(self, score: Tensor, target: Target) -> Tensor:
-        """One score per unit."""
+        """Return one score per unit."""
 
     @abstractmethod
     def expand(self, kept: Tensor, target: Target) -> Tensor:
-        """The mask of the weight from the mask of its units."""
+        """Return the mask of the weight from the mask of its units."""
 
     def layout(self, target: Target) -> Layout | None:
-        """Where the units lie that this rank holds of a weight; None where it holds all of them.
+        """Return the layout of this rank's units of a weight; None if this rank holds all of them.
 
         Raises:
-            ValueError: if ranks do not hold whole units.
+            ValueError: if a unit is split over ranks.
         """
         if target.layout is None:
             return None
         raise ValueError("needs whole weights")
 
     def unfit(self, target: Target) -> str | None:
-        """Why the part of this weight that a rank holds cannot have the structure, or None if it can."""
+        """Return why this rank's part of the weight cannot have the structure; None if it can."""
         why = self.misfit(target)
         if why is None and target.layout is not None:
             try:
@@ -84,52 +84,53 @@ class Structure(ABC):
         return None
 
     def pools(self, targets: Sequence[Target]) -> list[Pool]:
-        """All units, by the weights they belong to."""
+        """Return all units, grouped by the weights they belong to."""
         return [Pool((layer,), self.units(target)) for layer, target in enumerate(targets)]
 
     def rank(self, scores: Sequence[Tensor], targets: Sequence[Target]) -> list[Tensor]:
-        """One score per unit of every pool, from one per entry of every weight."""
+        """Return one score per unit of every pool, from one score per entry of every weight."""
         return [self.score(score, target) for score, target in zip(scores, targets, strict=True)]
 
     def spread(self, kept: Sequence[Tensor], targets: Sequence[Target], scores: Sequence[Tensor]) -> list[Tensor]:
-        """The masks of the weights from those of the pools.
+        """Return the masks of the weights from those of the pools.
 
         Args:
-            kept: of every pool.
+            kept: the mask of every pool.
             targets: the weights.
-            scores: of every entry of them, by which units were ranked.
+            scores: the scores of all their entries, from which units were ranked.
         """
         return [self.expand(mask, target) for mask, target in zip(kept, targets, strict=True)]
 
     def regrow(
         self, target: Target, mask: Tensor, keep: Tensor, grow: Tensor, fraction: float, kept: int, min_salient: float
     ) -> Tensor:
-        """The mask of a weight after a share of its connections has been dropped and as many grown.
+        """Return the mask of a weight after a fraction of its connections is dropped and the same number grown.
 
         Args:
             target: the weight.
-            mask: as it is.
-            keep: how much each connection matters; the lowest are dropped.
-            grow: how much each entry would gain by becoming one; the highest are grown.
-            fraction: of the connections that is dropped.
-            kept: how many connections there are.
-            min_salient: the share of its connections below which an output is given up, where outputs have equal numbers.
+            mask: its current mask.
+            keep: scores of the connections; the lowest are dropped.
+            grow: scores of all entries; the highest of those that are not connections are grown.
+            fraction: the fraction of connections to drop.
+            kept: the current number of connections.
+            min_salient: with `structure='fan_in'`: ablate outputs where less than this fraction of the fan-in survives or
+                grows.
         """
         protect, spread = partial(self.score, target=target), spread_over([target.layout])
         return regrow(mask, keep, grow, drop_count(kept, fraction), kept, protect, spread)
 
     def held(self, counts: Sequence[int], targets: Sequence[Target], ranked: Sequence[Tensor]) -> list[int]:
-        """Units that every pool keeps so far, from the entries that every weight does; what is dropped is ranked last."""
+        """Return the units that every pool keeps so far, from the kept entries of every weight; removed ones rank last."""
         return [count * self.units(target) // target.size for count, target in zip(counts, targets, strict=True)]
 
     def entries(self, kept: Mapping[int, int], targets: Sequence[Target]) -> dict[int, int]:
-        """Entries that weights keep when pools keep so many units; of weights all of whose pools are given."""
+        """Return the kept entries of each weight from the kept units of pools; only for weights with all pools given."""
         return {layer: kept[layer] * targets[layer].size // self.units(targets[layer]) for layer in kept}
 
 
 @final
 class Unstructured(Structure):
-    """Every weight by itself: scores are masks are weights, and nothing is to be translated."""
+    """Single weights: units are entries, so scores and masks need no conversion."""
 
     text = "unstructured"
 
@@ -161,7 +162,7 @@ class Unstructured(Structure):
 class NOfM(Structure):
     """At most n kept of every m consecutive inputs; `2:4` runs on sparse tensor cores.
 
-    The n best of each group are out of reach, and the others compete as single weights: a gradual schedule thins
+    The n best of each group are always kept, and the others compete as single weights. A gradual schedule therefore thins
     the groups step by step and ends exactly at n of m.
     """
 
@@ -188,7 +189,7 @@ class NOfM(Structure):
         return None
 
     def best(self, score: Tensor, target: Target) -> Tensor:
-        """The mask that keeps the n best of each group."""
+        """Return the mask that keeps the n best of each group."""
         return n_m_mask(score, self.n, self.m, target.input_dim)
 
     def units(self, target: Target) -> int:
@@ -209,8 +210,8 @@ class NOfM(Structure):
 class Channels(Structure):
     """Whole output channels: filters of a convolution, neurons of a linear layer.
 
-    The scores of a layer are divided by their mean before those of different layers compete: layers differ in width and in
-    the scale of their weights, and without it some of them lose all that is to go.
+    The scores of a layer are divided by their mean before layers compete. Layers differ in width and in the scale of their
+    weights; without this, a few layers would lose most of the channels.
     """
 
     text = "channel"

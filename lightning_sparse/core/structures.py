@@ -1,4 +1,4 @@
-"""The table of structures: how users write them, and what they are."""
+"""The table of structures: how users write them, and the classes behind them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["STRUCTURES", "StructureName", "parse_structure"]
 StructureName = (
     Literal["unstructured", "channel", "coupled", "heads", "fan_in", "block:16x16", "2:4", "transposable 2:4"] | str | int
 )
-"""A line of `STRUCTURES`; a number only because YAML reads an unquoted 2:4 as one."""
+"""The name of a structure in `STRUCTURES`; also a number, because YAML reads an unquoted 2:4 as one."""
 
 STRUCTURES: dict[str, tuple[str, Callable[..., Structure]]] = {
     "'unstructured'": ("unstructured", Unstructured),
@@ -30,14 +30,14 @@ STRUCTURES: dict[str, tuple[str, Callable[..., Structure]]] = {
     "'n:m' such as '2:4'": (r"(\d+):(\d+)", NOfM),
     "'transposable n:m'": (r"transposable (\d+):(\d+)", Transposable),
 }
-"""What a sentence calls a structure -> a regular expression for it, and what makes it from the numbers in there."""
+"""Name of a structure in messages -> a regular expression for it, and a function that makes it from the matched numbers."""
 
 
 def parse_structure(text: str | int) -> Structure:
-    """The structure that a user has written.
+    """Return the structure that a user has written.
 
     Raises:
-        ValueError: if it is none of `STRUCTURES`.
+        ValueError: if it is not in `STRUCTURES`.
 
     Example:
         >>> parse_structure("2:4").sparsity

@@ -1,4 +1,4 @@
-"""What is left of each layer, as rows and as text."""
+"""Summarize what is kept of each layer, as rows and as text."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class LayerRow(NamedTuple):
 
     Args:
         layer: name of the weight, `total`, or `whole model`.
-        kept: entries that the mask keeps.
-        total: entries there are.
-        target: how many are to be kept in the end; None where the scores decide.
+        kept: number of entries that the mask keeps.
+        total: number of all entries.
+        target: number of entries to keep at the end; None if it depends on the scores.
     """
 
     layer: str
@@ -31,13 +31,13 @@ class LayerRow(NamedTuple):
         return self.kept / self.total if self.total else 1.0
 
     def cells(self) -> tuple[str, str, str, str]:
-        """As text: layer, kept of total, target, density."""
+        """Return the row as text: layer, kept of total, target, density."""
         target = "by score" if self.target is None else f"{self.target:,}"
         return self.layer, f"{self.kept:,} of {self.total:,}", target, f"{self.density:.2%}"
 
 
 SUMS = ("total", "whole model", "coupled channels", "parameters", "macs")
-"""Names of the rows that are not layers; the last three where channels leave the network."""
+"""Names of the rows that are not layers; the last three appear if channels leave the network."""
 
 HEADER = ("layer", "kept", "target", "density")
 """The columns of the table of layers."""
@@ -46,13 +46,13 @@ HEADER = ("layer", "kept", "target", "density")
 def summarize(
     masks: Masks, target: int | None = None, targets: Mapping[str, int] | None = None, model: int | None = None
 ) -> list[LayerRow]:
-    """One row per masked weight, then their sum, then the whole model if its size is given.
+    """Return one row per masked weight, then their sum, then the whole model if its size is given.
 
     Args:
-        masks: of the weights.
-        target: entries to keep in all, if known.
-        targets: entries to keep per weight, where known.
-        model: how many entries the whole model has, those without masks included.
+        masks: the masks of the weights.
+        target: number of entries to keep in total, if known.
+        targets: number of entries to keep per weight, if known.
+        model: number of entries in the whole model, including those without masks.
     """
     counts = masks.counts
     rows = [LayerRow(name, counts[name], masks.numel(name), (targets or {}).get(name)) for name in masks]
@@ -64,7 +64,7 @@ def summarize(
 
 
 def format_table(rows: Sequence[LayerRow]) -> str:
-    """The rows as an aligned text."""
+    """Return the rows as aligned text."""
     lines = [HEADER, *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     return "\n".join(

@@ -1,6 +1,6 @@
-"""Which channels are coupled, as Torch-Pruning's dependency graph answers it (Fang et al. 2023).
+"""Find coupled channels with Torch-Pruning's dependency graph (Fang et al. 2023).
 
-Source: https://arxiv.org/abs/2301.12900. This is the only file that knows the library.
+Source: https://arxiv.org/abs/2301.12900. This is the only file that uses the library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_sparse.core.linear import in_count, is_layer, out_count
 
 __all__ = ["torch_pruning"]
 
-# Operations of which one channel never sees another. All others couple or mix, and their channels stay.
+# Operations in which channels are independent. All other operations may mix channels, so their channels stay.
 _CHANNELWISE = re.compile(
     "(Abs|Add|Alias|AsStrided|AvgPool|AdaptiveAvgPool|AdaptiveMaxPool|Cat|Celu|Clamp|Clone|ConstantPad|Div|Elu|Exp|Expand|Gelu|"
     "Hardsigmoid|Hardswish|Hardtanh|LeakyRelu|LogSigmoid|MaxPool|Mean|MkldnnMaxPool|Mish|Mul|NativeDropout|Neg|Permute|Pow|"
@@ -32,7 +32,7 @@ _CHANNELWISE = re.compile(
 
 
 def torch_pruning(network: nn.Module, call: Call) -> Mapping[str, Sequence[Member]]:
-    """What goes with the outputs of each layer, read off the graph that gradients go back through.
+    """Return what is coupled with the outputs of each layer, found from the autograd graph.
 
     Raises:
         ValueError: if Torch-Pruning is missing or cannot trace the network.
@@ -41,7 +41,7 @@ def torch_pruning(network: nn.Module, call: Call) -> Mapping[str, Sequence[Membe
     try:
         graph = _trace(library, network, call.first(2))
     except Exception:
-        try:  # a tensor may have as many rows as there are samples, and need them all
+        try:  # a tensor may need all of its rows although their number equals that of the samples
             if len(call.tensors) == 1:
                 raise
             graph = _trace(library, network, call)
@@ -52,14 +52,14 @@ def torch_pruning(network: nn.Module, call: Call) -> Mapping[str, Sequence[Membe
 
 
 class _Index(NamedTuple):
-    """A channel of the root, and where it is in another layer; named as the graph's mappings have it."""
+    """A channel of the root and its position in another layer; the fields are named as the graph's mappings expect."""
 
     idx: int
     root_idx: int
 
 
 class _Answers(Mapping[str, Sequence[Member]]):
-    """What goes with each layer, found when it is asked for: walking through a large network takes seconds."""
+    """What is coupled with each layer; computed on access, because traversing a large network takes seconds."""
 
     def __init__(self, network: nn.Module, graph: Any) -> None:
         self.graph = graph
@@ -80,7 +80,7 @@ class _Answers(Mapping[str, Sequence[Member]]):
         return self.found[root]
 
     def _walk(self, layer: Any) -> list[Member]:
-        """From the outputs of a layer along the edges of the graph, and along those that these trigger."""
+        """Traverse the graph from the outputs of a layer, along its edges and the edges that these trigger."""
         start = self.graph.module2node[layer], self.graph.get_pruner_of_module(layer).prune_out_channels
         places = [_Index(channel, channel) for channel in range(out_count(layer))]
         reached = {start: set(places)}
@@ -92,7 +92,7 @@ class _Answers(Mapping[str, Sequence[Member]]):
                 there: Any = places if edge.is_triggered_by(function) else []
                 for mapping in filter(None, edge.index_mapping):
                     there = mapping(there)
-                if any(place.root_idx is None for place in there):  # mappings of repeated heads forget where they come from
+                if any(place.root_idx is None for place in there):  # mappings of repeated heads lose the root's channel
                     lost |= {place.root_idx for place in places}
                     continue
                 known = reached.setdefault((edge.target, edge.handler), set())
@@ -129,7 +129,7 @@ class _Answers(Mapping[str, Sequence[Member]]):
 
 
 def _trace(library: Any, network: nn.Module, call: Call) -> Any:
-    """The dependency graph of a network, as one call of it goes through."""
+    """Return the dependency graph of a network, traced with one call."""
     graph = library.DependencyGraph()
 
     def forward(net: nn.Module, given: Call) -> list[Tensor]:
@@ -145,7 +145,7 @@ def _trace(library: Any, network: nn.Module, call: Call) -> Any:
 
 
 def _is_product_of_a_layer(node: Any) -> bool:
-    """Whether it is the product inside a linear layer that reshapes what it is given: the reshaping stands for the layer."""
+    """Whether a node is the product in a linear layer that reshapes its input; the reshape node represents the layer."""
     return bool(node.outputs) and all(
         isinstance(after.module, nn.Linear) and "View" in after.grad_fn.name() for after in node.outputs
     )

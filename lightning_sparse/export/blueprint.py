@@ -1,4 +1,4 @@
-"""How a smaller model differs from a newly built one: sizes, folded normalizations, kernels; stored beside the weights."""
+"""How a smaller model differs from a newly built one: sizes, folded normalizations, kernels; stored with the weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Blueprint:
 
     Args:
         kept: layer -> what is left of it.
-        folded: normalizations that were folded.
-        biased: layers that got a bias from one.
+        folded: normalizations that were folded into the preceding layer.
+        biased: layers that got a bias from a folded normalization.
         kernels: layer -> the kernel that multiplies its weight, such as `csr`.
-        sizes: attributes of modules that have fewer heads, by their paths.
+        sizes: attributes of modules with fewer heads, by path.
     """
 
     kept: Mapping[str, Kept] = field(default_factory=dict)
@@ -61,17 +61,17 @@ class Blueprint:
         return model
 
     def then(self, kept: Mapping[str, Kept], sizes: Mapping[str, Any] | None = None) -> Blueprint:
-        """The blueprint with layers cut once more, and attributes set."""
+        """Return a blueprint that also cuts these layers further and sets these attributes."""
         joined = {name: self.kept.get(name, Kept()).then(kept.get(name, Kept())) for name in {**self.kept, **kept}}
         return replace(self, kept=joined, sizes={**self.sizes, **(sizes or {})})
 
     def to_json(self) -> dict[str, Any]:
-        """The blueprint as plain values."""
+        """Return the blueprint as plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Blueprint:
-        """The blueprint from the values of `to_json`."""
+        """Make a blueprint from the values of `to_json`."""
         kept = {name: Kept(**parts) for name, parts in values["kept"].items()}
         return cls(
             kept, tuple(values["folded"]), tuple(values["biased"]), dict(values["kernels"]), dict(values.get("sizes", {}))
@@ -98,13 +98,13 @@ def save_model(model: nn.Module, path: str | Path, blueprint: Blueprint | None =
 
 
 def load_model(model: nn.Module, path: str | Path) -> nn.Module:
-    """Turn a newly built model into the exported one: its size, its weights, its kernels; in place.
+    """Turn a newly built model into the exported one, in place: its sizes, its weights and its kernels.
 
-    The file says which outputs and inputs of each layer are left. Nothing is guessed, and only safetensors and the model's
+    The file states which outputs and inputs of each layer are left, so nothing is guessed. Only safetensors and the model's
     own class are needed.
 
     Args:
-        model: built as for training, with any weights.
+        model: a model built as for training, with any weights.
         path: path of a file that an export wrote.
 
     Raises:
@@ -133,7 +133,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
 @torch.no_grad()
 def add_bias(layer: Any) -> None:
-    """Give a layer a bias of zeros, if it has none."""
+    """Add a bias of zeros to a layer that has none."""
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(out_count(layer)))
 
@@ -143,16 +143,16 @@ def add_bias(layer: Any) -> None:
 
 @torch.no_grad()
 def carry_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module, blueprint: Blueprint) -> None:
-    """Let an optimizer of the whole model go on with the smaller one: its moments are cut as the weights were; in place.
+    """Move an optimizer from the whole model to the smaller one, in place: its moments are cut like the weights.
 
     Args:
-        optimizer: whose parameters are those of `before`.
+        optimizer: an optimizer of the parameters of `before`.
         before: the whole model, with its sizes unchanged.
-        after: the smaller one, which is trained from here on.
-        blueprint: by which it was made smaller.
+        after: the smaller model, which is trained from now on.
+        blueprint: the changes from `before` to `after`.
 
     Raises:
-        ValueError: if a memory of the optimizer has neither the shape of its parameter nor a single number.
+        ValueError: if a state of the optimizer has neither the shape of its parameter nor a single number.
     """
     owners = {
         id(p): (path, layer, name)

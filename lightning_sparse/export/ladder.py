@@ -1,4 +1,4 @@
-"""The ladder: from weights with zeros to smaller and faster artifacts, each verified before anything is written."""
+"""The export ladder: from weights with zeros to smaller and faster artifacts, all verified before anything is written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def export_ladder(
     quantization: Quantization | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Make every artifact that suits a sparse model, verify each one, measure them all next to the model, and write them.
+    """Make every artifact that suits a sparse model, verify each one, measure them all against the model, and write them.
 
     `plain`: a state dict. `compact`: the same without zeros. `merged`: without layers that act linearly. `removed`: without
     dead neurons and filters; later rungs build on it. `kernels`: linear layers in CSR or BSR where that is faster on this
@@ -49,7 +49,7 @@ def export_ladder(
 
     Verification uses the model as loaded from the file, and nothing is written before everything is verified. The gain of a
     rung is measured against the dense model in the same runtime, so each runtime has a dense row. A rung that is slower than
-    that and no smaller is dropped unless `rungs` names it.
+    this row and not smaller is dropped, unless `rungs` names it.
 
     Args:
         model: trained, with exact zeros; it is not changed.
@@ -57,11 +57,11 @@ def export_ladder(
             keyword arguments.
         to: output folder.
         network: name of the submodule that takes the inputs; None finds it.
-        rungs: the rungs to make; None makes all that suit, and the report says why the others do not.
+        rungs: the rungs to make; None makes all that suit the model, and the report says why the others do not.
         tolerance: maximum change of an output, relative to the largest output (or to 1 if that is smaller); in half
             precision, four rounding errors are allowed.
         fold: fold batch normalization into the preceding layers, in all rungs except `merged`.
-        input_range: the smallest and largest input, such as (0, 1), with which `merged` may judge the first layer.
+        input_range: the smallest and largest input, such as (0, 1); `merged` needs it to judge the first layer.
         rounds: number of calls for measuring latency; 0 skips it.
         compiled: also measure the dense model and smaller networks under `torch.compile`, which takes half a minute each.
         evaluate: computes metrics of a model, such as its accuracy on a test set.
@@ -97,7 +97,7 @@ def export_ladder(
 
 
 class _Climb:
-    """One climb of the ladder: what was made so far, and the report on it.
+    """One run of the ladder: the artifacts made so far, and the report on them.
 
     Args:
         ladder: the ladder.
@@ -117,9 +117,9 @@ class _Climb:
             ) from error
         self.made: dict[str, Made] = {}
         self.errors: dict[str, float] = {}
-        """The allowed relative error of outputs where a rung rounds."""
+        """The allowed relative error of the outputs of rungs that round."""
         self.timed: dict[str, Callable[[Call], Any]] = {"dense": partial(call_with, callee(dense, call.network)[1])}
-        """Everything that is measured, artifacts and dense rows."""
+        """Everything that is measured: artifacts and dense rows."""
         self.report = ExportReport(kind, ladder.zeros, call.samples, torch.get_num_threads(), str(device_of(dense)))
         self.report.rungs["dense"] = Rung(
             bytes=sum(t.numel() * t.element_size() for t in ladder.dense.state_dict().values()),
@@ -129,7 +129,7 @@ class _Climb:
         )
 
     def take(self, name: str) -> None:
-        """Make a rung and verify it, or record why there is none."""
+        """Make a rung and verify it, or record why it was not made."""
         try:
             rung = RUNGS[name](self.ladder)
             found = self.expected if rung.run is None else rung.run(self.ladder.inputs)
@@ -150,7 +150,7 @@ class _Climb:
             self.timed[name] = rung.run
 
     def compare_runtimes(self, compiled: bool) -> None:
-        """The dense model in every runtime that a rung needs, as a separate row, and compiled networks, if requested."""
+        """Add a dense row for every runtime that a rung uses, and rows for compiled networks if requested."""
         if any(rung.runtime == "onnxruntime" for rung in self.made.values()):
             self._add_dense("onnxruntime", self.ladder.dense_onnx)
         if any(rung.runtime == "executorch" for rung in self.made.values()):
@@ -193,7 +193,7 @@ class _Climb:
         self.timed[row] = run
 
     def time(self, rounds: int) -> None:
-        """Time everything interleaved, at batch 1 and at that of the inputs, which is the one to compile for."""
+        """Time everything, interleaved, at batch size 1 and at that of the inputs; compiled networks only at the latter."""
         dense, inputs = self.ladder.dense, self.ladder.inputs
         for batch in dict.fromkeys((1, inputs.samples)):
             x = inputs.first(batch).fit(dense)
@@ -204,7 +204,7 @@ class _Climb:
                 self.report.rungs[name].latency[batch] = timing
 
     def leave_out_what_is_no_gain(self) -> None:
-        """Drop a rung that was not requested and is slower than dense in its own runtime without being smaller."""
+        """Drop rungs that were not requested and are slower than dense in their runtime without being smaller."""
         for name in [] if self.forced else list(self.made):
             share = self.report.share(name)
             if self.report.is_other_network(name) and self.report.pace(name) == "slower" and (share is None or share > 0.95):
@@ -215,7 +215,7 @@ class _Climb:
                 del self.made[name]
 
     def evaluate(self, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> None:
-        """Metrics of everything that is a module, or can stand in for one."""
+        """Compute metrics of everything that is a module or can be used like one."""
         dense = self.ladder.dense
         known = self.report.rungs["dense"].metrics = dict(evaluate(dense))
         for name, made in self.made.items():
@@ -231,7 +231,7 @@ class _Climb:
                 self.report.rungs[name].note += "; evaluate does not call its network, so it has no metrics"
 
     def judge_what_rounds_off(self) -> None:
-        """Metrics, or else outputs, must be close enough to those of the dense model."""
+        """Require that the metrics, or without metrics the outputs, are close enough to those of the dense model."""
         for name, error in self.errors.items():
             assert self.ladder.quantization is not None
             rung = self.report.rungs[name]
@@ -280,10 +280,10 @@ def _check(
 
 
 def _verified(name: str, made: Made, found: Any, expected: Any, tolerance: float, folder: Path) -> Rung:
-    """The row of a rung whose outputs match those of the dense model.
+    """Return the row of a rung after verifying that its outputs match those of the dense model.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if they do not match.
     """
     change, largest = difference(expected, found)
     allowed = tolerance * max(1.0, largest)

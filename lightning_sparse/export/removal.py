@@ -1,16 +1,16 @@
-"""Neurons, filters and channels that do nothing leave the network: a plain, smaller module with the same outputs.
+"""Remove neurons, filters and channels that do nothing: the result is a plain, smaller module with the same outputs.
 
-A channel may go if every layer that reads it either multiplies it by zeros, or is given the same number for every input
-because all that feeds it is zero. What is coupled with a channel through additions, concatenations, depthwise layers and
-normalization is what an engine answers, see `core/coupling_engine.py`.
+A channel can be removed if every layer that reads it multiplies it by zeros, or gets the same number from it for every input
+because all weights that feed it are zero. An engine finds the channels that are coupled with it through additions,
+concatenations, depthwise layers and normalization, see `core/coupling_engine.py`.
 
-A dead filter still emits a constant c, from its bias or its normalization. It is folded into the bias of the next layer
-where that is exact:
+A dead filter still outputs a constant c, from its bias or its normalization. The constant is folded into the bias of the
+next layer where that is exact:
 
-    b <- b + sum_j c_j sum_k W[:, j, k]      for linear layers, and convolutions whose border shows no zeros
+    b <- b + sum_j c_j sum_k W[:, j, k]      for linear layers, and convolutions without zero padding
 
-Where zeros are padded, or there is no bias, one dead channel s with c_s != 0 stays and carries the others, which is exact
-everywhere, since a layer is linear in its input channels:
+With zero padding, in transposed convolutions, or without a bias, one dead channel s with c_s != 0 stays and carries the
+others. This is always exact, because a layer is linear in its input channels:
 
     W[:, s, k] <- sum_j (c_j / c_s) W[:, j, k]
 """
@@ -58,14 +58,14 @@ __all__ = ["Removal", "remove_dead"]
 
 @dataclass
 class Removal:
-    """What was taken out, and what could not be.
+    """What was removed, and what could not be removed.
 
     Args:
-        blueprint: outputs and inputs left of each layer; loads the smaller model, and cuts an optimizer's moments.
-        removed: layer -> outputs that are gone.
-        carriers: layer -> dead outputs that stay, because they carry a constant that no bias can hold exactly.
-        refused: layer -> why dead outputs of it stay.
-        heads: attention -> heads that are gone.
+        blueprint: outputs and inputs left of each layer; used to load the smaller model and to cut an optimizer's moments.
+        removed: layer -> number of removed outputs.
+        carriers: layer -> number of dead outputs that stay because they carry a constant that no bias can hold exactly.
+        refused: layer -> why its dead outputs stay.
+        heads: attention -> number of removed heads.
     """
 
     blueprint: Blueprint = field(default_factory=Blueprint)
@@ -83,24 +83,26 @@ def remove_dead(
     network: str | None = None,
     engine: CouplingEngine = torch_pruning,
 ) -> tuple[nn.Module, Removal]:
-    """A copy without the channels that do nothing, in evaluation mode; its outputs are equal up to rounding.
+    """Return a copy without the channels that do nothing, in evaluation mode; its outputs are equal up to rounding.
 
-    Rounds are made until nothing more is found: what fed only a dead neuron dies with it. Each group of coupled channels is
-    tried before it goes: on the inputs, on them shuffled, and with the signs turned of what living neurons put out, so that
-    those are heard that are silent on these inputs. If outputs change it stays, and the report says so.
+    Removal is repeated until nothing more is found, because a neuron that fed only dead neurons is dead as well. Each group
+    of coupled channels is tested before it is removed: on the inputs, on shuffled inputs, and with random signs on the
+    outputs of living neurons, so that neurons that are inactive on these inputs also show an effect. If outputs change, the
+    group stays, and the report says so.
 
     Args:
-        model: with exact zeros where a mask was; trained with `structure="channel"`, or so sparse that neurons are dead.
-        inputs: a batch of real inputs; a tuple holds positional arguments, a dictionary named ones.
-        tolerance: the largest change of an output, as a share of the largest output (or of 1 if that is smaller).
+        model: a model with exact zeros at masked entries; trained with `structure="channel"`, or so sparse that neurons are
+            dead.
+        inputs: a batch of real inputs; a tuple holds positional arguments, a dictionary holds keyword arguments.
+        tolerance: maximum change of an output, relative to the largest output (or to 1 if that is smaller).
         network: the part of the model that takes the inputs, by name; None finds it.
-        engine: that finds out which channels are coupled; Torch-Pruning's graph unless you give another.
+        engine: finds the coupled channels; default: Torch-Pruning's graph.
 
     Returns:
         The smaller model, and what was removed.
 
     Raises:
-        ValueError: if the engine is missing or cannot trace the model, or there is nothing to remove.
+        ValueError: if the engine is missing or cannot trace the model, or if there is nothing to remove.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -149,8 +151,9 @@ def remove_dead(
 
 
 def _without_dead_heads(model: nn.Module, call: Call, probes: list[Call], tolerance: float, removal: Removal) -> nn.Module:
-    """The model without heads of attention that put out zeros, or whose output is multiplied by zeros; those of each
-    attention are tried before they go.
+    """Return the model without attention heads that output zeros or whose output is multiplied by zeros.
+
+    The heads of each attention are tested before they are removed.
     """
     for attention in find_attentions(model, [call]).attentions:
         dead = _dead_heads(model, attention)
@@ -172,7 +175,7 @@ def _without_dead_heads(model: nn.Module, call: Call, probes: list[Call], tolera
 
 
 def _dead_heads(model: nn.Module, attention: Attention) -> list[int]:
-    """Heads without a weight and a bias, or whose output nobody reads; but one stays."""
+    """Return heads whose weights and biases are all zero, or whose output no layer reads; at least one head stays."""
     read = model.get_submodule(attention.out)
     kind, weight = kind_of(read), read.get_parameter("weight")
     columns_read = weight.any(1 - (1 if kind is None else kind.input_dim))
@@ -184,7 +187,7 @@ def _dead_heads(model: nn.Module, attention: Attention) -> list[int]:
 
 
 def _difference(before: nn.Module, after: nn.Module, probes: list[Call], tolerance: float) -> str:
-    """How the outputs of two models differ, if they do; those of another size, such as caches of keys, have no say."""
+    """Return how the outputs of two models differ, if they do; ignore those whose size differs, such as key caches."""
     compared = 0
     for probe in probes:
         for one, other in zip(*(tensors_in(runner(model, probe)()) for model in (before, after)), strict=True):
@@ -197,7 +200,7 @@ def _difference(before: nn.Module, after: nn.Module, probes: list[Call], toleran
     return "" if compared else "without its dead heads all outputs have another size"
 
 
-# ---- taking it out ------------------------------------------------------------------------------------------------------
+# ---- removing channels --------------------------------------------------------------------------------------------------
 
 
 Cut = tuple[list[DeadGroup], nn.Module, dict[str, Kept]]
@@ -211,7 +214,7 @@ def _without_most(
     tolerance: float,
     refused: dict[str, str],
 ) -> Cut:
-    """A copy without all groups, or, if that changes its outputs, without those that do not; notes why the others stay."""
+    """Return a copy without all groups; if its outputs change, only without harmless ones. Records why the others stay."""
     smaller, kept, reason = _tried(model, groups, inputs, expected, tolerance)
     if not reason:
         return groups, smaller, kept
@@ -226,7 +229,7 @@ def _without_most(
 
 
 def _shuffled(tensor: Tensor) -> Tensor:
-    """Floating-point numbers in another order; integers say what they say in their places."""
+    """Shuffle floating-point numbers; integers keep their places, because their meaning may depend on them."""
     if not tensor.is_floating_point():
         return tensor
     order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0)).to(tensor.device)
@@ -234,7 +237,7 @@ def _shuffled(tensor: Tensor) -> Tensor:
 
 
 def _can_be_shuffled(model: nn.Module, call: Call) -> bool:
-    """Whether a model runs on shuffled inputs: of several, one may be a mask or a length that must stay what it is."""
+    """Whether a model runs on shuffled inputs: one of several inputs may be a mask or a length that must not change."""
     floating = [tensor for tensor in call.tensors if tensor.is_floating_point()]
     if len(call.tensors) == 1 or not floating:
         return bool(floating)
@@ -247,7 +250,7 @@ def _can_be_shuffled(model: nn.Module, call: Call) -> bool:
 def _tried(
     model: nn.Module, groups: list[DeadGroup], inputs: list[Call], expected: list[Any], tolerance: float
 ) -> tuple[nn.Module, dict[str, Kept], str]:
-    """A copy without groups, what is left of each layer, and how its outputs differ, if they do."""
+    """Return a copy without these groups, what is left of each layer, and how its outputs differ, if they do."""
     try:
         smaller, kept = _without(model, groups)
         with _signs_turned(model, model, {}):
@@ -266,7 +269,7 @@ def _tried(
 
 @contextmanager
 def _signs_turned(model: nn.Module, whole: nn.Module, kept: Mapping[str, Kept]) -> Iterator[None]:
-    """Signs of outputs turned at random, alike in the whole model and in a smaller one; not of outputs without weights."""
+    """Flip signs of outputs at random, equally in the whole and the smaller model; outputs without weights keep theirs."""
 
     def turn(fed: Tensor, outputs: list[int] | None, dice: torch.Generator, layer: Any, args: Any, out: Tensor) -> Tensor:
         along = 1 - layer.weight.ndim
@@ -277,7 +280,7 @@ def _signs_turned(model: nn.Module, whole: nn.Module, kept: Mapping[str, Kept]) 
 
     handles = []
     for name, layer in whole.named_modules():
-        if is_layer(layer) and not is_depthwise(layer):  # depthwise layers pass on what they are given
+        if is_layer(layer) and not is_depthwise(layer):  # depthwise layers pass flipped signs on
             hook = partial(turn, fed_outputs(layer), kept.get(name, Kept()).outputs, torch.Generator().manual_seed(0))
             handles.append(model.get_submodule(name).register_forward_hook(hook))
     try:
@@ -289,7 +292,7 @@ def _signs_turned(model: nn.Module, whole: nn.Module, kept: Mapping[str, Kept]) 
 
 @torch.no_grad()
 def _without(model: nn.Module, groups: list[DeadGroup]) -> tuple[nn.Module, dict[str, Kept]]:
-    """A copy without the channels of groups, whose constants are folded forward, and what is left of each layer."""
+    """Return a copy without the channels of these groups, with constants folded, and what is left of each layer."""
     model = copy_model(model)
     outputs: dict[str, set[int]] = {}
     inputs: dict[str, set[int]] = {}
@@ -311,7 +314,7 @@ def _without(model: nn.Module, groups: list[DeadGroup]) -> tuple[nn.Module, dict
 
 
 def _fold(layer: Any, constants: dict[int, float], channels: Positions, group: DeadGroup) -> None:
-    """Keep what a layer gets from channels that are about to go: in its bias, or in the weights of a carrier."""
+    """Fold the constants of channels to be removed into a layer: into its bias, or into the weights of a carrier."""
     gone = sorted({index for channel in group.removed for index in channels.get(channel, []) if constants.get(index)})
     if not gone:
         return

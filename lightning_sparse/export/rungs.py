@@ -1,4 +1,4 @@
-"""What an export makes: one function per artifact, each on what the ones before have left."""
+"""The artifacts of an export: one function per artifact; each builds on the result of the previous ones."""
 
 from __future__ import annotations
 
@@ -38,44 +38,44 @@ RungName = Literal[
 
 @dataclass
 class Made:
-    """An artifact in the temporary folder, and what runs it."""
+    """An artifact in the temporary folder, and a function that runs it."""
 
     file: str
     run: Callable[[Call], Any] | None
-    """None if nothing here can run it."""
+    """None if it cannot run on this machine."""
     note: str
     parameters: int | None = None
     macs: int | None = None
     module: nn.Module | None = None
     runtime: Runtime = "torch"
     compiles: bool = False
-    """Whether it is a network of its own that torch.compile takes."""
+    """Whether it is a separate network that torch.compile supports."""
     rounds_off: bool = False
-    """Whether its outputs are those of the dense model up to what `Quantization` allows, not up to the tolerance."""
+    """Whether its outputs must match the dense model within what `Quantization` allows, not within the tolerance."""
     estimates: Mapping[str, float] = field(default_factory=dict)
 
 
 class Ladder:
-    """What all rungs stand on."""
+    """The model, inputs and options that all rungs share."""
 
     def __init__(self, model: nn.Module, inputs: Call, folder: Path, options: Mapping[str, Any]) -> None:
         self.dense, self.inputs, self.folder = copy_model(model).eval(), inputs, folder
         self.input_range = options["input_range"]
         kind = next(self.dense.parameters()).dtype
-        self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision rounds more than that
+        self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision has larger rounding errors
         self.base, self.blueprint = fold_norms(self.dense) if options["fold"] else (copy_model(self.dense), Blueprint())
         self.quantization: Quantization | None = options["quantization"]
         self.choices: list[KernelChoice] = []
         self.zeros = _zeros(self.dense)
 
     def macs(self, model: nn.Module) -> dict[str, int]:
-        """Multiply-accumulates per sample, by weight."""
+        """Return the multiply-accumulates per sample, by weight."""
         return count_macs(model, runner(model, self.inputs), self.inputs.samples)
 
     # ---- rungs ------------------------------------------------------------------------------------------------------------
 
     def plain(self) -> Made:
-        """A state dict that loads strictly."""
+        """Make a state dict that loads strictly."""
         path = self.folder / "plain.pt"
         torch.save({name: tensor.cpu() for name, tensor in self.base.state_dict().items()}, path)
         loaded = self.blueprint.apply(copy_model(self.dense))
@@ -83,11 +83,11 @@ class Ladder:
         return self._made("plain.pt", loaded, self._no_faster())
 
     def compact(self) -> Made:
-        """The same without its zeros."""
+        """Make the same file without the zeros."""
         return self._saved("compact.safetensors", self.base, self.blueprint, f"smaller on disk only; {self._no_faster()}")
 
     def merged(self) -> Made:
-        """Layers that act linearly, merged: a shallower network as a program of its own."""
+        """Merge layers that act linearly: a shallower network, as a separate program."""
         model, report = merge_layers(self.dense, self.inputs, tolerance=0.0, input_range=self.input_range, rounds=0)
         if not report.merged:
             raise ValueError("no layer acts linearly for all inputs, so none is merged; train with LayerSparsity.")
@@ -110,7 +110,7 @@ class Ladder:
         return Made(path.name, partial(call_with, program), note, report.parameters[1], macs, model, compiles=True)
 
     def removed(self) -> Made:
-        """Without the channels that do nothing; what comes after stands on it."""
+        """Remove the channels that do nothing; later rungs build on the result."""
         smaller, removal = remove_dead(self.base, self.inputs, tolerance=self.tolerance)
         blueprint = replace(self.blueprint, kept=removal.blueprint.kept, sizes=removal.blueprint.sizes)
         gone = [f"{sum(removal.heads.values()):,} heads of {len(removal.heads)} attentions"] if removal.heads else []
@@ -127,12 +127,12 @@ class Ladder:
         return made
 
     def kernels(self) -> Made:
-        """Linear layers in the layout that is fastest here."""
+        """Store linear layers in the format that is fastest on this machine."""
         self.choices = choose_kernels(self.base, self.inputs)
         return self._with_kernels("kernels.safetensors", self.base, self.choices)
 
     def semi_structured(self) -> Made:
-        """Linear layers on the sparse tensor cores of a GPU."""
+        """Run linear layers on the sparse tensor cores of a GPU."""
         if device_of(self.dense).type != "cuda":
             raise ValueError("2:4 needs the model on a CUDA device, in bfloat16 or float16.")
         choices = choose_semi_structured(self.base, self.inputs)
@@ -140,7 +140,7 @@ class Ladder:
         return self._with_kernels("semi_structured.safetensors", self.base, choices)
 
     def onnx(self) -> Made:
-        """For onnxruntime and everything else that reads ONNX."""
+        """Export to ONNX, for onnxruntime and other runtimes that read it."""
         if (kind := next(self.base.parameters()).dtype) not in (torch.float32, torch.float64):
             raise ValueError(f"onnxruntime would check it on the CPU, which does not support {kind}; use float32.")
         path = self.folder / "model.onnx"
@@ -150,7 +150,7 @@ class Ladder:
         return Made(path.name, onnx_runner(path), note, parameters, macs, runtime="onnxruntime")
 
     def int8(self) -> Made:
-        """In eight bits, with all its zeros."""
+        """Quantize to int8 and keep all zeros."""
         path = self.folder / "model-int8.onnx"
         found = save_int8(self.base, self.inputs, path, self._calibration())
         note = f"{compressed_size(path):,} bytes compressed; {found.zeros:,} zeros of {found.weights:,} weights are all kept"
@@ -160,7 +160,7 @@ class Ladder:
         return Made(path.name, onnx_runner(path), note, parameters, macs, runtime="onnxruntime", rounds_off=True)
 
     def edge(self) -> Made:
-        """In eight bits for ExecuTorch on a CPU."""
+        """Quantize to int8 for ExecuTorch on a CPU."""
         path = self.folder / "model.pte"
         left = save_executorch(self.base, self.inputs, path, self._calibration())
         note = f"one sample at a time; {compressed_size(path):,} bytes compressed"
@@ -171,7 +171,7 @@ class Ladder:
         return Made(path.name, run, note, parameters, macs, runtime="executorch", rounds_off=True)
 
     def ethos_u85(self) -> Made:
-        """In eight bits for an accelerator that stores no zeros."""
+        """Quantize to int8 for an accelerator that stores no zeros."""
         path, beside = self.folder / "model-ethos-u85.pte", self.folder / "filled.pte"
         estimates, left = save_ethos_u85(self.base, self.inputs, path, self._calibration())
         without, _ = save_ethos_u85(_filled(self.base), self.inputs, beside, self._calibration())
@@ -190,7 +190,7 @@ class Ladder:
     # ---- the dense model in every runtime ---------------------------------------------------------------------------------
 
     def dense_onnx(self) -> Made:
-        """The masked model as it was trained in onnxruntime: what that runtime does without a rung."""
+        """Run the masked model as trained in onnxruntime, as the baseline of that runtime."""
         path = self.folder / "model.onnx"
         if self.blueprint != Blueprint() or not path.exists():
             path = self.folder / "dense.onnx"
@@ -199,7 +199,7 @@ class Ladder:
         return self._dense(path.name, onnx_runner(path), note, "onnxruntime")
 
     def dense_executorch(self) -> Made:
-        """The masked model as it was trained, in float32."""
+        """Run the masked model as trained in ExecuTorch, in float32, as the baseline of that runtime."""
         path = self.folder / "dense.pte"
         save_executorch(self.dense, self.inputs, path)
         return self._dense(path.name, executorch_runner(path), "in float32; for comparison, not written", "executorch")
@@ -224,12 +224,12 @@ class Ladder:
         return made
 
     def _saved(self, file: str, model: nn.Module, blueprint: Blueprint, note: str) -> Made:
-        """Write a model, and take what the file makes of the whole one: that is what will be loaded."""
+        """Write a model, and load the file into a copy of the dense model, as users will do."""
         save_model(model, self.folder / file, blueprint)
         return self._made(file, load_model(copy_model(self.dense), self.folder / file), note, model)
 
     def _made(self, file: str, model: nn.Module, note: str, like: nn.Module | None = None) -> Made:
-        """An artifact with the size of a model that is like it, but has no kernels that cannot be counted."""
+        """Return an artifact; its size is counted on `like`, an equal model without kernels that cannot be counted."""
         like = like or model
         macs = sum(self.macs(like).values())
         return Made(
@@ -253,24 +253,24 @@ RUNGS: dict[str, Callable[[Ladder], Made]] = {
     "edge": Ladder.edge,
     "ethos_u85": Ladder.ethos_u85,
 }
-"""In the order in which they are climbed."""
+"""The rungs by name, in the order in which they are made."""
 
 
 @torch.no_grad()
 def call_with(called: nn.Module, call: Call) -> Any:
-    """What a network returns, without gradients, for a call that is fitted to its device and type."""
+    """Return a network's outputs, without gradients, for a call that is moved to its device and dtype."""
     fitted = call.fit(called)
     return called(*fitted.args, **fitted.kwargs)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the weights of a model lie."""
+    """Return the device of a model's weights."""
     return next(model.parameters()).device
 
 
 @torch.no_grad()
 def _filled(model: nn.Module) -> nn.Module:
-    """A copy in which random numbers stand for the zeros of each weight, as large as its others."""
+    """Return a copy with the zeros of each weight replaced by random numbers at the scale of its other entries."""
     model = copy_model(model)
     dice = torch.Generator().manual_seed(0)
     for weight in model.parameters():
@@ -281,6 +281,6 @@ def _filled(model: nn.Module) -> nn.Module:
 
 
 def _zeros(model: nn.Module) -> float:
-    """Share of zeros in all weights of two or more dimensions."""
+    """Return the fraction of zeros in all weights with two or more dimensions."""
     weights = [p.detach() for p in model.parameters() if p.ndim > 1]
     return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))

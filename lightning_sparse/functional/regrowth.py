@@ -1,4 +1,4 @@
-"""Move connections within a layer: some are dropped, and exactly the same number is grown."""
+"""Move connections within a layer: drop some, and grow exactly the same number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["DROP_SCHEDULES", "DropScheduleName", "drop_count", "growth_score", "
 
 
 def held(progress: float, start: float, end: float) -> float:
-    """The start value throughout."""
+    """Keep the start value throughout."""
     return start
 
 
@@ -27,14 +27,14 @@ DropScheduleName = Literal["cosine", "constant"]
 """The names in `DROP_SCHEDULES`."""
 
 DROP_SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "constant": held}
-r"""How the dropped fraction changes. The cosine is that of RigL, $\frac{\alpha}{2}(1 + \cos(\pi t / T))$ for an end at 0.
+r"""Schedules of the dropped fraction. The cosine is RigL's, $\frac{\alpha}{2}(1 + \cos(\pi t / T))$ if the end value is 0.
 
 Source: Evci et al. 2020, "Rigging the Lottery", https://arxiv.org/abs/1911.11134, section 3.2.
 """
 
 
 def drop_count(kept: int, fraction: float) -> int:
-    """How many of the kept connections are dropped: the fraction, rounded down.
+    """Return how many of the kept connections are dropped: the fraction of them, rounded down.
 
     Example:
         >>> drop_count(10, 0.3), drop_count(100, 0.29), drop_count(3, 0.3)
@@ -44,16 +44,16 @@ def drop_count(kept: int, fraction: float) -> int:
 
 
 def growth_score(gradient: Tensor, dim: Dims = 0) -> Tensor:
-    r"""The magnitude of the gradient divided by its norm in each output, so that outputs are comparable.
+    r"""Return the gradient's magnitude divided by its norm over each output, so that outputs are comparable.
 
     $$ |g_{oi}| \Big/ \Big(\sum_j g_{oj}^2\Big)^{1/2} $$
 
-    Source: the official repository of Li et al. 2021, https://arxiv.org/abs/2103.16013. Its code takes the signed gradient;
-    its figure, and this function, take the magnitude.
+    Source: the official repository of Li et al. 2021, https://arxiv.org/abs/2103.16013. Its code uses the signed gradient;
+    its figure, and this function, use the magnitude.
 
     Args:
-        gradient: of all entries, dropped ones included.
-        dim: that counts the outputs.
+        gradient: the gradient of all entries, including dropped ones.
+        dim: the dimension of the outputs.
 
     Example:
         >>> growth_score(torch.tensor([[3.0, -4.0], [300.0, 400.0]]))
@@ -72,23 +72,23 @@ def regrow(
     protect: Callable[[Tensor], Tensor] | None = None,
     spread: Spread | None = None,
 ) -> Tensor:
-    """The mask after `count` connections have been dropped and as many grown.
+    """Return the mask after `count` connections have been dropped and the same number grown.
 
-    Of the connections in the mask, those with the highest `keep` survive. Of all others, those just dropped included, the
-    ones with the highest `grow` join them. Among equal scores the earlier entry comes first.
+    The connections in the mask with the highest `keep` survive. Of all other entries, including those just dropped, the ones
+    with the highest `grow` become connections. Ties go to the earlier entry.
 
     Sources: Mocanu et al. 2018, https://arxiv.org/abs/1707.04780 (grown at random); Evci et al. 2020,
     https://arxiv.org/abs/1911.11134, algorithm 1 (grown by gradient).
 
     Args:
         mask: True = kept.
-        keep: how much each connection matters, of the mask's shape.
-        grow: how much each entry would gain by becoming one, finite.
-        count: from 0 to the number of connections.
-        kept: that number, where it is known; of all ranks together.
-        protect: gives the score inf to entries that a structure such as n of m cannot do without; called with `grow`, in
-            which survivors have that score already.
-        spread: how these tensors are spread over ranks; None if this rank holds all of them.
+        keep: scores of the connections, in the mask's shape; the lowest are dropped.
+        grow: finite scores of all entries; the highest of those that are not connections are grown.
+        count: number of connections to drop, from 0 to all of them.
+        kept: the number of connections on all ranks together, if known.
+        protect: sets the score to inf for entries that a structure such as n of m must keep; called with `grow`, where
+            survivors already have this score.
+        spread: how these tensors are distributed over ranks; None if this rank holds all of them.
 
     Raises:
         ValueError: if the count is out of range, a score is NaN, or `grow` is infinite.
@@ -104,11 +104,11 @@ def regrow(
         raise ValueError(f"count={count} connections cannot be dropped where there are {kept}; give 0 <= count <= {kept}.")
     if count == 0:
         return mask.clone()
-    # A NaN is both the smallest and the largest.
+    # aminmax returns NaN for both if any entry is NaN.
     bad = ~torch.stack(grow.aminmax()).isfinite().all() if grow.numel() else torch.zeros((), device=grow.device).bool()
     if bool(bad) if spread is None else spread.any([bad]):
         raise ValueError("A growth score is NaN or infinite, so nothing can be ranked; look for a diverged loss.")
-    # Only what is kept is ranked for staying: at 90 % sparsity a tenth of all.
+    # Only connections are ranked for survival: at 90 % sparsity a tenth of all entries.
     candidates = None if spread is None else spread.chosen([mask], [kept])
     survivors = torch.zeros_like(mask).masked_scatter_(mask, top_k_masks([keep[mask]], kept - count, candidates)[0])
     order = grow.masked_fill(survivors, torch.inf)

@@ -1,4 +1,4 @@
-"""How a value moves from its start to its end. A schedule is a function of progress in [0, 1]."""
+"""Schedules that move a value from its start to its end. A schedule is a function of progress in [0, 1]."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ __all__ = [
 ]
 
 Schedule = Callable[[float, float, float], float]
-"""`schedule(progress, start, end)` is `start` before, and exactly `end` at, the end."""
+"""`schedule(progress, start, end)` begins at `start` and is exactly `end` at progress 1."""
 
 ScheduleName = Literal["constant", "linear", "cubic", "cosine", "exponential"]
 """The names in `SCHEDULES`."""
 
 
 def constant(progress: float, start: float, end: float) -> float:
-    """The end value at once."""
+    """Take the end value at once."""
     return end
 
 
 def linear(progress: float, start: float, end: float) -> float:
-    """In equal steps."""
+    """Change at a constant rate."""
     return end if progress >= 1 else start + (end - start) * progress
 
 
 def cubic(progress: float, start: float, end: float) -> float:
-    r"""Fast at first, while there is much to remove, and slowly at last.
+    r"""Change fast at first, while there is much to remove, and slowly at the end.
 
     $$ v(t) = end + (start - end)(1 - t)^3 $$
 
@@ -51,12 +51,12 @@ def cubic(progress: float, start: float, end: float) -> float:
 
 
 def cosine(progress: float, start: float, end: float) -> float:
-    """Slowly at both ends: half a period of a cosine."""
+    """Change slowly at both ends: half a period of a cosine."""
     return end if progress >= 1 else start + (end - start) * (1 - math.cos(math.pi * progress)) / 2
 
 
 def exponential(progress: float, start: float, end: float) -> float:
-    r"""A constant share of what is left is removed per unit of progress, as iterative pruning does.
+    r"""Remove a constant fraction of what is left per unit of progress, like iterative pruning.
 
     $$ 1 - v(t) = (1 - start) \left(\frac{1 - end}{1 - start}\right)^t $$
 
@@ -66,7 +66,7 @@ def exponential(progress: float, start: float, end: float) -> float:
 
 
 def piecewise_linear(progress: float, knots: Sequence[Sequence[float]]) -> float:
-    """A value along straight lines between knots; before the first and after the last it stays.
+    """Interpolate linearly between knots; the value is constant before the first knot and after the last.
 
     Args:
         progress: in [0, 1].

@@ -1,4 +1,4 @@
-"""How much each weight matters. A score is a tensor like the weight; higher survives."""
+"""Scores of how much each weight matters. A score has the shape of its weight; higher survives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """The absolute value of every weight, in float32 or wider.
+    """Return the absolute value of every weight, in float32 or wider.
 
     Example:
         >>> magnitude(torch.tensor([-2.0, 0.5]))
@@ -30,47 +30,47 @@ def magnitude(weight: Tensor) -> Tensor:
 
 
 def random_generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments.
+    """Return a CPU generator that depends only on its arguments.
 
-    Every rank, every device and every resumed run draws the same numbers from it, whatever else
-    has consumed the global generators.
+    Every rank, device and resumed run draws the same numbers from it, regardless of the state of the global generators.
 
     Args:
         seed: the seed of the run.
-        step: when the numbers are drawn.
-        name: for which parameter.
+        step: the step at which the numbers are drawn.
+        name: the name of the parameter.
     """
     mixed = zlib.crc32(f"{seed}/{step}/{name}".encode())
     return torch.Generator().manual_seed((mixed << 32) | zlib.crc32(name.encode(), mixed))
 
 
 def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform random numbers in the shape of the weight, on the CPU so that devices agree.
+    """Return uniform random numbers in the shape of the weight, drawn on the CPU so that all devices agree.
 
-    In float64, because float32 has only 2^24 values in [0, 1): ties would favor early entries. Not every device has it.
+    They are float64, which not every device supports: float32 has only 2^24 values in [0, 1), and ties would favor early
+    entries.
     """
     return torch.rand(weight.shape, generator=generator, dtype=torch.float64)
 
 
 def hashed_score(weight: Tensor, generator: torch.Generator, places: Tensor | None = None) -> Tensor:
-    """Random numbers in the shape of the weight, computed where it lies from two numbers that the generator draws.
+    """Return random numbers in the shape of the weight, computed on its device from two keys that the generator draws.
 
-    Whole-number arithmetic, so that devices agree as they do on `random_score`, without drawing every number on the CPU:
-    each entry's index and the two keys go through a hash (C. Wellons, "Prospecting for Hash Functions", lowbias32,
-    https://nullprogram.com/blog/2018/07/31/). Float32 with 2^24 different values: enough to choose by, too coarse for more
-    than a choice.
+    Integer arithmetic makes all devices agree, as with `random_score`, without drawing every number on the CPU: each
+    entry's index and the two keys go through a hash (C. Wellons, "Prospecting for Hash Functions", lowbias32,
+    https://nullprogram.com/blog/2018/07/31/). The result is float32 with 2^24 different values: fine enough for a random
+    choice of entries, too coarse for anything else.
 
     Args:
-        weight: whose shape and device count.
-        generator: that draws the keys.
-        places: the index of each entry, flat, where the tensor is a part of a weight; by default the entries in order.
+        weight: the weight; only its shape and device matter.
+        generator: draws the keys.
+        places: the flat index of each entry if the tensor is a part of a weight; default: the entries in order.
     """
     first, second = torch.randint(-(1 << 31), 1 << 31, (2,), generator=generator).tolist()
     if places is None:
         value = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device).add_(first)
     else:
         value = places.to(torch.int32).add(first)
-    # The shifts of a signed type carry the sign along; the masks take it away again.
+    # Right shifts of signed integers copy the sign bit; the bit masks clear it.
     value ^= (value >> 16) & 0xFFFF
     value *= 0x7FEB352D
     value ^= second
@@ -81,9 +81,9 @@ def hashed_score(weight: Tensor, generator: torch.Generator, places: Tensor | No
 
 
 def connection_sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
-    r"""How fast a scalar moves when a weight is scaled: $|w \, \partial L / \partial w|$.
+    r"""Return how fast a scalar changes when a weight is scaled: $|w \, \partial L / \partial w|$.
 
-    With the gradient of the loss this is SNIP; with that of the summed output of the network with all weights made
+    With the gradient of the loss, this is SNIP. With the gradient of the summed output of the network with all weights made
     positive, on an input of ones, it is SynFlow.
 
     Sources: Lee et al. 2019, "SNIP: Single-shot network pruning based on connection sensitivity",
@@ -98,17 +98,18 @@ def connection_sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def gradient_flow(weight: Tensor, product: Tensor) -> Tensor:
-    r"""How much a weight holds up the gradient norm: $w \,(H g)$, of either sign.
+    r"""Return how much a weight contributes to the gradient norm: $w \,(H g)$, positive or negative.
 
-    To first order, removing the weight changes $g^\top g$ by $-2\,w\,(Hg)$, so what would reduce the flow most scores
-    highest, and what stands in its way lowest. The paper writes the score with the opposite sign and removes the highest.
+    To first order, removing the weight changes $g^\top g$ by $-2\,w\,(Hg)$. Weights whose removal would reduce the gradient
+    flow most score highest, and those whose removal would increase it most score lowest. The paper defines the score with
+    the opposite sign and removes the highest.
 
     Source: Wang, Zhang and Grosse 2020, "Picking winning tickets before training by preserving gradient flow",
     https://arxiv.org/abs/2002.07376.
 
     Args:
-        weight: w.
-        product: of the Hessian of the loss with its gradient, from `hessian_times`.
+        weight: the weight w.
+        product: the product of the loss's Hessian with its gradient, from `hessian_times`.
 
     Example:
         >>> gradient_flow(torch.tensor([-2.0, 0.5]), torch.tensor([3.0, 4.0]))
@@ -118,15 +119,15 @@ def gradient_flow(weight: Tensor, product: Tensor) -> Tensor:
 
 
 def hessian_times(loss: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """The Hessian of a loss times a vector, by differentiating the gradient's inner product with it.
+    """Return the Hessian of a loss times a vector, by differentiating the inner product of the gradient with the vector.
 
-    The graph is walked to all its leaves, which then hold a `grad`: functions without a second derivative raise only there,
-    while a walk to the weights alone would pass them by with a wrong result.
+    The backward pass runs to all leaves of the graph, and each leaf gets a `grad`. Only this way do functions without a
+    second derivative raise an error; a backward pass to the weights alone would skip them and return a wrong result.
 
     Args:
-        loss: with a graph.
-        weights: by which to differentiate; leaves.
-        vectors: one per weight; constants.
+        loss: a loss with a graph.
+        weights: leaf tensors to differentiate by.
+        vectors: one vector per weight; they are constants.
 
     Raises:
         RuntimeError: if something in the graph has no second derivative.

@@ -1,4 +1,4 @@
-"""SparseGPT: remove weights of a layer one column after the other, and let those that are left make up for it."""
+"""SparseGPT: remove weights of a layer column by column, and adjust the remaining weights to compensate."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _TRIES = 8
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
-    r"""The upper triangular U with $U^\top U = (H + \lambda I)^{-1}$, where $\lambda$ is `damping` times H's mean diagonal.
+    r"""Return the upper triangular U with $U^\top U = (H + \lambda I)^{-1}$; $\lambda$ is `damping` times H's mean diagonal.
 
-    An input that is always zero has nothing on its row and column; it gets the mean diagonal. Where a singular H is not
-    positive definite even so, because of rounding, the damping grows tenfold until it is.
+    If an input is always zero, its row and column of H are zero, and its diagonal entry is set to the mean diagonal. If a
+    singular H is still not positive definite because of rounding, the damping is increased tenfold until it is.
 
     Args:
-        hessian: sums of products of inputs, (groups, columns, columns); is overwritten.
+        hessian: sums of products of inputs, (groups, columns, columns); it is overwritten.
         damping: a positive number.
 
     Raises:
-        ValueError: if it is zero throughout or not finite.
+        ValueError: if the Hessian is zero everywhere or not finite.
 
     Example:
         >>> u = inverse_factor(torch.tensor([[[2.0, 1.0], [1.0, 1.0]]]), damping=1e-9)
@@ -37,7 +37,7 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
     if not bool(hessian.isfinite().all()) or not bool((live > 0).any()):
         raise ValueError("The inputs are zero throughout or not finite, so nothing can make up for what is removed.")
     mean = (diagonal.clamp(min=0).sum(-1) / live.clamp(min=1)).unsqueeze(-1)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # a group of a convolution without any input
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # a convolution group whose inputs are all zero
     diagonal.copy_(torch.where(dead, mean, diagonal) + damping * mean)
     for attempt in range(_TRIES):
         lower, failed = torch.linalg.cholesky_ex(hessian)
@@ -59,28 +59,28 @@ def compensate(
     dead: Tensor | None = None,
     block_size: int = 128,
 ) -> Tensor:
-    r"""Remove weights and change the others so that the outputs of a layer change least; column after column, in place.
+    r"""Remove weights and adjust the others so that a layer's outputs change least; column by column, in place.
 
     $$ \delta w_{i,\,j:} = -\frac{w_{ij}}{U_{jj}} U_{j,\,j:}, \qquad s_{ij} = \left(\frac{w_{ij}}{U_{jj}}\right)^2 $$
 
-    for every removed $w_{ij}$. Which ones are removed is decided for a block of columns when it is reached, by the scores
-    $s$ of all weights in it; with `n_m` for every m columns and each row. Weights behind the block change once per block.
+    for every removed $w_{ij}$. When a block of columns is reached, the scores $s$ of all its weights decide which ones are
+    removed; with `n_m`, separately for every m columns and each row. Weights after the block are updated once per block.
 
     Source: Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
-    https://arxiv.org/abs/2301.00774, algorithm 1, without quantization. There each block keeps the same share; here the
-    shares of blocks add up to `keep` exactly. Weights of inputs that are always zero go first, but those that stay keep
-    their values, where the published code sets them to zero.
+    https://arxiv.org/abs/2301.00774, algorithm 1, without quantization. There, each block keeps the same share; here,
+    the numbers kept in the blocks add up to `keep` exactly. Weights of inputs that are always zero are removed first; those
+    that stay keep their values, whereas the published code sets them to zero.
 
     Args:
-        matrix: (groups, outputs, columns), is overwritten.
+        matrix: the weights, (groups, outputs, columns); it is overwritten.
         factor: U, from `inverse_factor`.
-        keep: how many weights stay, in all.
-        n_m: n of m consecutive columns stay; then `keep` has no say.
+        keep: total number of weights to keep.
+        n_m: (n, m): keep n of m consecutive columns; `keep` is then ignored.
         dead: inputs that are always zero, (groups, columns).
         block_size: B_s, in columns.
 
     Returns:
-        The mask, True where a weight stays.
+        The mask, True = kept.
 
     Example:
         >>> w = torch.tensor([[[1.0, 2.0]]])
@@ -94,7 +94,7 @@ def compensate(
         block_size = max(block_size // n_m[1], 1) * n_m[1]
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
-        # Columns first, so that each is in one piece: the loop below goes through them one by one.
+        # Columns first, so that each is contiguous: the loop below goes through them one by one.
         block = matrix[..., start:end].transpose(1, 2).contiguous()
         corner = factor[:, start:end, start:end]
         pivots = corner.diagonal(dim1=-2, dim2=-1)

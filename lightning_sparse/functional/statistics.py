@@ -1,4 +1,4 @@
-"""Numbers that describe sparse tensors."""
+"""Statistics of sparse tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def mask_sparsity(masks: Iterable[Tensor]) -> float:
-    """The fraction of entries that the masks remove (True = kept).
+    """Return the fraction of entries that the masks remove (True = kept).
 
     Example:
         >>> import torch
@@ -37,7 +37,7 @@ def mask_sparsity(masks: Iterable[Tensor]) -> float:
 
 
 def zero_fraction(tensors: Iterable[Tensor]) -> float:
-    """The fraction of entries that are exactly zero, whatever made them so.
+    """Return the fraction of entries that are exactly zero, for whatever reason.
 
     Example:
         >>> import torch
@@ -48,7 +48,7 @@ def zero_fraction(tensors: Iterable[Tensor]) -> float:
 
 
 def layer_density(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """The fraction of entries of each layer that are in effect: kept by its mask, or not zero in its weight.
+    """Return the fraction of entries of each layer that are in effect: kept by its mask, or not zero in its weight.
 
     Example:
         >>> import torch
@@ -59,7 +59,7 @@ def layer_density(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def nonzero_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many entries of each tensor are kept by its mask, or not zero in its weight; waits for each device once.
+    """Return how many entries of each tensor are kept (masks) or not zero (weights); synchronizes each device once.
 
     Example:
         >>> import torch
@@ -75,11 +75,11 @@ def nonzero_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def dead_outputs(tensor: Tensor, dim: Dims = 0) -> Tensor:
-    """Which neurons or filters have lost all their incoming weights; one boolean per output.
+    """Return which neurons or filters have lost all their incoming weights; one boolean per output.
 
     Args:
         tensor: mask or weight of a layer.
-        dim: that counts the outputs; several where matrices are stacked.
+        dim: the dimension of the outputs; several if matrices are stacked.
 
     Example:
         >>> import torch
@@ -90,9 +90,9 @@ def dead_outputs(tensor: Tensor, dim: Dims = 0) -> Tensor:
 
 
 def mask_overlap(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
-    r"""The fraction of connections that are still there: $|A \cap B| / |A|$ for A before and B after.
+    r"""Return the fraction of connections that remain: $|A \cap B| / |A|$ for A before and B after.
 
-    With equal counts, as dynamic sparse training has them between updates, the order does not matter.
+    If both have equal counts, as between updates of dynamic sparse training, the order does not matter.
 
     Example:
         >>> import torch
@@ -107,7 +107,7 @@ def mask_overlap(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
 
 
 def mask_churn(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
-    r"""The fraction of connections that came or went: $1 - |A \cap B| / |A \cup B|$, the Jaccard distance of two masks.
+    r"""Return the fraction of connections that came or went: $1 - |A \cap B| / |A \cup B|$, the masks' Jaccard distance.
 
     Example:
         >>> import torch
@@ -122,7 +122,7 @@ def mask_churn(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
 
 
 def over_parameterization_rate(ever: Iterable[Tensor]) -> float:
-    """In-time over-parameterization: the fraction of all weights that have been active at any time.
+    """Return the in-time over-parameterization: the fraction of all weights that have been active at any time.
 
     Source: Liu et al. 2021, "Do We Actually Need Dense Over-Parameterization?", https://arxiv.org/abs/2102.02887.
 

@@ -1,4 +1,4 @@
-"""Metrics with a number for every layer: how dense it is, what it costs, which of its outputs are dead."""
+"""Metrics with one number per layer: its density, its cost, its number of dead outputs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["DeadUnits", "EffectiveMACs", "EffectiveParameters", "LayerDensity"]
 
 
 class _ByLayer(MaskMetric):
-    """A number for every layer, at the latest reading.
+    """One number per layer, as of the latest update.
 
     Args:
         dense: the number of each layer before anything is removed.
-        start: before the first reading; the same if None.
-        options: of `torchmetrics.Metric`.
+        start: the number of every layer before the first update; None means those in `dense`.
+        options: options of `torchmetrics.Metric`.
     """
 
     number: type = float
@@ -37,10 +37,10 @@ class _ByLayer(MaskMetric):
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
-        """The number of each layer, from its mask or weight."""
+        """Return the number of each layer from its mask or weight."""
 
     def update(self, tensors: NamedMasks) -> None:
-        """Read masks for what is kept, or weights for what is not zero, as they are now."""
+        """Update from masks (counts what is kept) or from weights (counts what is not zero)."""
         found = self.read({name: tensors[name] for name in self.names if name in tensors})
         self.values = torch.tensor([found[name] for name in self.names], dtype=torch.float64, device=self.device)
 
@@ -48,26 +48,26 @@ class _ByLayer(MaskMetric):
         return {name: self.number(value) for name, value in zip(self.names, self.values.tolist(), strict=True)}
 
     def plot(self, val: Mapping[str, float] | None = None, ax: Any = None) -> tuple[Any, Any]:
-        """A bar for each layer, before that of the dense model; needs matplotlib.
+        """Draw a bar for each layer in front of the bar of the dense model; needs matplotlib.
 
         Args:
             val: numbers to draw instead of the current ones.
             ax: axes of matplotlib to draw on.
 
         Returns:
-            The figure and its axes.
+            The figure and the axes.
         """
         return bars(self.compute() if val is None else val, self.label, ax, self.dense)
 
 
 class LayerDensity(_ByLayer):
-    """The fraction of each layer's entries that are in effect, at the latest reading.
+    """The fraction of each layer's entries that are in effect, as of the latest update.
 
-    Give it masks for what is kept, or weights for what is not zero.
+    Pass masks to count what is kept, or weights to count what is not zero.
 
     Args:
-        masks: of the layers to be read.
-        options: of `torchmetrics.Metric`.
+        masks: masks of the layers.
+        options: options of `torchmetrics.Metric`.
 
     Example:
         >>> masks = {"fc": torch.tensor([True, True, False, False])}
@@ -87,13 +87,13 @@ class LayerDensity(_ByLayer):
 
 
 class EffectiveMACs(_ByLayer):
-    """Multiply-accumulates per sample that are left if nothing is multiplied by zero, by layer.
+    """Multiply-accumulates per sample and layer if multiplications by zero are skipped.
 
-    What has no mask counts as dense. `dense` holds the numbers of the dense model; the totals are sums.
+    Layers without a mask count as dense. `dense` holds the numbers of the dense model; totals are sums over layers.
 
     Args:
-        macs: of the dense model, from `core.count_macs`.
-        options: of `torchmetrics.Metric`.
+        macs: multiply-accumulates of the dense model, from `core.count_macs`.
+        options: options of `torchmetrics.Metric`.
 
     Example:
         >>> metric = EffectiveMACs({"fc": 100, "head": 10})
@@ -113,11 +113,11 @@ class EffectiveMACs(_ByLayer):
 
 
 class EffectiveParameters(EffectiveMACs):
-    """Parameters that are left, by name; those without a mask, such as biases and norms, count whole.
+    """The number of parameters left, by name; those without a mask, such as biases and norms, count in full.
 
     Args:
-        module: whose parameters are counted.
-        options: of `torchmetrics.Metric`.
+        module: the module whose parameters are counted.
+        options: options of `torchmetrics.Metric`.
 
     Example:
         >>> metric = EffectiveParameters(nn.Linear(2, 2))
@@ -133,14 +133,14 @@ class EffectiveParameters(EffectiveMACs):
 
 
 class DeadUnits(_ByLayer):
-    """How many neurons or filters of each layer have lost all their incoming weights.
+    """The number of neurons or filters in each layer that have lost all their incoming weights.
 
-    What has no mask has no dead ones. `dense` holds how many there are of both kinds.
+    Layers without a mask count as having none. `dense` holds the number of all neurons or filters, dead and alive.
 
     Args:
-        module: whose layers are read.
+        module: the module that holds the layers.
         targets: patterns that select the weights; see `core.find_targets`.
-        options: of `torchmetrics.Metric`.
+        options: options of `torchmetrics.Metric`.
 
     Example:
         >>> metric = DeadUnits(nn.Sequential(nn.Linear(2, 2)))

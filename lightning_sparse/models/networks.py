@@ -1,4 +1,4 @@
-"""Small reference networks. All take (number of classes, image channels, image size) first."""
+"""Small reference networks. All take the number of classes, image channels and image size as their first arguments."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class MLP(nn.Sequential):
     """Linear layers with ReLU between them, optionally with batch normalization.
 
     Args:
-        num_classes: outputs.
-        in_channels: of the image.
+        num_classes: number of outputs.
+        in_channels: number of image channels.
         image_size: height and width of the image.
         hidden: width of each hidden layer.
-        batch_norm: after each hidden linear layer.
-        kaiming: initial values by which signals keep their size (He et al. 2015), biases zero; deep networks without batch
-            normalization need them, or signals fade. False takes those of nn.Linear.
+        batch_norm: add batch normalization after each hidden linear layer.
+        kaiming: initialize weights so that signals keep their scale (He et al. 2015), and biases with zero. Deep networks
+            without batch normalization need this, otherwise signals fade. False uses the initialization of nn.Linear.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class LeNet300(MLP):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 as the pruning literature uses it: 20 and 50 filters of 5x5, 500 hidden units, 430,500 weights on 28x28.
+    """LeNet-5 as used in the pruning literature: 20 and 50 filters of 5x5, 500 hidden units, 430,500 weights on 28x28.
 
     Source: Han et al. 2015, https://arxiv.org/abs/1506.02626, table 4 (431 thousand parameters).
     """
@@ -80,7 +80,7 @@ class LeNet5(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -129,11 +129,11 @@ class ResNet(_CIFARNet):
     Source: He et al. 2015, "Deep Residual Learning", https://arxiv.org/abs/1512.03385, section 4.2.
 
     Args:
-        num_classes: outputs.
-        in_channels: of the image.
-        image_size: not needed; any size from 4 pixels works.
-        depth: 6n + 2.
-        width: factor on the widths 16, 32, 64; 2 gives the ResNet-32 of the pruning literature.
+        num_classes: number of outputs.
+        in_channels: number of image channels.
+        image_size: not used; any size from 4 pixels works.
+        depth: number of layers, 6n + 2.
+        width: factor for the widths 16, 32, 64; with 2, depth 32 is the ResNet-32 of the pruning literature.
     """
 
     def __init__(
@@ -147,17 +147,17 @@ class ResNet(_CIFARNet):
 
 
 class WideResNet(_CIFARNet):
-    """A wide residual network given by its blocks: [2, 3, 3] is WRN-18, [1, 2, 2] WRN-12, [3, 4, 3] WRN-22.
+    """A wide residual network, specified by its blocks: [2, 3, 3] is WRN-18, [1, 2, 2] WRN-12, [3, 4, 3] WRN-22.
 
-    Source: Zagoruyko and Komodakis 2016, "Wide Residual Networks", https://arxiv.org/abs/1605.07146; stages as the
-    experiments on Lp spheres use them.
+    Source: Zagoruyko and Komodakis 2016, "Wide Residual Networks", https://arxiv.org/abs/1605.07146; with the stages used in
+    the experiments on Lp spheres.
 
     Args:
-        num_classes: outputs.
-        in_channels: of the image.
-        image_size: not needed; any size from 4 pixels works.
+        num_classes: number of outputs.
+        in_channels: number of image channels.
+        image_size: not used; any size from 4 pixels works.
         blocks: residual blocks per stage.
-        width: factor on the widths 16, 32, 64; the stem keeps 16.
+        width: factor for the widths 16, 32, 64; the stem keeps 16.
     """
 
     def __init__(
@@ -179,13 +179,14 @@ class WideResNet(_CIFARNet):
 class VGG(nn.Module):
     """VGG-19 with batch normalization for small images: 16 convolutions and one linear layer.
 
-    Source: Simonyan and Zisserman 2014, https://arxiv.org/abs/1409.1556; the one-classifier form of the pruning literature.
+    Source: Simonyan and Zisserman 2014, https://arxiv.org/abs/1409.1556; with a single linear layer as the classifier, as in
+    the pruning literature.
 
     Args:
-        num_classes: outputs.
-        in_channels: of the image.
-        image_size: at least 16; the last pooling takes what is left.
-        width: factor on all widths.
+        num_classes: number of outputs.
+        in_channels: number of image channels.
+        image_size: at least 16; the last pooling covers whatever size is left.
+        width: factor for all widths.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, width: float = 1) -> None:
@@ -216,17 +217,17 @@ class VGG(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A small vision transformer (Dosovitskiy et al. 2021), normalized before each block, with the mean over tokens.
+    """A small pre-norm vision transformer (Dosovitskiy et al. 2021) that classifies the mean over tokens.
 
     Args:
-        num_classes: outputs.
-        in_channels: of the image.
+        num_classes: number of outputs.
+        in_channels: number of image channels.
         image_size: height and width of the image.
         patch_size: height and width of a patch; must divide `image_size`.
-        width: numbers of a token.
-        depth: blocks.
-        heads: of each attention; must divide `width`.
-        dropout: in each block.
+        width: embedding dimension.
+        depth: number of blocks.
+        heads: number of attention heads; must divide `width`.
+        dropout: dropout rate in each block.
     """
 
     def __init__(
@@ -258,14 +259,14 @@ class VisionTransformer(nn.Module):
 
 
 class TorchvisionNetwork(nn.Module):
-    """Any classifier of torchvision, by name.
+    """Any classifier from torchvision, by name.
 
     Args:
-        num_classes: outputs.
-        in_channels: must be 3, as torchvision's networks want.
-        image_size: not needed; see torchvision for the smallest size of each network.
-        model: such as `resnet18` or `vit_b_16`; see `torchvision.models.list_models()`.
-        weights: pretrained weights such as `DEFAULT`; the last linear layer is then made new for `num_classes`.
+        num_classes: number of outputs.
+        in_channels: must be 3, as torchvision's networks require.
+        image_size: not used; see torchvision for the smallest size of each network.
+        model: name of the network, such as `resnet18` or `vit_b_16`; see `torchvision.models.list_models()`.
+        weights: pretrained weights such as `DEFAULT`; the last linear layer is then replaced by a new one for `num_classes`.
     """
 
     def __init__(

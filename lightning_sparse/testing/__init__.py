@@ -1,4 +1,4 @@
-"""The contract of every method, for methods of your own: one class of pytest, or one call."""
+"""The contract that every method fulfills, to test your own methods: one pytest class, or one call."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import pytest for whoever asks for the class, and for nobody else."""
+    """Import pytest only when `MethodContract` is used."""
     if name == "MethodContract":
         from lightning_sparse.testing.suite import MethodContract
 

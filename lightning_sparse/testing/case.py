@@ -1,4 +1,4 @@
-"""What is put under the contract, and the run that several points read."""
+"""The case under test, and a recorded training run that several checks share."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ from lightning_sparse.testing.toys import Architecture, fit, plain_network, toy
 __all__ = ["Case", "Inapplicable", "Make", "Recording", "quiet", "recorded", "require"]
 
 Make: TypeAlias = Callable[[], Callback | Sequence[Callback]]
-"""Makes the callbacks of a case, new ones at each call."""
+"""A function that returns the callbacks of a case, new ones at each call."""
 
 
 class Inapplicable(Exception):
-    """A point that says nothing about this case, or that cannot be tried on this machine."""
+    """Raised by a check that does not apply to this case, or that cannot run on this machine."""
 
 
 def require(holds: bool, sentence: str) -> None:
-    """Raise an AssertionError with this sentence unless something holds; also under `python -O`."""
+    """Raise an AssertionError with this sentence unless `holds`; unlike `assert`, also under `python -O`."""
     if not holds:
         raise AssertionError(sentence)
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Something that makes callbacks, one of which at least is a method.
+    """What a check tests: a factory of callbacks, and the network of the toy module.
 
     Args:
-        make: returns new callbacks at every call: one, or a list.
-        network: that toys are made of.
+        make: returns new callbacks at every call: one, or a list. At least one is a method.
+        network: makes the network of the toy module.
     """
 
     make: Make
     network: Architecture = plain_network
 
     def callbacks(self) -> list[Callback]:
-        """New callbacks."""
+        """Return new callbacks as a list."""
         made = self.make()
         return [made] if isinstance(made, Callback) else list(made)
 
     def fresh(self) -> tuple[list[Callback], list[Sparsifier]]:
-        """New callbacks, and the methods among them.
+        """Return new callbacks, and the methods among them.
 
         Raises:
-            AssertionError: if there is none, or if a callback is one that was made before.
+            AssertionError: if there is no method, or if two calls return the same callback object.
         """
         callbacks, others = self.callbacks(), self.callbacks()
         methods = [callback for callback in callbacks if isinstance(callback, Sparsifier)]
@@ -75,18 +75,18 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A whole training with checkpoints of every step, watched at every moment.
+    """A complete training run with a checkpoint of every step, checked by a `Watcher` throughout.
 
     Args:
-        names: of the parameters before training.
-        module: after it.
-        trainer: after it.
-        methods: after it.
-        state: of all of them after it.
-        wrong: what a watcher has seen that should not be, each a sentence.
-        moments: at which the watcher looked.
+        names: names of the parameters before training.
+        module: the module after training.
+        trainer: the Trainer after training.
+        methods: the methods after training.
+        state: the state of module, Trainer and methods after training.
+        wrong: the errors that the watcher found, one sentence each.
+        moments: the moments at which the watcher looked.
         kept: masks after every step, by step and name, for all methods together.
-        folder: holds `full/step=*.ckpt` and `bare/step=*.ckpt`, the latter without anything but weights.
+        folder: holds `full/step=*.ckpt` and `bare/step=*.ckpt`; the latter contain weights only.
     """
 
     names: list[str]
@@ -100,18 +100,18 @@ class Recording:
     folder: Path
 
     def files(self, kind: str) -> dict[int, Path]:
-        """Checkpoints by step; kind is "full" or "bare"."""
+        """Return the checkpoints by step; `kind` is "full" or "bare"."""
         found = (self.folder / kind).glob("step=*.ckpt")
         return dict(sorted((int(file.stem.removeprefix("step=")), file) for file in found))
 
 
 OPTIONS: dict[str, Any] = {"val_check_interval": 2}
-"""Of the recorded run and of those that resume it: validation also inside epochs."""
+"""Trainer options of the recorded run and of runs that resume it: they also validate inside epochs."""
 
 
-@functools.lru_cache(maxsize=3)  # those of one case, with all optimizers
+@functools.lru_cache(maxsize=3)  # one case with all optimizers
 def recorded(case: Case, optimizer: str) -> Recording:
-    """Train a toy with the callbacks of a case; the points that read the same run share it."""
+    """Train a toy with the callbacks of a case; checks that need the same run share it."""
     torch.manual_seed(1)
     callbacks, methods = case.fresh()
     module = toy(optimizer)
@@ -146,7 +146,7 @@ def recorded(case: Case, optimizer: str) -> Recording:
 
 
 def _moving(method: Sparsifier, trainer: pl.Trainer) -> Iterator[str]:
-    """Sentences on dropped entries of which an optimizer remembers something."""
+    """Yield a sentence for each optimizer state that is not zero at removed entries."""
     if method.dropped_live_on:
         return
     weights = method.weights
@@ -166,12 +166,12 @@ NOISE = [
     r"You're using the WeightAveraging callback with a model that overrides",
     r"Using ModelCheckpoint with manual optimization",
 ]
-"""Beginnings of warnings that Lightning gives, and that say nothing about a method."""
+"""Patterns of Lightning's warnings that say nothing about a method."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """One thread, a seed, no advice from Lightning on toys; afterwards all is as it was."""
+    """Run with one thread, a fixed seed and without Lightning's warnings about toys; restore everything afterwards."""
     threads, seed = torch.get_num_threads(), os.environ.pop("PL_GLOBAL_SEED", None)
     with warnings.catch_warnings(), torch.random.fork_rng():
         for beginning in NOISE:

@@ -1,4 +1,4 @@
-"""The contract: a table of checks, and one call that runs them all."""
+"""The contract: a table of checks, and a function that runs them all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Check: TypeAlias = Callable[[Case], None]
 
 
 def _each(name: str, check: Callable[..., None], **choices: list[object]) -> dict[str, Check]:
-    """The same check with each of several choices, which end its name."""
+    """Return the same check for each of several choices; each name ends with its choice."""
     ((argument, values),) = choices.items()
     return {f"{name}-{value}": partial(check, **{argument: value}) for value in values}
 
@@ -51,19 +51,19 @@ CHECKS: Mapping[str, Check] = {
     "8-unfit-company": refusals.refuses_unfit_company,
     "8-other-arguments-on-resume": refusals.refuses_other_arguments_on_resume,
 }
-"""Each begins with its point of the contract.
+"""All checks by name; a name begins with the number of its point in the contract.
 
-1 target, 2 zeros for every observer, 3 exact resume, 4 plain checkpoints, 5 ranks agree, 6 accumulation, precision and
-layout of memory, 7 good neighbor, 8 refusals.
+1 target, 2 zeros for every observer, 3 exact resume, 4 plain checkpoints, 5 ranks agree, 6 gradient accumulation, precision
+and memory layout, 7 works beside other callbacks and in other modules, 8 refusals.
 """
 
 
 def run_check(name: str, case: Case, checks: Mapping[str, Check] = CHECKS) -> None:
-    """Run one check of a table.
+    """Run one check from a table.
 
     Raises:
-        AssertionError: if the promise is broken; it names the check and says what was seen.
-        Inapplicable: if it says nothing about this case, or cannot be tried here.
+        AssertionError: if the check fails; the message names the check and what went wrong.
+        Inapplicable: if the check does not apply to this case, or cannot run on this machine.
     """
     with quiet(), with_architecture(case.network):
         try:
@@ -75,15 +75,15 @@ def run_check(name: str, case: Case, checks: Mapping[str, Check] = CHECKS) -> No
 
 
 def check_method(make: Make, exempt: Mapping[str, str] | None = None, network: Architecture = plain_network) -> None:
-    """Put a method under the contract, on a toy: all points in about half a minute, without pytest.
+    """Run all checks of the contract on a method, with a toy module; takes about half a minute and needs no pytest.
 
     Args:
-        make: returns new callbacks at every call, one of which at least is a `Sparsifier`.
-        exempt: checks that are left out, each with a reason.
-        network: that the toy is made of, for methods that need another, such as `testing.attention_network`.
+        make: returns new callbacks at every call; at least one is a `Sparsifier`.
+        exempt: checks to skip, each with a reason.
+        network: makes the network of the toy, for methods that need another one, such as `testing.attention_network`.
 
     Raises:
-        AssertionError: at the first promise that is broken; it begins with the name of the check in `CHECKS`.
+        AssertionError: at the first check that fails; the message begins with the name of the check in `CHECKS`.
 
     Example:
         >>> from lightning_sparse import RandomSparsity

@@ -1,4 +1,4 @@
-"""Points 6 and 7: accumulation, precision and the layout of memory; and whatever else lives in a Trainer or a module."""
+"""Points 6 and 7: gradient accumulation, precision and memory layout; other callbacks and other kinds of modules."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = [
 
 
 def _sound(methods: Sequence[Sparsifier], module: nn.Module, targets: bool = True) -> None:
-    """Zeros hold, and targets are met."""
+    """Require that zeros hold and targets are met."""
     for method in methods:
         require(not nonzero(method, module), f"{method.label}: {nonzero(method, module)} are not zero where dropped.")
         wrong = off_target(method) if targets else []
@@ -53,7 +53,7 @@ def _sound(methods: Sequence[Sparsifier], module: nn.Module, targets: bool = Tru
 
 
 def _watch(methods: Sequence[Sparsifier]) -> Watcher:
-    """A callback to which zeros must hold at every moment."""
+    """Return a callback that requires zeros to hold whenever it looks."""
 
     def look(moment: str, module: pl.LightningModule) -> None:
         for method in methods:
@@ -62,12 +62,12 @@ def _watch(methods: Sequence[Sparsifier]) -> Watcher:
     return Watcher(look)
 
 
-# ---- 6 accumulation, precision, layout -------------------------------------------------------------------------------
+# ---- 6 accumulation, precision, memory layout ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _End:
-    """What a training in float64, which draws no random numbers, has come to."""
+    """The result of a training run in float64 without random numbers."""
 
     weights: dict[str, Tensor]
     masks: list[dict[str, Tensor]]
@@ -85,13 +85,13 @@ _plain = functools.lru_cache(maxsize=1)(_train)
 
 
 def adds_up_micro_batches(case: Case) -> None:
-    """Four micro-batches equal one large batch."""
+    """Accumulating four micro-batches gives the same result as one large batch."""
     end = _train(case, batch_size=BATCH // 4, accumulate_grad_batches=4)
     torch.testing.assert_close(end.weights, _plain(case).weights, rtol=1e-9, atol=1e-12)
 
 
 def reads_any_layout_of_memory(case: Case) -> None:
-    """A module in `channels_last` ends in the same weights and masks as one in the usual layout."""
+    """A module in `channels_last` ends with the same weights and masks as one in the default memory format."""
 
     def last(module: Toy) -> Toy:
         module.net.to(memory_format=torch.channels_last)
@@ -107,7 +107,7 @@ def reads_any_layout_of_memory(case: Case) -> None:
 
 
 def trains_in_bf16(case: Case) -> None:
-    """With `bf16-mixed`, parameters stay in float32, and zeros and targets hold."""
+    """With `bf16-mixed`, parameters stay in float32, zeros hold and targets are met."""
     callbacks, methods = case.fresh()
     module = toy("adamw")
     fit(module, *callbacks, precision="bf16-mixed")
@@ -117,7 +117,7 @@ def trains_in_bf16(case: Case) -> None:
 
 
 def survives_an_infinity(case: Case, fused: bool) -> None:
-    """With `16-mixed`, a step that the scaler skips for an infinite loss leaves no trace."""
+    """With `16-mixed`, a step that the gradient scaler skips because of an infinite loss changes nothing."""
     if not torch.cuda.is_available():
         raise Inapplicable("needs a CUDA device")
 
@@ -141,7 +141,7 @@ def survives_an_infinity(case: Case, fused: bool) -> None:
 
 
 def lives_beside_a_moving_average(case: Case, first: bool) -> None:
-    """Beside `EMAWeightAveraging`, in either order, zeros hold in the module, in its average and in the checkpoint."""
+    """With `EMAWeightAveraging`, in either order, zeros hold in the module, in its average and in the checkpoint."""
     average = getattr(lightning_callbacks, "EMAWeightAveraging", None)
     if average is None:
         raise Inapplicable("this Lightning has no EMAWeightAveraging")
@@ -158,7 +158,7 @@ def lives_beside_a_moving_average(case: Case, first: bool) -> None:
 
 
 def lives_beside_stochastic_weight_averaging(case: Case) -> None:
-    """The average that `StochasticWeightAveraging` puts into the module in the end has the zeros."""
+    """Zeros hold in the average that `StochasticWeightAveraging` copies into the module at the end."""
     callbacks, methods = case.fresh()
     module = toy()
     fit(module, *callbacks, StochasticWeightAveraging(0.01, swa_epoch_start=1), max_epochs=4)
@@ -166,7 +166,7 @@ def lives_beside_stochastic_weight_averaging(case: Case) -> None:
 
 
 def follows_an_accumulation_schedule(case: Case) -> None:
-    """With `GradientAccumulationScheduler` and clipping, targets are met, and steps are counted as they are made."""
+    """With `GradientAccumulationScheduler` and clipping, targets are met, and the optimizer's actual steps are counted."""
     callbacks, methods = case.fresh()
     module = toy()
     fit(module, *callbacks, GradientAccumulationScheduler({0: 1, 1: 2, 2: 4}), gradient_clip_val=0.1)
@@ -177,7 +177,7 @@ def follows_an_accumulation_schedule(case: Case) -> None:
 
 
 def clips_without_dropped_gradients(case: Case) -> None:
-    """Clipping is told of no gradient of a dropped entry."""
+    """Gradients of removed entries do not count in gradient clipping."""
     callbacks, methods = case.fresh()
     looks = []
 
@@ -200,14 +200,14 @@ def clips_without_dropped_gradients(case: Case) -> None:
 
 @contextmanager
 def _emptied_layers_allowed() -> Iterator[None]:
-    """A tiny network may lose a layer, of which a warning is given."""
+    """Ignore the warning about an emptied layer, which can happen in a tiny network."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*has removed all of")
         yield
 
 
 def serves_manual_optimization(case: Case) -> None:
-    """Two optimizers that a module steps by itself, not equally often."""
+    """Zeros and targets hold with manual optimization: two optimizers, stepped at different rates."""
     callbacks, methods = case.fresh()
     module = Manual()
     with _emptied_layers_allowed():
@@ -216,7 +216,7 @@ def serves_manual_optimization(case: Case) -> None:
 
 
 class _Tied(Toy):
-    """One weight in two layers, built in `configure_model`."""
+    """A module with one weight shared by two layers, built in `configure_model`."""
 
     def __init__(self) -> None:
         super().__init__(net=nn.Identity())
@@ -231,7 +231,7 @@ class _Tied(Toy):
 
 
 def serves_tied_weights_of_a_model_built_late(case: Case) -> None:
-    """A weight that two layers share has one mask; the model is built in `configure_model`."""
+    """A weight that two layers share has one mask, even if the model is built in `configure_model`."""
     callbacks, methods = case.fresh()
     module = _Tied()
     with _emptied_layers_allowed():
@@ -243,25 +243,25 @@ def serves_tied_weights_of_a_model_built_late(case: Case) -> None:
 
 
 def serves_compiled_modules(case: Case) -> None:
-    """A module under `torch.compile` ends in the same bits as the plain one."""
+    """A module under `torch.compile` ends bit for bit like the plain one."""
     graphs = []
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    torch.compiler.reset()  # else torch gives up compiling after some modules of one class
+    torch.compiler.reset()  # else torch stops compiling after a few modules of one class
     end = _train(case, lambda module: torch.compile(module, backend=backend), limit_val_batches=0)
     require(bool(graphs), "Nothing was compiled.")
     wrong = differences(_plain(case).weights, end.weights)
     require(not wrong, f"Compiled, the module ends otherwise than the plain one: {wrong[:4]}.")
 
 
-# ---- 7 again and again -----------------------------------------------------------------------------------------------
+# ---- 7 repeated fits -------------------------------------------------------------------------------------------------
 
 
 def is_trained_twice(case: Case) -> None:
-    """One instance survives two fits with two modules, and leaves nothing behind."""
+    """One instance can train two modules one after the other, and leaves nothing behind."""
     callbacks, methods = case.fresh()
     for seed in (0, 1):
         module = toy(seed=seed)
@@ -274,7 +274,7 @@ def is_trained_twice(case: Case) -> None:
 
 
 def goes_on_with_the_same_trainer(case: Case) -> None:
-    """A Trainer that fits again with more epochs goes on, and the masks stay."""
+    """A Trainer that fits again with more epochs continues the run, and the masks stay."""
     callbacks, methods = case.fresh()
     module = toy()
     runner = fit(module, *callbacks)
@@ -284,14 +284,14 @@ def goes_on_with_the_same_trainer(case: Case) -> None:
     require(runner.current_epoch == EPOCHS + 2, f"The second fit has ended after epoch {runner.current_epoch}.")
     _sound(methods, module, targets=False)
     for method, masks in zip(methods, before, strict=True):
-        # Masks may move where dropped entries live on and no count was promised.
+        # Masks may change if removed entries keep their values and no count was promised.
         if method.goal["total"] is not None or not method.dropped_live_on:
             wrong = differences(masks, masks_of(method))
             require(not wrong, f"{method.label} has changed masks of {wrong} when the same Trainer went on.")
 
 
 def is_interrupted_without_a_trace(case: Case) -> None:
-    """After Ctrl-C or an exception nothing is left behind, and the same instance trains another module."""
+    """After Ctrl-C or an exception nothing is left behind, and the same instance can train another module."""
 
     class Broken(Toy):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -315,7 +315,7 @@ def is_interrupted_without_a_trace(case: Case) -> None:
 
 
 def is_copied_and_pickled(case: Case) -> None:
-    """A copy and a pickle of a method that has trained know what it knows."""
+    """A copy or pickle of a trained method has the same state."""
     for method in recorded(case, "sgd").methods:
         for twin in (copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
             wrong = differences(method.state_dict(), twin.state_dict())

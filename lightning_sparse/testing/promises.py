@@ -1,4 +1,4 @@
-"""Points 1 to 4, most of them read from one recorded run: target, zeros, resumption, files."""
+"""Points 1 to 4: target, zeros, exact resume, plain checkpoints; most checks share one recorded run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_sparse.testing.toys import BATCHES, EPOCHS, fit, toy
 __all__ = ["goes_on_after_its_end", "is_resumed_exactly", "keeps_zeros", "reaches_its_target", "writes_plain_files"]
 
 STOPS = {"sgd": (1, BATCHES, BATCHES + 2), "adamw": (BATCHES - 1, 2 * BATCHES, EPOCHS * BATCHES - 1)}
-"""The steps at which runs are stopped: at the ends of epochs and inside them, after the first step and before the last."""
+"""Steps at which runs are stopped: at the end of epochs and inside them, after the first step and before the last."""
 
 
 def reaches_its_target(case: Case, optimizer: str) -> None:
-    """As many weights are kept as was promised, in all and in each layer, and the others are zero."""
+    """Exactly the promised number of weights is kept, in total and in each layer, and the others are zero."""
     run = recorded(case, optimizer)
     for method in run.methods:
         wrong = off_target(method)
@@ -26,7 +26,7 @@ def reaches_its_target(case: Case, optimizer: str) -> None:
 
 
 def keeps_zeros(case: Case, optimizer: str) -> None:
-    """Dropped entries are zero for an earlier callback, in validation inside epochs and in all files, without momentum."""
+    """Removed entries are zero and without momentum for an earlier callback, in mid-epoch validation and in all files."""
     run = recorded(case, optimizer)
     require(not run.wrong, f"Seen {run.wrong[0] if run.wrong else ''} ({len(run.wrong)} such sights).")
     require(run.moments == {"batch end", "validation", "epoch end"}, f"The watcher was called at {run.moments} alone.")
@@ -43,11 +43,11 @@ def keeps_zeros(case: Case, optimizer: str) -> None:
 
 
 def is_resumed_exactly(case: Case, optimizer: str) -> None:
-    """Stopped at any step and resumed, a run ends in the same bits: weights, moments, memory, schedule, random state."""
+    """A run that is stopped and resumed ends bit for bit the same: weights, moments, memory, schedule, random state."""
     run = recorded(case, optimizer)
     files = run.files("full")
     for step in STOPS[optimizer]:
-        torch.manual_seed(1000 + step)  # the new process knows nothing of the old generators
+        torch.manual_seed(1000 + step)  # a new process would not have the old generators' states
         callbacks, methods = case.fresh()
         module = toy(optimizer, seed=step)
         runner = fit(module, *callbacks, ckpt_path=files[step], **OPTIONS)
@@ -57,21 +57,21 @@ def is_resumed_exactly(case: Case, optimizer: str) -> None:
 
 
 def goes_on_after_its_end(case: Case) -> None:
-    """The schedule of a finished run is not stretched when it is resumed with more epochs."""
+    """Resuming a finished run with more epochs does not stretch its schedule."""
     run = recorded(case, "sgd")
     callbacks, methods = case.fresh()
     module = toy()
     fit(module, *callbacks, ckpt_path=run.files("full")[EPOCHS * BATCHES], max_epochs=EPOCHS + 2, **OPTIONS)
     for before, method in zip(run.methods, methods, strict=True):
         require(not nonzero(method, module), f"{method.label}: after the end, {nonzero(method, module)} have come back.")
-        # Masks may move where dropped entries live on and no count was promised.
+        # Masks may change if removed entries keep their values and no count was promised.
         if method.goal["total"] is not None or not method.dropped_live_on:
             wrong = differences(masks_of(before), masks_of(method))
             require(not wrong, f"{method.label} has changed masks of {wrong} after the end of its schedule.")
 
 
 def writes_plain_files(case: Case, optimizer: str) -> None:
-    """Checkpoints load strictly and with `weights_only=True` into the bare module; names and groups are the old ones."""
+    """Checkpoints load strictly and with `weights_only=True` into the bare module; names and groups are unchanged."""
     run = recorded(case, optimizer)
     parameters = dict(run.module.named_parameters())
     fresh = toy(optimizer, seed=7)

@@ -1,4 +1,4 @@
-"""Point 5: two processes of a gloo group end in the same bits, whatever each of them draws."""
+"""Point 5: two processes of a gloo group end bit for bit the same, whatever random numbers each of them draws."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ RANKS = 2
 def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.0, ranks: int = RANKS) -> list[Any]:
     """Call `function(rank, *args)` in several new processes that form a gloo group.
 
-    Processes are forked from this one, so that anything can be handed over, classes of test modules and closures too.
-    Where there is an accelerator, torch does not allow that, and they are started anew: then the function and what it is
-    given must be importable by name.
+    The processes are forked, so the function and its arguments may be anything, including closures and classes from test
+    modules. With an accelerator, torch does not allow forking; the processes are then spawned, and the function and its
+    arguments must be importable by name.
 
     Args:
-        function: what it returns must load with `weights_only=True`.
-        args: for it.
-        timeout: seconds until the processes are ended.
-        ranks: how many processes.
+        function: the function to call; its result must load with `weights_only=True`.
+        args: arguments for it.
+        timeout: seconds until the processes are killed.
+        ranks: number of processes.
 
     Returns:
-        What each rank has returned.
+        The result of each rank.
 
     Raises:
-        AssertionError: with the tracebacks of ranks that have failed, or if they do not end in time.
+        AssertionError: if a rank fails, with its traceback, or if the ranks do not finish in time.
     """
     forks = not torch.accelerator.is_available()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
@@ -55,7 +55,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.
         processes = [context.Process(target=_rank, args=(folder, rank, ranks, function, args)) for rank in range(ranks)]
         try:
             with warnings.catch_warnings():
-                # Children of a process with threads may wait for a lock that nobody holds; these compute on one thread.
+                # A fork of a process with threads may wait forever for a lock; these children compute on one thread.
                 warnings.filterwarnings("ignore", ".*use of fork\\(\\) may lead to deadlocks")
                 for process in processes:
                     process.start()
@@ -79,27 +79,27 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120.
 
 
 def _rank(folder: str, rank: int, ranks: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """One of the processes; writes what the function has returned, or how it has failed."""
+    """Run the function in one of the processes; write its result, or its traceback, to a file."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
     if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else a name server may be asked for this machine's address
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo may ask a name server for this machine's address
     torch.set_num_threads(1)
     try:
         distributed.init_process_group("gloo", f"file://{folder}/group", timedelta(seconds=60), rank=rank, world_size=ranks)
         with quiet():
-            warnings.simplefilter("ignore")  # of Lightning, on two processes; those of one process are seen elsewhere
+            warnings.simplefilter("ignore")  # Lightning's, about two processes; other checks see the rest
             result = function(rank, *args)
         torch.save(result, Path(folder, f"{rank}.pt"))
         distributed.destroy_process_group()
     except BaseException:
         Path(folder, f"{rank}.txt").write_text(traceback.format_exc())
-        os._exit(1)  # a group that is left waiting must not keep this process
+        os._exit(1)  # do not wait for the process group
 
 
 def fit_on_ranks(
     rank: int, module: pl.LightningModule, *callbacks: Callback, ckpt_path: Any = None, **options: Any
 ) -> pl.Trainer:
-    """What `fit` does, on one rank of a group; each has its own share of the data."""
+    """Do what `fit` does on one rank of a group; each rank has its own share of the data."""
     strategy = DDPStrategy(process_group_backend="gloo")
     runner = trainer(*callbacks, strategy=strategy, devices=RANKS, **options)
     runner.fit(module, loader(rank=rank, world_size=RANKS), loader(1), ckpt_path=ckpt_path)
@@ -107,7 +107,7 @@ def fit_on_ranks(
 
 
 class _Restless(Toy):
-    """Uses the global generators differently on every rank."""
+    """A toy that draws a different amount of random numbers on every rank."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         torch.rand(1 + 3 * self.global_rank)
@@ -115,7 +115,7 @@ class _Restless(Toy):
 
 
 class _Recorder(Callback):
-    """Keeps weights and masks at the end of every epoch."""
+    """Records weights and masks at the end of every epoch."""
 
     def __init__(self, methods: list[Sparsifier]) -> None:
         self.methods = methods
@@ -128,7 +128,7 @@ class _Recorder(Callback):
 
 
 def _train_and_resume(rank: int, case: Case, folder: str) -> dict[str, Any]:
-    """Without a seed, and with different numbers consumed on every rank."""
+    """Train and resume without a seed, with different random numbers drawn on every rank."""
     torch.seed()
     torch.rand(1 + 5 * rank)
     with with_architecture(case.network):
@@ -145,7 +145,7 @@ def _train_and_resume(rank: int, case: Case, folder: str) -> dict[str, Any]:
 
 
 def agrees_on_all_ranks(case: Case) -> None:
-    """Unseeded, two ranks hold the same weights and masks at every epoch, meet the target, and resume exactly."""
+    """Without a seed, two ranks have the same weights and masks at every epoch, meet the target and resume exactly."""
     with tempfile.TemporaryDirectory() as folder:
         first, second = run_on_ranks(_train_and_resume, case, folder)
     require(len(first["epochs"]) == EPOCHS, f"{len(first['epochs'])} epochs were seen.")

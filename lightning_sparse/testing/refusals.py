@@ -1,4 +1,4 @@
-"""Point 8: what cannot work is refused in a sentence that names what was given, before anything is touched."""
+"""Point 8: what cannot work is refused with one sentence that names the value given, before anything is changed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def _remade(method: Sparsifier, **changes: Any) -> Sparsifier:
-    """A new method of the same class with the same arguments but for some."""
+    """Return a new method of the same class with the same arguments, except for `changes`."""
     missing = sorted(changes.keys() - method.config().keys())
     if missing:
         raise Inapplicable(f"{type(method).__name__} does not take {missing}")
@@ -34,7 +34,7 @@ def _remade(method: Sparsifier, **changes: Any) -> Sparsifier:
 
 
 def _refused(module: pl.LightningModule, callbacks: Sequence[Callback], given: str, what: str, **options: Any) -> None:
-    """A fit must end in a ValueError of one line that names what was given, with everything as it was."""
+    """Require that a fit raises a one-line ValueError that names the value given, and leaves everything unchanged."""
     before = copy.deepcopy(module.state_dict())
     runner = trainer(*callbacks)
     try:
@@ -52,7 +52,7 @@ def _refused(module: pl.LightningModule, callbacks: Sequence[Callback], given: s
 
 
 def stores_its_arguments(case: Case) -> None:
-    """Arguments are kept under their own names: that is what a resumed run compares."""
+    """Arguments are stored as given, under their own names; a resumed run compares them."""
     for method in case.fresh()[1]:
         label = type(method).__name__
         try:
@@ -64,7 +64,7 @@ def stores_its_arguments(case: Case) -> None:
 
 
 def refuses_an_impossible_target(case: Case) -> None:
-    """A sparsity that leaves nothing is refused before the first batch."""
+    """A sparsity that leaves no weights is refused before the first batch."""
     asked = [method for method in case.fresh()[1] if method.config().get("sparsity") is not None]
     if not asked:
         raise Inapplicable("no sparsity is asked for")
@@ -79,7 +79,7 @@ def refuses_unknown_targets(case: Case) -> None:
 
 
 def refuses_a_second_owner(case: Case) -> None:
-    """Two methods cannot own masks of one weight."""
+    """Two methods cannot mask the same weight."""
     trained = recorded(case, "sgd").methods
     if not any(masks_of(method) for method in trained):
         raise Inapplicable("no masks are owned")
@@ -107,7 +107,7 @@ def refuses_unfit_company(case: Case) -> None:
 
 
 def refuses_other_arguments_on_resume(case: Case) -> None:
-    """A checkpoint is resumed with the arguments it was begun with, or not at all."""
+    """A run cannot be resumed with arguments other than those it was started with."""
     file = recorded(case, "sgd").files("full")[BATCHES]
     for number in range(len(case.fresh()[1])):
         callbacks, methods = case.fresh()

@@ -1,4 +1,4 @@
-"""What must be equal, and what must be zero."""
+"""Compare training states, and check zeros, targets and leftovers."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ __all__ = [
 
 
 def method_of(callbacks: Sequence[Callback]) -> Sparsifier:
-    """The first method among callbacks."""
+    """Return the first method among callbacks."""
     return next(callback for callback in callbacks if isinstance(callback, Sparsifier))
 
 
 def masks_of(method: Sparsifier) -> dict[str, Tensor]:
-    """The masks of a method by name, True = kept; empty for one that owns none."""
+    """Return the masks of a method by name, True = kept; empty if it has none."""
     return {} if method.mask_set is None else {name: method.mask_set[name] for name in method.mask_set}
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """The places at which two nested states are not equal bit for bit.
+    """Return the paths at which two nested states are not equal bit for bit.
 
     Args:
         a: tensors, numbers, strings, and dictionaries, lists and tuples of them.
@@ -60,7 +60,7 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 
 def state_of(module: pl.LightningModule, trainer: pl.Trainer, *methods: Sparsifier) -> dict[str, Any]:
-    """Everything that must be equal after a resume: weights, optimizers, memories and the random state."""
+    """Return everything that must be equal after a resume: weights, optimizers, methods' states and the random state."""
     return {
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
         "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers],
@@ -70,18 +70,18 @@ def state_of(module: pl.LightningModule, trainer: pl.Trainer, *methods: Sparsifi
 
 
 def nonzero(method: Sparsifier, module: nn.Module) -> list[str]:
-    """The weights in which an entry that a mask drops is not exactly zero; compared element by element."""
+    """Return the names of weights with a masked entry that is not exactly zero; every element is compared."""
     weights = dict(module.named_parameters())
     return [name for name, mask in masks_of(method).items() if bool((weights[name][~mask] != 0).any())]
 
 
 def zeros_hold(method: Sparsifier, module: nn.Module) -> bool:
-    """Whether every entry that a mask drops is exactly zero."""
+    """Whether every masked entry is exactly zero."""
     return not nonzero(method, module)
 
 
 def off_target(method: Sparsifier) -> list[str]:
-    """Where not as many weights are kept as `method.goal` promises; empty where nothing is promised."""
+    """Return a sentence wherever the number of kept weights differs from `method.goal`; empty if it promises nothing."""
     kept = {name: int(mask.count_nonzero()) for name, mask in masks_of(method).items()}
     wrong = [
         f"'{name}' keeps {kept.get(name)} of the {count} promised"
@@ -95,11 +95,11 @@ def off_target(method: Sparsifier) -> list[str]:
 
 
 def left_behind(method: Sparsifier, module: pl.LightningModule, trainer: pl.Trainer) -> list[str]:
-    """What a fit that is over has left on the module, on its optimizers and in the method."""
+    """Return what a finished fit has left on the module, on its optimizers and in the method."""
     found = []
     for optimizer in trainer.optimizers:
         for moment in ("pre", "post"):
-            hooks = getattr(optimizer, f"_optimizer_step_{moment}_hooks").values()  # torch has no public question
+            hooks = getattr(optimizer, f"_optimizer_step_{moment}_hooks").values()  # torch has no public API for this
             found += [f"a step {moment}-hook of {hook.__module__}" for hook in hooks]
     for name, part in module.named_modules():
         kinds = [kind for kind in vars(part) if kind.endswith(("_hooks", "_pre_hooks")) and vars(part)[kind]]
@@ -109,10 +109,10 @@ def left_behind(method: Sparsifier, module: pl.LightningModule, trainer: pl.Trai
 
 
 class Watcher(Callback):
-    """Calls a function at every moment at which somebody may look at the weights.
+    """Calls a function whenever other code may look at the weights.
 
     Args:
-        look: is told the moment ("batch end", "validation" or "epoch end") and the module.
+        look: called with the moment ("batch end", "validation" or "epoch end") and the module.
     """
 
     def __init__(self, look: Callable[[str, pl.LightningModule], None]) -> None:

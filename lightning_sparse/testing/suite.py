@@ -1,4 +1,4 @@
-"""The contract as a class of pytest; the only file that imports it."""
+"""The contract as a pytest class; the only file that imports pytest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["MethodContract"]
 
 
 class MethodContract:
-    """A subclass says how a method is made, and pytest tries every promise of this package on it.
+    """Subclass this and return your method from `callbacks`; pytest then runs every check of the contract on it.
 
         class TestMine(MethodContract):
             def callbacks(self):
@@ -29,27 +29,27 @@ class MethodContract:
     """
 
     def callbacks(self) -> Callback | Sequence[Callback]:
-        """New callbacks at every call, one or several; one at least is a `Sparsifier`."""
+        """Return new callbacks at every call, one or several; at least one is a `Sparsifier`."""
         raise NotImplementedError(f"{type(self).__name__} must define callbacks() or cases().")
 
     def cases(self) -> Mapping[str, Make]:
-        """What makes new callbacks, by the name of the case."""
+        """Return factories of callbacks, by the name of the case."""
         return {"": self.callbacks}
 
     def networks(self) -> Mapping[str, Architecture]:
-        """What toys are made of, by the name of the case; of those left out it is `testing.plain_network`."""
+        """Return networks for the toy, by the name of the case; other cases use `testing.plain_network`."""
         return {}
 
     def checks(self) -> Mapping[str, Check]:
-        """What is tried on each case: the contract, to which a subclass may add."""
+        """Return the checks to run on each case: the contract; a subclass may add to it."""
         return CHECKS
 
     def exempt(self) -> Mapping[str, str]:
-        """Tests that are skipped, each with a reason: by "check", or by "case-check" for one of several cases."""
+        """Return tests to skip, each with a reason: by "check", or by "case-check" for one of several cases."""
         return {}
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """One test for each check of each case."""
+        """Make one test for each check of each case."""
         if "check" in metafunc.fixturenames:
             networks = self.networks()
             cases = {name: Case(make, networks.get(name, plain_network)) for name, make in self.cases().items()}
@@ -58,7 +58,7 @@ class MethodContract:
             metafunc.parametrize(("case", "check"), [(cases[name], check) for name, check in pairs], ids=ids)
 
     def test_contract(self, case: Case, check: str, request: pytest.FixtureRequest) -> None:
-        """One check on one case."""
+        """Run one check on one case."""
         exempt = self.exempt()
         reason = exempt.get(request.node.callspec.id, exempt.get(check))
         if reason is not None:

@@ -36,26 +36,26 @@ __all__ = [
 ]
 
 EPOCHS, BATCHES, BATCH = 3, 4, 8
-"""How long `fit` trains, how many batches an epoch has, and how many images a batch."""
+"""Epochs that `fit` trains, batches per epoch, and images per batch."""
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
 }
-"""The optimizers with which the contract trains, by name."""
+"""The optimizers that the contract trains with, by name."""
 
 
 Architecture: TypeAlias = Callable[[float], nn.Sequential]
-"""Makes a network that takes images of shape (batch, 1, 8, 8) and returns four logits, with a share of dropout; its first
-four modules hold weights, and so do the others."""
+"""Takes a dropout rate and makes a network from images of shape (batch, 1, 8, 8) to four logits. There must be weights both
+in its first four modules and in the rest."""
 
 
 def plain_network(dropout: float = 0.1) -> nn.Sequential:
     """Two convolutions and two linear layers; every size divides by four except the single input channel.
 
     Args:
-        dropout: between them; with 0 nothing draws random numbers.
+        dropout: dropout rate before the first linear layer; with 0 nothing draws random numbers.
     """
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
@@ -71,10 +71,10 @@ def plain_network(dropout: float = 0.1) -> nn.Sequential:
 
 
 def attention_network(dropout: float = 0.1) -> nn.Sequential:
-    """A convolution, one layer of a transformer with four heads, and a linear layer; channels are its tokens.
+    """A convolution, a transformer encoder layer with four heads, and a linear layer; the channels are the tokens.
 
     Args:
-        dropout: in the transformer; with 0 nothing draws random numbers.
+        dropout: dropout rate of the transformer layer; with 0 nothing draws random numbers.
     """
     return nn.Sequential(
         nn.Conv2d(1, 8, 2, stride=2),
@@ -90,7 +90,7 @@ _ARCHITECTURE: ContextVar[Architecture] = ContextVar("architecture", default=pla
 
 @contextmanager
 def with_architecture(architecture: Architecture) -> Iterator[None]:
-    """Let toys be made of another network."""
+    """Use another network for toys within the context."""
     token = _ARCHITECTURE.set(architecture)
     try:
         yield
@@ -99,10 +99,10 @@ def with_architecture(architecture: Architecture) -> Iterator[None]:
 
 
 def network(dropout: float = 0.1) -> nn.Sequential:
-    """The network that toys are made of: `plain_network`, or that of the case that is tried.
+    """Make the network of a toy: `plain_network`, or that of the case under test.
 
     Args:
-        dropout: in it; with 0 nothing draws random numbers.
+        dropout: dropout rate; with 0 nothing draws random numbers.
     """
     return _ARCHITECTURE.get()(dropout)
 
@@ -112,7 +112,7 @@ class Toy(pl.LightningModule):
 
     Args:
         optimizer: a name in `OPTIMIZERS`.
-        net: takes images of shape (batch, 1, 8, 8) and returns four logits; `network()` if left out.
+        net: a network from images of shape (batch, 1, 8, 8) to four logits; default: `network()`.
     """
 
     def __init__(self, optimizer: str = "sgd", net: nn.Module | None = None) -> None:
@@ -136,7 +136,7 @@ class Toy(pl.LightningModule):
 
 
 class Manual(SparsityMixin, Toy):
-    """A toy with two optimizers that it steps by hand, the second every other batch."""
+    """A toy with manual optimization: two optimizers, the second stepped every other batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,14 +159,14 @@ class Manual(SparsityMixin, Toy):
 
 
 def toy(optimizer: str = "sgd", seed: int = 0, **options: Any) -> Toy:
-    """A `Toy` whose initial weights depend on the seed alone."""
+    """Make a `Toy` whose initial weights depend only on the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Toy(optimizer, **options)
 
 
 def loader(batches: int = BATCHES, batch_size: int = BATCH, rank: int = 0, world_size: int = 1) -> TensorLoader:
-    """Random images and labels, the same at every call; a run can resume inside an epoch."""
+    """Make a loader of random images and labels, the same at every call; a run can resume inside an epoch."""
     generator = torch.Generator().manual_seed(5)
     count = batches * batch_size * world_size
     images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
@@ -176,7 +176,7 @@ def loader(batches: int = BATCHES, batch_size: int = BATCH, rank: int = 0, world
 
 
 def trainer(*callbacks: Callback, **options: Any) -> pl.Trainer:
-    """A silent Trainer of three epochs on the CPU; `options` go to the Trainer."""
+    """Make a Trainer for three epochs on the CPU without output; `options` are passed to it."""
     settings = {
         "max_epochs": EPOCHS,
         "accelerator": "cpu",
@@ -195,14 +195,14 @@ def fit(
     """Train a module on the toy data.
 
     Args:
-        module: that is trained.
-        callbacks: of the Trainer.
+        module: the module to train.
+        callbacks: callbacks for the Trainer.
         ckpt_path: a checkpoint to resume from.
-        batch_size: an epoch has the same images with any.
-        options: of the Trainer.
+        batch_size: images per batch; an epoch has the same images with any batch size.
+        options: options for the Trainer.
 
     Returns:
-        The Trainer, when training is over.
+        The Trainer after training.
     """
     runner = trainer(*callbacks, **options)
     runner.fit(module, loader(BATCHES * BATCH // batch_size, batch_size), loader(1), ckpt_path=ckpt_path)
