@@ -71,7 +71,7 @@ def test_a_shared_argument_has_a_row_per_meaning_and_default() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
-        if target.startswith("generated/"):
+        if target.startswith(("generated/", "../api/generated/")):
             continue  # made with the site, which says what is missing
         path = page.parent / target if target else page
         assert path.exists(), target

@@ -190,7 +190,7 @@ class _Look:
         names, ends = list(self.ends), list(self.ends.values())
         slopes = torch.autograd.grad((part * weights).sum(), ends, retain_graph=True, allow_unused=True)
         rows = {
-            name: {*slope.flatten(0, -2).any(0).nonzero().flatten().tolist()}
+            name: {*slope.reshape(-1, slope.shape[-1]).any(0).nonzero().flatten().tolist()}
             for name, slope in zip(names, slopes, strict=True)
             if slope is not None
         }

@@ -140,7 +140,8 @@ class Window:
         self._end_name = end_name
         self._end, self._start = Span.parse(end, end_name), Span.parse(start, "start")
         for name, value in (("start", start), ("every", every)):
-            if isinstance(value, int) and value == 1:
+            # A grid of the whole run has one update, so 1 must mean an epoch or a step, even as the 1.0 of a command line.
+            if value == 1 and (name == "every" or isinstance(value, int)):
                 raise ValueError(f"{name}=1 would be the whole run; write '1 epoch', '1 step' or a fraction such as 0.01.")
         self._every = Span.parse(every, "every")
         if self._every.value <= 0 or (self._every.unit != "fraction" and self._every.value != int(self._every.value)):

@@ -197,12 +197,12 @@ REFUSED: list[tuple[Callable[[], Toy], Make, str]] = [
     (
         toy,
         lambda p: Distillation(wide()),
-        "the network puts out (8, 4) and the teacher (8, 5), but logits must have equal shapes",
+        "the network outputs (8, 4) and the teacher (8, 5), but logits must have equal shapes",
     ),
     (
         toy,
         lambda p: Distillation(teacher_net(), class_dim=1, features={"0": "2"}),
-        "layer '0' puts out (8, 8, 8, 8)",
+        "layer '0' outputs (8, 8, 8, 8)",
     ),
     (toy, lambda p: Distillation(features=["nine"]), "features: 'nine' is not a layer of the network (Sequential); did you"),
     (

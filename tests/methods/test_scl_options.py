@@ -146,7 +146,7 @@ def test_training_that_stops_before_the_masks_are_frozen() -> None:
 def test_a_run_that_became_too_short_for_its_target(tmp_path: Any) -> None:
     files = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
     fit(toy(), SCL(sparsity=0.9, min_kept=1), files, max_epochs=10)
-    with pytest.raises(ValueError, match=r"freezes its masks at 75% of the run .* but training now ends at 30% of that"):
+    with pytest.raises(ValueError, match=r"fixes its masks at 75% of the run .* but training now ends at 30% of that"):
         fit(toy(), SCL(sparsity=0.9, min_kept=1), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=3)
 
 

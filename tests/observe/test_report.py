@@ -305,6 +305,6 @@ def test_room_is_asked_for_before_a_report_is_due(tmp_path: Path, monkeypatch: p
     assert why_unwritable(tmp_path / "not" / "there" / "yet") is None
     assert why_unwritable(Path("/dev/null/x")) == "Not a directory"
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**20))
-    assert why_unwritable(tmp_path) == "1.0 MB of room, and 4 MB are needed"
-    with pytest.raises(ValueError, match=r"cannot write its report into '.*' \(1.0 MB of room, and 4 MB are needed\)"):
+    assert why_unwritable(tmp_path) == "1.0 MB free, and 4 MB are needed"
+    with pytest.raises(ValueError, match=r"cannot write its report into '.*' \(1.0 MB free, and 4 MB are needed\)"):
         trained(tmp_path, MagnitudePruning(0.75))

@@ -73,6 +73,7 @@ AT_CONSTRUCTION: list[tuple[Callable[[], Any], str]] = [
     (lambda: MagnitudePruning(0.5, layer_sparsity={"fc": 2.0}), "layer_sparsity['fc']=2.0 must be in [0, 1)"),
     (lambda: MagnitudePruning("0.9"), "sparsity='0.9' must be a number in [0, 1)"),
     (lambda: MagnitudePruning(0.5, every=1), "every=1 would be the whole run; write '1 epoch'"),
+    (lambda: MagnitudePruning(0.5, every=1.0), "every=1 would be the whole run; write '1 epoch'"),
     (lambda: MagnitudePruning(0.5, start=1), "start=1 would be the whole run"),
     (
         lambda: MagnitudePruning(structure="2:4", layer_sparsity={"fc": 0}),
