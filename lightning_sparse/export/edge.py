@@ -190,6 +190,10 @@ def _of_itself(batch: Any) -> Call:
     return replace(Call.of(batch), network=None)
 
 
+_SAMPLES = 256
+"""How many samples, evenly spread over the batches, calibrate a network that takes no batch; each is a pass of its own."""
+
+
 def _quantized(called: nn.Module, quantizer: Any, calibration: Sequence[Any]) -> Any:
     """The network in int8, with ranges from the calibration data: in batches, or sample by sample if it takes no batch."""
     tools = _need("torchao.quantization.pt2e.quantize_pt2e", "torchao")
@@ -198,6 +202,7 @@ def _quantized(called: nn.Module, quantizer: Any, calibration: Sequence[Any]) ->
         converted = _calibrated(called, tools, quantizer, [batch.at_least_two() for batch in batches], several=True)
     except Exception:
         samples = [sample for batch in batches for sample in samples_of(batch)]
+        samples = samples[:: -(-len(samples) // _SAMPLES)]
         converted = _calibrated(called, tools, quantizer, samples, several=False)
     weights = [
         weight.detach()
