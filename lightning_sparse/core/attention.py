@@ -75,6 +75,9 @@ def find_attentions(model: nn.Module, calls: Sequence[Call]) -> FoundAttentions:
     Args:
         model: the model; its parameters may have any values, including zeros.
         calls: calls of its networks, with at least two positions.
+
+    Raises:
+        ValueError: if a network does not run while it is traced.
     """
     found = FoundAttentions()
     shared = shared_parameters(model)
@@ -143,12 +146,19 @@ def _by_trying(network: nn.Module, call: Call) -> list[Attention]:
     try:
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             call(network)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        said = f"{type(network).__name__} cannot be traced for attention heads ({first_line(error)})"
+        raise ValueError(f"{said}; write structure='channel' or 'coupled'.") from error
     finally:
         for handle in handles:
             handle.remove()
         for part, mode in training:
             part.training = mode
-    return [one for one in look.found if all(look.readers[name] == {one.out} for name in one.rows)]
+    by_reader = {one.out: one for one in look.found}  # a layer that is called again reads the same heads again
+    alike = [one for out, one in by_reader.items() if all(one == other for other in look.found if other.out == out)]
+    return [one for one in alike if all(look.readers[name] == {one.out} for name in one.rows)]
 
 
 class _Look:
@@ -172,7 +182,7 @@ class _Look:
 
     def reading(self, name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, named: Any) -> None:
-            given: Tensor = args[0] if args else named["input"]
+            given: Tensor = args[0] if args else next(iter(named.values()))
             if not (self.ends and given.requires_grad):
                 return
             for source in self._rows(given, range(given.shape[-1])):

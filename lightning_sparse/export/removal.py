@@ -155,7 +155,12 @@ def _without_dead_heads(model: nn.Module, call: Call, probes: list[Call], tolera
 
     The heads of each attention are tested before they are removed.
     """
-    for attention in find_attentions(model, [call]).attentions:
+    try:
+        attentions = find_attentions(model, [call]).attentions
+    except ValueError as error:
+        removal.refused[type(model).__name__] = str(error)
+        return model
+    for attention in attentions:
         dead = _dead_heads(model, attention)
         if not dead:
             continue

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.core import Attention, Call, FewerHeads, find_attentions, places_of, row_of, without_heads
+from lightning_sparse.export import remove_dead
 from tests.helpers.attention import Fused, Separate
 
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
@@ -116,6 +117,52 @@ def test_weights_of_two_layers_are_left_alone() -> None:
     net = nn.Sequential(Separate(), Separate())
     net[1].ask.weight = net[0].ask.weight
     assert set(find_attentions(net, [Call((X,))]).obstacles) == {"0.out", "1.out"}
+
+
+class Repeated(nn.Module):
+    """Calls one attention twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Separate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block(self.block(x))
+        return out
+
+
+def test_an_attention_that_is_called_twice_is_one() -> None:
+    (attention,) = find_attentions(Repeated(), [Call((X,))]).attentions
+    assert (attention.out, attention.heads) == ("block.out", 4)
+
+
+class Picky(Separate):
+    """Looks at what its layers return."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.equal(self.ask(x), nn.functional.linear(x, self.ask.weight, self.ask.bias)):
+            raise RuntimeError("not mine")
+        return super().forward(x)
+
+
+def test_a_network_that_does_not_run_while_it_is_traced_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Picky cannot be traced for attention heads \(not mine\); write structure="):
+        find_attentions(Picky(), [Call((X,))])
+
+
+def test_channels_are_removed_where_heads_cannot_be_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch_pruning")
+
+    def find(model: nn.Module, calls: Any) -> Any:
+        raise ValueError("cannot be traced")
+
+    monkeypatch.setattr("lightning_sparse.export.removal.find_attentions", find)
+    net = nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    net[0].weight.data[:2] = 0
+    smaller, removal = remove_dead(net, X)
+    assert removal.removed == {"0": 2}
+    assert removal.refused == {"Sequential": "cannot be traced"}
+    torch.testing.assert_close(smaller(X), net(X))
 
 
 def test_an_attention_says_where_it_is() -> None:
