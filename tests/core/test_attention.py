@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.core import Attention, Call, FewerHeads, find_attentions, places_of, row_of, without_heads
 from lightning_sparse.export import remove_dead
-from tests.helpers.attention import Fused, Separate
+from tests.helpers.attention import Fused, Separate, attend
 
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
 
@@ -117,6 +117,34 @@ def test_weights_of_two_layers_are_left_alone() -> None:
     net = nn.Sequential(Separate(), Separate())
     net[1].ask.weight = net[0].ask.weight
     assert set(find_attentions(net, [Call((X,))]).obstacles) == {"0.out", "1.out"}
+
+
+class Watched(Separate):
+    """Another layer reads the values too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.carry(x)
+        out: Tensor = self.out(attend(self.ask(x), self.match(x), value, 3)) + self.side(value)
+        return out
+
+
+def test_heads_that_another_layer_reads_are_left_alone() -> None:
+    assert not find_attentions(Watched(), [Call((X,))]).attentions
+
+
+def test_one_head_stays_where_all_are_dead() -> None:
+    pytest.importorskip("torch_pruning")
+    net = Separate().eval()
+    for layer in (net.ask, net.match, net.carry):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    smaller, removal = remove_dead(net, X)
+    assert removal.heads == {"": 3}
+    torch.testing.assert_close(smaller(X), net(X))
 
 
 class Repeated(nn.Module):
