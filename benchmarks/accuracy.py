@@ -80,10 +80,6 @@ METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
     "AC/DC": lambda s: [ACDC(s)],
     "RigL, fan-in": lambda s: [RigL(s, structure="fan_in")],
     "gradual, blocks of 4": lambda s: [MagnitudePruning(s, structure="block:4x4")],
-    "channels, half of the MACs": lambda s: [MagnitudePruning(s, structure="coupled", budget="macs")],
-    "channels, half of the MACs, uniform": lambda s: [
-        MagnitudePruning(s, structure="coupled", budget="macs", allocation="uniform")
-    ],
     "gradual 2:4": lambda s: [MagnitudePruning(structure="2:4")],
     "AC/DC 2:4": lambda s: [ACDC(structure="2:4")],
     "SR-STE": lambda s: [SRSTE()],
@@ -146,6 +142,10 @@ class Setting:
         shape = data.num_classes, data.in_channels, data.image_size
         return Classifier(self.network, *shape, sgd, steps, annealing=annealing)
 
+    def resumes(self, method: str) -> bool:
+        """Whether a training can go on from a checkpoint."""
+        return True
+
     def read(
         self, module: Classifier, callbacks: Sequence[L.Callback], data: ImageData, stop: Path | None
     ) -> dict[str, Any]:
@@ -167,12 +167,15 @@ class Work(L.Callback):
     """The cost of forward passes without multiplications by zero, over a training."""
 
     def __init__(self, macs: dict[str, int], every: int = 50) -> None:
-        self.macs, self.every, self.readings = macs, every, list[float]()
+        self.macs, self.every, self.readings, self.sizes = macs, every, list[float](), dict[str, int]()
 
     def read(self, module: nn.Module) -> float:
         """Now, as a ratio to the dense network."""
         weights = {target.name: target.weight.detach() for target in find_targets(module)}
-        return sum(effective_macs(self.macs, weights).values()) / sum(self.macs.values())
+        self.sizes = self.sizes or {name: weight.numel() for name, weight in weights.items()}
+        left = effective_macs(self.macs, weights)
+        shares = {name: weight.numel() / self.sizes[name] for name, weight in weights.items()}  # channels may have left
+        return sum(count * shares.get(name, 1.0) for name, count in left.items()) / sum(self.macs.values())
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.every == 0:
@@ -287,7 +290,8 @@ class Comparison(Trainings):
         pairs = [(method, sparsity) for method in self.methods for sparsity in self.sparsities_of(method)]
         for seed, (method, sparsity) in product(self.seeds[: 1 if options.quick else None], pairs):
             key = {"seed": seed, "method": method, "sparsity": sparsity}
-            yield key, partial(train, setting, **key, **how, checkpoint=self.checkpoint(options, key))
+            kept = self.checkpoint(options, key) if setting.resumes(method) else None
+            yield key, partial(train, setting, **key, **how, checkpoint=kept)
 
     def recipe(self, options: Options) -> dict[str, Any]:
         return self.setting.recipe() | {"epochs": options.epochs or self.setting.epochs}

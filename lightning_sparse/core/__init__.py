@@ -43,7 +43,7 @@ from lightning_sparse.core.layout import (
     spread_over,
     total_over_ranks,
 )
-from lightning_sparse.core.libraries import first_line, need, silenced
+from lightning_sparse.core.libraries import first_line, need, silenced, without_origins
 from lightning_sparse.core.linear import (
     BATCH_NORMS,
     CHANNEL_NORMS,
@@ -241,4 +241,5 @@ __all__ = [
     "trained_part",
     "whole",
     "without_heads",
+    "without_origins",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_sparse.core.calls import Call
 from lightning_sparse.core.coupling import Coupling, Place
 from lightning_sparse.core.coupling_engine import CouplingEngine, Member, Positions
-from lightning_sparse.core.linear import CHANNEL_NORMS, in_count, is_depthwise, is_layer, out_count
+from lightning_sparse.core.linear import CHANNEL_NORMS, CONVOLUTIONS, in_count, is_depthwise, is_layer, out_count
 from lightning_sparse.core.networks import callee, copy_model, shared_parameters
 from lightning_sparse.core.torch_pruning_engine import torch_pruning
 
@@ -213,8 +213,29 @@ def find_coupling(
                 for channel, indices in positions.items():
                     for index in indices:
                         read[index] = channels[channel][0] if channels.get(channel) else None
+    groups += _equal_groups(model, vectors.keys() | weights.keys(), readers, staying)
     coupling = Coupling(groups, weights, vectors, staying, readers)
     if not coupling.count:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(staying.items())[:2])
         raise ValueError(f"structure='coupled' finds no channel of {type(model).__name__} that can be removed ({reasons}).")
     return coupling
+
+
+def _equal_groups(
+    model: nn.Module, known: Iterable[str], readers: Mapping[str, Sequence[Place | None]], staying: Mapping[str, str]
+) -> Iterator[list[Place]]:
+    """Channels that a grouped convolution couples: those at the same place in each group, so that groups remain equal."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, CONVOLUTIONS) or layer.groups == 1 or is_depthwise(layer):
+            continue
+        weight = f"{name}.weight"
+        made: list[Place | None] = [(weight, channel) for channel in range(out_count(layer))] if weight in known else []
+        for side in (made, readers.get(weight, ())):
+            size = len(side) // layer.groups
+            for place in range(size):
+                there = side[place::size]
+                coupled = [one for one in there if one is not None]
+                if len(coupled) < len(there) and staying:
+                    coupled.append((next(iter(staying)), 0))  # one of them stays, so all do
+                if coupled:
+                    yield coupled

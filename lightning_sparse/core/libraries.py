@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["first_line", "need", "silenced"]
+import torch.fx.traceback as origins
+
+__all__ = ["first_line", "need", "silenced", "without_origins"]
 
 
 def need(module: str, package: str, extra: str = "export") -> Any:
@@ -41,6 +43,23 @@ def silenced(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def without_origins() -> Iterator[None]:
+    """Passes over a graph do not copy where each node came from, all passes before included.
+
+    This makes lowering a third faster, and nothing in an artifact depends on it.
+    """
+    kind: Any = getattr(origins, "NodeSource", None)
+    if kind is None or "__deepcopy__" in vars(kind):  # another torch, or already entered
+        yield
+        return
+    kind.__deepcopy__ = lambda source, memo: source
+    try:
+        yield
+    finally:
+        del kind.__deepcopy__
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from lightning_sparse.core.calls import Call
 from lightning_sparse.core.costs import tensors_in
 from lightning_sparse.core.coupling_engine import Member, Positions
 from lightning_sparse.core.libraries import first_line, need
-from lightning_sparse.core.linear import in_count, is_layer, out_count
+from lightning_sparse.core.linear import CHANNEL_NORMS, in_count, is_layer, out_count
 
 __all__ = ["torch_pruning"]
 
@@ -25,8 +25,8 @@ __all__ = ["torch_pruning"]
 _CHANNELWISE = re.compile(
     "(Abs|Add|Alias|AsStrided|AvgPool|AdaptiveAvgPool|AdaptiveMaxPool|Cat|Celu|Clamp|Clone|ConstantPad|Div|Elu|Exp|Expand|Gelu|"
     "Hardsigmoid|Hardswish|Hardtanh|LeakyRelu|LogSigmoid|MaxPool|Mean|MkldnnMaxPool|Mish|Mul|NativeDropout|Neg|Permute|Pow|"
-    "PreluKernel|ReflectionPad|Relu|ReplicationPad|ReshapeAlias|Rsqrt|Rsub|Selu|Sigmoid|Silu|Slice|Softplus|Split|SplitWithSizes|"
-    "Sqrt|Squeeze|Sub|T|Tanh|Threshold|ToCopy|Transpose|UnsafeView|Unsqueeze|UpsampleBilinear|UpsampleNearest|View)"
+    "PreluKernel|ReflectionPad|Relu|ReplicationPad|ReshapeAlias|Rsqrt|Rsub|Selu|Sigmoid|Silu|Slice|Softplus|Split|Sqrt|"
+    "Squeeze|Sub|T|Tanh|Threshold|ToCopy|Transpose|UnsafeView|Unsqueeze|UpsampleBilinear|UpsampleNearest|View)"
     r"([123]D)?(WithIndices|Nd)?\d*"
 )
 
@@ -123,7 +123,8 @@ class _Answers(Mapping[str, Sequence[Member]]):
         if isinstance(layer, nn.Parameter):
             return f"a parameter of shape {tuple(layer.shape)} is added to it"
         operation = node.grad_fn.name().partition("Backward")[0] if node.grad_fn is not None else ""
-        if not _CHANNELWISE.fullmatch(operation) and not _is_product_of_a_layer(node):
+        known = _CHANNELWISE.fullmatch(operation) or _is_product_of_a_layer(node) or _is_norm_before_activation(node)
+        if not known:
             return f"{operation or node.name} may mix its channels"
         return ""
 
@@ -149,3 +150,9 @@ def _is_product_of_a_layer(node: Any) -> bool:
     return bool(node.outputs) and all(
         isinstance(after.module, nn.Linear) and "View" in after.grad_fn.name() for after in node.outputs
     )
+
+
+def _is_norm_before_activation(node: Any) -> bool:
+    """Whether a node is the normalization in a layer that ends in an activation, whose node represents the layer."""
+    name = node.grad_fn.name() if node.grad_fn is not None else ""
+    return "BatchNorm" in name and any(isinstance(after.module, CHANNEL_NORMS) for after in node.outputs)

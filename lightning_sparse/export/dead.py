@@ -79,7 +79,7 @@ class Round:
             group = DeadGroup(root, found.outputs, found.readers)
             own = group.outputs[root]
             twins = {index for channel in chosen for index in own[channel] if index > channel and index in own}
-            alive = self._alive(group) | self._uneven(group, chosen) | twins
+            alive = self._alive(group) | twins or self._uneven(group, chosen)
             if not alive:
                 break
             chosen = [channel for channel in chosen if channel not in alive]

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Call, callee, copy_model, first_line, kind_of, need, silenced
+from lightning_sparse.core import Call, callee, copy_model, first_line, kind_of, need, silenced, without_origins
 from lightning_sparse.export.batch_norm import fold_norms
-from lightning_sparse.export.onnx import batch_sizes
 from lightning_sparse.export.quantization import check_reached
 
 __all__ = ["check_codes", "executorch_runner", "save_ethos_u85", "save_executorch"]
@@ -52,13 +51,15 @@ def save_executorch(
     partitioner = _need("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner
     call = Call.of(inputs, network)
     called, one = _prepared(model, call, calibration)
-    with _muted():
+    with _muted(), without_origins():
         try:
             if calibration:
                 library = _need("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
                 config = library.get_symmetric_quantization_config(is_per_channel=True)
                 quantizer = library.XNNPACKQuantizer().set_global(config)
-                called = _quantized(called, quantizer, calibration)
+                patterns = quantizer.SUPPORTED_PATTERNS  # to look for normalizations takes seconds, and they are folded
+                quantizer.SUPPORTED_PATTERNS = [pattern for pattern in patterns if "_bn" not in pattern.name]
+                called = _quantized(called, one, quantizer, calibration)
             program = torch.export.export(called, one.args, dict(one.kwargs))
             lowered = edge.to_edge_transform_and_lower(program, partitioner=[partitioner()])
             left = _left(lowered)
@@ -97,13 +98,13 @@ def save_ethos_u85(
     library = _need("executorch.backends.arm.quantizer")
     call = Call.of(inputs, network)
     called, one = _prepared(model, call, calibration)
-    with tempfile.TemporaryDirectory() as folder, _muted(), redirect_stdout(StringIO()):
+    with tempfile.TemporaryDirectory() as folder, _muted(), without_origins(), redirect_stdout(StringIO()):
         try:
             spec = arm.EthosUCompileSpec("ethos-u85-256")
             spec.dump_intermediate_artifacts_to(folder)
             by_output, by_layer = (library.get_symmetric_quantization_config(is_per_channel=each) for each in (True, False))
             quantizer = library.EthosUQuantizer(spec).set_global(by_output).set_module_type(nn.Linear, by_layer)
-            converted = _quantized(called, quantizer, calibration)
+            converted = _quantized(called, one, quantizer, calibration)
             program = torch.export.export(converted, one.args, dict(one.kwargs))
             lowered = edge.to_edge_transform_and_lower(
                 program,
@@ -191,19 +192,25 @@ def _of_itself(batch: Any) -> Call:
 
 
 _SAMPLES = 256
-"""How many samples, evenly spread over the batches, calibrate a network that takes no batch; each is a pass of its own."""
+"""How many samples calibrate a network that takes no batch, evenly spread over the batches; each is a pass of its own."""
 
 
-def _quantized(called: nn.Module, quantizer: Any, calibration: Sequence[Any]) -> Any:
-    """The network in int8, with ranges from the calibration data: in batches, or sample by sample if it takes no batch."""
+@torch.no_grad()
+def _quantized(called: nn.Module, one: Call, quantizer: Any, calibration: Sequence[Any]) -> Any:
+    """The network for one sample in int8, with ranges from the calibration data."""
     tools = _need("torchao.quantization.pt2e.quantize_pt2e", "torchao")
+
+    def observed(call: Call) -> Any:
+        program = torch.export.export(called, call.args, dict(call.kwargs))
+        return tools.prepare_pt2e(program.module(check_guards=False), quantizer)  # Arm's passes take no guards
+
+    single = observed(one)
     batches = [_of_itself(batch).fit(called) for batch in calibration]
-    try:
-        converted = _calibrated(called, tools, quantizer, [batch.at_least_two() for batch in batches], several=True)
-    except Exception:
-        samples = [sample for batch in batches for sample in samples_of(batch)]
-        samples = samples[:: -(-len(samples) // _SAMPLES)]
-        converted = _calibrated(called, tools, quantizer, samples, several=False)
+    left = _observe_batches(observed, batches, single)
+    samples = [sample for batch in left for sample in samples_of(batch)]
+    for sample in samples[:: -(-len(samples) // _SAMPLES) or 1]:
+        single.forward(*sample.args, **sample.kwargs)
+    converted = tools.convert_pt2e(single)
     weights = [
         weight.detach()
         for layer in called.modules()
@@ -215,14 +222,24 @@ def _quantized(called: nn.Module, quantizer: Any, calibration: Sequence[Any]) ->
     return converted
 
 
-@torch.no_grad()
-def _calibrated(called: nn.Module, tools: Any, quantizer: Any, calls: Sequence[Call], several: bool) -> Any:
-    sizes = batch_sizes(called, calls[0]) if several else None
-    program = torch.export.export(called, calls[0].args, dict(calls[0].kwargs), dynamic_shapes=sizes)
-    prepared = tools.prepare_pt2e(program.module(check_guards=False), quantizer)  # Arm's passes take no guards
-    for call in calls:
-        prepared(*call.args, **call.kwargs)
-    return tools.convert_pt2e(prepared)
+def _observe_batches(observed: Callable[[Call], Any], batches: Sequence[Call], single: Any) -> Sequence[Call]:
+    """Give the graph for one sample the ranges of all batches that are as large as the first one; returns the other batches.
+
+    A network that takes no batch, or whose graph depends on the batch size, leaves them all.
+    """
+    alike = [batch for batch in batches if batch.samples == batches[0].samples]
+    try:
+        several = observed(batches[0])
+        for batch in alike:
+            several.forward(*batch.args, **batch.kwargs)  # a graph module that is called prints its errors
+    except Exception:
+        return batches
+    operators = [[node.target for node in graph.graph.nodes if node.op != "get_attr"] for graph in (single, several)]
+    state = several.state_dict()
+    if operators[0] != operators[1] or state.keys() != single.state_dict().keys():
+        return batches
+    single.load_state_dict(state)
+    return [batch for batch in batches if batch.samples != batches[0].samples]
 
 
 def check_codes(weights: Sequence[Tensor], tensors: Iterable[Tensor]) -> None:

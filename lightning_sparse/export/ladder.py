@@ -195,13 +195,17 @@ class _Climb:
     def time(self, rounds: int) -> None:
         """Time everything, interleaved, at batch size 1 and at that of the inputs; compiled networks only at the latter."""
         dense, inputs = self.ladder.dense, self.ladder.inputs
+        same = [name for name in self.made if self._is_dense(name)]
         for batch in dict.fromkeys((1, inputs.samples)):
             x = inputs.first(batch).fit(dense)
             able = {name: run for name, run in self.timed.items() if batch == inputs.samples or not name.endswith("compile")}
+            able = {name: run for name, run in able.items() if name not in same}
             with torch.no_grad():
                 found = interleaved({name: partial(run, x) for name, run in able.items()}, rounds, device_of(dense))
             for name, timing in found.items():
                 self.report.rungs[name].latency[batch] = timing
+            for name in same:
+                self.report.rungs[name].latency[batch] = found["dense"]
 
     def leave_out_what_is_no_gain(self) -> None:
         """Drop rungs that were not requested and are slower than dense in their runtime without being smaller."""
@@ -220,8 +224,7 @@ class _Climb:
         known = self.report.rungs["dense"].metrics = dict(evaluate(dense))
         for name, made in self.made.items():
             if made.module is not None:
-                same = not self.report.is_other_network(name) and have_equal_weights(made.module, dense)
-                self.report.rungs[name].metrics = dict(known if same else evaluate(made.module))
+                self.report.rungs[name].metrics = dict(known if self._is_dense(name) else evaluate(made.module))
         for name in self.errors:
             elsewhere = Elsewhere(self.ladder.dense, self.ladder.inputs, self.timed[name])
             metrics = dict(evaluate(elsewhere.module))
@@ -229,6 +232,13 @@ class _Climb:
                 self.report.rungs[name].metrics = metrics
             else:
                 self.report.rungs[name].note += "; evaluate does not call its network, so it has no metrics"
+
+    def _is_dense(self, name: str) -> bool:
+        """Whether a rung is the dense model in another file, so that the dense model's metrics and times are its own."""
+        module = self.made[name].module
+        if module is None or self.report.is_other_network(name):
+            return False
+        return have_equal_weights(module, self.ladder.dense)
 
     def judge_what_rounds_off(self) -> None:
         """Require that the metrics, or without metrics the outputs, are close enough to those of the dense model."""

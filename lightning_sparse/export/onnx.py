@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Call, callee, copy_model, first_line, need, silenced, tensors_in
+from lightning_sparse.core import Call, callee, copy_model, first_line, need, silenced, tensors_in, without_origins
 
 __all__ = ["batch_sizes", "compressed_size", "feed", "onnx_runner", "save_onnx"]
 
@@ -35,7 +35,7 @@ def save_onnx(model: nn.Module, inputs: Any, path: str | Path, network: str | No
     called = callee(copy_model(model).eval(), call.network)[1]
     several = call.first(2).at_least_two().fit(called)
     try:
-        with warnings.catch_warnings(), silenced("torch.onnx"), torch.no_grad():
+        with warnings.catch_warnings(), silenced("torch.onnx"), without_origins(), torch.no_grad():
             warnings.simplefilter("ignore")
             if type(called(*several.args, **several.kwargs)) not in (Tensor, tuple, list, dict):
                 called = _Leaves(called)

@@ -221,6 +221,68 @@ def test_biases_that_would_move_have_no_gradient_and_no_moments() -> None:
     assert state["exp_avg"][~gone].all()
 
 
+class Grouped(nn.Module):
+    """A convolution in two groups of four, behind a normalization that ends in an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.norm, self.grouped = nn.Conv2d(1, 8, 3), Activated(8), nn.Conv2d(8, 12, 3, groups=2)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.grouped(self.norm(self.wide(x)))).mean((2, 3)))
+        return out
+
+
+class Activated(nn.BatchNorm2d):
+    """A normalization that ends in an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+class Parted(nn.Module):
+    """Channels are parted after a fixed number of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.left, self.right = nn.Conv2d(1, 8, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(5, 4, 3)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.both(x).split([3, 5], 1)
+        out: Tensor = self.head((self.left(left) + self.right(right)).mean((2, 3)))
+        return out
+
+
+def test_groups_of_a_convolution_remain_equal() -> None:
+    torch.manual_seed(3)
+    module, method = toy(net=Grouped()), MagnitudePruning(0.5, structure="coupled", allocation="uniform")
+    fit(module, method)
+    wide, grouped = alive(module, "net.wide").view(2, 4), alive(module, "net.grouped").view(2, 6)
+    assert wide[0].equal(wide[1])
+    assert grouped[0].equal(grouped[1])
+    assert int(wide.sum()), int(grouped.sum()) == (4, 6)
+    module.eval()
+    smaller, removal = remove_dead(module.net, IMAGES)
+    assert not removal.refused
+    assert smaller.get_submodule("wide").out_channels == 4
+    assert smaller.get_submodule("grouped").weight.shape == (6, 2, 3, 3)
+    torch.testing.assert_close(smaller(IMAGES), module.net(IMAGES))
+
+
+def test_channels_that_are_parted_by_number_stay(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(3)
+    module, method = toy(net=Parted()), MagnitudePruning(0.5, structure="coupled", allocation="uniform")
+    fit(module, method)
+    assert alive(module, "net.both").all()
+    assert "'net.both.weight' (SplitWithSizes may mix its channels)" in caplog.text
+    assert int(alive(module, "net.left").sum()) == 2
+    module.eval()
+    smaller, _ = remove_dead(module.net, IMAGES)
+    torch.testing.assert_close(smaller(IMAGES), module.net(IMAGES))
+
+
 def test_units() -> None:
     channels = [[("a", 0), ("b", 0)], [("a", 1), ("b", 1)], [("b", 2)], [("c", 0), ("b", 1)]]
     coupling = Coupling(channels, {"a": 2, "b": 4, "c": 1}, {}, {"d": "it is fixed"})
