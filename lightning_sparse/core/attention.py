@@ -325,7 +325,7 @@ def why_they_stay(model: nn.Module, calls: Sequence[Call], attentions: Sequence[
     pairs = [pair for mine, theirs in both for pair in zip(mine, theirs, strict=True) if pair[0].shape == pair[1].shape]
     if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max())) for a, b in pairs if a.numel()):
         return "with fewer heads the model returns something else"
-    return "" if pairs else "with fewer heads all that the model returns has another size"
+    return "" if pairs else "with fewer heads every output of the model has another size"
 
 
 def row_of(model: nn.Module, name: str, row: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Blocks of weights: so many outputs by so many inputs, for kernels and accelerators that work on tiles."""
+"""Blocks of weights: rectangles of outputs and inputs, for kernels and accelerators that work on tiles."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ __all__ = ["Blocks"]
 
 @final
 class Blocks(Structure):
-    """Blocks of consecutive outputs and inputs, of convolutions at one place of the kernel.
+    """Blocks of consecutive outputs and inputs; in convolutions, at one position of the kernel.
 
-    A block counts by the mean of its scores, divided by that of its layer, as channels do: means lie close together, and of
-    a layer with small weights nothing would be left. The best of each layer stays.
+    The score of a block is the mean of its entries' scores, divided by the mean of its layer, as for channels. Without the
+    division, means of one layer would lie close together, and a layer with small weights would be removed entirely. The best
+    block of each layer is always kept.
 
     Args:
-        rows: outputs of a block.
-        columns: inputs of a block.
+        rows: number of outputs in a block.
+        columns: number of inputs in a block.
     """
 
     keeps_one = True
 
     def __init__(self, rows: int, columns: int) -> None:
         if rows < 1 or columns < 1 or rows * columns == 1:
-            raise ValueError(f"structure='block:{rows}x{columns}' is no block; write 'block:RxC' such as 'block:16x16'.")
+            raise ValueError(
+                f"structure='block:{rows}x{columns}' is not a block structure; write 'block:RxC' such as 'block:16x16'."
+            )
         self.rows, self.columns = rows, columns
 
     @property
@@ -40,7 +43,7 @@ class Blocks(Structure):
 
     def misfit(self, target: Target) -> str | None:
         if not target.layout_known:
-            return f"is of no known kind of layer, and structure='{self.text}' must know its dimensions (register_layer)"
+            return f"is in a layer of an unknown type, and structure='{self.text}' needs its dimensions (register_layer)"
         outputs, inputs = target.shape[target.output_dim], target.shape[target.input_dim]
         if outputs % self.rows or inputs % self.columns:
             return (

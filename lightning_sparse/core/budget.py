@@ -62,18 +62,18 @@ class Budget:
         if implied is not None and abs(self.sparsity - implied) > 1e-9:
             raise ValueError(
                 f"sparsity={self.sparsity} contradicts structure='{structure}', which removes {implied:g} of every layer; "
-                "leave sparsity out."
+                "omit sparsity."
             )
         check_choice("allocation", allocation, ["global", *ALLOCATIONS, *(["owl"] if scored else [])])
         self.allocation = "uniform" if implied is not None else allocation
         if implied is not None and allocation not in (usual, "global", "uniform"):
-            raise ValueError(f"structure='{structure}' fixes every layer's sparsity; leave allocation='{allocation}' out.")
+            raise ValueError(f"structure='{structure}' fixes every layer's sparsity; omit allocation='{allocation}'.")
         if layer_sparsity is not None and not isinstance(layer_sparsity, Mapping):
             raise ValueError(f"layer_sparsity={layer_sparsity!r} must map layers to sparsities, such as {{'*.fc': 0.0}}.")
         self.layer_sparsity = dict(layer_sparsity or {})
         if implied is not None and self.layer_sparsity:
             raise ValueError(
-                f"structure='{structure}' fixes every layer's sparsity; leave layer_sparsity out, and exclude layers that "
+                f"structure='{structure}' fixes every layer's sparsity; omit layer_sparsity, and exclude layers that "
                 "must stay dense with targets=['!<layer>']."
             )
         for pattern, value in self.layer_sparsity.items():
@@ -98,8 +98,8 @@ class Budget:
             return
         if self.allocation != "global":
             raise ValueError(
-                f"max_layer_sparsity={limit} is for layers that compete; allocation='{self.allocation}' says what each of "
-                "them loses, leave one of the two out."
+                f"max_layer_sparsity={limit} is for layers that compete; allocation='{self.allocation}' sets what each of "
+                "them loses; omit one of the two."
             )
         if self.measure == "units" and self.sparsity > float(limit):
             raise ValueError(

@@ -86,6 +86,6 @@ def refuse_nan(scores: Sequence[Tensor], names: Sequence[str]) -> None:
     for score, name in zip(scores, names, strict=True):
         if bool(score.isnan().any()):
             raise ValueError(
-                f"The score of '{name}' holds NaN, so nothing can be ranked; training has diverged, lower the learning "
+                f"The score of '{name}' contains NaN, so nothing can be ranked; training has diverged: lower the learning "
                 "rate or clip gradients."
             ) from None

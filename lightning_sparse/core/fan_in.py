@@ -17,17 +17,17 @@ __all__ = ["FanIn"]
 
 @final
 class FanIn(Structure):
-    """Single weights, so many in every output of a layer.
+    """Single weights, the same number in every output of a layer.
 
-    How many a layer keeps is decided as for single weights, and rounded to the nearest number that all its outputs can
-    share, at least one; then each output keeps its best. So the sparsity is met to within half a connection per output.
+    The number that a layer keeps is computed as for single weights and rounded to the nearest multiple of its outputs, at
+    least one per output. Each output then keeps its best. The sparsity is met to within half a connection per output.
     """
 
     text = "fan_in"
 
     def misfit(self, target: Target) -> str | None:
         if not target.layout_known:
-            return "is of no known kind of layer, and structure='fan_in' must know its outputs (register_layer)"
+            return "is in a layer of an unknown type, and structure='fan_in' needs its outputs (register_layer)"
         if target.shares_rows:
             return "is a grouped transposed convolution, where one row serves several outputs that structure='fan_in' counts"
         return None
@@ -61,5 +61,5 @@ class FanIn(Structure):
 
 
 def _nearest(number: int, outputs: int) -> int:
-    """The nearest number of connections for each output; halves are rounded up."""
+    """The nearest number of connections per output; halves are rounded up."""
     return (2 * number + outputs) // (2 * outputs) if outputs else 0

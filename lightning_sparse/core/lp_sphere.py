@@ -1,4 +1,4 @@
-"""Which weights live on unit Lp spheres, and with which p."""
+"""Which weights lie on unit Lp spheres, and with which p."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lightning_sparse.functional.dims import Dims
 __all__ = ["FREE", "Exponents", "Sphere", "check_exponents", "find_spheres"]
 
 Exponents = float | Sequence[float] | Mapping[str, float]
-"""One p, or one per constrained weight in the order of the module, or glob over names -> p, of which the first counts."""
+"""One p, or one per constrained weight in the order of the module, or globs over names -> p, where the first match counts."""
 
 FREE = (":last", "*shortcut*", "*downsample*")
-"""What stays off the spheres by default: the last layer, and the projections around residual blocks."""
+"""Weights that stay off the spheres by default: the last layer, and the projections around residual blocks."""
 
 
 class Sphere(NamedTuple):
@@ -28,7 +28,7 @@ class Sphere(NamedTuple):
 
     Args:
         target: the weight.
-        p: of the sphere.
+        p: exponent of the sphere.
     """
 
     target: Target
@@ -36,7 +36,7 @@ class Sphere(NamedTuple):
 
     @property
     def dim(self) -> Dims:
-        """The dimension that counts the vectors; several where matrices are stacked."""
+        """The dimension that indexes the vectors; more than one where matrices are stacked."""
         dims = self.target.output_dims
         return dims[0] if len(dims) == 1 else dims
 
@@ -44,13 +44,13 @@ class Sphere(NamedTuple):
 def find_spheres(
     module: nn.Module, p: Exponents, targets: str | Sequence[str] = ("*",), free: str | Sequence[str] | None = None
 ) -> list[Sphere]:
-    """The weights that the patterns choose and `free` leaves in, each with its p, in the order of the module.
+    """The weights that the patterns choose and `free` does not exclude, each with its p, in the order of the module.
 
     Args:
         module: the network.
         p: see `Exponents`.
         targets: patterns; see `find_targets`.
-        free: patterns of weights that stay off the spheres; None takes those of `FREE` that match something.
+        free: patterns of weights that stay off the spheres; None uses those of `FREE` that match something.
 
     Raises:
         ValueError: if nothing is left, p does not fit, or a weight cannot be put on a sphere.
@@ -62,25 +62,25 @@ def find_spheres(
     for target in found:
         if target.shares_rows:
             raise ValueError(
-                f"'{target.name}' is a grouped transposed convolution, where one row serves several outputs; leave it free "
+                f"'{target.name}' is a grouped transposed convolution, where one row serves several outputs; keep it free "
                 f"with free=[..., '{target.name}']."
             )
         if target.parts_outputs:
             raise ValueError(
                 f"'{target.name}' is sharded along its inputs, and a sphere needs all inputs of an output on one "
-                f"rank; leave it free with free=[..., '{target.name}'], or cut it along its outputs."
+                f"rank; keep it free with free=[..., '{target.name}'], or cut it along its outputs."
             )
         check_vectors(
             target.weight if target.layout is None else torch.empty(target.shape, device="meta"),
             f"'{target.name}'",
-            f"leave it free with free=[..., '{target.name}']",
+            f"keep it free with free=[..., '{target.name}']",
             target.output_dims,
         )
     return [Sphere(target, value) for target, value in zip(found, _per_layer(p, found), strict=True)]
 
 
 def check_exponents(p: Exponents) -> None:
-    """Refuse values of p that no layer could have.
+    """Reject values of p that no layer could have.
 
     Raises:
         ValueError: naming the value.
@@ -105,7 +105,7 @@ def _per_layer(p: Exponents, targets: Sequence[Target]) -> list[float]:
         for name in names:
             hits = [value for pattern, value in p.items() if matches_name(pattern, name)]
             if not hits:
-                raise ValueError(f"p={dict(p)} says nothing about '{name}'; add '*' for all others.")
+                raise ValueError(f"p={dict(p)} has no entry for '{name}'; add '*' for all others.")
             values.append(float(hits[0]))
         return values
     if isinstance(p, list | tuple):

@@ -1,4 +1,4 @@
-"""Sets of masks: stored ones, and ones that follow variables."""
+"""Sets of masks: stored, or derived from variables."""
 
 from __future__ import annotations
 
@@ -77,20 +77,20 @@ class Masks(ABC):
 
     @property
     def layouts(self) -> Mapping[str, Layout]:
-        """The positions of this rank's shards; without weights that it holds whole."""
+        """The positions of this rank's shards; weights that it holds entirely are omitted."""
         return {}
 
     def added_up(self, counts: Mapping[str, Tensor]) -> dict[str, int]:
-        """Counts of this rank's shards, summed over all ranks; waits for the device once."""
+        """Counts of this rank's shards, summed over all ranks; synchronizes with the device once."""
         return add_up(counts, self.layouts)
 
 
 def add_up(counts: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> dict[str, int]:
-    """Sum the counts of this rank's shards over all ranks; waits for the device once.
+    """Sum the counts of this rank's shards over all ranks; synchronizes with the device once.
 
     Args:
         counts: by name of the weight.
-        layouts: positions of shards, by name; without weights that this rank holds whole.
+        layouts: positions of shards, by name; omits weights that this rank holds entirely.
     """
     numbers = list(counts.values())
     spread = spread_over(layouts.get(name) for name in counts)
@@ -168,7 +168,7 @@ class MaskSet(Masks):
         masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         settle: Callable[[str, Tensor], None] = lambda name, entries: None,
     ) -> None:
-        """Replace the masks of some weights one after the other, so that they can be generated without all being in memory.
+        """Replace the masks of some weights one after the other; a generator keeps only one of them in memory.
 
         Args:
             masks: by name, or pairs of name and mask.
@@ -191,7 +191,7 @@ class MaskSet(Masks):
         self.changes += 1  # also if nothing has changed: all ranks must compare together
 
     def _count(self) -> None:
-        """Count what was replaced since the last time; waits for the device once."""
+        """Count what was replaced since the last time; synchronizes with the device once."""
         if self._uncounted:
             counted, self._uncounted = self._uncounted, {}
             self._kept |= self.added_up(counted)
@@ -212,7 +212,7 @@ class MaskSet(Masks):
 
     @torch.no_grad()
     def astray(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """The first tensor with a dropped entry that is not +0.0, or None; waits for the device once."""
+        """The first tensor with a dropped entry that is not +0.0, or None; synchronizes with the device once."""
         kept = {name: bits for name, tensor in tensors.items() if (bits := self.bits(name, tensor)) is not None}
         names, found = [*kept], [any_bits(tensors[name], ~bits) for name, bits in kept.items()]
         together = torch.stack([flag.to(found[0].device) for flag in found]).tolist() if found else []
@@ -228,7 +228,7 @@ class MaskSet(Masks):
         self._bits = {name: bits.to(weights[name].device) for name, bits in self._bits.items()}
 
     def pieces(self) -> dict[str, Any]:
-        """Masks at one bit per weight on the CPU, as far as this rank holds them."""
+        """This rank's part of the masks, at one bit per weight on the CPU."""
         saved: dict[str, Any] = {}
         for name, bits in self._bits.items():
             layout = self._layouts.get(name)
@@ -239,7 +239,7 @@ class MaskSet(Masks):
         return saved
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole masks at one bit per weight; with sharded weights, all ranks must call it, and the first one gets them."""
+        """Whole masks at one bit per weight; with sharded weights, all ranks must call it, and only the first gets them."""
         saved: dict[str, Any] = whole(self.pieces())
         return saved
 
@@ -258,9 +258,9 @@ class MaskSet(Masks):
 
 
 class Mold:
-    """Applies masks to the gradients of some weights, or to the weights: created once for each change of masks.
+    """Applies masks to gradients or to weights; created once per change of masks.
 
-    In small layers calls cost more than the work, so everything that stays the same from step to step is precomputed.
+    In small layers calls cost more than the arithmetic, so everything that is constant between steps is precomputed.
 
     Args:
         masks: the masks to apply.

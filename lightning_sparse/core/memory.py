@@ -15,7 +15,7 @@ __all__ = ["Layouts", "Memory", "Remembered"]
 
 T = TypeVar("T")
 Layouts = Mapping[str, Mapping[str, Layout]]
-"""By what tensors hold (see `Remembered`), then by name of the weight."""
+"""By the kind of content (see `Remembered`), then by name of the weight."""
 
 
 @runtime_checkable
@@ -32,12 +32,12 @@ class Remembered(Generic[T]):
     `load_state_dict` and `to`. Tensors in a dictionary keyed by weight names follow their weights.
 
     Args:
-        create: makes the initial value. Without it, the constructor of the class sets the value, which needs a `reset` for a
-            fresh start.
-        averaged: tensors of which every rank has its own share; a checkpoint has their mean over ranks.
+        create: returns the initial value. Without it, the constructor of the class sets the value, and `reset` must restore
+            it for a fresh start.
+        averaged: for tensors that differ between ranks; a checkpoint holds their mean.
         over: with sharded weights, what tensors keyed by weight names hold: `entries` (a number per entry), `outputs` (a
-            number per output, and size 1 in all other dimensions), or `sums` (added up over ranks). Checkpoints have whole
-            tensors. None: every rank holds the same.
+            number per output, and size 1 in all other dimensions), or `sums` (added up over ranks). Checkpoints hold whole
+            tensors. None: every rank holds the same values.
 
     Example:
         >>> class Counter(Memory):
@@ -103,7 +103,7 @@ class Memory:
 
     @classmethod
     def averaged(cls) -> list[str]:
-        """The names of attributes of which every rank has its own share."""
+        """The names of attributes whose values differ between ranks."""
         return [name for name in cls.remembered() if getattr(cls, name).averaged]
 
     def memorize(self, layouts: Layouts | None = None) -> dict[str, Any]:

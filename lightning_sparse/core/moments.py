@@ -88,7 +88,7 @@ def _memories(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[T
             if _order(value[0] if stacked else value) != _order(parameter):
                 # The kernels count entries as they lie in memory, and move the parameter but not its state.
                 raise ValueError(
-                    f"{owner} keeps '{name}' in another order in memory than the weight it is of, so the moments of pruned "
+                    f"{owner} keeps '{name}' in a memory layout other than its weight's, so the moments of pruned "
                     "entries cannot be found; give it contiguous weights, or use torch.optim.AdamW."
                 )
         if _is_plain(value, parameter):

@@ -118,7 +118,7 @@ def callee(model: nn.Module, network: str | None = None) -> tuple[str, nn.Module
         parts = dict(model.named_modules(remove_duplicate=False))
         if network not in parts:
             raise ValueError(
-                f"network='{network}' is no part of {type(model).__name__}; it has "
+                f"network='{network}' is not a submodule of {type(model).__name__}; it has "
                 f"{[name for name in parts if name and '.' not in name]}."
             )
         return network, parts[network]
@@ -163,7 +163,7 @@ def trained_part(module: nn.Module, network: str | None, label: str) -> str:
         names = dict(module.named_modules())
         if network not in names:
             raise ValueError(
-                f"{label}: network='{network}' is no part of {type(module).__name__}; it has "
+                f"{label}: network='{network}' is not a submodule of {type(module).__name__}; it has "
                 f"{[name for name in names if name and '.' not in name]}."
             )
         return network

@@ -1,4 +1,4 @@
-"""Patterns that choose weights by name, by type of layer, or by place."""
+"""Patterns that choose weights by name, by layer type, or by position."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ def as_patterns(targets: str | Sequence[str]) -> list[str]:
     """One pattern or several, as a list.
 
     Raises:
-        ValueError: if there is none, which would leave open whether all weights are meant or no weight.
+        ValueError: if there is none: it would be unclear whether all weights are meant or none.
     """
     if isinstance(targets, str):
         return [targets]
     if not isinstance(targets, Sequence) or not targets:
-        raise ValueError(
-            f"targets={targets!r} names no weights; write patterns such as ['encoder.*'], or leave it out for all."
-        )
+        raise ValueError(f"targets={targets!r} names no weights; write patterns such as ['encoder.*'], or omit it for all.")
     return list(targets)
 
 
 def matches_name(pattern: str, name: str) -> bool:
-    """Whether a glob fits a parameter's name or that of a layer around it.
+    """Whether a glob matches a parameter's name or the name of a module that contains it.
 
     Example:
         >>> matches_name("head", "head.2.weight"), matches_name("he", "head.2.weight")
@@ -36,7 +34,7 @@ def matches_name(pattern: str, name: str) -> bool:
 
 
 def check_syntax(pattern: str) -> None:
-    """Refuse what is no pattern.
+    """Reject what is not a pattern.
 
     Raises:
         ValueError: naming it.
@@ -54,7 +52,7 @@ def check_syntax(pattern: str) -> None:
 
 
 def covering(names: Sequence[str], chosen: Sequence[str]) -> list[str]:
-    """The shortest patterns that exclude these names and none of the others that are chosen.
+    """The shortest patterns that exclude these names and no other chosen name.
 
     Example:
         >>> covering(["body.0.weight", "body.1.weight"], ["body.0.weight", "body.1.weight", "head.weight"])

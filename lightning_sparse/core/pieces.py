@@ -1,4 +1,4 @@
-"""Copies on the CPU of what a rank holds, which become whole only when a checkpoint is written."""
+"""Copies on the CPU of what a rank holds; whole tensors are assembled only when a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Piece:
     """The part of a tensor that this rank holds, on the CPU.
 
     Args:
-        stored: its numbers, or a mask at one bit per entry.
-        layout: where it lies in the whole.
+        stored: its values, or a mask at one bit per entry.
+        layout: its position in the whole tensor.
         packed: whether it is a mask.
     """
 
@@ -38,7 +38,7 @@ class Piece:
 
     @property
     def part(self) -> Tensor:
-        """What was given."""
+        """The part that was copied."""
         return unpack(self.stored, self.layout.size) if self.packed else self.stored
 
     def whole(self) -> Tensor:
@@ -48,14 +48,14 @@ class Piece:
 
 
 def to_cpu(tensor: Tensor) -> Tensor | Piece:
-    """A copy on the CPU: of all of a tensor, or of this rank's part."""
+    """A copy on the CPU of a tensor, or of this rank's part of it."""
     if isinstance(tensor, DTensor):
         return Piece.of(local(tensor), Layout.of(tensor))
     return tensor.detach().to("cpu", copy=True)
 
 
 def whole(value: Any) -> Any:
-    """The same with whole tensors in place of pieces; all ranks must call it, and the first one gets them."""
+    """The same with whole tensors instead of pieces; all ranks must call it, and only the first one gets them."""
     if isinstance(value, Piece):
         return value.whole()
     if type(value) is dict:
@@ -70,8 +70,8 @@ def put_back_(saved: Mapping[str, Tensor | Piece], tensors: Mapping[str, Tensor]
     """Copy what was saved into tensors of the same names, in place.
 
     Args:
-        saved: pieces, or whole tensors as a checkpoint brings them.
-        tensors: of which some may be cut.
+        saved: pieces, or whole tensors from a checkpoint.
+        tensors: some of them may be sharded.
     """
     for name, tensor in tensors.items():
         if name in saved:
@@ -79,7 +79,7 @@ def put_back_(saved: Mapping[str, Tensor | Piece], tensors: Mapping[str, Tensor]
 
 
 def like(saved: Tensor | Piece, tensor: Tensor) -> Tensor:
-    """What was saved, cut as another tensor is: an optimizer's moments are as its weights."""
+    """What was saved, sharded like another tensor: moments of an optimizer are sharded like its weights."""
     if not isinstance(tensor, DTensor) or (isinstance(saved, Tensor) and saved.shape != tensor.shape):
         assert isinstance(saved, Tensor)
         return saved

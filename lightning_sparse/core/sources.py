@@ -57,7 +57,7 @@ def read_masks(path: str | Path, shapes: Mapping[str, Sequence[int]], argument: 
         if name not in places:
             raise ValueError(
                 f"{argument}='{path}' has nothing for '{name}'; it has {sorted(known)[:3]}. Give a file of this model, or "
-                f"leave the layer out with targets=['!{name.rpartition('.')[0] or name}']."
+                f"exclude the layer with targets=['!{name.rpartition('.')[0] or name}']."
             )
         mask = _as_mask(known[places[name]])
         if mask is None or list(mask.shape) != list(shape):

@@ -181,7 +181,7 @@ class NOfM(Structure):
 
     def misfit(self, target: Target) -> str | None:
         if not target.layout_known:
-            return f"is of no known kind of layer, and structure='{self.text}' must know its inputs (register_layer)"
+            return f"is in a layer of an unknown type, and structure='{self.text}' needs its inputs (register_layer)"
         inputs = target.shape[target.input_dim]
         if inputs % self.m:
             said = "1 input" if inputs == 1 else f"{inputs} inputs"
@@ -218,7 +218,7 @@ class Channels(Structure):
 
     def misfit(self, target: Target) -> str | None:
         if not target.layout_known:
-            return f"is of no known kind of layer, and structure='{self.text}' must know its outputs (register_layer)"
+            return f"is in a layer of an unknown type, and structure='{self.text}' needs its outputs (register_layer)"
         if target.shares_rows:
             return (
                 "is a grouped transposed convolution, where one row serves several outputs, and structure="

@@ -93,7 +93,7 @@ class Span:
             )
         if self.value > length:
             raise ValueError(
-                f"{name}='{self}' lies after the end of training ({length:g} {self.unit}); end earlier, train longer, or "
+                f"{name}='{self}' is after the end of training ({length:g} {self.unit}); end earlier, train longer, or "
                 "write a fraction of the run such as 0.75."
             )
         return self.value / length
@@ -116,7 +116,7 @@ def refuse_shorter_run(what: str, end: float, until: float) -> None:
     if end > until + 1e-9:
         raise ValueError(
             f"{what} at {end:.0%} of the run as it was begun, but training now ends at {until:.0%} of that; train at least "
-            "as long as planned then, or start anew from the weights."
+            "as long as planned then, or start a new run from the weights."
         )
 
 
@@ -147,7 +147,7 @@ class Window:
         if self._every.value <= 0 or (self._every.unit != "fraction" and self._every.value != int(self._every.value)):
             raise ValueError(f"every={every!r} must be a positive fraction, or a whole number of epochs or steps.")
         if self._start.unit == self._end.unit and self._start.value > self._end.value:
-            raise ValueError(f"start={start!r} lies after {end_name}={end!r}; exchange them.")
+            raise ValueError(f"start={start!r} is after {end_name}={end!r}; swap them.")
         self.start = self.end = 0.0
         self.done = self.due = 0
         """The numbers of the latest update that is done, and of the latest that was due."""
@@ -159,22 +159,19 @@ class Window:
             ValueError: if the window does not fit into the run.
         """
         if run.epochs is None and run.steps is None:
-            raise ValueError(
-                "The length of this run is unknown, so no schedule can be laid out; set max_epochs or max_steps."
-            )
+            raise ValueError("The length of this run is unknown, so there can be no schedule; set max_epochs or max_steps.")
         self.end = self._end.fraction(run, self._end_name)
         self.start = self._start.fraction(run, "start")
         if self.start > self.end:
             raise ValueError(
-                f"start='{self._start}' lies after {self._end_name}='{self._end}' in a run of {run.epochs} epochs; exchange "
-                "them."
+                f"start='{self._start}' is after {self._end_name}='{self._end}' in a run of {run.epochs} epochs; swap them."
             )
         if run.epochs is None:
             return
         if not run.within_epochs and run.steps is None and self.end > 0:
             if run.epochs <= 1:
                 raise ValueError(
-                    "The data have no length, so no schedule can be laid out within one epoch; set max_steps or "
+                    "The data have no length, so there can be no schedule within one epoch; set max_steps or "
                     "limit_train_batches."
                 )
             self.start, self.end = (self._epoch_before(fraction, run.epochs, 1) for fraction in (self.start, self.end))

@@ -115,7 +115,9 @@ def merge_adapters(
         name = f"{names.get(id(layer), type(layer).__name__)}.{leaf}".lstrip(".")
         weight = layer.get_parameter(leaf)
         if bool(weight[~mask.to(weight.device)].count_nonzero()):
-            raise RuntimeError(f"'{name}' is not zero after the merge where its base was; its adapter merges otherwise.")
+            raise RuntimeError(
+                f"'{name}' is not zero after the merge where its base was; its adapter merges in another way."
+            )
         rows.append(AdapterRow(name, int((~mask).count_nonzero()), mask.numel(), lost, stray))
     return MergedAdapters(merged, rows)
 

@@ -110,7 +110,7 @@ def check_reached(model: nn.Module, inputs: Call, calibration: Sequence[Call]) -
         if heard and not silent.get(name, False):
             what = "is not called with" if name not in silent else "is given nothing but zeros by"
             raise ValueError(
-                f"layer '{name}' {what} the {len(calibration)} batches of calibration data, so its range is not known; give "
+                f"layer '{name}' {what} the {len(calibration)} batches of calibration data, so its range is unknown; give "
                 "batches that reach it."
             )
 

@@ -202,7 +202,7 @@ def _difference(before: nn.Module, after: nn.Module, probes: list[Call], toleran
             change, largest = difference(one, other)
             if not change <= tolerance * max(1.0, largest):
                 return f"without its dead heads outputs change by {change:.2g} (the largest is {largest:.3g})"
-    return "" if compared else "without its dead heads all outputs have another size"
+    return "" if compared else "without its dead heads every output has another size"
 
 
 # ---- removing channels --------------------------------------------------------------------------------------------------

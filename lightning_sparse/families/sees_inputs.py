@@ -56,10 +56,10 @@ class SeesInputs(Budgeted):
         path, _, leaf = target.name.rpartition(".")
         layer = self._layers[path]
         if not shows_inputs(layer, leaf):
-            return f"is in a layer ({type(layer).__name__}) whose calls do not show what it is multiplied with"
+            return f"is in a layer ({type(layer).__name__}) whose calls do not show what it is multiplied by"
         layout = target.layout
         if layout is not None and (target.groups * target.parts > 1 or {*layout.cut} - {target.output_dim}):
-            return "is sharded otherwise than by its outputs"
+            return "is not sharded along its outputs"
         return super().misfit(target)
 
     @property
@@ -120,7 +120,7 @@ class SeesInputs(Budgeted):
             ValueError: naming it.
         """
         raise ValueError(
-            f"{self.label}: no input has reached '{name}' in batches={self.batches}; take more batches, or leave it dense "
+            f"{self.label}: no input has reached '{name}' in batches={self.batches}; take more batches, or keep it dense "
             f"with targets=['!{name.rpartition('.')[0]}']."
         )
 

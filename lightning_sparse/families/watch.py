@@ -66,5 +66,5 @@ class Watch:
 
 
 def _versions(step: Step) -> list[int]:
-    """Of a part, that of the parameter: whoever writes to one need not be seen on the other."""
+    """Version counters of the parameters, not of their local parts: a write to one need not show in the other."""
     return [owner_of(weight)._version for weight in step.weights.values()]

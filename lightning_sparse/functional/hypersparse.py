@@ -78,7 +78,7 @@ def hypersparse_scale(
         ValueError: if sparsity is not in (0, 1).
     """
     if not 0 < sparsity < 1:
-        raise ValueError(f"sparsity={sparsity} must be in (0, 1) for the adaptive penalty; without sparsity leave it out.")
+        raise ValueError(f"sparsity={sparsity} must be in (0, 1): the fraction that is removed.")
     total = sum(weight.numel() for weight in weights) if spread is None else spread.numel
     quantile = kth_smallest(weights, quantile_rank(sparsity, total), magnitudes=True, spread=spread).to(_wide(weights[0]))
     # If more weights are exactly zero than the quantile, the boundary is at zero, and nothing is pulled.

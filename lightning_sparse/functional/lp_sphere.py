@@ -38,7 +38,7 @@ def check_exponent(p: Any, name: str = "p") -> float:
     """The exponent of a sphere, or a ValueError: at p <= 1 the dual coordinates do not exist."""
     if not isinstance(p, Real) or not 1 < float(p) < math.inf:
         raise ValueError(
-            f"{name}={p!r} must be a finite number above 1, from 1.05 (very sparse) over 2 (round) to 6 (flat)."
+            f"{name}={p!r} must be a finite number above 1, from 1.05 (very sparse) through 2 (round) to 6 (flat)."
         )
     return float(p)
 
@@ -60,7 +60,7 @@ def check_vectors(weight: Tensor, name: str, remedy: str, dim: Dims = 0) -> None
     if weight.ndim < 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)} and no vector per output; {remedy}.")
     if weight.numel() == count_along(weight, dim):
-        raise ValueError(f"{name} has outputs of a single entry, which a sphere would hold at 1 or -1 for ever; {remedy}.")
+        raise ValueError(f"{name} has outputs of a single entry, which a sphere would hold at 1 or -1 forever; {remedy}.")
 
 
 def lp_norm(vectors: Tensor, p: float, dim: Dims = 0) -> Tensor:

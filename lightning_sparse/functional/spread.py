@@ -1,4 +1,4 @@
-"""Tensors of which every rank holds a part: what an exact selection must know about them."""
+"""Tensors of which every rank holds a part, and what an exact selection must know about them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class Share(Protocol):
 
     @property
     def numel(self) -> int:
-        """How many entries the whole tensor has."""
+        """The number of entries of the whole tensor."""
 
     @property
     def counts(self) -> bool:
-        """Whether this rank's part is counted; of copies of one part only one is."""
+        """Whether this rank's part is counted; of several copies of a part only one is."""
 
     def places(self, entries: Tensor) -> Tensor:
-        """Where entries of the part, given by their flat positions, lie in the whole, flat too."""
+        """Convert flat positions in this part to flat positions in the whole tensor."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some entries of a share, as a tensor of their own; their order is that of the share.
+    """Some entries of a share, as a separate tensor in the same order.
 
     Args:
-        share: that they are from.
+        share: the share that contains them.
         entries: their flat positions in this rank's part.
-        numel: how many have been chosen on all ranks together.
+        numel: number of chosen entries on all ranks together.
     """
 
     share: Share
@@ -54,7 +54,7 @@ class Spread:
     """Several tensors over several ranks.
 
     Args:
-        total: the sum of a small tensor over all ranks; every rank must call it, and each gets the sum.
+        total: returns the sum of a small tensor over all ranks; every rank must call it, and all get the sum.
         shares: one per tensor.
     """
 
@@ -63,15 +63,15 @@ class Spread:
 
     @property
     def numel(self) -> int:
-        """How many entries all whole tensors have together."""
+        """The number of entries of all whole tensors together."""
         return sum([share.numel for share in self.shares])
 
     def counted(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The parts that count on this rank."""
+        """The parts that are counted on this rank."""
         return [tensor for tensor, share in zip(tensors, self.shares, strict=True) if share.counts]
 
     def sums(self, numbers: Sequence[Tensor]) -> list[int]:
-        """Whole numbers, one or more 0-d tensors per share in a row, summed over all ranks; waits for the device once."""
+        """Sum integers over all ranks, given as one or more 0-d tensors per share; synchronizes with the device once."""
         each = len(numbers) // len(self.shares)
         mine = [number * self.shares[index // each].counts for index, number in enumerate(numbers)]
         return self.total(torch.stack(mine).long()).tolist()
@@ -81,11 +81,11 @@ class Spread:
         return bool(self.total(torch.stack(list(flags)).any().long()))
 
     def chosen(self, masks: Sequence[Tensor], numbers: Sequence[int]) -> Spread:
-        """The same for those entries that masks choose.
+        """The same for the entries that masks choose.
 
         Args:
             masks: one per share.
-            numbers: how many each of them chooses on all ranks together.
+            numbers: number of entries that each mask chooses on all ranks together.
         """
         entries = [mask.flatten().nonzero().squeeze(1) for mask in masks]
         return Spread(self.total, [Chosen(*parts) for parts in zip(self.shares, entries, numbers, strict=True)])

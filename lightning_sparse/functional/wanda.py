@@ -1,4 +1,4 @@
-"""Scores by weights and what reaches them: Wanda, and relative importance with activations."""
+"""Scores from weights and their inputs: Wanda, and relative importance with activations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def wanda_score(matrix: Tensor, norms: Tensor) -> Tensor:
 
 
 def ria_score(matrix: Tensor, norms: Tensor, power: float = 0.5, total: Callable[[Tensor], Tensor] = alone) -> Tensor:
-    r"""How much a weight is of its output's and of its input's weights, times the norm of the input to a power.
+    r"""The share of a weight in the weights of its output and of its input, times a power of the norm of the input.
 
     $$ \left(\frac{|w_{ij}|}{\sum_k |w_{kj}|} + \frac{|w_{ij}|}{\sum_k |w_{ik}|}\right) \|x_j\|_2^a $$
 
@@ -42,7 +42,7 @@ def ria_score(matrix: Tensor, norms: Tensor, power: float = 0.5, total: Callable
         matrix: weights, (..., outputs, inputs).
         norms: of the inputs, (..., inputs), up to a factor.
         power: a.
-        total: makes sums over all outputs of sums over those that this rank holds.
+        total: turns sums over the outputs of this rank into sums over all outputs.
 
     Example:
         >>> ria_score(torch.tensor([[1.0, 1.0], [3.0, 0.0]]), torch.tensor([4.0, 1.0]))
@@ -58,7 +58,7 @@ def ria_score(matrix: Tensor, norms: Tensor, power: float = 0.5, total: Callable
 def row_ranks(score: Tensor) -> Tensor:
     """The rank of each entry in its row, 1 for the lowest; among equal scores the earlier entry ranks higher.
 
-    Ranks of different rows compare where their scores do not: keeping the highest keeps as many of each row.
+    Ranks can be compared across rows where scores cannot: keeping the highest ranks keeps the same number in each row.
 
     Example:
         >>> row_ranks(torch.tensor([[0.1, 0.3, 0.2], [7.0, 7.0, 9.0]]))

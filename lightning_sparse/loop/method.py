@@ -275,7 +275,7 @@ class Method(Memory, ABC):
 
     def warn_of_empty(self, name: str, remedy: str) -> None:
         """Warn that a layer has lost all its weights, and say what helps."""
-        rank_zero_warn(f"{self.label} has removed all of '{name}'; no signal passes this layer any more. {remedy}")
+        rank_zero_warn(f"{self.label} has removed all of '{name}'; no signal passes this layer anymore. {remedy}")
 
     @property
     def label(self) -> str:

@@ -31,7 +31,7 @@ def tell_selection(label: str, module: nn.Module, patterns: Sequence[str], selec
     if selection.unfit:
         name, why = next(iter(selection.unfit.items()))
         others = f" {len(selection.unfit) - 1} more stay dense for similar reasons." if len(selection.unfit) > 1 else ""
-        rank_zero_info(f"{label} leaves '{name}' dense: it {why}.{others}")
+        rank_zero_info(f"{label} keeps '{name}' dense: it {why}.{others}")
     found = {target.name for target in selection.targets}
     warning = coverage(module, patterns, found).warning
     if warning is not None:

@@ -1,4 +1,4 @@
-"""Reference networks and a classifier around them; imported by nobody, named by configs."""
+"""Reference networks and a classifier for them; the library does not import them, configurations name them."""
 
 from lightning_sparse.models.classifier import Classifier
 from lightning_sparse.models.networks import (

@@ -379,5 +379,5 @@ def _short_names(names: Sequence[str], most: int = 26) -> list[str]:
 
 
 def _plain(value: float) -> float:
-    """A number with as many digits as a screen shows."""
+    """A number rounded to the digits that a screen shows."""
     return float(f"{value:.6g}")

@@ -77,7 +77,7 @@ def make_report(entity: str, project: str, metric: str) -> Any:
         entity=entity,
         project=project,
         title="Sparse training",
-        description=f"Methods by {metric}, and what they did on the way.",
+        description=f"Methods by {metric}, and what they did during training.",
         blocks=blocks,
         width="fluid",
     )

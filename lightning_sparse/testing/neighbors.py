@@ -112,7 +112,7 @@ def trains_in_bf16(case: Case) -> None:
     module = toy("adamw")
     fit(module, *callbacks, precision="bf16-mixed")
     wrong = [name for name, parameter in module.named_parameters() if parameter.dtype != torch.float32]
-    require(not wrong, f"{wrong} are not in float32 any more.")
+    require(not wrong, f"{wrong} are not in float32 anymore.")
     _sound(methods, module)
 
 

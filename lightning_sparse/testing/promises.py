@@ -77,7 +77,7 @@ def writes_plain_files(case: Case, optimizer: str) -> None:
     fresh = toy(optimizer, seed=7)
     require(list(parameters) == run.names, f"Parameters were {run.names} and are {list(parameters)}.")
     wrong = [name for name, parameter in parameters.items() if type(parameter) is not nn.Parameter]
-    require(not wrong, f"{wrong} are no plain parameters any more.")
+    require(not wrong, f"{wrong} are no plain parameters anymore.")
     for kind in ("full", "bare"):
         step, file = list(run.files(kind).items())[-1]
         saved = torch.load(file, weights_only=True)["state_dict"]

@@ -65,7 +65,7 @@ class Broken(HuggingFace):
     ("module", "network", "sentence"),
     [
         (Both, None, r"training_step of Both calls \['net', 'other'\], so it is unclear .*; set --network=NAME"),
-        (HuggingFace, "encoder", r"network='encoder' is no part of HuggingFace; it has \['net'\]"),
+        (HuggingFace, "encoder", r"network='encoder' is not a submodule of HuggingFace; it has \['net'\]"),
         (Broken, None, "training_step of Broken fails outside of a run, .*; call export_ladder from Python"),
     ],
 )

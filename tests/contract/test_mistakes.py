@@ -236,7 +236,7 @@ MISTAKES: list[tuple[type[Honest], str, str]] = [
     (DrawsWeights, "5-ranks", "The ranks differ in ['/2/weights/net.0.weight'"),
     (PenalizesEveryMicroBatch, "6-micro-batches", "The failure occurred for item ['net.0.bias']"),
     (CountsInMemory, "6-layout-of-memory", "With channels_last, other entries are dropped: ['/0/net.2.weight']"),
-    (SavesMemory, "6-bf16", "are not in float32 any more"),
+    (SavesMemory, "6-bf16", "are not in float32 anymore"),
     (IgnoresAverages, "7-moving-average-first-True", "At validation, ['net.0.weight'"),
     (LetsGradientsPass, "7-clipping", "shows gradients of dropped entries of 'net.0.weight' to clipping"),
     (ProjectsAtTheEndOfTheBatch, "7-manual-optimization", "are not zero where dropped"),

@@ -85,7 +85,7 @@ def test_nearly_full_budgets_of_their_own_do_not_fail_on_the_way() -> None:
 def test_a_score_without_a_value() -> None:
     scores = [magnitude(t.weight) for t in TARGETS]
     scores[2][0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"The score of '2.weight' holds NaN"):
+    with pytest.raises(ValueError, match=r"The score of '2.weight' contains NaN"):
         lay_out(Budget(0.5), TARGETS).masks(scores)
 
 

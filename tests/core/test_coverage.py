@@ -133,4 +133,4 @@ def test_what_is_frozen_or_does_not_fit_is_said(caplog: pytest.LogCaptureFixture
     with caplog.at_level("INFO"):
         fit(module, MagnitudePruning(structure="2:4"))
     assert "leaves out frozen weights (1 tensor, 576 entries)" in caplog.text
-    assert "leaves 'net.0.weight' dense: it has 1 input, and structure='2:4' needs groups of 4." in caplog.text
+    assert "keeps 'net.0.weight' dense: it has 1 input, and structure='2:4' needs groups of 4." in caplog.text

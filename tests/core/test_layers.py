@@ -278,5 +278,5 @@ def test_structures_refuse_what_is_laid_out_in_an_unknown_way(structure: str) ->
     misfit = Budget(None if structure == "2:4" else 0.5, structure=structure).structure.misfit
     net = nn.Sequential(Mine(), nn.Linear(4, 4))
     unknown = next(target for target in find_targets(net, ["type:Mine"]) if target.name == "0.table")
-    assert "no known kind of layer" in str(misfit(unknown))
+    assert "in a layer of an unknown type" in str(misfit(unknown))
     assert "register_layer" in str(misfit(unknown))

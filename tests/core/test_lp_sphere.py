@@ -76,7 +76,7 @@ def test_p_that_does_not_fit(p: Any, sentence: str) -> None:
 
 
 def test_p_that_leaves_a_layer_out() -> None:
-    with pytest.raises(ValueError, match=r"says nothing about '1.weight'; add '\*' for all others"):
+    with pytest.raises(ValueError, match=r"has no entry for '1.weight'; add '\*' for all others"):
         find_spheres(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)), {"0": 1.2})
 
 
@@ -89,7 +89,7 @@ def test_shards_are_refused() -> None:
     """A stand-in, for a DTensor needs a process group."""
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     net[0].weight.placements = ("Shard(dim=1)",)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"'0.weight' is sharded.*use 'ddp', or leave it free"):
+    with pytest.raises(ValueError, match=r"'0.weight' is sharded.*use 'ddp', or keep it free"):
         find_spheres(net, 1.2)
 
 

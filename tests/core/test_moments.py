@@ -124,7 +124,7 @@ def test_codes_in_another_order_than_the_weight_are_refused() -> None:
     optimizer = stored(weight, state1=codes, qmap1=SIGNED)
     check_moments(optimizer, [weight])
     weight.data = weight.data.contiguous()
-    with pytest.raises(ValueError, match=r"Stored keeps 'state1' in another order in memory than the weight"):
+    with pytest.raises(ValueError, match=r"Stored keeps 'state1' in a memory layout other than its weight's"):
         check_moments(optimizer, [weight])
 
 

@@ -117,9 +117,9 @@ def test_progress() -> None:
 @pytest.mark.parametrize(
     ("window", "run", "sentence"),
     [
-        ((0, "30 epochs", 0.1), RUN, "end='30 epochs' lies after the end of training (10 epochs)"),
-        (("2000 steps", 1, 0.1), RUN, "start='2000 steps' lies after the end of training"),
-        (("9 epochs", 0.5, 0.1), RUN, "start='9 epochs' lies after end='0.5'"),
+        ((0, "30 epochs", 0.1), RUN, "end='30 epochs' is after the end of training (10 epochs)"),
+        (("2000 steps", 1, 0.1), RUN, "start='2000 steps' is after the end of training"),
+        (("9 epochs", 0.5, 0.1), RUN, "start='9 epochs' is after end='0.5'"),
         ((0, "100 steps", 0.1), RunLength(10, None), "needs to know the run's length in steps"),
     ],
 )

@@ -112,7 +112,7 @@ def test_a_network_is_named_where_there_are_several() -> None:
     module, x = Two().eval(), torch.randn(5, 4)
     with pytest.raises(ValueError, match=r"Two has no forward and holds the networks \['student', 'teacher'\].* as network"):
         coupled_outputs(module, x)
-    with pytest.raises(ValueError, match=r"network='net' is no part of Two; it has \['student', 'teacher'\]"):
+    with pytest.raises(ValueError, match=r"network='net' is not a submodule of Two; it has \['student', 'teacher'\]"):
         choose_kernels(module, x, network="net")
     pytest.importorskip("torch_pruning")
     assert coupled_outputs(module, x, network="student") == [["student.0"]]

@@ -334,7 +334,7 @@ REFUSED: list[tuple[Callable[[], L.LightningModule], Callable[[], L.Callback], s
     (Unused, lambda: SynFlow(0.5, network="net"), "nothing flows through 'spare.weight'; exclude it"),
     (Attention, lambda: SynFlow(0.5, network="net", targets=["net"]), "every score at initialization is zero"),
     (Parts, lambda: SynFlow(0.5, network="embedding"), "nothing flows through 'body.0.weight'; exclude it"),
-    (toy, lambda: SynFlow(0.5, network="head"), "network='head' is no part of Toy; it has ['net']"),
+    (toy, lambda: SynFlow(0.5, network="head"), "network='head' is not a submodule of Toy; it has ['net']"),
     (toy, lambda: SynFlow(0.5, input_shape=[3, 8, 8]), "could not send ones through the network; set the input_shape of"),
     (toy, lambda: SNIP(0.9999), "leaves nothing"),
 ]

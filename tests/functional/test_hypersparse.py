@@ -171,7 +171,7 @@ def test_narrow_weights_are_summed_wide(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("sparsity", [0, 1, -0.5, 1.5])
 def test_sparsities_that_mean_nothing_here(sparsity: float) -> None:
-    with pytest.raises(ValueError, match=r"must be in \(0, 1\) for the adaptive penalty"):
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\): the fraction"):
         hypersparse_scale([sample()], sparsity)
 
 

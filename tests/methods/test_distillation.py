@@ -213,7 +213,7 @@ REFUSED: list[tuple[Callable[[], Toy], Make, str]] = [
     (toy, lambda p: Distillation(other_file(p)), "w.pt' holds another shape of '8.weight', which the student network"),
     (toy, lambda p: Distillation(half_file(p)), "w.pt' has nothing for '0.bias', which the student network has; give"),
     (toy, lambda p: Distillation(str(p / "no.pt")), "no.pt' is not a file; give a checkpoint"),
-    (toy, lambda p: Distillation(network="head"), "Distillation: network='head' is no part of Toy; it has ['net']"),
+    (toy, lambda p: Distillation(network="head"), "Distillation: network='head' is not a submodule of Toy; it has ['net']"),
     (
         Parts,
         lambda p: Distillation(),

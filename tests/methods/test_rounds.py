@@ -58,7 +58,7 @@ REFUSED: list[tuple[tuple[Any, ...], RunLength, str]] = [
     ),
     ((1, None, "40 steps"), RUN, "rewind_to='40 steps' is the end of training, so nothing rewinds to it; choose"),
     ((1, None, 1.0), RUN, "rewind_to='1' is the end of training"),
-    ((1, None, "41 steps"), RUN, "rewind_to='41 steps' lies after the end of training (40 steps)"),
+    ((1, None, "41 steps"), RUN, "rewind_to='41 steps' is after the end of training (40 steps)"),
     ((1, None, "3 steps"), RunLength(10.0, None), "rewind_to='3 steps' needs to know the run's length in steps"),
     ((1, None, 0), RunLength(None, None), "The length of this run is unknown, so rounds cannot be scheduled"),
 ]

@@ -207,7 +207,7 @@ def test_what_multiplies_out_of_sight_stays_dense(method: Any, caplog: pytest.Lo
     module, made = Recurrent(), method(0.5)
     fit(module, made)
     assert [*made.masks] == ["net.weight_ih_l0", "head.weight"]
-    assert "leaves 'net.weight_hh_l0' dense: it is in a layer (LSTM) whose calls do not show what it is mul" in caplog.text
+    assert "keeps 'net.weight_hh_l0' dense: it is in a layer (LSTM) whose calls do not show what it is mul" in caplog.text
     assert module.net.weight_hh_l0.ne(0).all()
 
 

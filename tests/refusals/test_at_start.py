@@ -166,8 +166,8 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "has 6 outputs, and structure='transposable 2:4' needs groups of 4 of them too",
     ),
-    (toy, lambda: [MagnitudePruning(0.5, end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
-    (toy, lambda: [MagnitudePruning(0.5, end="99 steps")], {}, "end='99 steps' lies after the end of training (12 steps)"),
+    (toy, lambda: [MagnitudePruning(0.5, end="9 epochs")], {}, "end='9 epochs' is after the end of training (3 epochs)"),
+    (toy, lambda: [MagnitudePruning(0.5, end="99 steps")], {}, "end='99 steps' is after the end of training (12 steps)"),
     (toy, lambda: [MagnitudePruning(0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
     (toy, lambda: [ACDC(0.5)], {"max_epochs": -1}, "The length of this run is unknown, so phases cannot be scheduled"),
     (
@@ -238,7 +238,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [RigL(0.9, every="9 epochs")], {}, "every='9 epochs' leaves no update between 0% and"),
     (toy, lambda: [SET(0.9, every="99 steps")], {}, "of a training of 3 epochs or 12 steps; choose a shorter interval"),
     (toy, lambda: [RigL(0.9, every=0.8)], {}, "every=0.8 leaves no update between"),
-    (toy, lambda: [RigL(0.9, start=0.5, end="1 epoch")], {}, "start='0.5' lies after end='1 epochs'"),
+    (toy, lambda: [RigL(0.9, start=0.5, end="1 epoch")], {}, "start='0.5' is after end='1 epochs'"),
     (toy, lambda: [RigL(0.999, allocation="uniform")], {}, "leaves nothing of 'net.0.weight' (72 units)"),
     (toy, lambda: [SET(0.99, allocation="erk+")], {}, "the layers with a sparsity of their own keep"),
     (
@@ -247,7 +247,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "'net.0.weight' (Conv2d) has 1 input, and structure='2:4'",
     ),
-    (toy, lambda: [GraNet(0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
+    (toy, lambda: [GraNet(0.9, end="9 epochs")], {}, "end='9 epochs' is after the end of training"),
     (
         toy,
         lambda: [GraNet(0.9, start=0.6)],
@@ -263,11 +263,11 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         "p lists 2 values for 3 constrained weights (net.0.weight, net.2",
     ),
     (toy, lambda: [LpSphere(p={"net.1": 1.2})], {}, "p: the glob 'net.1' matches none of the constrained weights"),
-    (toy, lambda: [LpSphere(p={"net.0": 1.2})], {}, "says nothing about 'net.2.weight'; add '*' for all others"),
+    (toy, lambda: [LpSphere(p={"net.0": 1.2})], {}, "has no entry for 'net.2.weight'; add '*' for all others"),
     (Upsampling, lambda: [LpSphere(p=1.2)], {}, "'net.0.weight' is a grouped transposed convolution"),
     (Narrow, lambda: [LpSphere(p=1.2)], {}, "'net.0.weight' has outputs of a single entry"),
     (toy, lambda: [LpSphere(p=1.2)], {"max_epochs": -1}, "The length of this run is unknown, so eta has no schedule"),
-    (toy, lambda: [LpSphere(p=1.2, sparsity=0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training"),
+    (toy, lambda: [LpSphere(p=1.2, sparsity=0.9, end="9 epochs")], {}, "end='9 epochs' is after the end of training"),
     (toy, lambda: [LpSphere(p=1.2, sparsity=0.99, of_all_parameters=True)], {}, "sparsity=0.99 of 2,796 leaves nothing"),
     (
         toy,
@@ -284,7 +284,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (Normed, lambda: [LayerSparsity(proximal=True)], {}, "no closed form for 'net.3', a layer with batch normalization"),
     (toy, lambda: [LayerSparsity(layer_strength={"net.0": 1.0})], {}, "'net.0' matches none of the layers that may merge"),
     (toy, lambda: [LayerSparsity(targets=["!net.6"])], {}, "'net.0': the next layer pads between the two"),
-    (toy, lambda: [LayerSparsity(warmup="9 epochs")], {}, "warmup='9 epochs' lies after the end of training"),
+    (toy, lambda: [LayerSparsity(warmup="9 epochs")], {}, "warmup='9 epochs' is after the end of training"),
     (Untraceable, lambda: [LayerSparsity()], {}, "'net.layers.0': Dynamic cannot be traced (symbolically traced"),
     (
         toy,
@@ -299,7 +299,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         "rounds=12 leave less than one of the run's 12 steps to each training",
     ),
     (toy, lambda: [LotteryTicket(0.5, rewind_to="12 steps")], {}, "rewind_to='12 steps' is the end of training"),
-    (toy, lambda: [LotteryTicket(0.5, rewind_to="9 epochs")], {}, "rewind_to='9 epochs' lies after the end of training (3"),
+    (toy, lambda: [LotteryTicket(0.5, rewind_to="9 epochs")], {}, "rewind_to='9 epochs' is after the end of training (3"),
     (toy, lambda: [LotteryTicket(0.5, every="2 epochs")], {}, "rounds=4 need 5 trainings of every='2 epochs'"),
     (
         toy,
@@ -308,7 +308,7 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         "zeros that last only as long as the penalty, but end=0.8 is before the",
     ),
     (toy, lambda: [WeightPenalty(0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
-    (toy, lambda: [WeightPenalty(end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
+    (toy, lambda: [WeightPenalty(end="9 epochs")], {}, "end='9 epochs' is after the end of training (3 epochs)"),
     (Diverged, lambda: [MagnitudePruning(0.5, start=0, end=0)], {}, "'net.6.weight': not finite (NaN or infinite)"),
     (HalfOptimized, lambda: [SCL(price=0.05)], {}, "no optimizer updates 'net.2.weight'"),
     (
@@ -324,8 +324,8 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         {},
         "sparsity=0.99 keeps 28 connections, fewer than min_kept=8 in each of 4",
     ),
-    (toy, lambda: [SCL(sparsity=0.9, end="9 epochs")], {}, "end='9 epochs' lies after the end of training (3 epochs)"),
-    (toy, lambda: [SCL(price=0.05, warmup="99 steps")], {}, "warmup='99 steps' lies after the end of training (12 steps)"),
+    (toy, lambda: [SCL(sparsity=0.9, end="9 epochs")], {}, "end='9 epochs' is after the end of training (3 epochs)"),
+    (toy, lambda: [SCL(price=0.05, warmup="99 steps")], {}, "warmup='99 steps' is after the end of training (12 steps)"),
     (toy, lambda: [SCL(price=0.05, end=0.5)], {"max_epochs": -1}, "The length of this run is unknown"),
     (
         toy,

@@ -199,7 +199,7 @@ def test_two_of_four_inputs_are_kept(name: str) -> None:
 def test_what_does_not_fit_is_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     guest = fit("convnext", MagnitudePruning(structure="2:4", start=0, end=0))
-    assert "leaves 'model.stem.0.weight' dense: it has 3 inputs" in caplog.text
+    assert "keeps 'model.stem.0.weight' dense: it has 3 inputs" in caplog.text
     first, depthwise = (
         guest.get_parameter("model.stem.0.weight"),
         guest.get_parameter("model.stages.0.blocks.0.conv_dw.weight"),
