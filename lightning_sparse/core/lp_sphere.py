@@ -17,7 +17,7 @@ from lightning_sparse.functional.dims import Dims
 __all__ = ["FREE", "Exponents", "Sphere", "check_exponents", "find_spheres"]
 
 Exponents = float | Sequence[float] | Mapping[str, float]
-"""One p, or one per constrained weight in the order of the module, or globs over names -> p, where the first match counts."""
+"""One p, or one per constrained weight in the order of the module, or globs over names -> p; the first match counts."""
 
 FREE = (":last", "*shortcut*", "*downsample*")
 """Weights that stay off the spheres by default: the last layer, and the projections around residual blocks."""
