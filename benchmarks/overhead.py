@@ -36,7 +36,7 @@ WAYS = ["dense", *OURS, *PEERS]
 
 
 def train(model: str, batch: int, rounds: int, names: list[str], device: str = "cpu", **options: Any) -> Turns:
-    """Train one model with some variants interleaved."""
+    """Train one model with the named variants interleaved."""
     methods = {name: make() for name, make in OURS.items() if name in names}
 
     def make(module: Net) -> dict[str, Way]:
