@@ -1,1 +1,1 @@
-"""One command per published number; results are JSON files in `results/`."""
+"""Benchmarks: one command per published number. Results are JSON files in `results/`."""

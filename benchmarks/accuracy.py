@@ -1,18 +1,18 @@
-"""Accuracy against sparsity: the same recipe, data order and number of epochs for every method.
+"""Accuracy at a given sparsity: all methods use the same recipe, data order and number of epochs.
 
-    python -m benchmarks desk --data DIR                     all that two CPU cores can do; run what is not there yet
-    python -m benchmarks paper --data DIR --at-once 6        the papers' own recipes, six at once on one GPU
-    python -m benchmarks desk-cka --data DIR                 one suite of those
-    python -m benchmarks desk-cka --table                    print the table of what is there
+    python -m benchmarks desk --data DIR                     the missing runs of all suites that fit on two CPU cores
+    python -m benchmarks paper --data DIR --at-once 6        the papers' own recipes, six runs at once on one GPU
+    python -m benchmarks desk-cka --data DIR                 one suite of the first group
+    python -m benchmarks desk-cka --table                    print its results so far
 
-Every run is one entry of the result: method, sparsity, seed, version of torch, test accuracy after the last epoch (none is
-chosen by looking at the test set), kept weights counted as non-zeros. A suite that was interrupted goes on where it stopped,
-a training from its last checkpoint.
+Each run is one entry of the results: method, sparsity, seed, torch version, test accuracy after the last epoch (no epoch is
+selected on the test set), and kept weights, counted as non-zeros. An interrupted suite continues where it stopped, and an
+interrupted run resumes from its last checkpoint.
 
-Two numbers say what a run would cost if nothing were ever multiplied by zero, as ratios to the dense network: `inference`,
-of the final weights, and `training`, the mean over the run of a forward pass and both parts of the backward pass. The
-gradients of weights are counted sparse, or dense for methods that need them dense at every step; what a method reads now
-and then (at its updates, or before the first step) is not counted.
+Two numbers state what a run would cost if nothing were ever multiplied by zero, as ratios to the dense network. `inference`
+is the cost of the final weights. `training` is the mean over the run of a forward pass and both parts of the backward pass.
+Gradients of weights count as sparse, or as dense for methods that need dense gradients at every step. Dense gradients that a
+method reads only occasionally (at its updates, or before the first step) are not counted.
 """
 
 from __future__ import annotations
@@ -102,15 +102,18 @@ OPEN_ENDED: dict[str, Callable[[float, Callable[[int], str]], list[L.Callback]]]
         HyperSparse(s, strength=5e-6, growth=1.05, pretrain=epochs(60), regularize=epochs(200), finetune=epochs(160))
     ]
 }
-"""Methods that end the training themselves; the lengths of their phases go through a function that may shorten them."""
+"""Methods that end training themselves. The lengths of their phases go through a function that may shorten them."""
 
 DENSE_GRADIENTS = ("SCL",)
-"""Methods that need the gradients of all weights at every step, of dropped ones too."""
+"""Methods that need the gradients of all weights at every step, including those of pruned weights."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a network is trained; cosine to zero, or a tenth at each milestone, unless a method sets its own rates."""
+    """A training recipe.
+
+    The learning rate follows a cosine to zero, or is divided by ten at each milestone, unless a method sets its own rates.
+    """
 
     data: type[ImageData]
     network: Callable[[int, int, int], nn.Module]
@@ -125,7 +128,7 @@ class Setting:
     val_fraction: float = 0.1
 
     def recipe(self) -> dict[str, Any]:
-        """All of it that can be written down."""
+        """The settings that can be stored as JSON."""
         plain = {name: value for name, value in vars(self).items() if name not in ("data", "network", "memory_format")}
         return json.loads(json.dumps({"data": self.data.__name__, "network": self.network.__name__, **plain}))
 
@@ -136,25 +139,25 @@ class Setting:
         return METHODS[method](sparsity)
 
     def module(self, method: str, data: ImageData, annealing: float) -> Classifier:
-        """The network, whose cosine comes to zero after a fraction of the run."""
+        """The network to train, with a cosine schedule that reaches zero after the fraction `annealing` of the run."""
         sgd = partial(torch.optim.SGD, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay, nesterov=self.nesterov)
         steps = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=list(self.milestones)) if self.milestones else None
         shape = data.num_classes, data.in_channels, data.image_size
         return Classifier(self.network, *shape, sgd, steps, annealing=annealing)
 
     def resumes(self, method: str) -> bool:
-        """Whether a training can go on from a checkpoint."""
+        """Whether a run with this method can resume from a checkpoint."""
         return True
 
     def read(
         self, module: Classifier, callbacks: Sequence[L.Callback], data: ImageData, stop: Path | None
     ) -> dict[str, Any]:
-        """What else is asked of a network that has been trained; what takes long waits while the file is there."""
+        """Additional results from the trained network. Slow evaluations pause while the file `stop` exists."""
         return {}
 
 
 class Large(Digits):
-    """The digits of scikit-learn at twice the size, to check that a suite runs."""
+    """The digits of scikit-learn at twice their size, to check that a suite runs."""
 
     image_size = 16
 
@@ -164,17 +167,17 @@ class Large(Digits):
 
 
 class Work(L.Callback):
-    """The cost of forward passes without multiplications by zero, over a training."""
+    """Record the cost of forward passes without multiplications by zero during training."""
 
     def __init__(self, macs: dict[str, int], every: int = 50) -> None:
         self.macs, self.every, self.readings, self.sizes = macs, every, list[float](), dict[str, int]()
 
     def read(self, module: nn.Module) -> float:
-        """Now, as a ratio to the dense network."""
+        """The current cost, as a ratio to the dense network."""
         weights = {target.name: target.weight.detach() for target in find_targets(module)}
         self.sizes = self.sizes or {name: weight.numel() for name, weight in weights.items()}
         left = effective_macs(self.macs, weights)
-        shares = {name: weight.numel() / self.sizes[name] for name, weight in weights.items()}  # channels may have left
+        shares = {name: weight.numel() / self.sizes[name] for name, weight in weights.items()}  # channels may be gone
         return sum(count * shares.get(name, 1.0) for name, count in left.items()) / sum(self.macs.values())
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -188,7 +191,7 @@ class Work(L.Callback):
         self.readings = list(state_dict["readings"])
 
     def training(self, dense_gradients: bool) -> float:
-        """The mean of all readings, for a forward pass, the gradients of activations and those of weights."""
+        """The mean cost of a step: the forward pass, the gradients of activations and the gradients of weights."""
         mean = statistics.mean(self.readings)
         return (2 * mean + (1.0 if dense_gradients else mean)) / 3
 
@@ -204,10 +207,11 @@ def train(
     checkpoint: Path | None = None,
     stop: Path | None = None,
 ) -> dict[str, Any]:
-    """One run; its numbers, with the mean similarity of layers on validation data before and after if requested.
+    """Train one network and return the results of the run.
 
-    With `checkpoint`, some twenty times on the way its state goes there, and it goes on from what is there. While the file
-    `stop` is there, it waits.
+    With `similarity`, these include the mean similarity of layers on validation data before and after training. With
+    `checkpoint`, the state is saved to that path about twenty times, and an existing checkpoint is resumed. Training pauses
+    while the file `stop` exists.
     """
     L.seed_everything(seed, verbose=False)
     data = setting.images(root, seed)
@@ -218,7 +222,7 @@ def train(
     else:
         callbacks, max_epochs = setting.callbacks(method, sparsity), length
     rounds = [callback.plan.count + 1 for callback in callbacks if isinstance(callback, LotteryTicket)]
-    module = setting.module(method, data, annealing=1 / max([1, *rounds]))  # the schedule is that of one round
+    module = setting.module(method, data, annealing=1 / max([1, *rounds]))  # the schedule spans one round
     module = module.to(memory_format=setting.memory_format)
     similarities = SimilarityMap(figure=False)
     if similarity:
@@ -258,16 +262,16 @@ def train(
 
 @dataclass(frozen=True)
 class Comparison(Trainings):
-    """What is compared.
+    """A comparison of methods: one training run for each method, sparsity and seed.
 
     Args:
-        name: of the suite and of its file.
-        setting: of all trainings.
-        methods: by their names in `METHODS` or `OPEN_ENDED`, or as the setting calls them.
-        sparsities: of each method but `dense`.
-        seeds: of each pair of those.
+        name: name of the suite and its result file.
+        setting: recipe of all runs.
+        methods: names in `METHODS` or `OPEN_ENDED`, or names that the setting defines.
+        sparsities: sparsities of every method except `dense`.
+        seeds: seeds of every pair of method and sparsity.
         similarity: whether to measure the similarity of layers.
-        published: by method, in percent, for the first sparsities.
+        published: published accuracies in percent by method, for the first sparsities.
     """
 
     by: ClassVar[Sequence[str]] = ("method", "sparsity")
@@ -283,7 +287,7 @@ class Comparison(Trainings):
         return (0.0,) if method == "dense" else self.sparsities
 
     def parts(self, options: Options) -> Parts:
-        """Whole seeds first."""
+        """One part per run, with all runs of the first seed first."""
         setting = replace(self.setting, data=Large) if options.quick else self.setting
         epochs = options.epochs or (3 if options.quick else setting.epochs)
         how = {"root": options.data, "similarity": self.similarity, "epochs": epochs, "stop": options.stop}

@@ -1,11 +1,11 @@
-"""Half of the multiplications of a network, taken out in channels: beside Torch-Pruning, with equal epochs.
+"""Channel pruning to half of the multiplications, compared with Torch-Pruning at equal epochs.
 
 python -m benchmarks desk-channels-resnet20 --data DIR     half-width ResNet-20
 python -m benchmarks desk-channels-mobilenet --data DIR    timm's mobilenetv3_small_050
 
-Torch-Pruning takes the channels out of the network once, after half of the run, and the optimizer goes on with what is left.
-Ours does the same with masks (`one-shot`), or does it little by little (`gradual`). All networks are counted without
-the channels that do nothing: multiplications (`inference`) and parameters, relative to the dense network.
+Torch-Pruning removes the channels from the network once, after half of the run, and the optimizer continues with the rest.
+This package does the same with masks (`one-shot`), or removes channels gradually (`gradual`). Multiplications (`inference`)
+and parameters are counted without the channels that have no effect, relative to the dense network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_sparse.export import remove_dead
 from lightning_sparse.models import Classifier
 
 SHARE = 0.5
-"""Of the multiplications, which stay."""
+"""Fraction of the multiplications that is kept."""
 
 
 class SmallImages(CIFAR10):
@@ -50,10 +50,10 @@ def mobilenet(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
 
 
 class TorchPruning(L.Callback):
-    """Takes channels out with Torch-Pruning at the middle of the run, until half of the multiplications are gone.
+    """Remove channels with Torch-Pruning in the middle of the run, until half of the multiplications are gone.
 
     Args:
-        everywhere: whether channels of all layers compete; else each layer loses the same fraction.
+        everywhere: whether the channels of all layers compete; otherwise each layer loses the same fraction.
     """
 
     def __init__(self, everywhere: bool) -> None:
@@ -81,7 +81,7 @@ class TorchPruning(L.Callback):
             torch_pruning.importance.GroupMagnitudeImportance(),
             global_pruning=self.everywhere,
             pruning_ratio=1.0,
-            iterative_steps=400,  # small steps, as in its examples, to stop near the goal
+            iterative_steps=400,  # small steps, as in its examples, to stop near the target
             ignored_layers=[last],
         )
         while macs(network, image) > allowed:
@@ -90,12 +90,12 @@ class TorchPruning(L.Callback):
 
 
 def image_of(data: ImageData) -> Tensor:
-    """Two images for a network."""
+    """A batch of two blank images in the shape that a network expects."""
     return torch.zeros(2, data.in_channels, data.image_size, data.image_size)
 
 
 def macs(network: nn.Module, image: Tensor) -> int:
-    """The multiplications of a network as it is."""
+    """The multiplications of a network in its current shape."""
     training = network.training
     network.eval()
     counted = sum(count_macs(network, lambda: network(image), len(image)).values())
@@ -119,13 +119,13 @@ WAYS: dict[str, Callable[[], list[L.Callback]]] = {
 
 @dataclass(frozen=True)
 class Slimmed(Setting):
-    """Channels leave the network; what is left is counted."""
+    """A setting in which channels are removed from the network. The results include its remaining size."""
 
     def callbacks(self, method: str, sparsity: float) -> list[L.Callback]:
         return WAYS[method]()
 
     def resumes(self, method: str) -> bool:
-        return not method.startswith("Torch-Pruning")  # a network of other shapes does not load
+        return not method.startswith("Torch-Pruning")  # a checkpoint with other shapes does not load
 
     def read(
         self, module: Classifier, callbacks: Sequence[L.Callback], data: ImageData, stop: Path | None
@@ -142,6 +142,6 @@ class Slimmed(Setting):
 
 @dataclass(frozen=True)
 class Slimming(Comparison):
-    """Of networks that lose channels."""
+    """A comparison of networks that lose channels."""
 
     values: ClassVar[Sequence[str]] = ("test", "inference", "parameters")

@@ -1,12 +1,12 @@
-"""The penalty on similar layers: its cost, and whether it does what is claimed.
+"""The penalty on similar layers (CKA-SR): its cost, and tests of its claims.
 
-    python -m benchmarks cost-cka-regularization     a step of ResNet-20
-    python -m benchmarks claim-cka --data DIR        accuracy and similarity by form and strength, under random masks
-    python -m benchmarks claim-prunable --data DIR   whether what is less similar can be pruned further
+    python -m benchmarks cost-cka-regularization     time of a step of ResNet-20
+    python -m benchmarks claim-cka --data DIR        accuracy and similarity by form and strength, with random masks
+    python -m benchmarks claim-prunable --data DIR   whether networks with less similar layers can be pruned further
 
-Costs: steps without it, with it, and with the pairwise formula take turns on one model. The pairwise formula is the one the
-tests compare with: two Gram matrices in float64 for every ordered pair, as in the published code. The term alone is its
-forward and backward pass from features that are leaves.
+Cost: steps without the penalty, with it, and with the pairwise formula are interleaved on one model. The pairwise formula is
+the one that the tests compare with: two Gram matrices in float64 for every ordered pair, as in the published code. The
+penalty alone is its forward and backward pass, starting from features that are leaf tensors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def pairwise(groups: Groups) -> Tensor:
 
 
 class Net:
-    """ResNet-20 with its features, and SGD with momentum."""
+    """ResNet-20 with access to its features, trained by SGD with momentum."""
 
     def __init__(self, quick: bool, batch: int, device: str) -> None:
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ class Net:
 
 
 def alone(net: Net, samples: int | None, rounds: int, device: str) -> dict[str, Any]:
-    """The term without the network, and a plain step."""
+    """Time the penalty without the network, and a plain step."""
     groups = net.leaves(samples)
     flat = [feature for group in groups for feature in group]
     terms = {"ours": ours, "ours in float64": partial(ours, dtype=torch.float64), "pairwise in float64": pairwise}
@@ -87,30 +87,30 @@ def alone(net: Net, samples: int | None, rounds: int, device: str) -> dict[str, 
     return {**ratios(seen, "ours"), "ours, share of a step": ratios(seen, "plain step")["ours"]}
 
 
-# ---- what it does ---------------------------------------------------------------------------------------------------
+# ---- effect ---------------------------------------------------------------------------------------------------------
 
 FORMS: dict[str, dict[str, Any]] = {
     "8 samples of every fifth batch": {"samples": 8, "every_n_batches": 5},
     "all samples of every batch": {"samples": None, "every_n_batches": 1},
 }
-"""The default of the published code, and that of the appendix's best number."""
+"""The default of the published code, and the form of the best result in the appendix."""
 STRENGTHS = (8e-4, 0.01, 0.03)
 
 
 def penalty(words: str) -> list[L.Callback]:
-    """Of a form and a strength; nothing for no words."""
+    """The penalty from a text with its form and strength (`all samples of every batch, 0.01`), or none for an empty text."""
     form, _, strength = words.rpartition(", ")
     return [CKARegularization(strength=float(strength), **FORMS[form])] if words else []
 
 
 def with_and_without(base: str, forms: Sequence[str], strengths: Sequence[float]) -> list[str]:
-    """Names of methods."""
+    """Method names: the base alone, and with each form and strength of the penalty."""
     return [base, *(f"{base}, {form}, {strength:g}" for form in forms for strength in strengths)]
 
 
 @dataclass(frozen=True)
 class Dissimilar(Setting):
-    """Methods whose names end in a form and a strength of the penalty."""
+    """A setting in which method names end in a form and a strength of the penalty."""
 
     def callbacks(self, method: str, sparsity: float) -> list[L.Callback]:
         base, _, words = method.partition(", ")
@@ -119,11 +119,11 @@ class Dissimilar(Setting):
 
 @dataclass(frozen=True)
 class Prunable(Dissimilar):
-    """Dense trainings whose networks are then pruned in one shot by global magnitude, and fine-tuned without a penalty.
+    """Dense training runs, each followed by one-shot pruning by global magnitude and fine-tuning without a penalty.
 
     Args:
-        sparsities: one after the other, each from the network as it was trained.
-        tuning: epochs of fine-tuning, from a tenth of the learning rate.
+        sparsities: sparsities to prune to, each starting from the trained network.
+        tuning: epochs of fine-tuning, starting at a tenth of the learning rate.
     """
 
     sparsities: Sequence[float] = (0.7, 0.8, 0.9, 0.95, 0.98)
@@ -153,7 +153,7 @@ class Prunable(Dissimilar):
         return float(scores["test/accuracy"])
 
 
-# ---- what it costs --------------------------------------------------------------------------------------------------
+# ---- cost -----------------------------------------------------------------------------------------------------------
 
 
 def parts(options: Options) -> Parts:
@@ -167,7 +167,7 @@ def parts(options: Options) -> Parts:
 
     ways: dict[str, tuple[Any, ...]] = {"plain step": (), "8 samples": (ours, 8), "all samples": (ours,)}
     yield (f"step of {size}, ratio to the plain step",), partial(turns, ways, rounds)
-    if device == "cpu":  # separately, because it is slow and changes caches and memory for the others
+    if device == "cpu":  # separate, because it is slow and disturbs caches and memory for the others
         ways = {"all samples": (ours,), "all samples, pairwise in float64": (pairwise,)}
         yield (f"step of {size}, ratio to all samples",), partial(turns, ways, max(3, rounds // 5))
         for samples in (8, None):

@@ -1,4 +1,4 @@
-"""The tables of the protocols for claims: pairs of trainings with the same seeds, and whether they differ significantly.
+"""Tables of the protocols that test claims: pairs of runs with the same seeds, and whether they differ significantly.
 
 A difference is significant if the 95 % confidence interval of its mean over seeds (Student's t) excludes zero. Among many
 rows without an effect, one in twenty is significant by chance.
@@ -21,21 +21,21 @@ from benchmarks.record import RESULTS, Options, Row, Runs, pick, spread
 from benchmarks.suites import SUITES, TAMED
 
 BESIDE = {"claim-rigl-resnet20": "desk-resnet20", "claim-rigl-lenet5": "desk-lenet5", "claim-rigl-lenet300": "desk-lenet300"}
-"""Where trainings of the same setting are that a claim is compared with."""
+"""For each claim, the suite of the same setting whose runs it is compared with."""
 NETWORKS = {"resnet20": "narrow ResNet-20", "lenet5": "LeNet-5", "lenet300": "LeNet-300-100", "resnet8": "ResNet-8"}
 APPENDIX = {
     "": {0.0: 84.16},
     "8 samples of every fifth batch": {8e-4: 84.41, 0.01: 84.41},
     "all samples of every batch": {8e-4: 85.03, 0.01: 84.03},
 }
-"""Table 2 of the appendix of CKA-SR at 95 %: form, strength, accuracy of a whole ResNet-20 after 160 epochs."""
+"""Table 2 of the appendix of CKA-SR at 95 %: form, strength, accuracy of a full-width ResNet-20 after 160 epochs."""
 README = {0.98: "92.69", 0.995: "89.35"}
 """The README of HyperSparse: ResNet-32 of double width, CIFAR-10."""
 Pair = tuple[Mapping[int, float], Mapping[int, float]]
 
 
 def runs(name: str) -> Runs:
-    """The results of a suite so far, and what they are compared with."""
+    """The results of a suite so far, and those it is compared with."""
     found: Runs = list(SUITES[name].content(RESULTS).get("runs", []))
     beside = BESIDE.get(name)
     return found + (SUITES[beside].content(RESULTS)["runs"] if beside else [])
@@ -46,11 +46,11 @@ def by_seed(found: Runs, value: str = "test", **what: Any) -> dict[int, float]:
 
 
 def verdict(differences: Sequence[float], lower: bool = False) -> str:
-    """Whether a difference is more than chance, and to which side.
+    """State whether a difference is significant, and in which direction.
 
     Args:
-        differences: seed by seed.
-        lower: whether less is better.
+        differences: one difference per seed.
+        lower: whether lower values are better.
     """
     if len(differences) < 2:
         return "not significant"
@@ -62,7 +62,10 @@ def verdict(differences: Sequence[float], lower: bool = False) -> str:
 
 
 def beside(ours: Mapping[int, float], other: Mapping[int, float], digits: int = 2, factor: float = 100) -> Row:
-    """How many seeds both have, their differences, and whether these are significant; for percentages, more is better."""
+    """The number of shared seeds, the difference over these seeds, and whether it is significant.
+
+    Percentages (a factor of 100) are better if they are higher, other values if they are lower.
+    """
     differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
     shown = spread(differences, digits, factor)
     return [
@@ -80,7 +83,7 @@ def values(found: Mapping[int, float], digits: int = 2, factor: float = 100) -> 
 
 
 def tamed() -> list[Row]:
-    """RigL with fewer drops, and with growth per output, beside itself and static masks."""
+    """RigL with fewer drops, and with growth per output, compared with plain RigL and static masks."""
     rows = []
     for name in BESIDE:
         found, suite = [*runs(name), *(runs("desk-cka") if name.endswith("resnet20") else [])], SUITES[name]
@@ -112,7 +115,7 @@ def tamed() -> list[Row]:
 
 
 def unfavorable() -> list[Row]:
-    """Weight decay, and the penalty on top of it, each at the strength that is best on validation data; and the refits."""
+    """Weight decay alone, the penalty on top of it, and the refits, each at the strength that is best on validation data."""
     rows = []
     for setting in SUITES["claim-layers"].settings:
         found = pick(runs("claim-layers"), setting=setting)
@@ -144,7 +147,7 @@ def unfavorable() -> list[Row]:
 
 
 def norms() -> list[Row]:
-    """Normalized or not, at equal density, each with its own mask rate."""
+    """Normalized and unnormalized gradients at equal density, each with its own mask rate."""
     rows = []
     for name in ("lenet5", "resnet8"):
         found = pick(runs(f"claim-norms-{name}"), study="tuned")
@@ -163,7 +166,7 @@ def norms() -> list[Row]:
 
 
 def imbalance() -> list[Row]:
-    """How unequal the gradients of mask variables are, between the features of a layer and between layers."""
+    """Imbalance of the gradients of mask variables, between the features of a layer and between layers."""
     rows = []
     for name in ("lenet5", "resnet8"):
         found = [run for run in runs(f"claim-norms-{name}") if run.get("features")]
@@ -184,7 +187,7 @@ def imbalance() -> list[Row]:
 
 
 def ratio_of_ends(ordered: Sequence[float]) -> float:
-    """The 90th percentile over the 10th."""
+    """The ratio of the 90th to the 10th percentile of sorted values."""
     return ordered[int(0.9 * (len(ordered) - 1))] / ordered[int(0.1 * (len(ordered) - 1))]
 
 
@@ -192,7 +195,7 @@ def ratio_of_ends(ordered: Sequence[float]) -> float:
 
 
 def forms() -> list[Row]:
-    """Accuracy and similarity by form and strength."""
+    """Accuracy and similarity by form and strength of the penalty."""
     rows, found = [], runs("claim-cka")
     for sparsity in SUITES["claim-cka"].sparsities:
         base = pick(found, sparsity=sparsity, method="random")
@@ -220,7 +223,7 @@ def forms() -> list[Row]:
 
 
 def prunable() -> list[Row]:
-    """One-shot curves of dense networks, before and after fine-tuning."""
+    """Accuracy of dense networks after one-shot pruning, before and after fine-tuning."""
     suite, found = SUITES["claim-prunable"], runs("claim-prunable")
     assert isinstance(suite, Comparison)
     assert isinstance(suite.setting, Prunable)
@@ -240,7 +243,7 @@ def prunable() -> list[Row]:
 
 
 def phases() -> list[Row]:
-    """HyperSparse beside the others, with equal epochs."""
+    """HyperSparse compared with other methods at equal epochs."""
     rows, found = [], runs("claim-hypersparse")
     suite = SUITES["claim-hypersparse"]
     assert isinstance(suite, Comparison)
@@ -263,7 +266,7 @@ def phases() -> list[Row]:
 
 
 def hoyer() -> list[Row]:
-    """Hoyer's sparsity of trained vectors by p: here, as predicted, and in the authors' figure."""
+    """Hoyer sparsity of trained vectors by p: measured, predicted, and read from the authors' figure."""
     rows, found = [], runs("claim-hoyer")
     for p, figure in lp_sphere.FIGURE.items():
         some = pick(found, method=f"p = {p}")
@@ -281,7 +284,7 @@ def hoyer() -> list[Row]:
 
 
 def spheres() -> list[Row]:
-    """The published recipe in full."""
+    """Results of the full published recipe."""
     suite, found = SUITES["paper-lp-sphere-fashion"], runs("paper-lp-sphere-fashion")
     assert isinstance(suite, Comparison)
     rows = []
@@ -311,11 +314,11 @@ CLAIMS = {
     "hoyer": (hoyer, ("claim-hoyer",)),
     "spheres": (spheres, ("paper-lp-sphere-fashion",)),
 }
-"""Tables, and the suites they are made from."""
+"""Functions that make the tables, and the suites whose results they use."""
 
 
 def progress(names: Sequence[str]) -> str:
-    """How many runs of the suites are done."""
+    """A sentence that states how many runs of the suites are done."""
     options = Options(out=RESULTS)
     counts = []
     for name in names:

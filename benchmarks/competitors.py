@@ -1,6 +1,6 @@
-"""Common implementations of masks and penalties, which can be interleaved with ours on one model.
+"""Common implementations of masks and penalties, to be interleaved with ours on one model.
 
-Each is made of the module that all ways train, and of what each layer is to keep.
+Each function takes the module that all variants train, and a mask for each layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def layers(net: nn.Module) -> list[nn.Module]:
 
 
 def model_pruning(module: Any, masks: Masks) -> Way:
-    """Lightning's own callback: a product with the mask before every forward pass."""
+    """Lightning's own callback: multiply by the mask before every forward pass."""
     chosen = [(layer, "weight") for layer in masks]
     callback = ModelPruning("l1_unstructured", chosen, amount=SPARSITY, use_global_unstructured=True)
     callback.setup(None, module, "fit")
@@ -33,7 +33,7 @@ def model_pruning(module: Any, masks: Masks) -> Way:
 
 
 def torch_prune(module: Any, masks: Masks) -> Way:
-    """A product with the mask before every forward pass."""
+    """`torch.nn.utils.prune`: multiply by the mask before every forward pass."""
     return Way(
         enter=lambda: [prune.custom_from_mask(layer, "weight", mask) for layer, mask in masks.items()],
         leave=lambda: [prune.remove(layer, "weight") for layer in masks],
@@ -41,7 +41,7 @@ def torch_prune(module: Any, masks: Masks) -> Way:
 
 
 class Masking(nn.Module):
-    """A parametrization by a fixed mask."""
+    """A parametrization that multiplies by a fixed mask."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Masking(nn.Module):
 
 
 def parametrized(module: Any, masks: Masks) -> Way:
-    """The same as a parametrization."""
+    """`torch.nn.utils.parametrize`: multiply by the mask whenever the weight is read."""
     return Way(
         enter=lambda: [parametrize.register_parametrization(x, "weight", Masking(mask)) for x, mask in masks.items()],
         leave=lambda: [parametrize.remove_parametrizations(layer, "weight") for layer in masks],
@@ -60,7 +60,7 @@ def parametrized(module: Any, masks: Masks) -> Way:
 
 
 def fasterai_masks(module: Any, masks: Masks) -> Way:
-    """A product with the mask after every step."""
+    """fasterai: multiply by the mask after every step."""
     from fasterai.core.criteria import large_final
     from fasterai.sparse.sparsifier import Sparsifier
 
@@ -71,7 +71,7 @@ def fasterai_masks(module: Any, masks: Masks) -> Way:
 
 
 def fasterai_penalty(module: Any, masks: Masks) -> Way:
-    """A term in the loss."""
+    """fasterai: add a penalty to the loss."""
     from fasterai.core.criteria import large_final
     from fasterai.core.granularity import Granularities
 
@@ -83,7 +83,7 @@ def fasterai_penalty(module: Any, masks: Masks) -> Way:
 
 
 def torch_pruning(module: Any, masks: Masks) -> Way:
-    """Gradients of a penalty on coupled channels, added before the step."""
+    """Torch-Pruning: add the gradients of a penalty on coupled channels before the step."""
     import torch_pruning as tp
 
     last = [layer for layer in masks if layer.weight.shape[0] == 10]

@@ -1,12 +1,11 @@
-"""The gains of the export ladder on this machine; all rungs are timed interleaved with the dense model.
+"""Speed and size of the rungs of the export ladder on this machine. All rungs are timed interleaved with the dense model.
 
 python -m benchmarks export-resnet --data DIR    ResNet-20 trained on CIFAR-10 with half of its channels masked
-python -m benchmarks export-resnet --quick       the same on the digits of scikit-learn, for an epoch
+python -m benchmarks export-resnet --quick       the same on the digits of scikit-learn, for one epoch
 python -m benchmarks export-mlp                  three linear layers, 2048 wide, 95 % of the weights masked at random
 python -m benchmarks export-heads                timm's ViT-tiny without half of its heads, random weights
-python -m benchmarks export-carriers             what it costs that dead channels emit something, random weights
-python -m benchmarks export-structures           what each structure gains on each target, as the table of the guide
-python -m benchmarks export-vit                  2:4 linear layers of ViT-B in bfloat16, on a CUDA device
+python -m benchmarks export-carriers             the cost of dead channels that emit a constant, random weights
+python -m benchmarks export-structures           the gain of each structure on each target, for the table of the guide
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def accuracy(module: nn.Module, data: Any) -> dict[str, float]:
 
 
 def resnet(options: Options) -> Parts:
-    """As trained, and with its normalizations folded, which int8 always does."""
+    """Export the network as trained, and with folded normalizations (int8 always folds them)."""
 
     @cache
     def made() -> tuple[nn.Module, Tensor, dict[str, Any]]:
@@ -106,7 +105,7 @@ def ladder(module: nn.Module, inputs: Tensor, options: Options, **more: Any) -> 
 
 
 def structured(structure: str) -> nn.Module:
-    """Two hidden layers of 1024 with random weights, under one structure."""
+    """A perceptron with two hidden layers of 1024 and random weights, pruned to one structure."""
     torch.manual_seed(0)
     net = MLP(10, 1, 28, hidden=(1024, 1024), kaiming=True).eval()
     hidden: list[nn.Linear] = [layer for layer in net if isinstance(layer, nn.Linear) and layer.out_features == 1024]
@@ -131,10 +130,10 @@ TARGETS = ("compact", "removed", "kernels", "onnx", "int8", "edge", "ethos_u85")
 
 
 def structures(options: Options) -> Parts:
-    """The gain of each structure on each target; `python -m benchmarks.tables` makes the table of the guide from it."""
+    """The gain of each structure on each target. `python -m benchmarks.tables` makes the table of the guide from it."""
     inputs = torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     for structure in STRUCTURES:
-        judged = Quantization([inputs], error=1)  # random weights have no accuracy
+        judged = Quantization([inputs], error=1)  # random weights have no meaningful accuracy
         yield (structure,), partial(climbed, structure, inputs, options, quantization=judged)
 
 
@@ -143,7 +142,7 @@ def climbed(structure: str, inputs: Tensor, options: Options, **more: Any) -> di
 
 
 def structure_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each structure and a cell for each target: the share of the dense bytes, and how many times as fast."""
+    """One row per structure and one cell per target: the fraction of the dense bytes, and the speedup."""
     rows = [["structure", *(f"`{target}`" for target in TARGETS)]]
     for structure, numbers in found.items():
         rows.append([structure, *(_gained(numbers, target) for target in TARGETS)])
@@ -151,7 +150,7 @@ def structure_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _gained(numbers: Mapping[str, Any], target: str) -> str:
-    """The gain of a rung over the dense model in the same runtime, in words if there is none."""
+    """The gain of a rung over the dense model in the same runtime, or the reason why there is none."""
     rung = numbers["rungs"][target]
     if not rung["file"]:
         nothing = {"removed": "nothing to remove", "kernels": "no faster"}.get(target, "not made")
@@ -167,7 +166,10 @@ def _gained(numbers: Mapping[str, Any], target: str) -> str:
 
 
 def heads(options: Options) -> dict[str, Any]:
-    """A vision transformer whose heads are pruned at the first step; weights are random, so times and equality count."""
+    """A vision transformer whose heads are pruned at the first step.
+
+    Its weights are random, so the results are times and the equality of outputs.
+    """
     torch.manual_seed(0)
     if options.quick:
         net: nn.Module = VisionTransformer(10, 3, 32, depth=2)
@@ -188,7 +190,7 @@ def heads(options: Options) -> dict[str, Any]:
 
 
 def carriers(options: Options) -> dict[str, Any]:
-    """ResNet-20 with half of its channels dead, which emit 0.1 through their normalization, or nothing."""
+    """ResNet-20 with half of its channels dead. They emit 0.1 through their normalization, or nothing."""
     torch.manual_seed(0)
     net = ResNet(10, 3, 32).eval()
     for layer in net.modules():

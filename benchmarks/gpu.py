@@ -1,11 +1,11 @@
-"""Everything that needs a CUDA device, in order of value, within a time limit.
+"""Run everything that needs a CUDA device within a time limit, most important first.
 
-    python -m benchmarks.gpu --out results --minutes 9 [--data DIR]     run what `results` does not hold yet
-    python -m benchmarks.gpu --out results --device cpu --quick         see that it runs, without a GPU
+    python -m benchmarks.gpu --out results --minutes 9 [--data DIR]     run what is missing in `results`
+    python -m benchmarks.gpu --out results --device cpu --quick         check that it runs, without a GPU
 
-Checks come first, one after the other; then the papers' own recipes, several at once on the card, as far as their data are
-there. What is finished is in JSON files in `--out`; run again with the files of an earlier run there, and only the rest is
-done, a training from its last checkpoint. A table of all of them is printed last.
+Checks come first, one after the other. The papers' own recipes follow, several at once on the GPU, if their data is
+available. Finished results are JSON files in `--out`. If that folder has the files of an earlier run, only the rest is run,
+and training runs resume from their last checkpoint. A table of all results is printed at the end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lightning_sparse.loop import Sparsifier
 
 
 def contract(options: Options) -> dict[str, Any]:
-    """The points of the contract that need a GPU: 16-bit mixed precision with a planted infinity, fused or not."""
+    """Run the contract tests that need a GPU: 16-bit mixed precision with a planted infinity, fused optimizer or not."""
     command = "-m pytest -q tests -m gpu -n 8 -p no:cacheprovider -o addopts="
     done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=400)
     lines = done.stdout.strip().splitlines()
@@ -49,7 +49,7 @@ def contract(options: Options) -> dict[str, Any]:
 
 
 def order_statistics(options: Options) -> dict[str, Any]:
-    """The k-th smallest value, compared with torch's functions; and whether all agree."""
+    """Time the k-th smallest value against torch's functions, and check that all of them agree."""
     table: dict[str, Any] = {}
     for n in [100_000] if options.quick else [1_000_000, 25_000_000, 100_000_000, 1_000_000_000]:
         values, k, found = torch.rand(n, device=options.device), int(0.9 * n), set()
@@ -68,7 +68,7 @@ def order_statistics(options: Options) -> dict[str, Any]:
 
 
 def fit(method: Sparsifier, device: str, wrap: Callable[[Any], Any] = lambda module: module, **more: Any) -> dict[str, Any]:
-    """Three epochs on random images; the final sparsity of masks and weights, and the time."""
+    """Train for three epochs on random images; return the final sparsity of masks and weights, and the time."""
     module = Net("convolutions")
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), fused=device == "cuda")
     data = torch.utils.data.TensorDataset(torch.rand(512, 3, 32, 32), torch.randint(0, 10, (512,)))
@@ -80,13 +80,13 @@ def fit(method: Sparsifier, device: str, wrap: Callable[[Any], Any] = lambda mod
 
 
 def inductor(options: Options) -> dict[str, Any]:
-    """A compiled module whose masks change while it trains: the sparsity it ends with."""
+    """Train a compiled module while its masks change, and return its final sparsity."""
     compiled = partial(torch.compile, backend="eager" if options.quick else "inductor")
     return fit(MagnitudePruning(0.9), options.device, compiled)
 
 
 def collectives(options: Options) -> dict[str, Any]:
-    """Distributed training, of one process: what methods reduce and compare goes through NCCL."""
+    """Distributed training with a single process: whatever methods reduce and compare goes through NCCL."""
     methods = [MagnitudePruning(0.9), RigL(0.9), SNIP(0.9, batches=2)]
     numbers: dict[str, Any] = {type(m).__name__: fit(m, options.device, strategy="ddp") for m in methods}
     if torch.distributed.is_initialized():
@@ -96,7 +96,7 @@ def collectives(options: Options) -> dict[str, Any]:
 
 
 def two_of_four(options: Options) -> dict[str, Any]:
-    """A linear layer with two zeros in every four weights, in bfloat16: its sparse kernel beside the dense product."""
+    """Time the sparse kernel of a 2:4 linear layer in bfloat16 against the dense product."""
     numbers = {}
     for size in [256] if options.quick else [1024, 4096, 8192]:
         net = nn.Sequential(nn.Linear(size, size))
@@ -128,7 +128,7 @@ CHECKS = {
 
 
 def trainings(options: Options, suites: Sequence[Comparison] = PAPER) -> list[tuple[Suite, int]]:
-    """The unfinished runs of the papers' own recipes whose data is available; first seeds first, short before long."""
+    """The unfinished runs of the papers' own recipes whose data is available, by seed and then from short to long."""
     work = []
     for suite in sorted(suites, key=lambda suite: suite.setting.epochs):
         try:
@@ -143,13 +143,13 @@ def trainings(options: Options, suites: Sequence[Comparison] = PAPER) -> list[tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", default="data", help="folder of the data, in torchvision's layout")
+    parser.add_argument("--data", default="data", help="folder with the data, in torchvision's layout")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--at-once", type=int, default=6, help="trainings")
+    parser.add_argument("--at-once", type=int, default=6, help="number of training runs at once")
     parser.add_argument("--checks", nargs="*", default=list(CHECKS), choices=CHECKS)
-    parser.add_argument("--epochs", type=int, help="of trainings, to see that they run")
-    parser.add_argument("--quick", action="store_true", help="small checks and no trainings")
+    parser.add_argument("--epochs", type=int, help="epochs per training run, for a test")
+    parser.add_argument("--quick", action="store_true", help="run small checks and no training runs")
     given = parser.parse_args()
     options = Options(data=given.data, out=given.out, device=given.device, quick=given.quick, epochs=given.epochs)
     end = monotonic() + 60 * given.minutes

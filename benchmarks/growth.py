@@ -1,12 +1,14 @@
-"""Where connections grow: by gradient (RigL), by chance (SET), and by gradient behind a batch norm that cannot amplify.
+"""Where connections grow: by gradient (RigL), at random (SET), and by gradient with a batch norm that cannot amplify.
 
     python -m benchmarks desk-growth --data DIR
 
-A half-width ResNet-20 on CIFAR-10 at 98 %, the recipe of `desk-resnet20` in two epochs. At every update, over the layers
-with 16 outputs or more: how much of what grows goes into outputs that have no connection left, how many outputs those are,
-and how much of what a layer grows goes into one output. A batch norm divides by the deviation of its input, and by the root
-of `eps` where that is zero, which makes the gradients of an output without connections up to 316 times larger than at a
-deviation of one. With eps = 0.1 it is three times.
+The network is a half-width ResNet-20 on CIFAR-10 at 98 %, with the recipe of `desk-resnet20` in two epochs. At every update,
+over the layers with at least 16 outputs, three fractions are recorded: new connections that go to outputs without any
+remaining connection, outputs of this kind, and new connections of a layer that go to a single output.
+
+A batch norm divides by the standard deviation of its input, or by the square root of `eps` where the deviation is zero. This
+makes the gradients of an output without connections up to 316 times larger than at a deviation of one. With eps = 0.1, the
+factor is three.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from lightning_sparse.families import Rewiring
 
 
 class Epsilon(L.Callback):
-    """Every batch norm adds this to the variance."""
+    """Set `eps`, which is added to the variance, in every batch norm."""
 
     def __init__(self, eps: float) -> None:
         self.eps = eps
@@ -35,7 +37,7 @@ class Epsilon(L.Callback):
 
 
 class Growth(L.Callback):
-    """Records where connections have grown since the previous batch."""
+    """Record where connections have grown since the previous batch."""
 
     def __init__(self, method: Rewiring) -> None:
         self.method = method
@@ -50,7 +52,7 @@ class Growth(L.Callback):
         self.masks = masks
 
     def shares(self) -> dict[str, float]:
-        """Growth over all updates, and the final number of outputs without connections."""
+        """Means over all updates, weighted by growth, and the final fraction of outputs without connections."""
         total = sum(update["grown"] for update in self.updates)
         empty = [~mask.flatten(1).any(1) for mask in self.masks.values()]
         return {
@@ -64,7 +66,7 @@ class Growth(L.Callback):
 
 
 def where(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Of the masks of each layer before and after an update: which outputs its new connections go into."""
+    """The outputs that new connections go to, from the masks of each layer before and after an update."""
     stay = [(old & new).flatten(1).sum(1) for old, new in pairs]
     grown = [(new & ~old).flatten(1).sum(1) for old, new in pairs]
     total = sum(int(g.sum()) for g in grown)
@@ -78,7 +80,7 @@ def where(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Watched(Setting):
-    """A setting in which growth is recorded; `, eps=0.1` after the name of a method sets it for every batch norm."""
+    """A setting that records growth. Appending `, eps=0.1` to the name of a method sets `eps` in every batch norm."""
 
     def callbacks(self, method: str, sparsity: float) -> list[L.Callback]:
         name, comma, _ = method.partition(", eps=0.1")

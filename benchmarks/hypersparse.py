@@ -1,7 +1,8 @@
 """The cost of the HyperSparse penalty per optimizer step: `python -m benchmarks cost-hypersparse`.
 
-A penalty over the weights of a VGG-19 (20 M) beside the published way, which sorts all magnitudes for the quantile and
-differentiates the normalized sum by autograd; and steps of a ResNet-32 with and without it.
+The penalty over the weights of a VGG-19 (20 M) is compared with the published implementation, which sorts all magnitudes for
+the quantile and differentiates the normalized sum with autograd. Steps of a ResNet-32 are timed with and without the
+penalty.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SPARSITY, STRENGTH = 0.99, 1e-4
 
 
 def published(weights: Sequence[nn.Parameter]) -> None:
-    """Sort, scale, and let autograd differentiate (1/A) sum_i |w_i| sum_j tanh(s |w_j|) - sum_i |w_i|."""
+    """Sort, scale, and differentiate (1/A) sum_i |w_i| sum_j tanh(s |w_j|) - sum_i |w_i| with autograd."""
     flat = torch.cat([weight.flatten() for weight in weights]).abs()
     slope = math.atanh(3**-0.5) / flat.detach().sort().values[int(SPARSITY * flat.numel())]
     saturation = (slope * flat).tanh()
@@ -35,7 +36,7 @@ def published(weights: Sequence[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def closed_form(weights: Sequence[nn.Parameter]) -> None:
-    """As the penalty station of the callbacks adds it: layer by layer into the gradient."""
+    """Add the penalty to the gradients layer by layer, as the penalty station of the callbacks does."""
     scale = hypersparse_scale(weights, SPARSITY)
     for weight in weights:
         [gradient] = hypersparse_gradient([weight], SPARSITY, scale)

@@ -1,14 +1,14 @@
-"""Layer sparsity: deep networks that become shallow, and what they lose or gain.
+"""Layer sparsity: deep networks that become shallow, and how their error changes.
 
-    python -m benchmarks desk-layers-simulation              the simulation of the note, E1: five seeds, every fit
-    python -m benchmarks claim-layers                        ten seeds, teachers without a layer that could merge
+    python -m benchmarks desk-layers-simulation              simulation E1 of the note: five seeds, every fit
+    python -m benchmarks claim-layers                        ten seeds, teachers without a layer that could be merged
     python -m benchmarks desk-layers-fashion --data DIR      ten-layer perceptrons on Fashion-MNIST
-    python -m benchmarks desk-layers-conv --data DIR         a plain convolutional net without batch normalization
+    python -m benchmarks desk-layers-conv --data DIR         a plain convolutional network without batch normalization
 
-Every fit is one line of the result: plain, weight decay, with layer penalty (before and after merging), and the refits of
-the merged network, warm and fresh. Errors are test errors after the last step; strengths are listed, and where one is
-chosen, by the validation error of its own seed, never by looking at the test set. Latency is measured in one run, both
-networks taking turns.
+Each fit is one entry of the results: plain, with weight decay, with the layer penalty (before and after merging), and the
+refits of the merged network, warm and fresh. Errors are test errors after the last step. Results are listed for every
+strength. Where one strength is selected, it is by the validation error of the same seed, never by the test set. Latencies of
+both networks are measured interleaved, in one run.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from lightning_sparse.export import MergeReport, fresh_start, pad_in_front
 from lightning_sparse.models import MLP, Classifier, Regressor
 
 DECAY = 1e-3
-"""Times the sum of squared weights: of all fits but the plain ones, and those that try others."""
+"""Factor of the sum of squared weights in all fits, except plain fits and fits that vary it."""
 
 
 def plain_convolutions(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Eight convolutions, four per resolution, padding in front of each chain; no normalization."""
+    """Eight convolutions, four per resolution, with padding in front of each chain and without normalization."""
     layers: list[nn.Module] = []
     channels = in_channels
     for width in (8, 16):
@@ -57,19 +57,19 @@ def plain_convolutions(num_classes: int, in_channels: int, image_size: int) -> n
 
 @dataclass(frozen=True)
 class Fits:
-    """What is fitted, and how long.
+    """The fits of one setting.
 
     Args:
-        data: made with a seed.
-        module: the class of the module.
-        network: called with (outputs, channels, size).
-        rate: of Adam.
-        epochs: of every fit.
-        strengths: r, a fit each.
-        allow_growth: of merges; kernels of convolutions grow.
-        decays: c, a fit each without a penalty.
-        tuned: penalize at the decay that is best on validation data, and refit only the network of the best strength;
-            otherwise at the usual one, and all.
+        data: function that makes the data from a seed.
+        module: class of the LightningModule.
+        network: function that makes the network from (outputs, channels, size).
+        rate: learning rate of Adam.
+        epochs: number of epochs of every fit.
+        strengths: values of r, with one fit for each.
+        allow_growth: whether layers are merged if this adds parameters; kernels of convolutions grow.
+        decays: values of c, with one fit without a penalty for each.
+        tuned: whether to penalize at the decay that is best on validation data, and to refit only the network of the best
+            strength; otherwise the usual decay is used and all networks are refit.
     """
 
     data: Callable[..., Any]
@@ -83,7 +83,7 @@ class Fits:
     tuned: bool = False
 
     def fit(self, module: L.LightningModule, data: Any, decay: float | None, strength: float, options: Options) -> float:
-        """Seconds of a fit."""
+        """Train one fit and return its duration in seconds."""
         method: list[L.Callback] = [] if decay is None else [LayerSparsity(strength=strength, scale_decay=decay)]
         short: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 3} if options.quick else {"max_epochs": self.epochs}
         trainer = quiet([*method, Pause(options.stop)], limit_val_batches=0, **short)
@@ -92,7 +92,7 @@ class Fits:
         return round(perf_counter() - start, 1)
 
     def runs(self, seed: int, options: Options) -> Runs:
-        """All fits of one seed."""
+        """Run all fits of one seed."""
         found: Runs = []
         quick = options.quick
         folder = {"root": options.data} if self.module is Classifier else {}
@@ -147,24 +147,24 @@ SIMULATION = {
     "width 40": teacher(width=40),
 }
 GRIDS: dict[str, Any] = {"strengths": (0.1, 0.3, 1.0, 3.0), "decays": (3e-3, 1e-2, 3e-2, 1e-1), "tuned": True}
-"""Weight decay is chosen first, without the penalty; then the penalty has to improve on it."""
+"""Weight decay is tuned first, without the penalty. The penalty then has to improve on it."""
 SIGNED = {
     "eight layers": teacher(1.0, **GRIDS),
     "width 40": teacher(1.0, width=40, **GRIDS),
     "twelve layers": teacher(1.0, depth=12, **GRIDS),
 }
-"""Teachers all of whose inner layers have weights of both signs, of the shapes of the networks that learn from them."""
+"""Teachers whose inner layers all have weights of both signs. The student networks have the same shapes."""
 FASHION = {"ten layers of 100": Fits(FashionMNIST, Classifier, perceptron(100, 10), 1e-3, 12, (0.1, 0.3))}
 CONV = {"eight convolutions": Fits(FashionMNIST, Classifier, plain_convolutions, 1e-3, 3, (0.03, 0.1, 0.3, 1.0), True)}
 
 
 def errors(module: L.LightningModule, data: Any) -> dict[str, float]:
-    """On test and validation data."""
+    """Errors on test and validation data."""
     return {"error": mean_error(module, data.test_dataloader()), "val": mean_error(module, data.val_dataloader())}
 
 
 def mean_error(module: L.LightningModule, batches: Iterable[Any]) -> float:
-    """Mean squared error, or the share of wrong labels."""
+    """The mean squared error, or the fraction of wrong labels."""
     total, count = 0.0, 0
     module.eval()
     with torch.no_grad():
@@ -176,7 +176,7 @@ def mean_error(module: L.LightningModule, batches: Iterable[Any]) -> float:
 
 
 def plain_values(report: MergeReport) -> dict[str, Any]:
-    """What a report says."""
+    """The values of a report that are stored in the results."""
     names = ("depth", "parameters", "macs", "milliseconds", "change", "collapsed")
     levels = {level: sum(v.level == level and v.merged for v in report.layers) for level in ("certified", "near")}
     ratios = {v.layer: v.ratio for v in report.layers if v.ratio is not None}
@@ -185,12 +185,12 @@ def plain_values(report: MergeReport) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Layers(Trainings):
-    """A part is all fits of one setting and seed.
+    """A suite of layer-sparsity fits. Each part is all fits of one setting and seed.
 
     Args:
-        name: of the suite and of its file.
-        settings: by name.
-        seeds: of each.
+        name: name of the suite and its result file.
+        settings: settings by name.
+        seeds: number of seeds per setting.
     """
 
     settings: Mapping[str, Fits]

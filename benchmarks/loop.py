@@ -1,4 +1,4 @@
-"""Access to the loop of a running fit: the only benchmark file that depends on its internals."""
+"""Access to the loop of a running fit. This is the only benchmark file that depends on its internals."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ STATIONS = ("before_step", "_after_step", "batch_start", "batch_end", "_direct_s
 
 
 def hand_over(method: Sparsifier, methods: Sequence[Sparsifier]) -> None:
-    """Let these act from the next station on, in the fit of a method that has begun; none of them if there are none.
+    """Make `methods` the only active methods of a running fit, from the next station on. The list may be empty.
 
-    Each finds weights and moments as if its last step had been its own.
+    Each method finds weights and moments as if it had also made the last step. `method` is any method that has begun in this
+    fit.
     """
     assert method.loop is not None
     method.loop.methods = list(methods)
     for one in methods:
         if isinstance(one, Masked) and one.mask_set is not None:
-            one.clean()  # the others have moved its pruned entries and their moments
+            one.clean()  # other methods have changed its pruned entries and their moments
             one.watch = Watch()
             for optimizer in one.run.optimizers:
                 one.watch.note(Step(optimizer, one.loop.ownership.of(optimizer)[id(one)]))
@@ -31,7 +32,7 @@ def hand_over(method: Sparsifier, methods: Sequence[Sparsifier]) -> None:
 
 
 def stand_in(method: Rewiring, owner: Masked) -> None:
-    """Begin a method in the fit of another, with the weights and masks of that, and with no update ever due."""
+    """Start a method in the fit of another one, with the weights and masks of that one, so that no update is ever due."""
     assert owner.loop is not None
     method.enter(owner.run)
     method.loop, method.chosen, method.masks = owner.loop, owner.chosen, owner.masks
@@ -44,7 +45,7 @@ def stand_in(method: Rewiring, owner: Masked) -> None:
 
 @contextmanager
 def watched(station: Callable[[Any], Any], change: Callable[[Any], Any]) -> Iterator[None]:
-    """Wrap the stations of loops and the replacement of masks in these while active."""
+    """Wrap the stations of loops, and the replacement of masks, while the context is active."""
     functions = [(Loop, name, station) for name in STATIONS] + [(MaskSet, "replace", change)]
     originals = [getattr(owner, name) for owner, name, _ in functions]
     for (owner, name, wrap), original in zip(functions, originals, strict=True):

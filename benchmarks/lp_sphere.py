@@ -1,9 +1,9 @@
 """Training on unit Lp spheres: the cost of a step, and the published recipe.
 
-python -m benchmarks cost-lp-sphere                     time of a step of ResNet-20 at batch 128, beside SGD
+python -m benchmarks cost-lp-sphere                     time of a step of ResNet-20 at batch 128, compared with SGD
 python -m benchmarks desk-lp-sphere --data DIR          accuracy on Fashion-MNIST, reduced for one CPU core
-python -m benchmarks paper-lp-sphere-fashion --data DIR the published recipe, for a GPU, or an hour or two a run
-python -m benchmarks claim-hoyer --data DIR             how sparse vectors on spheres become, beside the prediction
+python -m benchmarks paper-lp-sphere-fashion --data DIR the published recipe, for a GPU, or one to two hours per run
+python -m benchmarks claim-hoyer --data DIR             sparsity of vectors on spheres, compared with the prediction
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from lightning_sparse.metrics import HoyerSparsity
 from lightning_sparse.models import Classifier, WideResNet
 from lightning_sparse.optim import LpSGD, sphere_groups
 
-# ---- what a step costs ----------------------------------------------------------------------------------------------
+# ---- cost of a step -------------------------------------------------------------------------------------------------
 
 
 def callback_step(model: str, rounds: int, every: str | None) -> dict[str, Any]:
-    """A step with and without the callback; with `every`, connections fall and return so often."""
+    """Time steps with and without the callback. With `every`, connections are dropped and regrown at that interval."""
     topology = {"sparsity": 0.8, "start": 0, "every": every} if every else {}
     method = LpSphere(p=1.15, **topology)
     turns = Turns([method], lambda module: {"SGD": Way(), "SGD + LpSphere": Way([method])})
@@ -44,7 +44,7 @@ def callback_step(model: str, rounds: int, every: str | None) -> dict[str, Any]:
 
 
 def optimizer_step(model: str, rounds: int) -> dict[str, Any]:
-    """Forward, backward and step with SGD and with LpSGD, on one model, without Lightning."""
+    """Time forward pass, backward pass and step with SGD and with LpSGD, on one model, without Lightning."""
     net = Net(model).net
     images, labels = torch.rand(128, 3, 32, 32), torch.randint(0, 10, (128,))
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -69,16 +69,16 @@ def parts(options: Options) -> Parts:
     yield ("optimizer",), partial(optimizer_step, model, rounds)
 
 
-# ---- what it reaches ------------------------------------------------------------------------------------------------
+# ---- accuracy -------------------------------------------------------------------------------------------------------
 
 EXPONENTS = {0.5: (1.4, 1.3), 0.8: (1.3, 1.15), 0.9: (1.2, 1.07)}
-"""p of the first four constrained layers, and of the others."""
+"""p of the first four constrained layers and of the others, by sparsity."""
 LP_KNOTS = ((0, 0.02), (1 / 6, 1), (1 / 3, 0.25), (0.94, 0.002), (1, 0.0001))
 SGD_KNOTS = ((0, 0.025), (1 / 6, 1), (1 / 3, 0.5), (0.94, 0.005), (1, 0.00025))
 
 
 class Clothes(FashionMNIST):
-    """Fashion-MNIST as the published recipe has it, if need be at a lower resolution, all training images in use."""
+    """Fashion-MNIST as in the published recipe, optionally at a lower resolution, using all training images."""
 
     mean, std = (0.13,), (0.31,)
     pooling = 1
@@ -90,7 +90,7 @@ class Clothes(FashionMNIST):
 
 
 class Recipient(Classifier):
-    """A classifier whose rates move along the published knots, step by step."""
+    """A classifier whose learning rate follows the published knots, step by step."""
 
     knots: tuple[tuple[float, float], ...] = ()
 
@@ -98,7 +98,7 @@ class Recipient(Classifier):
         optimizer = self.make_optimizer(self.parameters())
 
         def factor(step: int) -> float:
-            # As in the base class: asked at step 0, the length would load the data before the checkpoint.
+            # As in the base class: reading the length at step 0 would load the data before the checkpoint.
             return piecewise_linear(step / self.trainer.estimated_stepping_batches if step else 0.0, self.knots)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
@@ -109,16 +109,17 @@ class Recipe(Setting):
     """A comparison on Fashion-MNIST with WRN-18-1: plain SGD, dense or with a static mask, and spheres.
 
     Args:
-        data: the images.
-        network: that is trained.
-        epochs: as published, 50.
-        batch_size: of each step.
-        lr: peak of the rate of plain SGD.
-        weight_decay: of the dense network.
-        val_fraction: as little as can be.
+        data: class of the images.
+        network: function that makes the network.
+        epochs: number of epochs; published: 50.
+        batch_size: images per step.
+        lr: peak learning rate of plain SGD.
+        weight_decay: weight decay of the dense network.
+        val_fraction: fraction of held-out validation data, as small as possible.
         pooling: side of the squares of pixels that are averaged first.
         mixing: peak of eta; published: 2 / batch size.
-        free_lr: peak of the rate of all that is not on a sphere. The loss is the mean here, not the sum, hence two rates.
+        free_lr: peak learning rate of all parameters that are not on a sphere. The loss here is a mean, not a sum, hence two
+            rates.
     """
 
     data: type[ImageData] = Clothes
@@ -170,11 +171,14 @@ class Recipe(Setting):
 
 PUBLISHED = Recipe()
 HALF = Recipe(epochs=4, batch_size=128, pooling=2, mixing=2 / 128, free_lr=1.0, lr=0.2)
-"""For one CPU core: 4 epochs at half the resolution. Batches of half the size make up for few of the missing steps; the
-rates of what is free go down with them, eta goes up."""
+"""For one CPU core: 4 epochs at half the resolution.
+
+Batches of half the size make up for only a few of the missing steps. The rates of the free parameters are lowered to match,
+and eta is raised.
+"""
 
 
-# ---- how sparse vectors become --------------------------------------------------------------------------------------
+# ---- sparsity of vectors --------------------------------------------------------------------------------------------
 
 FIGURE = {
     "1.1": (0.761, 0.771, 0.865, 0.363, 0.898, 0.882),
@@ -185,14 +189,14 @@ FIGURE = {
     "3": (0.172, 0.139, 0.116, 0.297, 0.785, 0.317),
     "6": (0.036, 0.033, 0.027, 0.285, 0.762, 0.241),
 }
-"""Hoyer's sparsity by p, layer by layer, as read from the curves of a figure in the authors' repository."""
+"""Hoyer sparsity by p, layer by layer, read from the curves of a figure in the authors' repository."""
 BY_EXPONENT = tuple(f"p = {p}" for p in FIGURE)
 
 
 class FigureNet(nn.Sequential):
-    """Three convolutions and three linear layers, their vectors as long as the figure's: 25, 144, 288, 3136, 512, 64.
+    """Three convolutions and three linear layers with the vector lengths of the figure: 25, 144, 288, 3136, 512, 64.
 
-    Only these lengths are known of the authors' network; batch norms, which give the spheres their scale, are ours.
+    Only these lengths are known of the authors' network. The batch norms, which scale the spheres, are our choice.
     """
 
     def __init__(self, num_classes: int, in_channels: int, image_size: int) -> None:
@@ -207,7 +211,7 @@ class FigureNet(nn.Sequential):
 
 @dataclass(frozen=True)
 class OnSpheres(Recipe):
-    """All weights on spheres of one p and none removed, as the authors' code had it when the figure was made."""
+    """All weights on spheres of one p and none removed, as in the authors' code when the figure was made."""
 
     network: Callable[[int, int, int], nn.Module] = FigureNet
     epochs: int = 6

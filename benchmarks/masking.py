@@ -1,7 +1,7 @@
 """The cost of applying a mask once: `python -m benchmarks cost-masking`.
 
-A pass over one tensor beside a copy of it, in the cache and out of it; and what masks add to a step where layers are so
-small that nothing but calls can cost: chains of linear layers of 16 x 16. All ways take turns in one run.
+A pass over one tensor is compared with a copy of the tensor, in and out of the cache. The cost per step is measured on
+chains of 16 x 16 linear layers, which are so small that only the calls take time. All variants are interleaved in one run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from benchmarks.turns import WARM_UP, in_turns, ratios, timed
 from lightning_sparse.functional import apply_bits_, mask_bits
 
 OUT_OF_CACHE = 20_000_000
-"""Numbers that are read between two passes, so that neither finds its tensor in the cache."""
+"""Number of values that are read between two passes, so that no pass finds its tensor in the cache."""
 
 
 def one_pass(n: int, rounds: int, cold: bool, device: str = "cpu") -> dict[str, Any]:
-    """A mask on a tensor of n numbers, by bits and otherwise, as ratios to a copy of it."""
+    """Time a mask on a tensor of n numbers, stored as bits and in other forms, as ratios to a copy of the tensor."""
     weight, mask = torch.randn(n, device=device), torch.rand(n, device=device) > 0.9
     bits, dropped, floats, other = mask_bits(mask), ~mask, mask.float(), torch.randn(n, device=device)
     between = torch.randn(OUT_OF_CACHE if cold else 1, device=device)
@@ -44,7 +44,7 @@ def one_pass(n: int, rounds: int, cold: bool, device: str = "cpu") -> dict[str, 
 
 
 def chain(layers: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
-    """Steps of a chain with and without masks, and the time inside stations."""
+    """Time steps of a chain with and without masks, and the time inside stations."""
     turns = overhead.train(f"chain of {layers}", 32, WARM_UP + rounds, ["dense", "MagnitudePruning"], device)
     table = turns.table("dense")
     table["inside MagnitudePruning's stations"] = turns.inside_of("MagnitudePruning", table["dense"]["seconds"])

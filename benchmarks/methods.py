@@ -1,21 +1,21 @@
-"""What every method adds to a training step, and the memory it uses.
+"""The time that every method adds to a training step, and the memory it uses.
 
     python -m benchmarks cost-methods          a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
-    python -m benchmarks cost-structures       the same for AC/DC and for SR-STE in its three forms
-    python -m benchmarks cost-finetuning       for what takes a model that exists, beside a random mask
-    python -m benchmarks memory-methods        peak memory of a training, each in a process of its own (on Linux)
+    python -m benchmarks cost-structures       the same for AC/DC and for the three forms of SR-STE
+    python -m benchmarks cost-finetuning       for methods that start from an existing model, compared with a random mask
+    python -m benchmarks memory-methods        peak memory of a training run, each in a separate process (on Linux)
 
-For every method one short training, in which it takes part in every other step; each of its steps is compared with the mean
-of the dense steps before and after, but for those just after a change of masks. The number is the median, with the middle
-half; steps on which masks change count apart from those between. Methods that change them by a schedule do so on every
-second of their steps here, so that there are both; `HyperSparse` counts while it regularizes. What happens between epochs is
-no part of a step.
+Each method has one short training run, in which it is active in every other step. Each of its steps is compared with the
+mean of the dense steps before and after, except dense steps right after a change of masks. The result is the median, with
+the middle half. Steps on which masks change are reported separately from the others. Methods that change masks on a schedule
+do so on every second of their steps here, so that both kinds of steps occur. `HyperSparse` counts while it regularizes. Work
+between epochs is not part of a step.
 
-Where a step takes long, what else the machine does parts two steps by more than most methods do. So on a CPU the time is
-also taken that a step spends inside the method, in its stations, its masks, its penalties on weights, as a share of the rest
-of the same step. A term in the loss has a backward pass too, which no station sees: of `CKARegularization` there is the
-comparison alone, of steps with its penalty (by default every fifth). Bytes are those of the tensors that the callback keeps,
-per weight it works on.
+Where a step takes long, the noise of the machine is larger than the cost of most methods. On a CPU, the time that a step
+spends inside the method (in its stations, its masks and its penalties on weights) is therefore measured too, as a fraction
+of the rest of the same step. A term in the loss also has a backward pass, which no station sees. For `CKARegularization`,
+only the first comparison is made, on steps with its penalty (by default every fifth). Bytes are those of the tensors that
+the callback keeps, per weight that it acts on.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ EPOCHS = 4
 OFTEN: dict[str, Any] = {"start": 0.0, "end": 1.0, "every": "2 steps"}
 
 FITTING = ["!:first"]
-"""The first layer has three input channels, which do not divide by four."""
+"""All layers but the first, whose three input channels are not divisible by four."""
 
 METHODS: dict[str, Callable[[], Sparsifier]] = {
     "RandomSparsity": lambda: RandomSparsity(0.9),
@@ -105,14 +105,14 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
 
 
 STRUCTURED = ("ACDC", "SRSTE", "SRSTE(soft)", "SRSTE(transposable)")
-"""Those of the suite `cost-structures`."""
+"""Methods of the suite `cost-structures`."""
 
 FINETUNING = ("KeepSparsity", "Wanda", "Wanda(schedule)", "SparseGPT", "MovementPruning", "Distillation")
-"""Those of the suite `cost-finetuning`."""
+"""Methods of the suite `cost-finetuning`."""
 
 
 class EveryOther(Turns):
-    """A method is active in every other step, starting with the first, and its memory is measured."""
+    """Activate a method in every other step, starting with the first, and measure its memory."""
 
     def __init__(self, method: Sparsifier, device: str) -> None:
         own = Way([method], enter=partial(self.look, True), leave=partial(self.look, False))
@@ -120,7 +120,7 @@ class EveryOther(Turns):
         self.method, self.bytes = method, 0.0
 
     def look(self, on: bool) -> None:
-        """Whether a method that looks at inputs all the time does so now."""
+        """Turn observation on or off, for methods that observe inputs at every step."""
         tap = vars(self.method).get("_tap")
         if isinstance(tap, InputTap):
             tap.open = on
@@ -132,10 +132,10 @@ class EveryOther(Turns):
 
 
 def compared(steps: Sequence[Step], changed: bool) -> list[tuple[Step, float]]:
-    """The steps on which masks change, or do not, each with its ratio to the mean of its dense neighbors.
+    """Select steps that change masks, or steps that do not, each with its ratio to the mean of its dense neighbors.
 
-    A dense step just after a change is none: it has to fetch again what the change drove out of the caches. The method's
-    first two steps warm up.
+    A dense step right after a change does not count, because it has to reload what the change evicted from the caches. The
+    first two steps of the method are warm-up.
     """
     found = []
     for i, step in enumerate(steps[4:-1], start=4):
@@ -146,7 +146,7 @@ def compared(steps: Sequence[Step], changed: bool) -> list[tuple[Step, float]]:
 
 
 def measure(name: str, model: str, batch: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
-    """One training of one method, with at least so many of its steps."""
+    """Train once with one method, for at least `rounds` of its steps."""
     method, net = METHODS[name](), Net(model)
     if name == "KeepSparsity":
         thin_out(net)
@@ -164,33 +164,39 @@ def measure(name: str, model: str, batch: int, rounds: int, device: str = "cpu")
 
 @torch.no_grad()
 def thin_out(net: nn.Module) -> None:
-    """Leave a tenth of every matrix, for who keeps what is there."""
+    """Keep a random tenth of every matrix, for methods that preserve existing zeros."""
     for weight in net.parameters():
         if weight.ndim > 1:
             weight *= torch.rand_like(weight) < 0.1
 
 
 def peak(name: str, model: str, batch: int, device: str = "cpu") -> float:
-    """Peak memory growth in MiB in one training of one method, or of none."""
+    """Peak memory growth in MiB in one training run with one method, or with none."""
     callbacks = [] if name == "dense" else [METHODS[name]()]
     return growth(lambda: quiet(callbacks, device, max_epochs=EPOCHS).fit(Net(model), random_images(batch, 1)), device)
 
 
 def takes(model: str) -> list[str]:
-    """What can do something for a model: layers must be able to merge, or there must be two to compare."""
+    """The methods that apply to a model.
+
+    `LayerSparsity` needs layers that can be merged, and `CKARegularization` needs two layers to compare.
+    """
     unfit = {"LayerSparsity": model != "mlp", "CKARegularization": model == "quick"}
     return [name for name in METHODS if not unfit.get(name) and name not in (*STRUCTURED, *FINETUNING)]
 
 
 def structured(options: Options) -> Parts:
-    """The same for methods whose masks have a structure, or come in turns."""
+    """Measure methods whose masks have a structure, or alternate with dense phases."""
     for model, batch in places(options):
         for name in STRUCTURED:
             yield (f"{model}, batch {batch}", name), partial(measure, name, model, batch, options.times(12), options.device)
 
 
 def finetuning(options: Options) -> Parts:
-    """The same for what takes a model that exists; of each kind of model one, since hooks and teachers cost what it does."""
+    """Measure methods that start from an existing model.
+
+    One model of each kind is enough, because hooks and teachers cost in proportion to the model.
+    """
     for model, batch in places(options) if options.quick or options.device != "cpu" else [("vit", 32), ("resnet18", 128)]:
         rounds = options.times(8 if batch == 128 else 12, quick=12)
         for name in ("RandomSparsity", *FINETUNING):
@@ -200,7 +206,7 @@ def finetuning(options: Options) -> Parts:
 def parts(options: Options) -> Parts:
     for model, batch in places(options):
         place = f"{model}, batch {batch}"
-        rounds = options.times(8 if batch == 128 and model != "mlp" else 12, quick=12)  # of steps that take seconds, fewer
+        rounds = options.times(8 if batch == 128 and model != "mlp" else 12, quick=12)  # fewer if steps take seconds
         for name in takes(model):
             yield (place, name), partial(measure, name, model, batch, rounds, options.device)
         for name in ["dense", *takes(model)] if options.device == "cuda" else []:

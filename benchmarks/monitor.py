@@ -1,10 +1,11 @@
-"""The overhead of SparsityMonitor in a training that logs every step: `python -m benchmarks cost-monitor`.
+"""The overhead of SparsityMonitor in a training run that logs every step: `python -m benchmarks cost-monitor`.
 
-One training of ResNet-20, pruned by magnitude, with a CSVLogger and `log_every_n_steps=1`; the monitor is switched on and
-off from step to step. Two numbers: the step with it over the step without it, by pairs of neighbors; and the time inside
-its hooks, loggers included, as a part of the step without it, which the noise of other steps cannot blur. What it reads at
-the end of an epoch (layers, zeros, churn, dead outputs, costs) and once at the start (multiply-accumulates) is given by
-itself, and as a part of an epoch of 391 steps, as CIFAR-10 has at this batch size.
+ResNet-20 is trained once, pruned by magnitude, with a CSVLogger and `log_every_n_steps=1`. The monitor is switched on and
+off from step to step. There are two numbers: the time of a step with the monitor relative to the neighboring step without
+it; and the time inside its hooks, including loggers, relative to a step without it. The second is free of the noise between
+steps. What the monitor reads at the end of an epoch (layers, zeros, churn, dead outputs, costs) and once at the start
+(multiply-accumulates) is reported separately, also as a fraction of an epoch of 391 steps, which is the length for CIFAR-10
+at this batch size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ EPOCH = 391
 
 
 class Logging(Net):
-    """With a forward pass, and a loss that is logged."""
+    """A network with a forward pass and a logged loss."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -39,7 +40,7 @@ class Logging(Net):
 
 
 class StartToStart(Turns):
-    """A step ends where the next one starts, so that what loggers do after the last callback counts."""
+    """End each step where the next one starts, to include what loggers do after the last callback."""
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx:
@@ -51,7 +52,7 @@ class StartToStart(Turns):
 
 
 def step(model: str, rounds: int) -> dict[str, Any]:
-    """Steps with and without the monitor, and what is inside its hooks."""
+    """Time steps with and without the monitor, and the time inside its hooks."""
     monitor, pruning = SparsityMonitor(table=False, report=False), MagnitudePruning(0.9, start=0.0)
     hooks: dict[str, list[float]] = {}
     on = [True]

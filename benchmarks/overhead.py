@@ -1,11 +1,14 @@
-"""What masks and penalties add to a training step in time and memory, compared with common implementations.
+"""Time and memory that masks and penalties add to a training step, compared with common implementations.
 
     python -m benchmarks cost-overhead         a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
-    python -m benchmarks memory-overhead       peak memory of a few steps, each way in a process of its own (on Linux)
+    python -m benchmarks memory-overhead       peak memory of a few steps, each variant in a separate process (on Linux)
 
-Of fasterai, which brings a trainer of its own, `Sparsifier` (masks, multiplied after each step) and the term that its
-`RegularizeCallback` adds to the loss take part, without fastai: `pip install --no-deps fasterai fastcore einops`. Of
-Torch-Pruning its sparse training takes part: `GroupNormPruner.regularize`. What is not installed is left out.
+fasterai has its own trainer, so two of its parts are used without fastai: `Sparsifier` (masks, multiplied after each step),
+and the term that its `RegularizeCallback` adds to the loss. To install it without fastai:
+
+    pip install --no-deps fasterai fastcore einops
+
+Of Torch-Pruning, the sparse training is used: `GroupNormPruner.regularize`. Packages that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ WAYS = ["dense", *OURS, *PEERS]
 
 
 def train(model: str, batch: int, rounds: int, names: list[str], device: str = "cpu", **options: Any) -> Turns:
-    """Some ways in turns."""
+    """Train one model with the named variants interleaved."""
     methods = {name: make() for name, make in OURS.items() if name in names}
 
     def make(module: Net) -> dict[str, Way]:
@@ -59,7 +62,7 @@ def train(model: str, batch: int, rounds: int, names: list[str], device: str = "
 
 
 def steps(model: str, batch: int, rounds: int, device: str = "cpu", precision: Any = "32-true") -> dict[str, Any]:
-    """Step time of every way."""
+    """Time a step of every variant."""
     turns = train(model, batch, WARM_UP + rounds, WAYS, device, precision=precision)
     table = turns.table("dense")
     if device == "cpu":
@@ -68,12 +71,12 @@ def steps(model: str, batch: int, rounds: int, device: str = "cpu", precision: A
 
 
 def peak(name: str, model: str, batch: int) -> float:
-    """Peak memory growth in MiB in six steps of one way."""
+    """Peak memory growth in MiB over six steps of one variant."""
     return growth(lambda: train(model, batch, 6, [name]))
 
 
 def places(options: Options) -> list[tuple[str, int]]:
-    """Models and batches."""
+    """Models and batch sizes to measure."""
     if options.quick:
         return [("quick", 32)]
     models, batches = (("mlp", "resnet18", "vit"), (32, 128)) if options.device == "cpu" else (("resnet18", "vit"), (128,))
@@ -89,16 +92,16 @@ def parts(options: Options) -> Parts:
 
 
 def takes(model: str) -> list[str]:
-    """The ways that can train a model.
+    """The variants that can train a model.
 
-    `MultiheadAttention` reads the weight of its last layer without calling that layer, so that a product made before each
-    forward pass is not made anew, and the second backward pass fails.
+    `MultiheadAttention` reads the weight of its last layer without calling that layer. A product computed before each
+    forward pass is therefore not recomputed, and the second backward pass fails.
     """
     return [way for way in WAYS if model != "vit" or way not in ("ModelPruning", "torch.nn.utils.prune")]
 
 
 def memory_parts(options: Options, module: str = "benchmarks.overhead", takes: Callable[[str], list[str]] = takes) -> Parts:
-    """Peaks of all ways interleaved, several times; `dense` is the first of them."""
+    """Measure the peak memory of all variants, interleaved, several times. The first variant is `dense`."""
     for turn in range(options.times(2, quick=1)):
         for model, batch in places(options):
             for name in takes(model):

@@ -1,19 +1,19 @@
-"""What happens to the zeros: the same training, masked by this package and by common implementations.
+"""Pruned weights in the same training run, with this package and with common implementations of masks.
 
     python -m benchmarks peers                        the table of the README
-    python -m benchmarks peers --only fasterai        one of them
+    python -m benchmarks peers --only fasterai        one implementation
 
-A perceptron on scikit-learn's digits, Adam with weight decay, pruned once to 90 % by magnitude in the middle of training.
-`prune` and `parametrize` are what a careful user writes with them in an hour: a callback of a few lines. Of fasterai
-(`pip install --no-deps fasterai fastcore einops`) its `Sparsifier` takes part, called after every batch by a few lines of
-ours, since its own callback is for fastai. Asked of each:
+A perceptron is trained on scikit-learn's digits with Adam and weight decay, and pruned once to 90 % by magnitude in the
+middle of training. `prune` and `parametrize` stand for what a careful user writes with them in an hour: a callback of a few
+lines. Of fasterai (`pip install --no-deps fasterai fastcore einops`), the `Sparsifier` is used. A few lines of ours call it
+after every batch, since its own callback is for fastai. Results for each implementation:
 
-    seen          sparsity in the eyes of a callback listed before it, of the validation after it, and of the last checkpoint
+    seen          sparsity seen by a callback listed before it, in the validation after it, and in the last checkpoint
     loads         whether that checkpoint loads strictly into the plain network
-    resumed       sparsity in the end, stopped two epochs after pruning and resumed from that checkpoint with new objects;
-                  and whether all weights have the bits of the training that was not stopped
-    moments       share of the pruned entries of which Adam remembers something in the end
-    averaged      sparsity of the model that EMAWeightAveraging leaves behind
+    resumed       final sparsity of a run that is stopped two epochs after pruning and resumed from that checkpoint with new
+                  objects; and whether all weights are bit-identical to those of the uninterrupted run
+    moments       fraction of the pruned entries that have nonzero Adam state at the end
+    averaged      sparsity of the final model of EMAWeightAveraging
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EPOCHS, AT, STOP = 8, 4, 6
 
 
 class InTheMiddle(L.Callback):
-    """Written by hand: prunes at the start of an epoch."""
+    """A handwritten callback that prunes at the start of an epoch."""
 
     def __init__(self, way: Callable[[Any, Masks], Way]) -> None:
         self.way = way
@@ -56,7 +56,7 @@ class InTheMiddle(L.Callback):
 
 
 class ByFasterai(InTheMiddle):
-    """fasterai's `Sparsifier`, which chooses by itself."""
+    """fasterai's `Sparsifier`, which selects the weights itself."""
 
     def __init__(self) -> None:
         super().__init__(lambda module, masks: Way(enter=lambda: self.theirs.sparsify_model(SPARSITY)))
@@ -90,7 +90,10 @@ WAYS: dict[str, Callable[[Classifier], L.Callback]] = {
 
 
 class Look(L.Callback):
-    """Listed first: what another callback sees once pruning is over; can stop the training early, as a time limit would."""
+    """Record the sparsity that another callback sees after pruning; listed first.
+
+    It can also stop training early, as a time limit would.
+    """
 
     def __init__(self, stop: int | None) -> None:
         self.stop, self.seen = stop, {"batch end": 1.0, "validation": 1.0}
@@ -121,8 +124,8 @@ def share(masks: Sequence[Tensor]) -> float:
 def fit(
     way: str, folder: Path, resume: Path | None = None, stop: int | None = None, beside: Sequence[L.Callback] = ()
 ) -> tuple[Classifier, L.Trainer, Look]:
-    """One training, of a fresh network."""
-    torch.set_num_threads(1)  # for the same bits
+    """Train a fresh network once."""
+    torch.set_num_threads(1)  # for bit-identical results
     L.seed_everything(0, verbose=False)
     data = Digits(batch_size=64, seed=0)
     module = Classifier(LeNet300, 10, 1, data.image_size, partial(torch.optim.Adam, lr=2e-3, weight_decay=1e-4))
@@ -152,7 +155,7 @@ def attempt(function: Callable[[], Any]) -> Any:
 
 
 def ask(way: str) -> dict[str, Any]:
-    """All questions."""
+    """Run all checks on one implementation."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         module, trainer, look = fit(way, folder)

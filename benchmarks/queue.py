@@ -1,15 +1,16 @@
-"""Run the missing parts of all suites of trainings in the background, in order of value.
+"""Run the missing parts of all training suites in the background, most important first.
 
     setsid nohup nice -n 19 python -m benchmarks.queue --data DIR --work DIR --stop FILE > LOG 2>&1 &
-    touch FILE      the training finishes its step, leaves its state and waits
-    rm FILE         it goes on
-    kill PID        the same, and ends; the same command goes on from there (after `kill -9` from one of the last epochs)
+    touch FILE      pause: the current run finishes its step, saves its state and waits
+    rm FILE         continue
+    kill PID        finish the step, save the state and exit; the same command resumes from there (after `kill -9`, from one
+                    of the last epochs)
     python -m benchmarks.queue --list
 
-It runs at the lowest priority. Results go into `benchmarks/results` as they come, one training after the other; states of
-trainings into `--work`. A suite whose data are missing, or whose results are of another version, is left out with its
-reason; a training that fails is told, and the next one begins. Costs are not measured here: nothing that takes times may
-run beside anything else.
+The queue has the lowest priority and does one training run after the other. Results are written to `benchmarks/results` as
+they come, and checkpoints to `--work`. A suite is left out, with the reason, if its data is missing or its results are from
+another version. If a run fails, its error is printed and the next run starts. Costs are not measured here, because timing
+needs an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from benchmarks.trainers import wait_while
 
 
 def waiting(options: Options, suites: Sequence[Suite]) -> Iterator[tuple[Suite, int]]:
-    """The missing parts of suites that can be run, the first suites first."""
+    """The missing parts of all suites that can run, in the order of the suites."""
     for suite in suites:
         missing = suite.missing(options)
         try:
@@ -44,7 +45,7 @@ def waiting(options: Options, suites: Sequence[Suite]) -> Iterator[tuple[Suite, 
 
 
 def run(options: Options, suites: Sequence[Suite]) -> int:
-    """Do them all; how many failed."""
+    """Run all missing parts and return the number of failures."""
     failed = 0
     for suite, place in waiting(options, suites):
         wait_while(options.stop)
@@ -60,14 +61,14 @@ def run(options: Options, suites: Sequence[Suite]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help="only these, in this order")
-    parser.add_argument("--data", default="data", help="folder of the data, in torchvision's layout")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--work", type=Path, help="folder of the states of trainings, instead of that of the results")
-    parser.add_argument("--stop", type=Path, metavar="FILE", help="wait while it is there")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="run only these suites, in this order")
+    parser.add_argument("--data", default="data", help="folder with the data, in torchvision's layout")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints, instead of the one for the results")
+    parser.add_argument("--stop", type=Path, metavar="FILE", help="pause while this file exists")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--epochs", type=int, help="of each training, instead of the suite's, to see that it runs")
-    parser.add_argument("--list", action="store_true", help="only say what is missing")
+    parser.add_argument("--epochs", type=int, help="epochs per training run, instead of the suite's own")
+    parser.add_argument("--list", action="store_true", help="only print how many parts are done")
     given = parser.parse_args(arguments)
     known = {suite.name: suite for suite in QUEUE}
     if unknown := [name for name in given.suites if name not in known]:
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.nice(19)
     torch.set_num_threads(given.threads)
     if failed := run(options, suites):
-        raise SystemExit(f"{failed} trainings failed, see above; the same command tries them again.")
+        raise SystemExit(f"{failed} training runs failed, see above; run the same command to retry them.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Suites: parts that are measured or trained once each. A result is a file that records how it was made."""
+"""Suites of benchmarks. Each part is measured or trained once, and the result file records how it was made."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ RESULTS = Path(__file__).parent / "results"
 Runs = list[dict[str, Any]]
 Row = list[str]
 Parts = Iterator[tuple[Any, Callable[[], Any]]]
-"""Keys, and what makes them."""
+"""Keys of parts, and the functions that run them."""
 
 
 class LeftOut(Exception):
-    """A part cannot be done here; the message says why."""
+    """Raised if a part cannot run on this machine; the message states the reason."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How suites are run; `python -m benchmarks --help` says what each means."""
+    """Options of a benchmark run; see `python -m benchmarks --help`."""
 
     data: str = "data"
     download: bool = False
@@ -55,16 +55,16 @@ class Options:
     stop: Path | None = None
 
     def times(self, usual: int, quick: int = 3) -> int:
-        """How often something is measured."""
+        """The number of measurements."""
         return self.rounds or (quick if self.quick else usual)
 
 
 @dataclass(frozen=True)
 class Suite(ABC):
-    """What there is to do, and the file that it goes into.
+    """A benchmark suite: its parts, and the file for their results.
 
     Args:
-        name: of the suite and of its file.
+        name: name of the suite and its result file.
     """
 
     name: str
@@ -75,23 +75,23 @@ class Suite(ABC):
 
     @abstractmethod
     def has(self, content: Mapping[str, Any], key: Any) -> bool:
-        """Whether a file holds a part."""
+        """Whether the content of a result file includes a part."""
 
     @abstractmethod
     def put(self, content: dict[str, Any], key: Any, value: Any) -> None:
-        """Add what a part gave."""
+        """Add the result of a part to the content of a result file."""
 
     def recipe(self, options: Options) -> dict[str, Any]:
-        """How the parts are made, where a file has to say so."""
+        """The settings of the parts, if the result file has to record them."""
         return {}
 
     def content(self, out: Path) -> dict[str, Any]:
-        """The results of earlier calls."""
+        """The content of the result file, or an empty dictionary if there is none."""
         path = out / f"{self.name}.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def missing(self, options: Options) -> list[int]:
-        """The places of the parts that are yet to be done."""
+        """The indices of the parts that have no result yet."""
         content = self.content(options.out)
         return [place for place, (key, _) in enumerate(self.parts(options)) if not self.has(content, key)]
 
@@ -107,7 +107,10 @@ class Suite(ABC):
                 )
 
     def run(self, options: Options, until: float = math.inf) -> None:
-        """Run the missing parts, or this process's share of them, and write after each; start none after the deadline."""
+        """Run the missing parts, or the share of this process, and write the result of each part as soon as it is done.
+
+        No part is started after the deadline `until`.
+        """
         self.prepare(options)
         number, count = options.part
         for place, (key, make) in enumerate(self.parts(options)):
@@ -126,7 +129,7 @@ class Suite(ABC):
             show(", ".join(words) or self.name, f"{len(value)} rows" if isinstance(value, list) else value)
 
     def write(self, options: Options, key: Any, value: Any) -> None:
-        """Add what a part gave to the file, which other processes may do too."""
+        """Add the result of a part to the result file, to which other processes may write too."""
         given = {" --data DIR": options.data != Options.data, f" --rounds {options.rounds}": options.rounds}
         command = f"python -m benchmarks {self.name}" + "".join(text for text, holds in given.items() if holds)
         made = {"command": command, "machine": machine(), "recipe": self.recipe(options)}
@@ -143,18 +146,18 @@ class Suite(ABC):
             os.close(lock)
 
     def table(self, out: Path) -> str:
-        """What is there, as text."""
+        """The results so far, as text."""
         return json.dumps(self.content(out).get("numbers", {}), indent=1)
 
 
 @dataclass(frozen=True)
 class Measurements(Suite):
-    """What is measured; a key is the path to a number.
+    """A suite of measurements. The key of a part is the path to its number in the result file.
 
     Args:
-        name: of the suite and of its file.
-        make: its parts.
-        same: what of the machine a file has to agree in to be continued; times and sizes belong to one.
+        name: name of the suite and its result file.
+        make: function that makes the parts.
+        same: machine properties that must match to continue a result file; times and sizes are valid for one machine only.
     """
 
     make: Callable[[Options], Parts]
@@ -183,16 +186,16 @@ class Measurements(Suite):
 
 @dataclass(frozen=True)
 class Trainings(Suite):
-    """Results of trainings, one row or more each; a key is what tells them from others."""
+    """A suite of training runs, with one or more rows of results each. The key of a part identifies its run."""
 
     same: ClassVar[Sequence[str]] = ("lightning_sparse",)
     by: ClassVar[Sequence[str]] = ()
-    """The columns by which a table distinguishes runs: all but seeds."""
+    """Columns by which the table groups runs: everything except seeds."""
     values: ClassVar[Sequence[str]] = ()
-    """What it shows of them."""
+    """Columns of results that the table shows."""
 
     def checkpoint(self, options: Options, key: Mapping[str, Any]) -> Path:
-        """Where a training leaves its state: a file of this part, length and version alone."""
+        """The checkpoint file of a run, which is specific to the part, its number of epochs and the version."""
         words = [self.name, *key.values(), f"{self.recipe(options).get('epochs')} epochs", lightning_sparse.__version__]
         return (options.work or options.out) / f"{re.sub(r'[^0-9A-Za-z.]+', '-', '-'.join(map(str, words)))}.ckpt"
 
@@ -204,7 +207,7 @@ class Trainings(Suite):
         content["runs"] = [*content.get("runs", []), *({**key, **row, "torch": torch.__version__} for row in rows)]
 
     def table(self, out: Path) -> str:
-        """Mean and standard deviation over seeds."""
+        """Mean and standard deviation over seeds, as a table."""
         groups: dict[tuple[Any, ...], Runs] = {}
         for run in self.content(out).get("runs", []):
             groups.setdefault(tuple(run.get(name) for name in self.by), []).append(run)
@@ -216,17 +219,20 @@ class Trainings(Suite):
         return markdown(rows)
 
     def reference(self, *key: Any) -> str:
-        """What the authors report."""
+        """The result that the authors report."""
         return ""
 
 
 def whole(measure: Callable[[Options], Any]) -> Callable[[Options], Parts]:
-    """The parts of a suite that has only one."""
+    """Make the parts of a suite that has only one."""
     return lambda options: iter([((), partial(measure, options))])
 
 
 def at_once(work: Sequence[tuple[Suite, int]], count: int, options: Options, until: float = math.inf) -> int:
-    """Parts of suites in processes of their own, so many at once; what still runs at a moment is killed. How many failed."""
+    """Run parts of suites in up to `count` processes at a time and return the number of failures.
+
+    Processes that are still running at the deadline `until` are killed.
+    """
     waiting, running, failed = list(work), list[Any](), 0
     command = [sys.executable, "-m", "benchmarks", "--data", options.data, "--out", str(options.out)]
     command += [f"--epochs={options.epochs}"] if options.epochs else []
@@ -246,7 +252,7 @@ def at_once(work: Sequence[tuple[Suite, int]], count: int, options: Options, unt
 
 
 def machine() -> dict[str, Any]:
-    """Versions and hardware, without names of hosts or folders."""
+    """Versions and hardware, without host names or paths."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -262,7 +268,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(title: str, value: Any, indent: int = 0) -> None:
-    """Print numbers as they are nested; ratios with their middle half."""
+    """Print nested numbers; ratios are shown with their middle half."""
     if isinstance(value, dict) and "ratio" not in value:
         print(f"{'':{indent}}{title}", flush=True)
         for key, inner in value.items():
@@ -277,7 +283,7 @@ def show(title: str, value: Any, indent: int = 0) -> None:
 
 
 def pick(runs: Runs, **what: Any) -> Runs:
-    """The runs that have these values."""
+    """The runs with these values."""
     return [run for run in runs if all(name in run and run[name] == value for name, value in what.items())]
 
 
@@ -289,6 +295,6 @@ def spread(values: Sequence[float], digits: int = 2, factor: float = 100) -> str
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table, its first row the head."""
+    """A Markdown table whose first row is the header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

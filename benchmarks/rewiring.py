@@ -1,9 +1,9 @@
-"""The cost of moving connections: `python -m benchmarks cost-rewiring`.
+"""The cost of rewiring: `python -m benchmarks cost-rewiring`.
 
-Between updates: no masking, static random masks and each method take turns, step by step, on one model with the same masks
-in one run; each step is compared with the static one of its round. An update: one of every method over all weights of a
-ResNet-50, the copy of its gradients included, and one dense training step of the same network at batch 128 and 224 pixels,
-in turns. On a CPU that step is made of micro-batches of 16, so that it fits into memory.
+Between updates: training without masks, with static random masks and with each method is interleaved step by step, on one
+model with the same masks. Each step is compared with the static step of its round. Updates: one update of every method over
+all weights of a ResNet-50, including the copy of its gradients, is interleaved with a dense training step of the same
+network at batch 128 and 224 pixels. On a CPU, this step is split into micro-batches of 16 to fit into memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPARSITY = 0.9
 
 
 def _granet(sparsity: float, end: float = 1.0, **options: Any) -> GraNet:
-    """With the words of the others, whose `end` is where rewiring ends."""
+    """GraNet with the argument names of the other methods: `end` is where rewiring ends."""
     return GraNet(sparsity, rewiring_end=end, **options)
 
 
@@ -35,7 +35,7 @@ METHODS: dict[str, Callable[..., Rewiring]] = {"RigL": RigL, "SET": SET, "GraNet
 
 
 def steps(model: str, batch: int, rounds: int, device: str = "cpu", precision: Any = "32-true") -> dict[str, Any]:
-    """Time of a step on which no update is due, though every step finds that out anew."""
+    """Time steps without an update; every step still checks whether one is due."""
     static = RandomSparsity(SPARSITY)
 
     def make(module: Any) -> dict[str, Way]:
@@ -52,7 +52,7 @@ def steps(model: str, batch: int, rounds: int, device: str = "cpu", precision: A
 
 
 class Stopwatch(L.Callback):
-    """Adds up the seconds of a method on the steps of its updates, reading gradients included, and weighs what it holds."""
+    """Measure the seconds that a method spends on steps with an update, including reading gradients."""
 
     def __init__(self, method: Rewiring, device: str) -> None:
         self.method, self.device = method, device
@@ -81,9 +81,9 @@ class Stopwatch(L.Callback):
 
 
 def update(name: str, model: str, device: str) -> float:
-    """Seconds of an update over all weights, the median of three; the first of four warms up.
+    """Median time of three updates over all weights, in seconds, after one warm-up update.
 
-    What an update costs does not depend on the images, so there are few and small ones.
+    The cost of an update does not depend on the images, so there are only a few small ones.
     """
     method = METHODS[name](SPARSITY, every="2 steps", end=1.0, drop_fraction=0.3)
     watch = Stopwatch(method, device)
@@ -92,7 +92,7 @@ def update(name: str, model: str, device: str) -> float:
 
 
 def updates(quick: bool, rounds: int, device: str) -> dict[str, Any]:
-    """Updates of all methods beside a dense training step."""
+    """Time updates of all methods against a dense training step."""
     model = "resnet8" if quick else "resnet50"
     net = Net(model).to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
@@ -111,7 +111,7 @@ def updates(quick: bool, rounds: int, device: str) -> dict[str, Any]:
 
 
 class Scales(L.Callback):
-    """Last of the callbacks: weighs what a method holds, between steps and right before the optimizer moves."""
+    """Measure the memory that a method keeps, between steps and right before the optimizer step; listed last."""
 
     def __init__(self, method: Rewiring) -> None:
         self.method, self.usual, self.most = method, 0, 0
@@ -124,7 +124,7 @@ class Scales(L.Callback):
 
 
 def memory() -> dict[str, float]:
-    """Bytes per weight that a method holds, always and on a step with an update."""
+    """Bytes per weight that a method keeps, at all times and on a step with an update."""
     table: dict[str, float] = {}
     for name, make in METHODS.items():
         method = make(SPARSITY, every="2 steps", end=1.0)

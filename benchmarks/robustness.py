@@ -1,12 +1,12 @@
-"""Trainings that are killed by SIGKILL at random moments, resumed, and compared with one that was not.
+"""Training runs that are killed by SIGKILL at random moments, resumed, and compared with an uninterrupted run.
 
-    python -m benchmarks robustness                              every method below, and Lightning's ModelPruning beside them
+    python -m benchmarks robustness                              all methods below, and Lightning's ModelPruning
     python -m benchmarks robustness --only gradual --rounds 10   one method, killed ten times
 
-Each training is a process that checkpoints every few steps and, when it is started, goes on from the newest checkpoint that
-can be read. The end is the same if every weight, every buffer and every moment of the optimizer has the same bits. All
-methods prune to 90 %; ModelPruning removes the same share in three steps. Data: scikit-learn's digits, on the CPU. Kills in
-the middle of a write, and full disks, are in `writes.py`.
+Each run is a process that saves a checkpoint every few steps and, when started, resumes from the newest readable checkpoint.
+The results are the same if every weight, every buffer and every moment of the optimizer is bit-identical at the end. All
+methods prune to 90 %, ModelPruning with three removals of the same fraction. Data: scikit-learn's digits, on the CPU. Kills
+in the middle of a write, and full disks, are in `writes.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SPARSITY = 0.9
 
 
 def lightnings() -> list[L.Callback]:
-    """Lightning's own callback; what is left of the weights after three removals of the same share is a tenth."""
+    """Lightning's own callback. Three removals of the same fraction leave a tenth of the weights."""
     share = 1 - (1 - SPARSITY) ** (1 / 3)
     return [ModelPruning("l1_unstructured", amount=lambda epoch: share if epoch in (4, 8, 12) else 0)]
 
@@ -58,7 +58,7 @@ RUNS: dict[str, Callable[[], list[L.Callback]]] = {
 
 
 class Beat(L.Callback):
-    """Reports the progress of training to the other process."""
+    """Report the progress of training to the parent process."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "step"
@@ -68,7 +68,7 @@ class Beat(L.Callback):
 
 
 def newest(folder: Path) -> Path | None:
-    """The latest checkpoint that is whole; one that was being written when the process died is removed."""
+    """The latest readable checkpoint. Newer ones, which were being written when the process died, are deleted."""
     for path in sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]), reverse=True):
         try:
             torch.load(path, weights_only=False)
@@ -79,7 +79,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def bits(trainer: L.Trainer) -> str:
-    """A fingerprint of every weight, every buffer and every moment of the optimizer."""
+    """A hash of every weight, every buffer and every moment of the optimizer."""
     moments = (state for optimizer in trainer.optimizers for state in optimizer.state_dict()["state"].values())
     states = [trainer.lightning_module.state_dict(), *moments]
     tensors = [tensor for state in states for _, tensor in sorted(state.items()) if isinstance(tensor, Tensor)]
@@ -87,7 +87,7 @@ def bits(trainer: L.Trainer) -> str:
 
 
 def train(name: str, folder: Path) -> None:
-    """In the process that is killed: start or resume, and record the end."""
+    """Start or resume the run in the child process, and record its final state."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
@@ -109,7 +109,7 @@ def train(name: str, folder: Path) -> None:
 
 
 def run(name: str, folder: Path, deaths: Sequence[int] = ()) -> dict[str, Any]:
-    """In the process that kills: let one train to the end, and die at these steps, each counted over the whole training."""
+    """Supervise one run from the parent process, killing it at these steps, which are counted over the whole run."""
     folder.mkdir()
     died: list[int] = []
     command = [sys.executable, "-m", "benchmarks.robustness", name, str(folder)]
@@ -130,7 +130,7 @@ def run(name: str, folder: Path, deaths: Sequence[int] = ()) -> dict[str, Any]:
 
 
 def compare(name: str, kills: int, dice: random.Random) -> dict[str, Any]:
-    """The training that was left alone, and the one that was killed."""
+    """Compare an uninterrupted run with one that is killed."""
     with tempfile.TemporaryDirectory() as folder:
         whole = run(name, Path(folder) / "whole")
         deaths = sorted(dice.sample(range(2, whole["steps"] - 2), kills))

@@ -1,8 +1,9 @@
-"""The cost of masks when two processes hold half of every weight each: `python -m benchmarks cost-sharded`.
+"""The cost of masks when two processes each hold half of every weight: `python -m benchmarks cost-sharded`.
 
-Whole Lightning runs of linear layers under FSDP2, with and without `RigL`, each in processes of its own. What is sent is
-counted, and what a step and an update take is measured inside the run, by the stations of the method. Freed memory goes back
-to the system at once, so that the peak is what is needed at one time, and not what the allocator of the C library keeps.
+Linear layers are trained in whole Lightning runs under FSDP2, dense and with each method, each run in its own processes. The
+bytes sent are counted. The time of a step and of an update is measured inside the run, in the stations of the method. Freed
+memory is returned to the system at once, so the peak is the memory needed at one time, not what the allocator of the C
+library keeps.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from lightning_sparse.testing import run_on_ranks, trainer
 
 STEPS = 9
 SIZES = {25_165_824: (6, 2048), 100_663_296: (6, 4096), 402_653_184: (24, 4096)}
-"""By the number of weights: layers, and their width."""
+"""Number of layers and their width, by the number of weights."""
 
 M_MMAP_THRESHOLD = -3
-"""glibc: allocations larger than this are always returned after they are freed."""
+"""Option of glibc: allocations larger than this threshold are always returned to the system when freed."""
 
 METHODS: dict[str, Callable[[], list[Sparsifier]]] = {
     "dense": list,
@@ -71,7 +72,7 @@ class Stack(pl.LightningModule):
 
 
 class Ledger(Callback):
-    """Counts what this package sends, in place of `torch.distributed` there, and times the stations of a method."""
+    """Count the bytes that this package sends, in place of `torch.distributed`, and time the stations of a method."""
 
     def __init__(self) -> None:
         self.sent: dict[int, int] = {}
@@ -108,7 +109,7 @@ class Ledger(Callback):
 
 
 def trained(rank: int, layers: int, width: int, name: str) -> dict[str, Any]:
-    """One rank's part of a run."""
+    """Train on one rank and return its measurements."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     ledger = Ledger()
@@ -122,7 +123,10 @@ def trained(rank: int, layers: int, width: int, name: str) -> dict[str, Any]:
 
 
 def on_one_device(options: Options) -> dict[str, Any]:
-    """What no CPU can tell of shards: NCCL, a policy of bfloat16, a compiled block; the sparsity that each run ends with."""
+    """Check what cannot be tested on a CPU: NCCL, a bfloat16 policy and a compiled block, all with sharded weights.
+
+    The result is the final sparsity of each run.
+    """
     kind = "gpu" if options.device == "cuda" else "cpu"
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     found: dict[str, Any] = {}
@@ -142,7 +146,7 @@ def on_one_device(options: Options) -> dict[str, Any]:
 
 
 def measured(weights: int) -> dict[str, Any]:
-    """Of the slower rank: milliseconds of a step's masks, seconds of an update, MiB sent, and GiB beyond dense training."""
+    """Results of the slower rank: ms per step for masks, seconds per update, MiB sent, and GiB beyond dense training."""
     layers, width = SIZES[weights]
     seen = {name: run_on_ranks(trained, layers, width, name, timeout=1800) for name in METHODS}
     dense = max(rank["peak"] for rank in seen.pop("dense"))

@@ -1,12 +1,12 @@
-"""Sparse connectivity learning: the cost of a step, memory, and accuracy against price.
+"""Sparse connectivity learning: the cost of a step, memory, and accuracy by price.
 
     python -m benchmarks cost-sparse-connectivity-learning      ResNet-20, batch 128
     python -m benchmarks desk-prices --data DIR                 LeNet-300-100 on Fashion-MNIST
     python -m benchmarks claim-norms-lenet5 claim-norms-resnet8 --data DIR
 
-Prices: a sweep beside gradual magnitude pruning at the sparsities it led to, same seeds; and gradients normalized or not,
-each with the mask rate that is best on validation data, at equal sparsity. The last two do only that, on convolutional
-networks.
+`desk-prices` compares a sweep over prices with gradual magnitude pruning to the resulting sparsities, on the same seeds. It
+also compares normalized with unnormalized gradients at equal sparsity, each with the mask rate that is best on validation
+data. The last two suites make only the second comparison, on convolutional networks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lightning_sparse.models import LeNet300
 
 
 def step_time(model: str, rounds: int) -> dict[str, Any]:
-    """Step time with and without the callback, and the time inside its stations."""
+    """Time steps with and without the callback, and the time inside its stations."""
     method = SparseConnectivityLearning(price=0.05, end=1.0)
     turns = Turns([method], lambda module: {"dense": Way(), "SparseConnectivityLearning": Way([method])})
     turns.fit(Net(model), 128, 2 * (rounds + WARM_UP))
@@ -45,7 +45,7 @@ def step_time(model: str, rounds: int) -> dict[str, Any]:
 
 
 def memory(model: str) -> dict[str, float]:
-    """Bytes per weight that the callback holds while training and in the checkpoint, and at most for a moment in a step."""
+    """Bytes per weight that the callback keeps while training and in the checkpoint, and its short peak before the step."""
     method = SparseConnectivityLearning(price=0.05, end=1.0)
     numbers: dict[str, float] = {}
 
@@ -82,7 +82,7 @@ def costs(options: Options) -> Parts:
 
 @dataclass(frozen=True)
 class Given(accuracy.Setting):
-    """A setting with the callbacks of one run; and how unequal the gradients of features were, if one of them notes that."""
+    """A setting with the callbacks of one run. Results include the gradients of features if a callback records them."""
 
     made: Sequence[L.Callback] = ()
 
@@ -95,11 +95,11 @@ class Given(accuracy.Setting):
 
 
 class Features(L.Callback):
-    """Notes the gradients of mask variables as they come, the root mean square in each feature, early, midway and late.
+    """Record the gradients of mask variables early, midway and late in training: the root mean square in each feature.
 
     Args:
-        method: whose variables they are; not normalized, and listed after this.
-        batches: of each of the three epochs, over which squares are averaged.
+        method: method that has the variables; it must not normalize gradients and must be listed after this callback.
+        batches: number of batches at the start of each of the three epochs over which squares are averaged.
     """
 
     def __init__(self, method: SparseConnectivityLearning, batches: int = 50) -> None:
@@ -125,7 +125,7 @@ class Features(L.Callback):
         self.squares = state_dict["squares"]
 
     def found(self) -> dict[str, dict[str, list[float]]]:
-        """By epoch and weight, feature by feature."""
+        """The recorded values by epoch and weight, one per feature."""
         return {
             epoch: {name: [float(f"{value:.3g}") for value in square.sqrt().tolist()] for name, square in squares.items()}
             for epoch, squares in self.squares.items()
@@ -134,11 +134,11 @@ class Features(L.Callback):
 
 @dataclass(frozen=True)
 class Searched(Trainings):
-    """Some trainings need what others have found: the sparsity that a price led to, the mask rate that was best.
+    """A suite in which some runs need results of earlier ones: the sparsity that a price led to, or the best mask rate.
 
     Args:
-        name: of the suite and of its file.
-        setting: of all trainings.
+        name: name of the suite and its result file.
+        setting: recipe of all runs.
     """
 
     by: ClassVar[Sequence[str]] = ("study", "price", "norm", "target", "rate")
@@ -146,7 +146,7 @@ class Searched(Trainings):
     setting: accuracy.Setting
 
     def trained(self, options: Options, key: Mapping[str, Any], make: Callable[[], list[L.Callback]]) -> dict[str, Any]:
-        """One training; its callbacks are made only now, when others have been done."""
+        """Train once. The callbacks are created only now, after earlier runs have finished."""
         start, callbacks = process_time(), make()
         setting = replace(self.setting, data=accuracy.Large) if options.quick else self.setting
         numbers = accuracy.train(
@@ -163,10 +163,10 @@ class Searched(Trainings):
         return {**kept, "cpu_seconds": round(process_time() - start, 1)}
 
     def best(self, options: Options, study: str, **what: Any) -> dict[str, Any]:
-        """By validation accuracy."""
+        """The run with the best validation accuracy."""
         runs = pick(self.content(options.out).get("runs", []), study=study, **what)
         if not runs:
-            raise LeftOut(f"it needs {study} {what}")
+            raise LeftOut(f"it needs the results of {study} {what}")
         return max(runs, key=lambda run: run["val"])
 
     def recipe(self, options: Options) -> dict[str, Any]:
@@ -178,11 +178,11 @@ class Searched(Trainings):
 
 
 UNIT = {"rms": 0.01, "l2": 5e-4, "none": 3e-7}
-"""Where the controller starts: a hundredth of the rms of gradients, normalized and as they are."""
+"""Initial price of the controller: a hundredth of the root mean square of gradients, normalized or not."""
 
 
 def steered(norm: str, target: float, rate: float) -> SparseConnectivityLearning:
-    """The price is moved until the density is reached, so that all are compared at the same one."""
+    """A method whose price is adjusted until the density is reached, so that all runs are compared at the same density."""
     return SparseConnectivityLearning(price=UNIT[norm], sparsity=target, norm=norm, learning_rate=rate)
 
 
@@ -198,9 +198,9 @@ def at_a_price(price: float, **options: Any) -> list[L.Callback]:
 
 
 class Prices(Searched):
-    """Prices, and gradual magnitude pruning at the sparsity that each led to; then normalized or not.
+    """Prices, gradual magnitude pruning to the sparsity that each of them led to, and normalized or unnormalized gradients.
 
-    The mask rate is chosen by validation accuracy of one seed, then judged on others.
+    The mask rate is selected by the validation accuracy of one seed and then evaluated on other seeds.
     """
 
     def parts(self, options: Options) -> Parts:
@@ -232,14 +232,15 @@ class Prices(Searched):
 
 
 DECADES = {"rms": (1e-4, 1e-3, 1e-2, 1e-1), "l2": (3e-3, 3e-2, 3e-1, 3.0), "none": (1.0, 10.0, 100.0, 1000.0)}
-"""Mask rates; as the initial value of variables over them counts, they are the same ones in units of the gradients."""
+"""Mask rates. In units of the gradients they are the same, because only the ratio of initial variables to rate matters."""
 TUNED_AT = 0.95
 
 
 class Norms(Searched):
-    """Whether the gradients of features are to be normalized: three ways, each at the same densities with its own mask rate.
+    """Whether to normalize the gradients of features: three options, each at the same densities with its own mask rate.
 
-    The rate is chosen by validation accuracy of one seed at 95 %, then judged on other seeds and at 90 and 98 %, too.
+    The rate is selected by the validation accuracy of one seed at 95 %. It is then evaluated on other seeds, and at 90 and
+    98 % too.
     """
 
     targets: ClassVar[Sequence[float]] = (0.9, 0.95, 0.98)

@@ -1,9 +1,9 @@
-"""SparseGPT of one layer beside a plain version of its published loop: `python -m benchmarks cost-sparsegpt`.
+"""SparseGPT on one layer compared with a plain version of its published loop: `python -m benchmarks cost-sparsegpt`.
 
-A weight of 4096 x 4096, 2,048 rows of inputs, half of the weights removed, or two of every four kept. Both take the products
-of the inputs as they are and end with a pruned weight; they take turns in one run, each time is a ratio to ours of the same
-round, and each peak is that of a process of its own. What both come to is compared too, in both widths of numbers: in
-float64 masks are the same.
+The weight is 4096 x 4096, with 2,048 rows of inputs. Half of the weights are removed, or two of every four are kept. Both
+implementations start from the products of the inputs and end with a pruned weight. They are interleaved in one run, each
+time is a ratio to ours in the same round, and each peak is measured in a separate process. The results of both are compared
+too, in float32 and in float64; in float64, the masks are the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK, DAMPING = 128, 0.01
 
 
 def layer(size: int) -> tuple[Tensor, Tensor]:
-    """A weight, and the sums of products of its inputs, which are correlated as those of a trained network are."""
+    """A weight, and the sums of products of its inputs, which are correlated like those of a trained network."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator) / size**0.5
     mix = torch.eye(size) + torch.randn(size, size, generator=generator) / size**0.5
@@ -38,9 +38,9 @@ def ours(weight: Tensor, products: Tensor, n_m: tuple[int, int] | None) -> Tenso
 
 
 def published(weight: Tensor, products: Tensor, n_m: tuple[int, int] | None) -> Tensor:
-    """Algorithm 1 as it is printed, with the blocks of the published code: rows first, column by column.
+    """Algorithm 1 as printed, with the blocks of the published code: rows first, column by column.
 
-    Each block loses half of its entries exactly; a threshold over ties, or one too many, would be another mask.
+    Each block loses exactly half of its entries. A threshold that has ties, or is off by one entry, would give another mask.
     """
     matrix, hessian = weight.clone(), products.clone()
     columns, index = matrix.shape[1], torch.arange(matrix.shape[1])
@@ -83,8 +83,11 @@ def times(size: int, pattern: str, rounds: int, device: str) -> dict[str, Any]:
 
 
 def agreement(size: int, pattern: str) -> dict[str, dict[str, float]]:
-    """By the type of numbers: entries that only one of the two has removed, and the largest difference elsewhere, by the
-    largest weight. An entry of other rounding at a threshold changes the rest of its row, in both the same way it can.
+    """Compare the results of both implementations, by data type.
+
+    The numbers are the entries that only one of the two removes, and the largest difference elsewhere, relative to the
+    largest weight. If an entry at a threshold is rounded differently, the rest of its row changes. This can happen in both
+    implementations.
     """
     weight, products = layer(size)
     found = {}
@@ -100,7 +103,7 @@ def agreement(size: int, pattern: str) -> dict[str, dict[str, float]]:
 
 
 def peak(way: str, size: int, pattern: str, device: str = "cpu") -> float:
-    """MiB beyond the weight and the products."""
+    """Peak memory in MiB beyond the weight and the products."""
     weight, products = (tensor.to(device) for tensor in layer(size))
     return growth(lambda: WAYS[way](weight, products, PATTERNS[pattern]), device)
 

@@ -1,8 +1,8 @@
-"""Kernels of layers by their structure: what a layer with constant fan-in, or with blocks, takes beside dense and CSR.
+"""Kernels by structure: time of a layer with constant fan-in, or with blocks, compared with dense and CSR layers.
 
 python -m benchmarks kernels-fan-in        a perceptron of three layers, 2048 wide: condensed, compiled, CSR, dense
-python -m benchmarks kernels-blocks        the same with blocks of 4, 8 and 16, 90 % of them gone: BSR, CSR, dense
-python -m benchmarks ladders-structures    the export ladder of one small network, trained under each structure
+python -m benchmarks kernels-blocks        the same with blocks of 4, 8 and 16, 90 % of them removed: BSR, CSR, dense
+python -m benchmarks ladders-structures    the export ladder of one small network, trained with each structure
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WIDTH, LAYERS = 2048, 3
 
 
 class Gathered(nn.Module):
-    """The products of a condensed layer as a gather and a sum, which inductor makes one loop of."""
+    """The products of a condensed layer as a gather and a sum, which inductor fuses into one loop."""
 
     def __init__(self, layer: nn.Linear, indices: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Gathered(nn.Module):
 
 
 def perceptron(mask: Callable[[Tensor], Tensor]) -> nn.Sequential:
-    """Random weights under masks made of random scores, the same at every call."""
+    """A perceptron with random weights and masks from random scores, the same at every call."""
     torch.manual_seed(0)
     layers = [nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)]
     for layer in layers:
@@ -53,7 +53,7 @@ def perceptron(mask: Callable[[Tensor], Tensor]) -> nn.Sequential:
 
 
 def timed(models: Mapping[str, nn.Module], batch: int, rounds: int) -> dict[str, Any]:
-    """All interleaved; milliseconds, and speed relative to dense."""
+    """Time all models interleaved; return milliseconds, and speed relative to dense."""
     x = torch.randn(batch, WIDTH)
     expected = models["dense"](x)
     for model in models.values():
@@ -64,7 +64,7 @@ def timed(models: Mapping[str, nn.Module], batch: int, rounds: int) -> dict[str,
 
 
 def fan_in(options: Options) -> Parts:
-    """At four sparsities and two batches."""
+    """Constant fan-in at four sparsities and two batch sizes."""
     for sparsity in (0.8, 0.9, 0.95, 0.99):
         for batch in (1, 64):
             yield (f"{sparsity:g}, batch {batch}",), partial(condensed, sparsity, batch, options)
@@ -76,7 +76,7 @@ def condensed(sparsity: float, batch: int, options: Options) -> dict[str, Any]:
     models: dict[str, nn.Module] = {"dense": made()}
     for kernel in ("condensed", "csr"):
         models[kernel] = use_kernels(made(), {str(i): kernel for i in range(LAYERS)})
-    if batch == 1:  # a gather of a batch makes a tensor of batch x outputs x fan-in
+    if batch == 1:  # gathering a batch makes a tensor of batch x outputs x fan-in
         narrow: Any = models["condensed"]
         layers = zip(models["dense"], narrow, strict=True)  # type: ignore[call-overload]
         gathered = nn.Sequential(*(Gathered(dense, part.indices, part.values) for dense, part in layers))
@@ -85,7 +85,7 @@ def condensed(sparsity: float, batch: int, options: Options) -> dict[str, Any]:
 
 
 def blocks(options: Options) -> Parts:
-    """At 90 % and two batches."""
+    """Blocks of three sizes at 90 % and two batch sizes."""
     for size in (4, 8, 16):
         for batch in (1, 64):
             yield (f"{size}x{size}, batch {batch}",), partial(in_blocks, size, batch, options)
@@ -101,7 +101,7 @@ def in_blocks(size: int, batch: int, options: Options) -> dict[str, Any]:
 
 
 def tenth_of_blocks(score: Tensor, size: int) -> Tensor:
-    """The mask that keeps the best tenth of square blocks."""
+    """The mask that keeps the tenth of the square blocks with the highest scores."""
     by_block = block_score(score, size, size)
     return expand_blocks(top_k_masks([by_block], round(0.1 * by_block.numel()))[0], size, size)
 
@@ -113,11 +113,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "2:4": {"targets": ["!:last"]},
     "coupled": {"sparsity": 0.5, "budget": "macs"},
 }
-"""How the network is pruned under each structure; its last layer has ten outputs, which blocks of 8 do not divide."""
+"""How the network is pruned with each structure. Its last layer has ten outputs, which are not divisible by 8."""
 
 
 def ladders(options: Options) -> Parts:
-    """Gradual pruning by magnitude, then all rungs in turns: speed times dense, bytes, accuracy on every rung."""
+    """Gradual pruning by magnitude, then all rungs interleaved: speedup, bytes and accuracy of every rung."""
     for structure in SMALL:
         yield (structure,), partial(under, structure, options)
 

@@ -1,4 +1,4 @@
-"""The table of all suites, in order of value; `python -m benchmarks` lists what is missing in each."""
+"""All suites, most important first. `python -m benchmarks` lists how many parts of each are done."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def resnet8(*shape: int) -> nn.Module:
 
 
 def resnet32x2(*shape: int) -> nn.Module:
-    """The ResNet-32 of the pruning literature, of double width."""
+    """The ResNet-32 of the pruning literature, with double width."""
     return ResNet(*shape, depth=32, width=2)
 
 
 FAST = {"precision": "bf16-mixed", "memory_format": channels_last}
-"""What is faster on a CPU."""
+"""Options that are faster on a CPU."""
 CIFAR = Setting(CIFAR10, resnet20_half, 6, **FAST)
 SMALL = Setting(SmallImages, resnet20_half, 6, memory_format=channels_last)
-"""The same at a quarter of the work, in float32, for processors without fast bf16."""
+"""The same recipe with a quarter of the work, in float32, for processors without fast bf16."""
 FEW = (0.9, 0.98, 0.995)
 MANY = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
@@ -86,17 +86,17 @@ DESK = (
 
 TAMED = ("RigL, drop_fraction=0.1", "RigL, growth_per_output=True")
 CLAIMS = (
-    # RigL where it loses to static masks, and whether what helps there helps everywhere; static masks, and RigL as it is by
-    # default, are in the suites `desk-...` of the same settings.
+    # RigL where it loses to static masks, and whether what helps there helps everywhere. Static masks and RigL with its
+    # defaults are in the `desk-...` suites of the same settings.
     Comparison("claim-rigl-resnet20", CIFAR, TAMED, (0.9, 0.98)),
     Comparison("claim-rigl-lenet5", Setting(FashionMNIST, LeNet5, 5, 128, 0.05, **FAST), TAMED, MANY),
     Comparison("claim-rigl-lenet300", Setting(FashionMNIST, LeNet300, 15, 128, 0.05), TAMED, MANY),
     # Layer sparsity without a teacher that favors it.
     Layers("claim-layers", SIGNED, 10),
-    # Whether SCL's normalization is worth it.
+    # Whether the normalization of SCL helps.
     scl.Norms("claim-norms-lenet5", Setting(FashionMNIST, LeNet5, 10, 128, 0.05, **FAST)),
     scl.Norms("claim-norms-resnet8", Setting(CIFAR10, resnet8, 10, **FAST)),
-    # CKA-SR by its form and strength, and whether networks of less similar layers can be pruned further.
+    # CKA-SR by form and strength, and whether networks with less similar layers can be pruned further.
     Comparison(
         "claim-cka",
         Dissimilar(CIFAR10, resnet20_half, 10, **FAST),
@@ -111,25 +111,28 @@ CLAIMS = (
         (0.0,),
         similarity=True,
     ),
-    # HyperSparse where its phases have room: 8, at most 16, and the rest of 36 epochs.
+    # HyperSparse with enough epochs for its phases: 8, at most 16, and the rest of 36 epochs.
     Comparison(
         "claim-hypersparse",
         Setting(CIFAR10, resnet20_half, 36, **FAST),
         ("HyperSparse, 2 : 4 : 3", "L1-ART, 2 : 4 : 3", "gradual", "GraNet"),
         (0.99, 0.995),
     ),
-    # LpSS: how sparse vectors become on spheres; the published recipe is the suite `paper-lp-sphere-fashion`.
+    # LpSS: the sparsity of vectors on spheres. The published recipe is the suite `paper-lp-sphere-fashion`.
     Comparison("claim-hoyer", lp_sphere.OnSpheres(), lp_sphere.BY_EXPONENT, (0.0,)),
 )
-"""The central claim of each paper, where a CPU can decide it, in order of value."""
+"""Tests of the central claim of each paper, as far as a CPU can test it, most important first."""
 
 ART = {"epochs": 220, "batch_size": 64, "weight_decay": 1e-4, "milestones": (140, 180), "val_fraction": 1e-5}
-"""The published recipe of HyperSparse: 60 epochs, regularization until the pruned copy is as good, 160 epochs of fine-tuning
-(other methods: 60 + 160). All training images are used (the loader wants one for validation)."""
+"""The published recipe of HyperSparse.
+
+60 epochs, regularization until the pruned copy is as good, and 160 epochs of fine-tuning (other methods: 60 + 160). All
+training images are used, except the one that the loader needs for validation.
+"""
 LONG = {"epochs": 160, "milestones": (80, 120)}
 PHASED = "HyperSparse, as published"
 PAPER = (
-    # The README of the repository of LpSS.
+    # Published numbers: README of the LpSS repository.
     Comparison(
         "paper-lp-sphere-fashion",
         lp_sphere.PUBLISHED,
@@ -137,8 +140,9 @@ PAPER = (
         (0.5, 0.8, 0.9),
         published={"LpSphere": (94.43, 93.91, 93.29)},
     ),
-    # The appendix of CKA-SR, tables 2 (the entries of these strengths) and 5, which does not say how many samples it takes.
-    # The recipe of random static masks and CKA-SR; the published one reads the test set at the best validation epoch.
+    # Published numbers: appendix of CKA-SR, table 2 (the entries at these strengths), and table 5, which does not state the
+    # number of samples. The recipe is that of random static masks and CKA-SR. The published one reports test accuracy at the
+    # best validation epoch.
     Comparison(
         "paper-cka-cifar10",
         Setting(CIFAR10, ResNet, nesterov=True, **LONG),
@@ -160,8 +164,8 @@ PAPER = (
             "random + AugCKA-SR": (65.85, 60.89, 57.02, 48.39, 34.60, 3.04),
         },
     ),
-    # Networks, lengths and sparsities of the papers; their numbers were not at hand. First the recipe of GraSP, as others
-    # report it, then that of GraNet's script, whose code chooses the epoch by the test set.
+    # Networks, numbers of epochs and sparsities of the papers; the published results were not available. First the recipe of
+    # GraSP as reported by other papers, then that of GraNet's script, whose code selects the epoch on the test set.
     Comparison(
         "paper-initial-cifar10",
         Setting(CIFAR10, resnet32x2, weight_decay=1e-4, **LONG),
@@ -174,7 +178,7 @@ PAPER = (
         ("dense", "random", "gradual", "SET", "RigL", "GraNet"),
         (0.9, 0.95, 0.98),
     ),
-    # The rows of the HyperSparse repository's README: the best of all test epochs of phase 3, here the last one is taken.
+    # Published numbers: README of the HyperSparse repository, best test epoch of phase 3. Here the last epoch counts.
     *(
         Comparison(
             f"paper-hypersparse-{name}",
@@ -223,7 +227,7 @@ COST = (
 
 STRUCTURED = (
     *("dense", "gradual", "RigL", "AC/DC", "RigL, fan-in", "gradual, blocks of 4"),
-    *("gradual 2:4", "AC/DC 2:4", "SR-STE", "S-STE", "SR-STE, transposable"),  # at half, whatever the sparsity
+    *("gradual 2:4", "AC/DC 2:4", "SR-STE", "S-STE", "SR-STE, transposable"),  # at 50 %, regardless of the sparsity
 )
 COMING = (
     Comparison("desk-structures-lenet300", Setting(FashionMNIST, LeNet300, 15, 128, 0.05), STRUCTURED, (0.9,)),
@@ -242,7 +246,7 @@ COMING = (
     ),
     Measurements("cost-structures", methods.structured),
 )
-"""Suites whose numbers have not all been measured on a quiet machine yet."""
+"""Suites that have not been measured completely on a quiet machine yet."""
 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *CLAIMS, *PAPER, *COST, *COMING)}
 QUEUE = (*DESK, *CLAIMS, *(suite for suite in COMING if isinstance(suite, Trainings)), *PAPER)

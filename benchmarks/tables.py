@@ -1,12 +1,12 @@
-"""The tables of docs/evidence/, and some of other pages, made from the results, and two figures.
+"""Make the tables of docs/evidence/ and of some other pages from the results, and two figures.
 
     python -m benchmarks.tables                            write the tables into the pages
-    python -m benchmarks.tables cka                        print one
-    python -m benchmarks.tables --draw docs/accuracy.png   draw `desk-lenet300`
-    python -m benchmarks.tables --draw docs/imbalance.png  draw gradients of `claim-norms-lenet5`
+    python -m benchmarks.tables cka                        print one table
+    python -m benchmarks.tables --draw docs/accuracy.png   draw the figure of `desk-lenet300`
+    python -m benchmarks.tables --draw docs/imbalance.png  draw the gradients of `claim-norms-lenet5`
 
-A table is between `<!-- its name -->` and `<!-- end -->`; what is between is replaced. A test fails if a page and the
-results differ. The best of a column is bold.
+A table is placed between `<!-- its name -->` and `<!-- end -->`; everything in between is replaced. A test fails if a page
+and the results differ. The best value of a column is bold.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def percent(sparsities: Sequence[float]) -> Row:
 
 
 def accuracy(name: str, work: bool = True, beside: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
-    """A comparison, with runs of another one of the same setting; the best at 98 % first."""
+    """A comparison, with optional runs from another suite of the same setting; the best method at 98 % comes first."""
     suite, found = SUITES[name], [*runs(name), *beside]
     rows = []
     for method in dict.fromkeys(run["method"] for run in found if run["method"] != "dense"):
@@ -129,7 +129,7 @@ def growth() -> list[Row]:
 
 
 def cka() -> list[Row]:
-    """Accuracy and similarity, and the difference seed by seed."""
+    """Accuracy and similarity, and the difference per seed."""
     suite, found = SUITES["desk-cka"], runs("desk-cka")
     rows = [[label(method)] for method in suite.methods] + [["difference, seed by seed"]]
     for sparsity in suite.sparsities:
@@ -143,7 +143,7 @@ def cka() -> list[Row]:
 
 
 def scl() -> list[Row]:
-    """What prices lead to, beside gradual pruning to the same sparsities."""
+    """Results of each price, compared with gradual pruning to the same sparsity."""
     found = runs("desk-prices")
     rows = []
     for price in sorted({run["price"] for run in pick(found, study="gradual")}):
@@ -155,7 +155,7 @@ def scl() -> list[Row]:
 
 
 def lpss() -> list[Row]:
-    """The sphere beside static masks."""
+    """Spheres compared with static masks."""
     found, sparsities = runs("desk-lp-sphere"), SUITES["desk-lp-sphere"].sparsities
     rows = [[label(m), *(tests(found, method=m, sparsity=s) for s in sparsities)] for m in ("static", "LpSphere")]
     embolden(rows, (1, 2, 3))
@@ -163,7 +163,7 @@ def lpss() -> list[Row]:
 
 
 def simulation() -> list[Row]:
-    """Error and depth after layers have merged."""
+    """Error and depth after layers are merged."""
     found = pick(runs("desk-layers-simulation"), setting="1/3 of inner layers signed")
     rows = []
     for fit, strength, label in (
@@ -193,13 +193,13 @@ def ratio(found: dict[str, float], digits: int = 2) -> str:
 
 
 def places(titles: Iterable[str]) -> Row:
-    """Model and batch, of titles that name them."""
+    """Model and batch size, from titles that name them."""
     found = [re.search(r"(\w+), batch (\d+)", title) for title in titles]
     return [f"{MODELS[match[1]]}, {match[2]}" for match in found]
 
 
 def overhead() -> list[Row]:
-    """Steps beside the peers."""
+    """Step times compared with other libraries."""
     columns = numbers("cost-overhead")
     rows = [["dense, ms", *(f"{1e3 * column['dense']['seconds']:.0f}" for column in columns.values())]]
     for way, label in LABELS.items():
@@ -210,7 +210,7 @@ def overhead() -> list[Row]:
 
 
 def updates() -> list[Row]:
-    """Mask updates by the number of weights."""
+    """Times of mask updates by the number of weights."""
     columns = {title.split()[2]: c for title, c in numbers("cost-updates").items() if title.startswith("mask update")}
     rows = [["`MagnitudePruning`, ms", *(f"{1e3 * c['MagnitudePruning']['seconds']:.0f}" for c in columns.values())]]
     for way, label in {
@@ -223,7 +223,7 @@ def updates() -> list[Row]:
 
 
 def methods() -> list[Row]:
-    """Steps of every method beside dense ones, between changes of masks."""
+    """Step times of every method relative to dense steps, between changes of masks."""
     columns = numbers("cost-methods")
     rows = [["dense, ms", *(f"{statistics.median(r['dense, ms'] for r in c.values()):.0f}" for c in columns.values())]]
     for method in columns["mlp, batch 32"]:
@@ -232,7 +232,7 @@ def methods() -> list[Row]:
 
 
 def inside() -> list[Row]:
-    """The part of a step inside every method, between and at changes of masks; and the memory it keeps."""
+    """Fraction of a step spent inside every method, between and at changes of masks, and the memory it keeps."""
     columns = numbers("cost-methods")
     rows = []
     for method in columns["mlp, batch 32"]:
@@ -244,7 +244,7 @@ def inside() -> list[Row]:
 
 
 def memory(name: str) -> list[Row]:
-    """Peak memory of every method, or beside the peers."""
+    """Peak memory of every method, or compared with other libraries."""
     columns = numbers(name)
     ways = [way for way in columns["mlp, batch 32"] if way != "dense"]
     if name == "memory-overhead":
@@ -253,7 +253,7 @@ def memory(name: str) -> list[Row]:
 
 
 def peaks(columns: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[str, str]) -> list[Row]:
-    """Ratios to the plain training of the same turn: the median, and the range where turns differ."""
+    """Ratios to plain training in the same round: the median, and the range if rounds differ."""
 
     def cell(column: Mapping[str, Sequence[float]], way: str) -> str:
         ratios = [mine / plain for mine, plain in zip(column.get(way, []), column["dense"], strict=False)]
@@ -266,7 +266,7 @@ def peaks(columns: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[
 
 
 def sparsegpt() -> list[Row]:
-    """One large layer beside a plain version of the published loop."""
+    """One large layer compared with a plain version of the published loop."""
     columns = {title.rpartition(", ")[2]: column for title, column in numbers("cost-sparsegpt").items()}
     rows = [["ours, s", *(f"{c['time']['ours']['seconds']:.1f}" for c in columns.values())]]
     rows.append(["the published loop, relative to that", *(ratio(c["time"]["published loop"], 1) for c in columns.values())])
@@ -295,7 +295,7 @@ def perplexity() -> list[Row]:
 
 
 def finetuning() -> list[Row]:
-    """Steps of what takes a model that exists, and what of them is spent inside."""
+    """Step times of methods that start from an existing model, and the fraction spent inside the method."""
     columns = numbers("cost-finetuning")
     rows = []
     for method in columns["vit, batch 32"]:
@@ -307,7 +307,7 @@ def finetuning() -> list[Row]:
 
 
 def sharded() -> list[Row]:
-    """Masks on weights of which each of two ranks holds half."""
+    """Masks on weights that are split in half between two ranks."""
     columns = {title.split()[2]: column for title, column in numbers("cost-sharded").items()}
     rows = [["dense training, peak of a rank in GiB", *(f"{c['dense']['peak in GiB']:.1f}" for c in columns.values())]]
     for way, label in (("RigL", "`RigL`"), ("global threshold", "`MagnitudePruning`, global")):
@@ -322,7 +322,7 @@ def sharded() -> list[Row]:
 
 
 def rungs(found: Mapping[str, Any], note: str = "", only: Sequence[str] = ()) -> list[Row]:
-    """A row for each rung that was written: size, gain beside the dense model in the same runtime, and exactness."""
+    """One row per rung that was written: size, gain over the dense model in the same runtime, and exactness."""
     rows = []
     for name, rung in found["rungs"].items():
         if not rung["file"] or not rung["latency"] or (only and name not in only):
@@ -337,20 +337,20 @@ def rungs(found: Mapping[str, Any], note: str = "", only: Sequence[str] = ()) ->
 
 
 def gain(dense: Mapping[str, float], ours: Mapping[str, float]) -> str:
-    """How many times as fast, and whether the middle halves of both lie apart."""
+    """The speedup, marked as level if the middle halves overlap."""
     apart = ours["high"] < dense["low"] or ours["low"] > dense["high"]
     return f"{dense['median'] / ours['median']:.2f}" + ("" if apart else " (level)")
 
 
 def exported() -> list[Row]:
-    """ResNet-20 as trained, and what removing does with its normalizations folded."""
+    """ResNet-20 as trained, and the result of removing channels with folded normalizations."""
     found = numbers("export-resnet")
     folded = rungs(found["normalization folded"], ", `fold=True`", only=("removed",))
     return [[*RUNGS, "test accuracy, %"], *rungs(found["as trained"]), *folded]
 
 
 def perceptron() -> list[Row]:
-    """The wide perceptron, which has not been trained."""
+    """The wide perceptron, which is not trained."""
     return [RUNGS, *(row[:-1] for row in rungs(numbers("export-mlp")))]
 
 
@@ -384,7 +384,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
 
 
 def block(name: str) -> str:
-    """A table, or a line that there is none yet; for a claim, also how many of its runs are done."""
+    """A table, or a line that says there are no results yet. For a claim, also how many of its runs are done."""
     rows = TABLES[name]()
     table = [markdown(rows)] if len(rows) > 1 else []
     said = [progress(CLAIMS[name][1])] if name in CLAIMS else [] if table else [NOT_MEASURED]
@@ -392,7 +392,7 @@ def block(name: str) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with every table as the results have it."""
+    """The page with all its tables made from the current results."""
 
     def fresh(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n\n{block(match[1])}\n\n<!-- end -->"
@@ -404,7 +404,7 @@ def filled(page: str) -> str:
 
 
 def draw(suite: Comparison, found: Sequence[Mapping[str, Any]], file: Path, columns: int = 5) -> None:
-    """One axis per method, all others behind it in gray; errors against densities, in percent."""
+    """Plot error against density in percent, one axis per method, with all other methods in gray behind it."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -448,7 +448,7 @@ def draw(suite: Comparison, found: Sequence[Mapping[str, Any]], file: Path, colu
 
 
 def draw_features(epochs: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
-    """One axis per layer: the gradients of mask variables, feature by feature in order of size, by epoch."""
+    """Plot the gradients of mask variables by epoch, one axis per layer, with features sorted by size."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -484,13 +484,13 @@ FIGURES: dict[str, Callable[[Path], None]] = {
         next(run["features"] for run in runs("claim-norms-lenet5") if run.get("features")), file
     ),
 }
-"""By the name of their file."""
+"""Functions that draw the figures, by file name."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", choices=TABLES)
-    parser.add_argument("--draw", type=Path, metavar="FILE", help=f"a figure instead: {' or '.join(FIGURES)}")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help=f"draw a figure instead: {' or '.join(FIGURES)}")
     options = parser.parse_args()
     if options.draw:
         if options.draw.name not in FIGURES:

@@ -1,4 +1,4 @@
-"""One factory for what benchmarks train: quiet Trainers that can be killed or held, networks by name, random images."""
+"""Shared parts of the benchmarks: quiet Trainers that can be paused or killed, networks by name, and random images."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from lightning_sparse.models import ResNet
 
 
 def quiet(callbacks: Sequence[L.Callback] = (), device: str = "auto", **options: Any) -> L.Trainer:
-    """A Trainer on one device that prints and writes nothing, unless options request it."""
+    """Make a Trainer on one device that prints and writes nothing unless options request it."""
     how: dict[str, Any] = {"accelerator": "gpu" if device == "cuda" else device, "devices": 1, "logger": False}
     how |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(callbacks=list(callbacks), **how | options)
 
 
 def wait_while(file: Path | None) -> None:
-    """Wait until the file is gone."""
+    """Wait until the file no longer exists."""
     while file is not None and file.exists():
         sleep(1.0)
 
 
 class Pause(L.Callback):
-    """Lets a training finish the step it is in and leave its state, when it is to wait or to end.
+    """Let a run finish its current step and save its state before it pauses or ends.
 
     Args:
-        file: everything waits while it is there.
-        checkpoint: where the state goes, then and when the process is asked to end (SIGTERM).
+        file: training pauses while this file exists.
+        checkpoint: path for the state, saved when the run pauses or receives SIGTERM.
     """
 
     def __init__(self, file: Path | None, checkpoint: Path | None = None) -> None:
@@ -60,19 +60,19 @@ class Pause(L.Callback):
         self.on_validation_batch_end(trainer)
 
     def waits(self, trainer: L.Trainer) -> bool:
-        """The Trainer ends by itself after a step in which it was asked to."""
+        """Whether to pause. After SIGTERM, the Trainer ends the run by itself after the current step."""
         return self.file is not None and self.file.exists() and not trainer.received_sigterm
 
 
 def resumable(
     checkpoint: Path | None, epochs: int, stop: Path | None = None
 ) -> tuple[list[L.Callback], dict[str, Any], Path | None]:
-    """Callbacks and options of a Trainer that leaves its state some twenty times on the way, and where it is to begin.
+    """Callbacks and options of a Trainer that saves its state about twenty times, and the checkpoint to resume from.
 
     Args:
-        checkpoint: where it leaves its state; None for nowhere.
-        epochs: of the training.
-        stop: a file that holds the training while it is there.
+        checkpoint: path for the state; None saves nothing.
+        epochs: number of epochs of the run.
+        stop: training pauses while this file exists.
     """
     if checkpoint is None:
         return [Pause(stop)], {}, None
@@ -90,7 +90,10 @@ def resumable(
 def trained(
     module: L.LightningModule, data: Any, callbacks: Sequence[L.Callback], name: str, options: Options, epochs: int
 ) -> L.LightningModule:
-    """A module in evaluation mode, trained on the CPU; with `--work` its state stays there, and is not made twice."""
+    """Train a module on the CPU and return it in evaluation mode.
+
+    With `--work`, its state is kept in that folder, and the module is not trained again.
+    """
     length = options.epochs or (1 if options.quick else epochs)
     checkpoint = options.work and options.work / f"{name}-{length}-epochs-{lightning_sparse.__version__}.ckpt"
     saving, keeping, begun = resumable(checkpoint, length, options.stop)
@@ -106,7 +109,7 @@ def perceptron(*sizes: int) -> nn.Module:
 
 def vit() -> nn.Module:
     net = torchvision.models.VisionTransformer(32, 4, 6, 3, 192, 768, num_classes=10)
-    nn.init.normal_(net.heads.head.weight, std=0.02)  # zeros as it is made, at which no score says anything
+    nn.init.normal_(net.heads.head.weight, std=0.02)  # zero by default, which makes scores meaningless
     return net
 
 
@@ -118,7 +121,7 @@ def resnet18() -> nn.Module:
 
 
 def chain(layers: int) -> nn.Module:
-    """With layers so small that only the calls cost time."""
+    """A chain of layers so small that only the calls take time."""
     return nn.Sequential(
         nn.AdaptiveAvgPool3d((1, 4, 4)), nn.Flatten(), *(nn.Linear(16, 16, bias=False) for _ in range(layers))
     )
@@ -137,11 +140,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vit": vit,
     **{f"chain of {layers}": partial(chain, layers) for layers in (3, 50, 300)},
 }
-"""For images of 32 pixels and ten classes, but for ResNet-50."""
+"""Networks for images of 32 pixels and ten classes, except ResNet-50."""
 
 
 class Net(L.LightningModule):
-    """One of them, made from one seed; SGD with momentum, and a term in the loss if somebody sets it."""
+    """A network by name, always with the same seed; trained by SGD with momentum, with an optional term in the loss."""
 
     def __init__(self, name: str, **sgd: Any) -> None:
         super().__init__()
@@ -159,5 +162,5 @@ class Net(L.LightningModule):
 
 
 def random_images(batch: int, steps: int, side: int = 32, classes: int = 10) -> DataLoader[Any]:
-    """The same batch in every step."""
+    """The same random batch in every step."""
     return DataLoader([(torch.rand(batch, 3, side, side), torch.randint(0, classes, (batch,)))] * steps, batch_size=None)

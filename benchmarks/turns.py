@@ -1,8 +1,8 @@
-"""Interleaved timing of functions, or of ways of training one model, in one run; and memory, in a separate process.
+"""Interleaved timing of functions, or of variants of training one model, in one run; and memory in a separate process.
 
-Two runs of one thing differ by more than what is measured here, through where their memory happens to lie and what else the
-machine does. So ways take turns, step by step, every other round in the other order; each step is compared with one of its
-own round, and the median over rounds is the number, with the middle half as spread.
+Two runs of the same code differ by more than the effects measured here, because of memory placement and other load on the
+machine. Variants are therefore interleaved step by step, and every other round goes in reverse order. Each step is compared
+with one of its own round. The result is the median over rounds, with the middle half as spread.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.trainers import quiet, random_images
 from lightning_sparse.loop import Sparsifier
 
 WARM_UP = 3
-"""Rounds that do not count."""
+"""Number of rounds that are not counted."""
 
 Numbers = dict[str, float]
 
@@ -44,7 +44,7 @@ def now(device: str = "cpu") -> float:
 
 
 def timed(function: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of one call."""
+    """Time one call, in seconds."""
     start = now(device)
     function()
     return now(device) - start
@@ -53,7 +53,7 @@ def timed(function: Callable[[], Any], device: str = "cpu") -> float:
 def in_turns(
     ways: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = WARM_UP
 ) -> list[Numbers]:
-    """Seconds of all functions in every round; one that returns a float has taken the time itself."""
+    """Time all functions in every round, in seconds. A function that returns a float has measured its own time."""
     seen = []
     for number in range(warm_up + rounds):
         times = {}
@@ -73,7 +73,7 @@ def middle(values: Sequence[float]) -> Numbers:
 
 
 def ratios(rounds: Sequence[Numbers], base: str) -> dict[str, Numbers]:
-    """Each way against the base of the same round."""
+    """Ratios of each variant to the baseline in the same round."""
     return {
         name: {**middle([r[name] / r[base] for r in rounds]), "seconds": statistics.median(r[name] for r in rounds)}
         for name in rounds[0]
@@ -81,20 +81,20 @@ def ratios(rounds: Sequence[Numbers], base: str) -> dict[str, Numbers]:
 
 
 def share(seconds: Sequence[float], of: float) -> Numbers:
-    """Times as a part of another."""
+    """Times as fractions of the time `of`."""
     return {**middle([value / of for value in seconds]), "seconds": statistics.median(seconds)}
 
 
-# ---- ways of training --------------------------------------------------------------------------------------------------
+# ---- variants of training ----------------------------------------------------------------------------------------------
 
 
 def nothing() -> None:
-    """Nothing is to be done."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """One way of training a model: methods of this package that act meanwhile, and what else is done, and when."""
+    """A variant of training one model: the active methods of this package, and functions to call at certain moments."""
 
     methods: Sequence[Sparsifier] = ()
     enter: Callable[[], Any] = nothing
@@ -104,7 +104,7 @@ class Way:
 
 
 class Step(NamedTuple):
-    """Whose turn it was, its seconds, those inside the stations of methods, whether masks changed, and whether it counts."""
+    """One step: its variant, its seconds, those inside stations of methods, whether masks changed, and whether it counts."""
 
     way: str
     seconds: float
@@ -114,15 +114,15 @@ class Step(NamedTuple):
 
 
 class Turns(L.Callback):
-    """First of the callbacks: hands the model over to another way before each step, and times all steps.
+    """Switch the model to another variant before each step, and time all steps. Must be listed first.
 
-    All methods begin in the first step, and all take part at the start of every epoch.
+    All methods begin in the first step, and all are active at the start of every epoch.
 
     Args:
-        methods: of this package, that any of the ways needs.
-        make: the ways, asked for with the module after the first step.
-        swing: whether every other round goes in the other order.
-        device: that is waited for.
+        methods: methods of this package that any of the variants needs.
+        make: function that makes the variants from the module, called after the first step.
+        swing: whether every other round goes in reverse order.
+        device: device that must finish its work before the time is read.
     """
 
     def __init__(
@@ -135,20 +135,20 @@ class Turns(L.Callback):
         self.started, self.inside, self.depth, self.changed = 0.0, 0.0, 0, False
 
     def fit(self, module: L.LightningModule, batch: int, steps: int, epochs: int = 1, **options: Any) -> None:
-        """Train on random images; so many steps in an epoch."""
+        """Train on random images, with `steps` steps per epoch."""
         callbacks = [self, *self.methods, *options.pop("callbacks", ()), _Last(self)]
         with loop.watched(self.timing, self.noting):
             quiet(callbacks, self.device, max_epochs=epochs, **options).fit(module, random_images(batch, steps))
 
     def table(self, base: str) -> dict[str, Any]:
-        """Steps of all ways as ratios to one of them."""
+        """Step times of all variants as ratios to one of them."""
         count = len(self.ways)
         whole = range(WARM_UP * count, len(self.steps) - count + 1, count)
         rounds = [{step.way: step.seconds for step in self.steps[start : start + count]} for start in whole]
         return ratios([{name: times[name] for name in self.ways} for times in rounds], base)
 
     def inside_of(self, way: str, of: float) -> Numbers:
-        """Seconds inside stations as a part of others."""
+        """Seconds inside stations as fractions of the time `of`."""
         return share([step.inside for step in self.steps[WARM_UP * len(self.ways) :] if step.way == way], of)
 
     def hand_over(self, way: Way) -> None:
@@ -159,7 +159,7 @@ class Turns(L.Callback):
         self.current = way
 
     def counts(self) -> bool:
-        """Whether the step that ends now is one of those that are asked for."""
+        """Whether the step that ends now is included in the results."""
         return True
 
     def timing(self, function: Any) -> Any:
@@ -171,7 +171,7 @@ class Turns(L.Callback):
                 return function(*args, **kwargs)
             finally:
                 self.depth -= 1
-                if not self.depth:  # one station may visit another
+                if not self.depth:  # one station may call another
                     self.inside += perf_counter() - start
 
         return run
@@ -206,13 +206,13 @@ class Turns(L.Callback):
         self.current.after_step()
 
     def end(self) -> None:
-        """The step is over."""
+        """Record the step that has ended."""
         seconds = now(self.device) - self.started
         self.steps.append(Step(self.way, seconds, self.inside, self.changed, self.counts()))
 
 
 class _Last(L.Callback):
-    """Last of the callbacks: ends the step."""
+    """End the step. Listed last."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
@@ -225,7 +225,7 @@ class _Last(L.Callback):
 
 
 def growth(function: Callable[[], Any], device: str = "cpu") -> float:
-    """MiB by which what this process holds in memory grows at most while the function runs (of the host: on Linux)."""
+    """Peak growth of the memory of this process in MiB while the function runs; host memory is measured on Linux only."""
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -243,10 +243,10 @@ def growth(function: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def alone(module: str, *arguments: str) -> float:
-    """The last number that a process of its own prints.
+    """Run a module in a separate process and return the last number that it prints.
 
-    It has one thread, and gives back to the system what it frees in blocks of a megabyte or more, so that its peak is of
-    what it needs at once, not of what the allocator has kept.
+    The process has one thread and returns freed blocks of a megabyte or more to the system. Its peak is therefore the memory
+    that it needs at one time, not what the allocator keeps.
     """
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
@@ -260,7 +260,7 @@ def alone(module: str, *arguments: str) -> float:
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
-    """Bytes of tensors alive at once beyond those before, by the profiler's own account."""
+    """Bytes of tensors that are alive at the same time, beyond those before, as recorded by the profiler."""
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -272,7 +272,10 @@ def peak_memory(function: Callable[[], Any]) -> int:
 
 
 def held(keeper: Any, module: torch.nn.Module | None = None) -> int:
-    """Bytes of all tensors that an object of the package keeps, each storage once, those of a model left out."""
+    """Bytes of all tensors that an object of the package keeps.
+
+    Each storage counts once. Parameters and gradients of `module` do not count.
+    """
     parameters = [] if module is None else list(module.parameters())
     own = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
     seen: set[int] = {tensor.untyped_storage().data_ptr() for tensor in own}
@@ -287,7 +290,7 @@ def held(keeper: Any, module: torch.nn.Module | None = None) -> int:
         seen.add(key)
         if storage is not None:
             total += storage.nbytes()
-        elif isinstance(value, dict):  # others may compute what they are asked for
+        elif isinstance(value, dict):  # other mappings may compute their values
             values.extend(value.values())
         elif isinstance(value, list | tuple):
             values.extend(value)

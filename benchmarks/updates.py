@@ -1,6 +1,6 @@
-"""What a global mask update costs beside the ways people use now, and what masks weigh: `python -m benchmarks cost-updates`.
+"""Global mask updates compared with other implementations, and memory of masks: `python -m benchmarks cost-updates`.
 
-All ways take turns in one run; each time is a ratio to ours of the same round.
+All variants are interleaved in one run. Each time is a ratio to ours in the same round.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from lightning_sparse.functional import magnitude
 
 
 def updates(weights: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
-    """A global mask update over many weights; on a CPU the others up to 300 M: they need more than 20 bytes per weight."""
+    """Time a global mask update over `weights` weights.
+
+    On a CPU, the other implementations run only up to 300 M weights, because they need more than 20 bytes per weight.
+    """
     torch.manual_seed(0)
 
     def fresh() -> nn.Module:

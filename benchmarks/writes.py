@@ -1,13 +1,13 @@
-"""What SIGKILL in the middle of a write, and a full disk, leave of a training's checkpoints.
+"""Checkpoints of a training run after SIGKILL in the middle of a write, and after a full disk.
 
     python -m benchmarks robustness-writes                   100 kills each, of our writer and of Lightning's
-    python -m benchmarks robustness-writes --rounds 5        five
+    python -m benchmarks robustness-writes --rounds 5        five kills each
 
-A training that keeps nothing but `last.ckpt` is killed while it writes that file, at a moment drawn anew each time, and goes
-on from it. It is lost if the file cannot be read then. Folder of the run and folder for temporary files are on one file
-system, or on two (`/dev/shm`). On the full disk the training keeps every checkpoint until there is no room, and goes on from
-the newest that can be read when there is. Data: scikit-learn's digits, a perceptron of 1.2 M weights, on the CPU; a process
-is a fork of this one, so that a life takes half a second.
+A run that keeps only `last.ckpt` is killed while it writes that file, at a random moment each time, and resumes from the
+file. The run is lost if the file is unreadable. The folder of the run and the folder for temporary files are on one file
+system, or on two (`/dev/shm`). In the test of a full disk, the run keeps every checkpoint until no space is left, and
+resumes from the newest readable one when there is space again. Data: scikit-learn's digits, a perceptron of 1.2 M weights,
+on the CPU. Each process is a fork of this one, so a run takes only half a second from its start to the kill.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ FORK = multiprocessing.get_context("fork")
 def train(
     writer: str, folder: Path, temporary: Path, tell: Connection, keep_all: bool = False, room: int | None = None
 ) -> None:
-    """In a process of its own: begin, or go on from the newest checkpoint, and tell of every write and of the end.
+    """Start or resume the run in the child process, and report every write and the end.
 
     Args:
-        writer: by name.
-        folder: of the checkpoints.
-        temporary: for temporary files.
-        tell: where to.
-        keep_all: every checkpoint, not only the last.
-        room: no file can be larger once two are written, as on a full disk; in bytes.
+        writer: name of the writer.
+        folder: folder for the checkpoints.
+        temporary: folder for temporary files.
+        tell: connection to the parent process.
+        keep_all: whether to keep every checkpoint, not only the last one.
+        room: largest file size in bytes after two files are written, to simulate a full disk.
     """
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -101,13 +101,13 @@ def train(
 
 
 def live(*args: Any, kill_after: Callable[[], float] | None = None, spare: int = 0, **options: Any) -> dict[str, Any]:
-    """One life of a training.
+    """Train in a child process until the run ends or is killed.
 
     Args:
-        args: of `train`, without where to tell.
-        kill_after: begin of a write, in seconds; None lets it live.
-        spare: writes that are let through first.
-        options: of `train`.
+        args: arguments of `train`, without `tell`.
+        kill_after: function that returns the seconds between the start of a write and the kill; None does not kill.
+        spare: number of writes that complete before the kill.
+        options: options of `train`.
     """
     hear, tell = FORK.Pipe(duplex=False)
     child = FORK.Process(target=train, args=(*args, tell), kwargs=options)
@@ -135,7 +135,7 @@ def live(*args: Any, kill_after: Callable[[], float] | None = None, spare: int =
 
 
 def kills(writer: str, two: bool, count: int, dice: random.Random) -> dict[str, Any]:
-    """Kill inside so many writes, a new training whenever one has come to its end."""
+    """Kill `count` times in the middle of a write. A new run starts whenever one has finished."""
     with places(two) as (folder, temporary):
         whole = live(writer, folder / "whole", temporary)
         longest = 1.2 * statistics.median(whole["lengths"])
@@ -147,7 +147,7 @@ def kills(writer: str, two: bool, count: int, dice: random.Random) -> dict[str, 
                 wanted = None if inside >= count else lambda: dice.uniform(0, longest)
                 life = live(writer, run, temporary, kill_after=wanted, spare=spare)
                 inside, outside = inside + life["inside"], outside + (life["end"] is None and not life["inside"])
-                end, spare = life["end"], 1  # the write that was cut off comes again, and is let through
+                end, spare = life["end"], 1  # the interrupted write is repeated, and completes
                 last = run / "last.ckpt"
                 if end is None and last.exists() and why_unreadable(last):
                     lost += 1
@@ -164,7 +164,7 @@ def kills(writer: str, two: bool, count: int, dice: random.Random) -> dict[str, 
 
 
 def full(writer: str) -> dict[str, Any]:
-    """Write until there is no room, look at what is there, and go on when there is room again."""
+    """Write until no space is left, check the files, and resume when there is space again."""
     with places(True) as (folder, temporary):
         whole = live(writer, folder / "whole", temporary)
         size = (folder / "whole" / "last.ckpt").stat().st_size
@@ -191,7 +191,7 @@ def full(writer: str) -> dict[str, Any]:
 
 
 def mount(folder: Path, size: int, remount: str = "") -> bool:
-    """Whether a small disk could be mounted, which takes rights."""
+    """Try to mount a small disk, which needs privileges, and return whether it worked."""
     command = ["mount", "-t", "tmpfs", "-o", f"{remount}size={size}", "tmpfs", str(folder)]
     try:
         return subprocess.run(command, capture_output=True).returncode == 0
@@ -201,14 +201,14 @@ def mount(folder: Path, size: int, remount: str = "") -> bool:
 
 @contextmanager
 def places(two: bool) -> Iterator[tuple[Path, Path]]:
-    """A folder for runs, and one for temporary files on the same file system or on another."""
+    """A folder for runs, and one for temporary files on the same or on another file system."""
     with tempfile.TemporaryDirectory() as folder:
         if not two:
             (Path(folder) / "temporary").mkdir()
             yield Path(folder), Path(folder) / "temporary"
             return
         if not SHARED_MEMORY.is_dir() or SHARED_MEMORY.stat().st_dev == os.stat(folder).st_dev:
-            raise LeftOut("there is no second file system at /dev/shm; set TMPDIR to one that is not there.")
+            raise LeftOut("/dev/shm is not on a second file system; set TMPDIR to a folder on another one.")
         with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as temporary:
             yield Path(folder), Path(temporary)
 
