@@ -10,11 +10,11 @@ from sphinx.application import Sphinx
 
 __all__ = ["breakable", "setup"]
 
-SEAM = re.compile(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[_.,=(/])(?=[\w\"'&])")
+SEAM = re.compile(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[_.,=/])(?=[\w\"'&])|(?<=\()(?=[a-zA-Z])")
 """Where a name may break: before a capital, and after a sign that joins words."""
 
 PRE = re.compile(r'(?<=<span class="pre">)[^<]+(?=</span>)')
-OPTION = re.compile(r'<span class="pre">(?=--?\w[^<]{0,28}</span>)')
+OPTION = re.compile(r'<span class="pre">(?=--?\w[^<]{0,15}</span>)')
 
 
 def breakable(text: str) -> str:
@@ -27,7 +27,7 @@ def breakable(text: str) -> str:
 
 
 def break_names(app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
-    """Names in titles, table cells and links to the next page break at their seams, and options not at all."""
+    """Names in titles, table cells and links to the next page break at their seams, and short options not at all."""
 
     def inside(match: re.Match[str]) -> str:
         return PRE.sub(lambda text: breakable(text[0]), match[0])

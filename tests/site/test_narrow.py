@@ -30,6 +30,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
         ("learning_rate_schedule", ["learning_", "rate_", "schedule"]),
         ("core.find_targets", ["core.", "find_", "targets"]),
         ("structure=&quot;2:4&quot;", ["structure=", "&quot;2:4&quot;"]),
+        ("HyperSparse(penalty=1)", ["Hyper", "Sparse(", "penalty=", "1)"]),
+        ("(&quot;*&quot;,)", ["(&quot;*&quot;,)"]),
         ("...", ["..."]),
         ("compact", ["compact"]),
     ],
@@ -40,7 +42,7 @@ def test_a_name_breaks_between_words(name: str, parts: list[str]) -> None:
 
 def test_names_break_in_titles_and_cells_only() -> None:
     code = '<code><span class="pre">LayerSparsity</span></code>'
-    option = '<code><span class="pre">--beside_dense=true</span></code>'
+    option = '<code><span class="pre">--fold=true</span></code>'
     context: dict[str, Any] = {
         "body": f"<h1>WeightPenalty<a>#</a></h1><p>{code} {option}</p><td>{code} {option}</td>",
         "prev": None,
