@@ -425,15 +425,16 @@ def draw(suite: Comparison, found: Sequence[Mapping[str, Any]], file: Path, colu
     )
     ticks = sorted({density for curve in curves.values() for density, _, _ in curve}, reverse=True)
     marks = [a for a in (99, 98, 95, 92, 90, 88, 85, 80, 70, 60, 40, 20, 10) if 100 - a <= max(means) + 10]
-    for axis in axes.flat[len(curves) :]:
-        axis.set_visible(False)
+    for place in range(len(curves), axes.size):
+        axes.flat[place].set_visible(False)
+        axes.flat[place - columns].tick_params(labelbottom=True)
     for axis, (method, curve) in zip(axes.flat, curves.items(), strict=False):
         for other in curves.values():
             axis.plot(*list(zip(*other, strict=True))[:2], color="0.85", linewidth=1)
         if dense:
             axis.axhline(dense[0][1], color="0.5", linewidth=0.8, linestyle=":")
         axis.errorbar(*zip(*curve, strict=True), color="C0", linewidth=1.6, marker="o", markersize=3, capsize=2)
-        axis.set_title(method, fontsize=8)
+        axis.set_title(re.sub(r", |(?=\()", "\n", label(method).replace("`", ""), count=1), fontsize=8)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xticks(ticks, [f"{100 - tick:g}" for tick in ticks], fontsize=6.5)

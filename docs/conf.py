@@ -25,6 +25,7 @@ extensions = [
     "formulas",
     "cards",
     "pages",
+    "narrow",
 ]
 exclude_patterns = ["extensions"]
 

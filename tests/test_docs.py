@@ -92,7 +92,8 @@ def test_the_readme_begins_with_what_decides() -> None:
     assert page.count(".[dev]") == 1, ".ci/run takes the test command from the line that has it"
 
 
-def test_the_readme_counts_the_foreign_models() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_page_counts_the_foreign_models(page: str) -> None:
     table = (ROOT / "docs" / "models.md").read_text().partition("<!-- models -->")[2].partition("<!-- end")[0]
     models = sum(line.startswith("| ") for line in table.splitlines()) - 2
-    assert f"{models} of {models} models" in (ROOT / "README.md").read_text()
+    assert re.search(rf"{models} of {models} \[?models", (ROOT / page).read_text())
