@@ -60,6 +60,11 @@ WITH_TARGET = (
     *("one-shot + fine-tuning", "gradual", "SET", "RigL", "GraNet", "L1-ART", "HyperSparse", "SCL"),
 )
 
+STRUCTURED = (
+    *("dense", "gradual", "RigL", "AC/DC", "RigL, fan-in", "gradual, blocks of 4"),
+    *("gradual 2:4", "AC/DC 2:4", "SR-STE", "S-STE", "SR-STE, transposable"),  # at 50 %, regardless of the sparsity
+)
+
 DESK = (
     Comparison("desk-lenet300", Setting(FashionMNIST, LeNet300, 15, 128, 0.05), WITH_TARGET, MANY),
     Comparison("desk-lenet5", Setting(FashionMNIST, LeNet5, 5, 128, 0.05, **FAST), WITH_TARGET, MANY),
@@ -76,6 +81,7 @@ DESK = (
         ("dense", "one-shot + fine-tuning", "gradual", "L1-ART", "HyperSparse"),
         FEW,
     ),
+    Comparison("desk-structures-lenet300", Setting(FashionMNIST, LeNet300, 15, 128, 0.05), STRUCTURED, (0.9,)),
     scl.Prices("desk-prices", scl.PRICED),
     Comparison("desk-lp-sphere", lp_sphere.HALF, ("dense", "static", "LpSphere"), (0.5, 0.8, 0.9)),
     Comparison("desk-growth", Watched(CIFAR10, resnet20_half, 2, **FAST), ("RigL", "RigL, eps=0.1", "SET"), (0.98,)),
@@ -225,12 +231,7 @@ COST = (
     Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
 )
 
-STRUCTURED = (
-    *("dense", "gradual", "RigL", "AC/DC", "RigL, fan-in", "gradual, blocks of 4"),
-    *("gradual 2:4", "AC/DC 2:4", "SR-STE", "S-STE", "SR-STE, transposable"),  # at 50 %, regardless of the sparsity
-)
 COMING = (
-    Comparison("desk-structures-lenet300", Setting(FashionMNIST, LeNet300, 15, 128, 0.05), STRUCTURED, (0.9,)),
     Comparison("desk-structures-resnet20", SMALL, STRUCTURED, (0.9,)),
     Slimming(
         "desk-channels-resnet20",

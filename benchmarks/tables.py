@@ -43,6 +43,14 @@ LABELS = {
     "one-shot + fine-tuning": "`MagnitudePruning`, one-shot in the middle",
     "gradual": "`MagnitudePruning`, gradual",
     "L1-ART": '`HyperSparse(penalty="l1")`',
+    "AC/DC": "`ACDC`",
+    "RigL, fan-in": '`RigL(structure="fan_in")`',
+    "gradual, blocks of 4": '`MagnitudePruning(structure="block:4x4")`, gradual',
+    "gradual 2:4": '`MagnitudePruning(structure="2:4")`, gradual',
+    "AC/DC 2:4": '`ACDC(structure="2:4")`',
+    "SR-STE": "`SRSTE()`",
+    "S-STE": "`SRSTE(soft=True)`",
+    "SR-STE, transposable": '`SRSTE(structure="transposable 2:4", every="40 steps")`',
     "SCL": "`SparseConnectivityLearning(sparsity=...)`",
     "static": "SGD, random static mask",
     "MagnitudePruning": "`MagnitudePruning`, a mask",
@@ -110,6 +118,19 @@ def accuracy(name: str, work: bool = True, beside: Sequence[Mapping[str, Any]] =
     embolden(rows, columns)
     dense = [LABELS["dense"], tests(found, method="dense"), *[""] * (len(columns) - 1), *["1"] * work]
     return [["", *percent(suite.sparsities), *["training cost at 98 %"] * work], dense, *rows]
+
+
+def structured(name: str) -> list[Row]:
+    """Structures at their sparsity, and the difference from dense training, seed by seed."""
+    found = runs(name)
+    dense = {run["seed"]: run["test"] for run in pick(found, method="dense")}
+    rows = []
+    for method in dict.fromkeys(run["method"] for run in found):
+        mine = pick(found, method=method)
+        kept = statistics.mean(run["kept"] / run["total"] for run in mine)
+        less = [run["test"] - dense[run["seed"]] for run in mine if method != "dense"]
+        rows.append([label(method), f"{100 * kept:.1f} %", spread([r["test"] for r in mine]), spread(less) if less else ""])
+    return [["", "weights kept", "test accuracy, %", "difference from dense"], *rows]
 
 
 def growth() -> list[Row]:
@@ -359,6 +380,7 @@ RUNGS = ["rung", "runtime", "parameters", "bytes", "speed, batch 64", "speed, ba
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "lenet300": lambda: accuracy("desk-lenet300"),
     "hypersparse": lambda: accuracy("desk-hypersparse", work=False),
+    "structured": lambda: structured("desk-structures-lenet300"),
     "lenet5": lambda: accuracy("desk-lenet5"),
     "resnet20": lambda: accuracy("desk-resnet20", beside=pick(runs("desk-cka"), method="random")),
     "growth": growth,
