@@ -15,6 +15,7 @@ import torch
 from benchmarks import overhead
 from benchmarks.record import Options, Parts
 from benchmarks.turns import WARM_UP, in_turns, ratios, timed
+from lightning_sparse.core import MaskSet, Mold
 from lightning_sparse.functional import apply_bits_, mask_bits
 
 OUT_OF_CACHE = 20_000_000
@@ -25,10 +26,16 @@ def one_pass(n: int, rounds: int, cold: bool, device: str = "cpu") -> dict[str, 
     """Time a mask on a tensor of n numbers, stored as bits and in other forms, as ratios to a copy of the tensor."""
     weight, mask = torch.randn(n, device=device), torch.rand(n, device=device) > 0.9
     bits, dropped, floats, other = mask_bits(mask), ~mask, mask.float(), torch.randn(n, device=device)
+    parameter = torch.nn.Parameter(weight)
+    parameter.grad = weight
+    masks = MaskSet({"weight": weight})
+    masks.replace({"weight": mask})
+    mold = Mold(masks, {"weight": parameter})
     between = torch.randn(OUT_OF_CACHE if cold else 1, device=device)
     ways: dict[str, Callable[[], Any]] = {
         "copy_": lambda: other.copy_(weight),
         "apply_bits_": lambda: apply_bits_(weight, bits),
+        "Mold": mold.press_gradients,
         "masked_fill_": lambda: weight.masked_fill_(dropped, 0),
         "mul_ by a float mask": lambda: weight.mul_(floats),
         "mul_ by a boolean mask": lambda: weight.mul_(mask),

@@ -27,6 +27,7 @@ class Watch:
         """Whether something has moved a pruned entry; from then on they are reset after every step."""
         self._passed: dict[int, Hashable] = {}
         self._versions: dict[int, list[int]] = {}
+        self._owners: dict[int, tuple[Mapping[str, nn.Parameter], list[nn.Parameter]]] = {}
         self._turn = 0
 
     def trusts(self, optimizer: Optimizer, changes: int) -> bool:
@@ -48,11 +49,11 @@ class Watch:
 
     def note(self, step: Step) -> None:
         """Record the current versions of a step's weights."""
-        self._versions[id(step.optimizer)] = _versions(step)
+        self._versions[id(step.optimizer)] = self._current(step)
 
     def written(self, step: Step) -> bool:
         """Whether anything has written to the weights of a step since `note`; edits of `.data` do not show."""
-        return self._versions.get(id(step.optimizer)) != _versions(step)
+        return self._versions.get(id(step.optimizer)) != self._current(step)
 
     def sample(self, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """One weight of them, another one each time."""
@@ -60,11 +61,13 @@ class Watch:
         self._turn += 1
         return {name: weights[name] for name in names[self._turn % len(names) :][:1]} if names else {}
 
+    def _current(self, step: Step) -> list[int]:
+        """Version counters of the parameters, not of their local parts: a write to one need not show in the other."""
+        known = self._owners.get(id(step.optimizer))
+        if known is None or known[0] is not step.weights:
+            known = self._owners[id(step.optimizer)] = step.weights, [owner_of(weight) for weight in step.weights.values()]
+        return [weight._version for weight in known[1]]
+
     @staticmethod
     def _key(optimizer: Optimizer, changes: int) -> Hashable:
         return changes, tuple([len(group["params"]) for group in optimizer.param_groups])
-
-
-def _versions(step: Step) -> list[int]:
-    """Version counters of the parameters, not of their local parts: a write to one need not show in the other."""
-    return [owner_of(weight)._version for weight in step.weights.values()]

@@ -24,7 +24,6 @@ class Step:
             mixed precision), otherwise None.
         replaced: whether the method replaces this step; then the optimizer finds no gradients, and none of its weights,
             moments and counters move. A method sets it at station `silence`.
-            moment and no counter of it moves. A method says so at station `silence`.
     """
 
     optimizer: Optimizer

@@ -4,13 +4,52 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sparse.core import MaskSet, Memory, Remembered, clear_moments
+from lightning_sparse.core import MaskSet, Memory, Mold, Remembered, clear_moments
 
 
 def mask_set() -> MaskSet:
     masks = MaskSet({"a": torch.ones(3, 5), "b": torch.ones(4)})
     masks.replace({"a": torch.arange(15).reshape(3, 5) % 3 == 0})
     return masks
+
+
+FORMS = {
+    "numpy, 32 bits": {"SMALL": 2**15},
+    "torch, 32 bits": {"SMALL": 0},
+    "bytes": {"WIDE": 0},
+    "bytes, the weight is large": {"CACHED": 0},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_mold_in_every_form(
+    form: str, dtype: torch.dtype, threads: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in FORMS[form].items():
+        monkeypatch.setattr(Mold, name, value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2).to(dtype))
+    dense, without_gradient = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2, 2))
+    if channels_last:
+        weight.data = weight.data.to(memory_format=torch.channels_last)
+    masks = MaskSet({"weight": weight, "dense": dense, "without_gradient": without_gradient})
+    kept = torch.arange(48).view(4, 3, 2, 2) % 3 == 0
+    masks.replace({"weight": kept, "without_gradient": torch.eye(2).bool()})
+    mold = Mold(masks, {"weight": weight, "dense": dense, "without_gradient": without_gradient})
+    gradient = torch.randn(4, 3, 2, 2).to(dtype)
+    gradient[0, 0, 0, 1], gradient[0, 1, 0, 0] = torch.nan, torch.inf  # both are dropped
+    weight.grad, dense.grad = gradient.clone(memory_format=torch.preserve_format), torch.ones(5)
+    mold.press_gradients()
+    assert weight.grad.equal(gradient.nan_to_num(0, 0).where(kept, torch.zeros((), dtype=dtype)))
+    assert not weight.grad.signbit()[~kept].any()
+    assert dense.grad.equal(torch.ones(5))
+    assert without_gradient.grad is None
+    before = weight.detach().clone()
+    mold.press_weights()
+    assert weight.detach().equal(before.where(kept, torch.zeros((), dtype=dtype)))
 
 
 def test_counts_and_sparsity() -> None:

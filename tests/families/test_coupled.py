@@ -234,6 +234,19 @@ class Grouped(nn.Module):
         return out
 
 
+class Mixed(Grouped):
+    """One of the two groups reads the image itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(1, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([self.wide(x), x[..., 1:-1, 1:-1].expand(-1, 4, -1, -1)], 1)
+        out: Tensor = self.head(torch.relu(self.grouped(both)).mean((2, 3)))
+        return out
+
+
 class Activated(nn.BatchNorm2d):
     """A normalization that ends in an activation."""
 
@@ -268,6 +281,17 @@ def test_groups_of_a_convolution_remain_equal() -> None:
     assert not removal.refused
     assert smaller.get_submodule("wide").out_channels == 4
     assert smaller.get_submodule("grouped").weight.shape == (6, 2, 3, 3)
+    torch.testing.assert_close(smaller(IMAGES), module.net(IMAGES))
+
+
+def test_a_group_that_cannot_shrink_keeps_the_others() -> None:
+    torch.manual_seed(3)
+    module, method = toy(net=Mixed()), MagnitudePruning(0.5, structure="coupled", allocation="uniform")
+    fit(module, method)
+    assert alive(module, "net.wide").all()
+    assert int(alive(module, "net.grouped").sum()) == 6
+    module.eval()
+    smaller, _ = remove_dead(module.net, IMAGES)
     torch.testing.assert_close(smaller(IMAGES), module.net(IMAGES))
 
 

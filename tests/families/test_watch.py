@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_sparse import MagnitudePruning, RigL
 from lightning_sparse.core import MaskSet, Mold
 from lightning_sparse.families import Masked
+from lightning_sparse.families.watch import Watch
+from lightning_sparse.loop import Step
 from lightning_sparse.testing import Toy, fit, loader, network, trainer
 from lightning_sparse.testing.state import nonzero
 
@@ -232,3 +234,15 @@ def test_steps_that_nobody_announces() -> None:
     witness = Witness(method)
     fit(Closing(), method, witness, max_epochs=2, log_every_n_steps=100)
     assert witness.sights["batch end"] == []
+
+
+def test_weights_that_join_an_optimizer_are_watched_too() -> None:
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer, watch = torch.optim.SGD([first, second], 0.1), Watch()
+    watch.note(Step(optimizer, {"first": first}))
+    both = Step(optimizer, {"first": first, "second": second})
+    watch.note(both)
+    assert not watch.written(both)
+    with torch.no_grad():
+        second.add_(1)
+    assert watch.written(both)
