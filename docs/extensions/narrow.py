@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 
 __all__ = ["breakable", "setup"]
 
-SEAM = re.compile(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[_.,=/])(?=[\w\"'&])|(?<=\()(?=[a-zA-Z])")
+SEAM = re.compile(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[_,=/])(?=[\w\"'&])|(?<=[.(])(?=[a-zA-Z_])")
 """Where a name may break: before a capital, and after a sign that joins words."""
 
 PRE = re.compile(r'(?<=<span class="pre">)[^<]+(?=</span>)')

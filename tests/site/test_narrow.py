@@ -32,6 +32,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
         ("structure=&quot;2:4&quot;", ["structure=", "&quot;2:4&quot;"]),
         ("HyperSparse(penalty=1)", ["Hyper", "Sparse(", "penalty=", "1)"]),
         ("(&quot;*&quot;,)", ["(&quot;*&quot;,)"]),
+        ("amount=0.9", ["amount=", "0.9"]),
         ("...", ["..."]),
         ("compact", ["compact"]),
     ],
