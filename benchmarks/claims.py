@@ -53,7 +53,7 @@ def verdict(differences: Sequence[float], lower: bool = False) -> str:
         lower: whether lower values are better.
     """
     if len(differences) < 2:
-        return "not significant"
+        return "undecided: one seed" if differences else "undecided: no seed in common"
     mean, deviation = statistics.mean(differences), statistics.stdev(differences)
     half = float(student.ppf(0.975, len(differences) - 1)) * deviation / math.sqrt(len(differences))
     if abs(mean) <= half:

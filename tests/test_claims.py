@@ -87,13 +87,13 @@ def test_the_table_of_a_claim_pairs_seeds(monkeypatch, tmp_path, name, count, ro
 
 def test_only_seeds_that_both_have_are_compared():
     assert claims.beside({0: 0.9, 1: 0.5, 2: 0.25}, {1: 0.25, 2: 0.5, 3: 0.9}) == ["2", "+0.00 ± 35.36", "not significant"]
-    assert claims.beside({0: 0.5}, {1: 0.5}) == ["0", "", "not significant"]
+    assert claims.beside({0: 0.5}, {1: 0.5}) == ["0", "", "undecided: no seed in common"]
 
 
 @pytest.mark.parametrize(
     ("differences", "lower", "expected"),
     [
-        ([0.01], False, "not significant"),
+        ([0.01], False, "undecided: one seed"),
         ([0.01, 0.02, 0.03], False, "not significant"),  # 0.02 ± 0.0248
         ([0.01, 0.015, 0.02], False, "better"),  # 0.015 ± 0.0124
         ([0.01, 0.015, 0.02], True, "worse"),
