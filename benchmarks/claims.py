@@ -1,6 +1,6 @@
 """Tables of the protocols that test claims: pairs of runs with the same seeds, and whether they differ significantly.
 
-A difference is significant if the 95 % confidence interval of its mean over seeds (Student's t) excludes zero. Among many
+A difference is significant if the 95% confidence interval of its mean over seeds (Student's t) excludes zero. Among many
 rows without an effect, one in twenty is significant by chance.
 """
 
@@ -28,7 +28,7 @@ APPENDIX = {
     "8 samples of every fifth batch": {8e-4: 84.41, 0.01: 84.41},
     "all samples of every batch": {8e-4: 85.03, 0.01: 84.03},
 }
-"""Table 2 of the appendix of CKA-SR at 95 %: form, strength, accuracy of a full-width ResNet-20 after 160 epochs."""
+"""Table 2 of the appendix of CKA-SR at 95%: form, strength, accuracy of a full-width ResNet-20 after 160 epochs."""
 README = {0.98: "92.69", 0.995: "89.35"}
 """The README of HyperSparse: ResNet-32 of double width, CIFAR-10."""
 Pair = tuple[Mapping[int, float], Mapping[int, float]]
@@ -94,7 +94,7 @@ def tamed() -> list[Row]:
                 shown = [values(static), values(plain), values(ours)]
                 [n, *to_plain], [_, *to_static] = beside(ours, plain), beside(ours, static)
                 network = NETWORKS[name.rpartition("-")[2]]
-                rows.append([network, f"{100 * sparsity:g} %", f"`{variant}`", n, *shown, *to_plain, *to_static])
+                rows.append([network, f"{100 * sparsity:g}%", f"`{variant}`", n, *shown, *to_plain, *to_static])
     titles = [
         "network",
         "sparsity",
@@ -158,7 +158,7 @@ def norms() -> list[Row]:
                     n, *rest = beside(accuracy[norm], accuracy["none"])
                     rates = " and ".join(f"{pick(found, norm=kind, target=target)[0]['rate']:g}" for kind in ("none", norm))
                     shown = [values(accuracy["none"]), values(accuracy[norm]), rates]
-                    rows.append([NETWORKS[name], f"{100 * target:g} %", f'`norm="{norm}"`', n, *shown, *rest])
+                    rows.append([NETWORKS[name], f"{100 * target:g}%", f'`norm="{norm}"`', n, *shown, *rest])
     return [
         ["network", "sparsity", "", "seeds", '`norm="none"`', "variant", "mask rates", "difference from none", ""],
         *rows,
@@ -181,7 +181,7 @@ def imbalance() -> list[Row]:
                 silent.append(sum(value == 0 for layer in layers for value in layer) / sum(map(len, layers)))
             if found:
                 cells = [f"{statistics.median(column):.3g}" for column in (within, between)]
-                rows.append([NETWORKS[name], epoch, str(len(found)), *cells, f"{100 * statistics.mean(silent):.1f} %"])
+                rows.append([NETWORKS[name], epoch, str(len(found)), *cells, f"{100 * statistics.mean(silent):.1f}%"])
     head = ["network", "", "trainings", "90th over 10th percentile in a layer", "largest over smallest layer", "silent"]
     return [head, *rows]
 
@@ -206,7 +206,7 @@ def forms() -> list[Row]:
                 ours, without = by_seed(some), by_seed(base)
                 cells = beside(ours, without) if form else [str(len(some)), "", ""]
                 published = f"{APPENDIX[form][strength]:.2f}" if sparsity == 0.95 and strength in APPENDIX[form] else ""
-                words = [f"{100 * sparsity:g} %", form or "none", f"{strength:g}"]
+                words = [f"{100 * sparsity:g}%", form or "none", f"{strength:g}"]
                 rows.append([*words, cells[0], similar, values(ours), *cells[1:], published])
     head = [
         "sparsity",
@@ -235,7 +235,7 @@ def prunable() -> list[Row]:
                 n, *rest = beside(curves[method], curves["dense"])
                 strength = method.rpartition(", ")[2]
                 shown = [values(curves["dense"]), values(curves[method])]
-                rows.append([f"{100 * sparsity:g} %", when, strength, n, *shown, *rest])
+                rows.append([f"{100 * sparsity:g}%", when, strength, n, *shown, *rest])
     return [["sparsity", "", "strength", "seeds", "trained without", "trained with", "difference", ""], *rows]
 
 
@@ -255,7 +255,7 @@ def phases() -> list[Row]:
             if ours.keys() & other.keys():
                 n, *rest = beside(ours, other)
                 shown = [n, values(other), values(ours)]
-                rows.append([f"{100 * sparsity:g} %", labels[method], *shown, *rest, README.get(sparsity, "")])
+                rows.append([f"{100 * sparsity:g}%", labels[method], *shown, *rest, README.get(sparsity, "")])
     return [
         ["sparsity", "compared with", "seeds", "its accuracy", "`HyperSparse`", "difference", "", "published, larger"],
         *rows,
@@ -290,7 +290,7 @@ def spheres() -> list[Row]:
     rows = []
     if pick(found, method="dense"):
         rows.append(
-            ["0 %", "dense", str(len(pick(found, method="dense"))), values(by_seed(found, method="dense")), "", "", ""]
+            ["0%", "dense", str(len(pick(found, method="dense"))), values(by_seed(found, method="dense")), "", "", ""]
         )
     for sparsity, published in zip(suite.sparsities, suite.published["LpSphere"], strict=True):
         static = by_seed(found, method="static", sparsity=sparsity)
@@ -298,7 +298,7 @@ def spheres() -> list[Row]:
             ours = by_seed(found, method=method, sparsity=sparsity)
             cells = beside(ours, static) if method == "LpSphere" else [str(len(ours)), "", ""]
             if ours:
-                words = [f"{100 * sparsity:g} %", label, str(len(ours)), values(ours), *cells[1:]]
+                words = [f"{100 * sparsity:g}%", label, str(len(ours)), values(ours), *cells[1:]]
                 rows.append([*words, f"{published:.2f}" if method == "LpSphere" else ""])
     return [["sparsity", "", "seeds", "test accuracy", "difference from the static mask", "", "published"], *rows]
 

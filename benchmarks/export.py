@@ -2,7 +2,7 @@
 
 python -m benchmarks export-resnet --data DIR    ResNet-20 trained on CIFAR-10 with half of its channels masked
 python -m benchmarks export-resnet --quick       the same on the digits of scikit-learn, for one epoch
-python -m benchmarks export-mlp                  three linear layers, 2048 wide, 95 % of the weights masked at random
+python -m benchmarks export-mlp                  three linear layers, 2048 wide, 95% of the weights masked at random
 python -m benchmarks export-heads                timm's ViT-tiny without half of its heads, random weights
 python -m benchmarks export-carriers             the cost of dead channels that emit a constant, random weights
 python -m benchmarks export-structures           the gain of each structure on each target, for the table of the guide
@@ -145,7 +145,7 @@ def structure_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """One row per structure and one cell per target: the fraction of the dense bytes, and the speedup."""
     rows = [["structure", *(f"`{target}`" for target in TARGETS)]]
     for structure, numbers in found.items():
-        rows.append([structure, *(_gained(numbers, target) for target in TARGETS)])
+        rows.append([structure.replace(" %", "%"), *(_gained(numbers, target) for target in TARGETS)])
     return rows
 
 

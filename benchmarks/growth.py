@@ -2,7 +2,7 @@
 
     python -m benchmarks desk-growth --data DIR
 
-The network is a half-width ResNet-20 on CIFAR-10 at 98 %, with the recipe of `desk-resnet20` in two epochs. At every update,
+The network is a half-width ResNet-20 on CIFAR-10 at 98%, with the recipe of `desk-resnet20` in two epochs. At every update,
 over the layers with at least 16 outputs, three fractions are recorded: new connections that go to outputs without any
 remaining connection, outputs of this kind, and new connections of a layer that go to a single output.
 

@@ -3,7 +3,7 @@
     python -m benchmarks peers                        the table of the README
     python -m benchmarks peers --only fasterai        one implementation
 
-A perceptron is trained on scikit-learn's digits with Adam and weight decay, and pruned once to 90 % by magnitude in the
+A perceptron is trained on scikit-learn's digits with Adam and weight decay, and pruned once to 90% by magnitude in the
 middle of training. `prune` and `parametrize` stand for what a careful user writes with them in an hour: a callback of a few
 lines. Of fasterai (`pip install --no-deps fasterai fastcore einops`), the `Sparsifier` is used. A few lines of ours call it
 after every batch, since its own callback is for fastai. Results for each implementation:

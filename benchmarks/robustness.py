@@ -5,7 +5,7 @@
 
 Each run is a process that saves a checkpoint every few steps and, when started, resumes from the newest readable checkpoint.
 The results are the same if every weight, every buffer and every moment of the optimizer is bit-identical at the end. All
-methods prune to 90 %, ModelPruning with three removals of the same fraction. Data: scikit-learn's digits, on the CPU. Kills
+methods prune to 90%, ModelPruning with three removals of the same fraction. Data: scikit-learn's digits, on the CPU. Kills
 in the middle of a write, and full disks, are in `writes.py`.
 """
 

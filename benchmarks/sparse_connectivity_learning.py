@@ -239,8 +239,8 @@ TUNED_AT = 0.95
 class Norms(Searched):
     """Whether to normalize the gradients of features: three options, each at the same densities with its own mask rate.
 
-    The rate is selected by the validation accuracy of one seed at 95 %. It is then evaluated on other seeds, and at 90 and
-    98 % too.
+    The rate is selected by the validation accuracy of one seed at 95%. It is then evaluated on other seeds, and at 90 and
+    98% too.
     """
 
     targets: ClassVar[Sequence[float]] = (0.9, 0.95, 0.98)

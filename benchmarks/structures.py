@@ -1,7 +1,7 @@
 """Kernels by structure: time of a layer with constant fan-in, or with blocks, compared with dense and CSR layers.
 
 python -m benchmarks kernels-fan-in        a perceptron of three layers, 2048 wide: condensed, compiled, CSR, dense
-python -m benchmarks kernels-blocks        the same with blocks of 4, 8 and 16, 90 % of them removed: BSR, CSR, dense
+python -m benchmarks kernels-blocks        the same with blocks of 4, 8 and 16, 90% of them removed: BSR, CSR, dense
 python -m benchmarks ladders-structures    the export ladder of one small network, trained with each structure
 """
 
@@ -85,7 +85,7 @@ def condensed(sparsity: float, batch: int, options: Options) -> dict[str, Any]:
 
 
 def blocks(options: Options) -> Parts:
-    """Blocks of three sizes at 90 % and two batch sizes."""
+    """Blocks of three sizes at 90% and two batch sizes."""
     for size in (4, 8, 16):
         for batch in (1, 64):
             yield (f"{size}x{size}, batch {batch}",), partial(in_blocks, size, batch, options)

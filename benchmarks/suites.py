@@ -62,7 +62,7 @@ WITH_TARGET = (
 
 STRUCTURED = (
     *("dense", "gradual", "RigL", "AC/DC", "RigL, fan-in", "gradual, blocks of 4"),
-    *("gradual 2:4", "AC/DC 2:4", "SR-STE", "S-STE", "SR-STE, transposable"),  # at 50 %, regardless of the sparsity
+    *("gradual 2:4", "AC/DC 2:4", "SR-STE", "S-STE", "SR-STE, transposable"),  # at 50%, regardless of the sparsity
 )
 
 DESK = (

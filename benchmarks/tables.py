@@ -35,7 +35,7 @@ PAGES = [
 NOT_MEASURED = "Not measured yet."
 
 LABELS = {
-    "dense": "dense (0 %)",
+    "dense": "dense (0%)",
     "random": "`RandomSparsity`",
     "random + CKA-SR": "with `CKARegularization(strength=1e-4)`",
     "L1, then one-shot": "`WeightPenalty`, L1, then one-shot",
@@ -99,14 +99,14 @@ def embolden(rows: Sequence[Row], columns: Iterable[int], lowest: bool = False) 
 
 
 def percent(sparsities: Sequence[float]) -> Row:
-    return [f"{100 * sparsity:g} %" for sparsity in sparsities]
+    return [f"{100 * sparsity:g}%" for sparsity in sparsities]
 
 
 # ---- accuracy ----------------------------------------------------------------------------------------------------------
 
 
 def accuracy(name: str, work: bool = True, beside: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
-    """A comparison, with optional runs from another suite of the same setting; the best method at 98 % comes first."""
+    """A comparison, with optional runs from another suite of the same setting; the best method at 98% comes first."""
     suite, found = SUITES[name], [*runs(name), *beside]
     rows = []
     for method in dict.fromkeys(run["method"] for run in found if run["method"] != "dense"):
@@ -117,7 +117,7 @@ def accuracy(name: str, work: bool = True, beside: Sequence[Mapping[str, Any]] =
     columns = range(1, len(suite.sparsities) + 1)
     embolden(rows, columns)
     dense = [LABELS["dense"], tests(found, method="dense"), *[""] * (len(columns) - 1), *["1"] * work]
-    return [["", *percent(suite.sparsities), *["training cost at 98 %"] * work], dense, *rows]
+    return [["", *percent(suite.sparsities), *["training cost at 98%"] * work], dense, *rows]
 
 
 def structured(name: str) -> list[Row]:
@@ -129,7 +129,7 @@ def structured(name: str) -> list[Row]:
         mine = pick(found, method=method)
         kept = statistics.mean(run["kept"] / run["total"] for run in mine)
         less = [run["test"] - dense[run["seed"]] for run in mine if method != "dense"]
-        rows.append([label(method), f"{100 * kept:.1f} %", spread([r["test"] for r in mine]), spread(less) if less else ""])
+        rows.append([label(method), f"{100 * kept:.1f}%", spread([r["test"] for r in mine]), spread(less) if less else ""])
     return [["", "weights kept", "test accuracy, %", "difference from dense"], *rows]
 
 
@@ -180,7 +180,7 @@ def lpss() -> list[Row]:
     found, sparsities = runs("desk-lp-sphere"), SUITES["desk-lp-sphere"].sparsities
     rows = [[label(m), *(tests(found, method=m, sparsity=s) for s in sparsities)] for m in ("static", "LpSphere")]
     embolden(rows, (1, 2, 3))
-    return [["", *percent(sparsities)], ["dense SGD (0 %)", tests(found, method="dense"), "", ""], *rows]
+    return [["", *percent(sparsities)], ["dense SGD (0%)", tests(found, method="dense"), "", ""], *rows]
 
 
 def simulation() -> list[Row]:
@@ -288,15 +288,16 @@ def peaks(columns: Mapping[str, Mapping[str, Sequence[float]]], labels: Mapping[
 
 def sparsegpt() -> list[Row]:
     """One large layer compared with a plain version of the published loop."""
-    columns = {title.rpartition(", ")[2]: column for title, column in numbers("cost-sparsegpt").items()}
+    found = numbers("cost-sparsegpt").items()
+    columns = {title.rpartition(", ")[2].replace(" %", "%"): column for title, column in found}
     rows = [["ours, s", *(f"{c['time']['ours']['seconds']:.1f}" for c in columns.values())]]
     rows.append(["the published loop, relative to that", *(ratio(c["time"]["published loop"], 1) for c in columns.values())])
     for way in ("ours", "published loop"):
         sizes = [c["peak in MiB"][way] for c in columns.values()]
         rows.append([f"{way}: peak beyond weight and products, MiB", *(f"{size:.0f}" for size in sizes)])
     for dtype in ("float32", "float64"):
-        found = [c["agreement"][dtype]["other masks"] for c in columns.values()]
-        rows.append([f"entries that only one of the two removes, {dtype}", *(f"{count:,.0f}" for count in found)])
+        other = [c["agreement"][dtype]["other masks"] for c in columns.values()]
+        rows.append([f"entries that only one of the two removes, {dtype}", *(f"{count:,.0f}" for count in other)])
     return [["4096 x 4096, 2,048 rows", *columns], *rows]
 
 
@@ -311,7 +312,7 @@ def perplexity() -> list[Row]:
     for structure, method, teacher in dict.fromkeys((run["structure"], run["method"], run["teacher"]) for run in pruned):
         mine = [run["perplexity"] for run in pick(pruned, structure=structure, method=method, teacher=teacher)]
         cells = [spread([one[step] for one in mine], 3, 1) for step in after]
-        rows.append([structure, method, "yes" if teacher else "no", *cells, str(len(mine))])
+        rows.append([structure.replace(" %", "%"), method, "yes" if teacher else "no", *cells, str(len(mine))])
     return [head, *rows]
 
 

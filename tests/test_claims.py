@@ -61,19 +61,19 @@ def come(name, folder):
     ("name", "count", "row"),
     [
         ("tamed", 28,
-         "narrow ResNet-20|98 %|`RigL, drop_fraction=0.1`|2|55.00 ± 7.07|55.00 ± 7.07|56.50 ± 7.78|+1.50 ± 0.71|"
+         "narrow ResNet-20|98%|`RigL, drop_fraction=0.1`|2|55.00 ± 7.07|55.00 ± 7.07|56.50 ± 7.78|+1.50 ± 0.71|"
          "not significant|+1.50 ± 0.71|not significant"),
         ("unfavorable", 15,
          "width 40|with `LayerSparsity`, tuned, merged|2|0.350 ± 0.000|4.0 of 8|-0.050 ± 0.000|better"),
-        ("norms", 12, 'LeNet-5|98 %|`norm="rms"`|2|55.00 ± 7.07|56.50 ± 7.78|0.01 and 0.01|+1.50 ± 0.71|not significant'),
-        ("imbalance", 6, "ResNet-8|last epoch|10|9|1|9.1 %"),
+        ("norms", 12, 'LeNet-5|98%|`norm="rms"`|2|55.00 ± 7.07|56.50 ± 7.78|0.01 and 0.01|+1.50 ± 0.71|not significant'),
+        ("imbalance", 6, "ResNet-8|last epoch|10|9|1|9.1%"),
         ("forms", 14,
-         "95 %|all samples of every batch|0.0008|2|0.60 ± 0.00|56.50 ± 7.78|+1.50 ± 0.71|not significant|85.03"),
-        ("prunable", 20, "90 %|fine-tuned|0.03|2|20.00 ± 0.00|20.50 ± 0.71|+0.50 ± 0.71|not significant"),
-        ("phases", 6, "99.5 %|`GraNet`|2|55.00 ± 7.07|56.50 ± 7.78|+1.50 ± 0.71|not significant|89.35"),
+         "95%|all samples of every batch|0.0008|2|0.60 ± 0.00|56.50 ± 7.78|+1.50 ± 0.71|not significant|85.03"),
+        ("prunable", 20, "90%|fine-tuned|0.03|2|20.00 ± 0.00|20.50 ± 0.71|+0.50 ± 0.71|not significant"),
+        ("phases", 6, "99.5%|`GraNet`|2|55.00 ± 7.07|56.50 ± 7.78|+1.50 ± 0.71|not significant|89.35"),
         ("hoyer", 7, "1.4|2|55.00 ± 7.07|0.500, 0.400, 0.572|0.500, 0.400, 0.524|0.500, 0.400, 0.597|0.500, 0.400, 0.347|"
          "0.500, 0.400, 0.868|0.500, 0.400, 0.721"),
-        ("spheres", 7, "90 %|`LpSphere`|2|56.50 ± 7.78|+1.50 ± 0.71|not significant|93.29"),
+        ("spheres", 7, "90%|`LpSphere`|2|56.50 ± 7.78|+1.50 ± 0.71|not significant|93.29"),
     ],
 )  # fmt: skip
 def test_the_table_of_a_claim_pairs_seeds(monkeypatch, tmp_path, name, count, row):

@@ -60,11 +60,11 @@ def cost(method: str) -> str:
     between, change = row["between"], row.get("change")
     if "inside" in between:
         share = 100 * between["inside"]
-        said = [f"Inside the method: **{share:.1f} %** of a training step of {PLACES[place]}, on two CPU cores."]
+        said = [f"Inside the method: **{share:.1f}%** of a training step of {PLACES[place]}, on two CPU cores."]
     else:
         said = [f"A step of {PLACES[place]} takes {between['ratio']:.2f} times a dense one, on two CPU cores."]
     if change and "inside" in change:
-        said.append(f"A step that changes masks: {100 * change['inside']:.0f} % more.")
+        said.append(f"A step that changes masks: {100 * change['inside']:.0f}% more.")
     if (kept := row.get("bytes per weight")) is not None:
         said.append(f"Kept in memory: {kept:.0f} byte{'' if round(kept) == 1 else 's'} per weight.")
     ratios = [mine / plain for mine, plain in zip(peaks.get(place, {}).get(method, []), peaks[place]["dense"], strict=False)]

@@ -43,7 +43,7 @@ def check_sparsity(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a number in [0, 1): the fraction that is removed.")
     value = float(value)
     if not 0 <= value < 1:
-        hint = f"; for {value:g} % write {value / 100:g}" if 1 < value <= 100 else ""
+        hint = f"; for {value:g}% write {value / 100:g}" if 1 < value <= 100 else ""
         if value in (1, 100):
             raise ValueError(f"{name}={value:g} would remove everything; write 0.99 to keep one of a hundred.")
         raise ValueError(f"{name}={value} must be in [0, 1): the fraction that is removed{hint}.")

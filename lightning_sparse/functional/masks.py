@@ -189,7 +189,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 def find_n_m(mask: Tensor, dim: int = 1) -> tuple[int, int] | None:
     """Find the n:m pattern of a mask: n (or at most n) of every m consecutive entries along one dimension are kept.
 
-    Groups of 4, 8, 16 and 32 are tried; a pattern that keeps at least 1 % less than it allows is considered chance.
+    Groups of 4, 8, 16 and 32 are tried; a pattern that keeps at least 1% less than it allows is considered chance.
 
     Example:
         >>> find_n_m(torch.tensor([[True, False, False, True, False, True, True, False]]))

@@ -108,7 +108,7 @@ def regrow(
     bad = ~torch.stack(grow.aminmax()).isfinite().all() if grow.numel() else torch.zeros((), device=grow.device).bool()
     if bool(bad) if spread is None else spread.any([bad]):
         raise ValueError("A growth score is NaN or infinite, so nothing can be ranked; look for a diverged loss.")
-    # Only connections are ranked for survival: at 90 % sparsity a tenth of all entries.
+    # Only connections are ranked for survival: at 90% sparsity a tenth of all entries.
     candidates = None if spread is None else spread.chosen([mask], [kept])
     survivors = torch.zeros_like(mask).masked_scatter_(mask, top_k_masks([keep[mask]], kept - count, candidates)[0])
     order = grow.masked_fill(survivors, torch.inf)

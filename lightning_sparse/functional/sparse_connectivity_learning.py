@@ -193,7 +193,7 @@ def steer_price(memory: float, error: float, elapsed: float) -> tuple[float, flo
     $$ i \leftarrow i + 20\, e\, \Delta t, \qquad u = i + 8\, e, \qquad |i|, |u| \le 6 $$
 
     The bound is a price of 200 units, beyond which the task has no say. The logarithm of the density follows that of the
-    price with a slope between 1/2 and 1 and some lag; the gains were chosen on a LeNet-300-100, from 50 to 99 % sparsity
+    price with a slope between 1/2 and 1 and some lag; the gains were chosen on a LeNet-300-100, from 50 to 99% sparsity
     and from 235 to 4,700 steps. An extension of ours, not of the paper.
 
     Args:

@@ -39,7 +39,7 @@ def transposable_mask(score: Tensor, n: int, m: int, dims: tuple[int, int] = (0,
 
     So products with the matrix and with its transpose, as in a backward pass, both find n:m. All patterns are tried, which
     is exact. The 2-approximation of the paper, written as the pruning of the smallest until every row and column has lost
-    m - n, keeps 37 % instead of half of a random matrix and 86 % of the scores of this one, and is no faster.
+    m - n, keeps 37% instead of half of a random matrix and 86% of the scores of this one, and is no faster.
 
     Sources: Hubara et al. 2021, "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M
     Transposable Masks", https://arxiv.org/abs/2102.08124; the search over all patterns as in Hu et al. 2024, "Accelerating

@@ -27,9 +27,9 @@ class RigL(Rewiring):
     every 100 steps of 32,000 (`every=0.003`); the default is less frequent, so that short runs work well too.
 
     For an output without connections, a batch norm divides the gradients by the root of its `eps`, so growth favors that
-    output. Where a layer has few connections per output (3.4 in a narrow ResNet-20 at 98 %), the default `drop_fraction`
-    empties outputs. In a pilot of two epochs, static masks reached 39.9 and 41.1 %, RigL 36.7 and 37.5 %, RigL with
-    `drop_fraction=0.1` 40.9 and 42.2 %, and RigL with `growth_per_output` 42.2 % (docs/evidence.md).
+    output. Where a layer has few connections per output (3.4 in a narrow ResNet-20 at 98%), the default `drop_fraction`
+    empties outputs. In a pilot of two epochs, static masks reached 39.9 and 41.1%, RigL 36.7 and 37.5%, RigL with
+    `drop_fraction=0.1` 40.9 and 42.2%, and RigL with `growth_per_output` 42.2% (docs/evidence.md).
 
     For the arguments not listed see `Rewiring`.
 

@@ -62,7 +62,7 @@ class Axis:
     Args:
         title: for the tooltip, and below a horizontal axis.
         kind: `sparsity` is drawn on a logarithmic scale of density, where each halving is the same step, so that 90, 95 and
-            99 % are well separated; `share` is a fraction; `number` is anything else.
+            99% are well separated; `share` is a fraction; `number` is anything else.
     """
 
     title: str

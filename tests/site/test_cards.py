@@ -51,12 +51,12 @@ def test_arguments_are_those_of_the_signature() -> None:
 
 
 def test_cost_is_read_from_the_results() -> None:
-    assert cards.cost("RigL").startswith("Inside the method: **0.6 %** of a training step of ResNet-18 at batch 128")
+    assert cards.cost("RigL").startswith("Inside the method: **0.6%** of a training step of ResNet-18 at batch 128")
     assert "1 byte per weight" in cards.cost("RigL")
     assert "perceptron" in cards.cost("LayerSparsity")
-    assert cards.cost("KeepSparsity").startswith("Inside the method: **0.3 %** of a training step of ResNet-18 at batch 128")
+    assert cards.cost("KeepSparsity").startswith("Inside the method: **0.3%** of a training step of ResNet-18 at batch 128")
     assert cards.cost("MovementPruning").startswith(
-        "Inside the method: **2.1 %** of a training step of ResNet-18 at batch 128"
+        "Inside the method: **2.1%** of a training step of ResNet-18 at batch 128"
     )
     assert cards.cost("QuantizationAware") == cards.NOT_MEASURED
 
@@ -64,7 +64,7 @@ def test_cost_is_read_from_the_results() -> None:
 def test_a_claim_is_that_of_the_evidence_page() -> None:
     first, second = cards.claim("RigL").split("\n- ")
     assert first == "- **Its paper claims:** beats static masks, and pruning at an equal cost."
-    assert second.startswith("**Found here:** beats static masks by 1.9 at 98 %")
+    assert second.startswith("**Found here:** beats static masks by 1.9 at 98%")
     assert cards.claim("STR") == cards.claim("TrainableThreshold")
     assert cards.claim("KeepSparsity").startswith("No comparison")
 

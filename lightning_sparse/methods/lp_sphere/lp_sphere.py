@@ -71,7 +71,7 @@ class LpSphere(Masked):
         sparsity: the final fraction removed, in [0, 1); None trains on the spheres and removes nothing.
         p: the exponent of the sphere, above 1: one value for all, a list in the order of the constrained weights, or a
             mapping of glob over names -> p, where the first match counts. Published: 1.4 and 1.3 for half of the weights
-            removed, 1.3 and 1.15 for 80 %, 1.2 and 1.07 for 90 % (first four layers, others).
+            removed, 1.3 and 1.15 for 80%, 1.2 and 1.07 for 90% (first four layers, others).
         mixing: peak value of eta, in (0, 1]. Published: 2 / batch size, at 256.
         mixing_schedule: schedule of eta: `published` (up for a sixth of the run, down to a quarter, to zero at the end),
             `constant`, or knots of (fraction of the run, fraction of the peak) such as [[0, 0.1], [1, 1]].
