@@ -263,7 +263,7 @@ REFUSED: list[tuple[Callable[[Path], Path] | None, str]] = [
     (None, "KeepSparsity found no sparse weight in the model: 'net.0.weight' has the most zeros, 0.00%, and min_spa"),
     (dense, "w.pt': 'net.0.weight' has the most zeros, 0.00%"),
     (other_shapes, "'net.6.weight' has shape (16, 64), but 'net.6.weight' has shape (16, 128); give a file of this model"),
-    (other_names, "has nothing for 'net.0.weight'; it has ['conv.weight']. Give a file of this model, or leave the layer"),
+    (other_names, "has nothing for 'net.0.weight'; it has ['conv.weight']. Give a file of this model, or exclude the layer"),
     (no_file, "missing.pt' is not a file; give a checkpoint, a state dict, safetensors or masks"),
     (no_tensors, "cannot be read ("),
     (no_names, "holds a list, not tensors by name; save a state dict"),

@@ -204,7 +204,7 @@ REFUSED = [
     ),
     (
         Unreached,
-        "no input has reached 'spare.weight' in batches=8; take more batches, or leave it",
+        "no input has reached 'spare.weight' in batches=8; take more batches, or keep it",
     ),
     (
         Blank,
