@@ -213,7 +213,7 @@ def find_coupling(
                 for channel, indices in positions.items():
                     for index in indices:
                         read[index] = channels[channel][0] if channels.get(channel) else None
-    groups += _equal_groups(model, vectors.keys() | weights.keys(), readers, staying)
+    groups += _equal_groups(model, weights, readers, staying)
     coupling = Coupling(groups, weights, vectors, staying, readers)
     if not coupling.count:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(staying.items())[:2])
@@ -222,14 +222,14 @@ def find_coupling(
 
 
 def _equal_groups(
-    model: nn.Module, known: Iterable[str], readers: Mapping[str, Sequence[Place | None]], staying: Mapping[str, str]
+    model: nn.Module, weights: Mapping[str, int], readers: Mapping[str, Sequence[Place | None]], staying: Mapping[str, str]
 ) -> Iterator[list[Place]]:
-    """Channels that a grouped convolution couples: those at the same place in each group, so that groups remain equal."""
+    """Yield the channels that a grouped convolution couples: those at one position of every group, so groups stay equal."""
     for name, layer in model.named_modules():
         if not isinstance(layer, CONVOLUTIONS) or layer.groups == 1 or is_depthwise(layer):
             continue
         weight = f"{name}.weight"
-        made: list[Place | None] = [(weight, channel) for channel in range(out_count(layer))] if weight in known else []
+        made: list[Place | None] = [(weight, channel) for channel in range(out_count(layer))] if weight in weights else []
         for side in (made, readers.get(weight, ())):
             size = len(side) // layer.groups
             for place in range(size):

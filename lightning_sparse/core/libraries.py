@@ -47,9 +47,9 @@ def silenced(*names: str) -> Iterator[None]:
 
 @contextmanager
 def without_origins() -> Iterator[None]:
-    """Passes over a graph do not copy where each node came from, all passes before included.
+    """While active, passes over a graph do not copy the origin of each node, which grows with every pass.
 
-    This makes lowering a third faster, and nothing in an artifact depends on it.
+    Copying takes a fifth to a third of the time of lowering, and no artifact depends on it.
     """
     kind: Any = getattr(origins, "NodeSource", None)
     if kind is None or "__deepcopy__" in vars(kind):  # another torch, or already entered

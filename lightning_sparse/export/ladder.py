@@ -198,10 +198,10 @@ class _Climb:
         same = [name for name in self.made if self._is_dense(name)]
         for batch in dict.fromkeys((1, inputs.samples)):
             x = inputs.first(batch).fit(dense)
-            able = {name: run for name, run in self.timed.items() if batch == inputs.samples or not name.endswith("compile")}
-            able = {name: run for name, run in able.items() if name not in same}
+            able = [name for name in self.timed if batch == inputs.samples or not name.endswith("compile")]
+            runs = {name: partial(self.timed[name], x) for name in able if name not in same}
             with torch.no_grad():
-                found = interleaved({name: partial(run, x) for name, run in able.items()}, rounds, device_of(dense))
+                found = interleaved(runs, rounds, device_of(dense))
             for name, timing in found.items():
                 self.report.rungs[name].latency[batch] = timing
             for name in same:
