@@ -64,7 +64,8 @@ class Export(pl.Trainer):
             int8_tolerance: maximum change of a test metric by int8, such as 0.01 for one percentage point of accuracy.
             input_range: the smallest and largest input, with which the first layer may merge.
             rounds: number of calls for the median latency.
-            compiled: also measure the dense model and smaller networks under torch.compile, half a minute each.
+            compiled: also measure the dense model and smaller networks under torch.compile, which takes half a minute
+                the first time on a machine.
             device: device to export for, such as cuda for 2:4.
             precision: precision of the weights.
             overwrite: overwrite files that are already in the folder.

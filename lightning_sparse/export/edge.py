@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import re
-import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Call, callee, copy_model, first_line, kind_of, need, silenced, without_origins
+from lightning_sparse.core import Call, callee, copy_model, kind_of
 from lightning_sparse.export.batch_norm import fold_norms
+from lightning_sparse.export.lowering import Job, compiling, ethos_u85, need_compiler, need_edge
 from lightning_sparse.export.quantization import check_reached
 
-__all__ = ["check_codes", "executorch_runner", "save_ethos_u85", "save_executorch"]
-
-_ESTIMATES = {
-    "encoded weight bytes": "total_npu_encoded_weights",
-    "MACs": "nn_macs",
-    "cycles": "cycles_total",
-}
-"""Entries read from Vela's summary."""
+__all__ = ["check_codes", "ethos_u85_job", "executorch_job", "executorch_runner", "save_ethos_u85", "save_executorch"]
 
 
 def save_executorch(
@@ -47,26 +35,27 @@ def save_executorch(
         ValueError: if executorch is missing, the calibration data never reaches a layer, an operator has no kernel, or a
             zero would be lost.
     """
-    edge = _need("executorch.exir")
-    partitioner = _need("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner
+    return executorch_job(model, inputs, path, calibration, network).run().left
+
+
+def executorch_job(
+    model: nn.Module, inputs: Any, path: str | Path, calibration: Sequence[Any] = (), network: str | None = None
+) -> Job:
+    """Prepare what `save_executorch` lowers."""
+    need_compiler("ExecuTorch")
     call = Call.of(inputs, network)
     called, one = _prepared(model, call, calibration)
-    with _muted(), without_origins():
-        try:
-            if calibration:
-                library = _need("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
-                config = library.get_symmetric_quantization_config(is_per_channel=True)
-                quantizer = library.XNNPACKQuantizer().set_global(config)
-                patterns = quantizer.SUPPORTED_PATTERNS  # to look for normalizations takes seconds, and they are folded
-                quantizer.SUPPORTED_PATTERNS = [pattern for pattern in patterns if "_bn" not in pattern.name]
-                called = _quantized(called, one, quantizer, calibration)
-            program = torch.export.export(called, one.args, dict(one.kwargs))
-            lowered = edge.to_edge_transform_and_lower(program, partitioner=[partitioner()])
-            left = _left(lowered)
-            Path(path).write_bytes(lowered.to_executorch().buffer)
-        except Exception as error:
-            raise _said(model, "ExecuTorch", error) from None
-    return left
+    name = type(model).__name__
+    with compiling(name, "ExecuTorch"):
+        if calibration:
+            library = need_edge("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+            config = library.get_symmetric_quantization_config(is_per_channel=True)
+            quantizer = library.XNNPACKQuantizer().set_global(config)
+            patterns = quantizer.SUPPORTED_PATTERNS  # to look for normalizations takes seconds, and they are folded
+            quantizer.SUPPORTED_PATTERNS = [pattern for pattern in patterns if "_bn" not in pattern.name]
+            called = _quantized(called, one, quantizer, calibration)
+        program = torch.export.export(called, one.args, dict(one.kwargs))
+    return Job(program, "ExecuTorch", Path(path), name)
 
 
 def save_ethos_u85(
@@ -92,33 +81,25 @@ def save_ethos_u85(
         ValueError: if executorch or ethos-u-vela is missing, the calibration data never reaches a layer, or a zero would be
             lost.
     """
-    _need("tosa_serializer", "executorch[ethos-u]")
-    _need("ethosu.vela", "ethos-u-vela")
-    edge, arm = _need("executorch.exir"), _need("executorch.backends.arm.ethosu")
-    library = _need("executorch.backends.arm.quantizer")
+    lowered = ethos_u85_job(model, inputs, path, calibration, network).run()
+    return lowered.estimates, lowered.left
+
+
+def ethos_u85_job(
+    model: nn.Module, inputs: Any, path: str | Path, calibration: Sequence[Any], network: str | None = None
+) -> Job:
+    """Prepare what `save_ethos_u85` lowers."""
+    need_compiler("Vela")
+    library = need_edge("executorch.backends.arm.quantizer")
     call = Call.of(inputs, network)
     called, one = _prepared(model, call, calibration)
-    with tempfile.TemporaryDirectory() as folder, _muted(), without_origins(), redirect_stdout(StringIO()):
-        try:
-            spec = arm.EthosUCompileSpec("ethos-u85-256")
-            spec.dump_intermediate_artifacts_to(folder)
-            by_output, by_layer = (library.get_symmetric_quantization_config(is_per_channel=each) for each in (True, False))
-            quantizer = library.EthosUQuantizer(spec).set_global(by_output).set_module_type(nn.Linear, by_layer)
-            converted = _quantized(called, one, quantizer, calibration)
-            program = torch.export.export(converted, one.args, dict(one.kwargs))
-            lowered = edge.to_edge_transform_and_lower(
-                program,
-                partitioner=[arm.EthosUPartitioner(spec)],
-                compile_config=edge.EdgeCompileConfig(_check_ir_validity=False),
-            )
-            left = _left(lowered)
-            Path(path).write_bytes(lowered.to_executorch().buffer)
-            summaries = [row for file in Path(folder).rglob("*summary*.csv") for row in csv.DictReader(file.open())]
-        except Exception as error:
-            raise _said(model, "Vela", error) from None
-    if not summaries:
-        raise ValueError(f"no part of {type(model).__name__} runs on an Ethos-U85: {', '.join(left[:4])} stay on the CPU.")
-    return {what: sum(float(row[column]) for row in summaries) for what, column in _ESTIMATES.items()}, left
+    name = type(model).__name__
+    with compiling(name, "Vela"):
+        by_output, by_layer = (library.get_symmetric_quantization_config(is_per_channel=each) for each in (True, False))
+        quantizer = library.EthosUQuantizer(ethos_u85()).set_global(by_output).set_module_type(nn.Linear, by_layer)
+        converted = _quantized(called, one, quantizer, calibration)
+        program = torch.export.export(converted, one.args, dict(one.kwargs))
+    return Job(program, "Vela", Path(path), name)
 
 
 def executorch_runner(path: str | Path) -> Callable[[Any], Any]:
@@ -133,7 +114,7 @@ class _Program:
     """A loaded program; the runtime reads from its source buffer until the end."""
 
     def __init__(self, path: str | Path) -> None:
-        runtime = _need("executorch.runtime").Runtime.get()
+        runtime = need_edge("executorch.runtime").Runtime.get()
         self.data = Path(path).read_bytes()
         self.program = runtime.load_program(self.data)
         self.method = self.program.load_method("forward")
@@ -154,26 +135,6 @@ def samples_of(call: Call) -> Iterator[Call]:
 
 
 # ---- what both have in common -------------------------------------------------------------------------------------------
-
-
-def _need(module: str, package: str = "executorch") -> Any:
-    with _muted():
-        return need(module, package, "edge")
-
-
-class _muted(warnings.catch_warnings):
-    """Suppress everything below an error from libraries while active."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        self._loggers = silenced("", "torch")
-        self._loggers.__enter__()
-        return entered
-
-    def __exit__(self, *error: Any) -> None:
-        self._loggers.__exit__(*error)
-        super().__exit__(*error)
 
 
 def _prepared(model: nn.Module, call: Call, calibration: Sequence[Any]) -> tuple[nn.Module, Call]:
@@ -198,7 +159,7 @@ _SAMPLES = 256
 @torch.no_grad()
 def _quantized(called: nn.Module, one: Call, quantizer: Any, calibration: Sequence[Any]) -> Any:
     """The network for one sample in int8, with ranges from the calibration data."""
-    tools = _need("torchao.quantization.pt2e.quantize_pt2e", "torchao")
+    tools = need_edge("torchao.quantization.pt2e.quantize_pt2e", "torchao")
 
     def observed(call: Call) -> Any:
         program = torch.export.export(called, call.args, dict(call.kwargs))
@@ -264,23 +225,3 @@ def _has_signs_of(weight: Tensor, codes: Tensor) -> bool:
     """Whether codes can belong to a weight, whatever their scales: signs agree where neither is zero."""
     both = (weight != 0) & (codes != 0)
     return torch.equal(weight[both].sign(), codes[both].sign().to(weight.dtype))
-
-
-def _left(lowered: Any) -> list[str]:
-    """Operators that no backend took."""
-    names = {
-        str(node.target.__name__)
-        for node in lowered.exported_program().graph.nodes
-        if node.op == "call_function" and callable(node.target)
-    }
-    ours = ("executorch_call_delegate", "getitem")
-    return sorted(name for name in names if name not in ours and not name.startswith("quantized_decomposed."))
-
-
-def _said(model: nn.Module, compiler: str, error: Exception) -> ValueError:
-    """A compiler's refusal, with the missing operators by name."""
-    if isinstance(error, ValueError) and "would be lost" in str(error):
-        return error
-    lacking = sorted(set(re.findall(r"aten::[\w.]+", str(error))))
-    what = f"it has no kernel for {', '.join(lacking)}" if "out variant" in str(error) else first_line(error)
-    return ValueError(f"{compiler} cannot compile {type(model).__name__} ({what}).")

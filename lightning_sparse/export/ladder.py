@@ -19,7 +19,7 @@ from lightning_sparse.export.compare_models import difference, have_equal_weight
 from lightning_sparse.export.export_report import ExportReport, Rung, Runtime, dense_in
 from lightning_sparse.export.merge_report import count_parameters
 from lightning_sparse.export.quantization import Elsewhere, Quantization, relative_error
-from lightning_sparse.export.rungs import RUNGS, Ladder, Made, RungName, call_with, device_of
+from lightning_sparse.export.rungs import RUNGS, UNTIMED, Ladder, Made, RungName, call_with, device_of
 
 __all__ = ["RUNGS", "RungName", "export_ladder"]
 
@@ -63,7 +63,8 @@ def export_ladder(
         fold: fold batch normalization into the preceding layers, in all rungs except `merged`.
         input_range: the smallest and largest input, such as (0, 1); `merged` needs it to judge the first layer.
         rounds: number of calls for measuring latency; 0 skips it.
-        compiled: also measure the dense model and smaller networks under `torch.compile`, which takes half a minute each.
+        compiled: also measure the dense model and smaller networks under `torch.compile`, which takes seconds each, and half a
+            minute the first time on a machine.
         evaluate: computes metrics of a model, such as its accuracy on a test set.
         quantization: how int8 rungs are calibrated and judged; None skips them.
         overwrite: overwrite files in the folder.
@@ -83,12 +84,19 @@ def export_ladder(
         ladder = Ladder(model, call, Path(folder), options)
         climb = _Climb(ladder, forced=rungs is not None)
         for name in names:
-            climb.take(name)
-        if evaluate is not None:
-            climb.evaluate(evaluate)
-        climb.judge_what_rounds_off()
+            if name not in UNTIMED:
+                climb.take(name)
+        with ladder.second_process(names, times=rounds > 0, compiles=compiled and rounds > 0):
+            for name in UNTIMED:
+                if name in names:
+                    climb.take(name)
+            climb.report.rungs = {name: climb.report.rungs[name] for name in ("dense", *names)}
+            if evaluate is not None:
+                climb.evaluate(evaluate)
+            climb.judge_what_rounds_off()
+            if rounds:
+                climb.compare_runtimes(compiled)
         if rounds:
-            climb.compare_runtimes(compiled)
             climb.time(rounds)
             climb.leave_out_what_is_no_gain()
         climb.report.choices = ladder.choices

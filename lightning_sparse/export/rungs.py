@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +18,12 @@ from lightning_sparse.core import Call, callee, copy_model, count_macs, effectiv
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
 from lightning_sparse.export.compare_models import runner
-from lightning_sparse.export.edge import executorch_runner, save_ethos_u85, save_executorch
+from lightning_sparse.export.edge import ethos_u85_job, executorch_job, executorch_runner
 from lightning_sparse.export.export_report import Runtime
 from lightning_sparse.export.int8 import save_int8
 from lightning_sparse.export.kernel_choice import KernelChoice
 from lightning_sparse.export.kernels import choose_kernels
+from lightning_sparse.export.lowering import Job, Lowered, SecondProcess
 from lightning_sparse.export.merge import merge_layers
 from lightning_sparse.export.merge_report import count_parameters
 from lightning_sparse.export.onnx import batch_sizes, compressed_size, onnx_runner, save_onnx
@@ -28,7 +31,7 @@ from lightning_sparse.export.quantization import Quantization
 from lightning_sparse.export.removal import remove_dead
 from lightning_sparse.export.semi_structured import choose_semi_structured
 
-__all__ = ["RUNGS", "Ladder", "Made", "RungName", "call_with", "device_of"]
+__all__ = ["RUNGS", "UNTIMED", "Ladder", "Made", "RungName", "call_with", "device_of"]
 
 RungName = Literal[
     "plain", "compact", "merged", "removed", "kernels", "semi_structured", "onnx", "int8", "edge", "ethos_u85"
@@ -66,6 +69,7 @@ class Ladder:
         self.base, self.blueprint = fold_norms(self.dense) if options["fold"] else (copy_model(self.dense), Blueprint())
         self.quantization: Quantization | None = options["quantization"]
         self.choices: list[KernelChoice] = []
+        self._begun: dict[str, Callable[[], Lowered]] = {}
         self.zeros = _zeros(self.dense)
 
     def macs(self, model: nn.Module) -> dict[str, int]:
@@ -161,8 +165,8 @@ class Ladder:
 
     def edge(self) -> Made:
         """Quantize to int8 for ExecuTorch on a CPU."""
-        path = self.folder / "model.pte"
-        left = save_executorch(self.base, self.inputs, path, self._calibration())
+        path = self.folder / _FILES["edge"]
+        left = self._lowered("edge").left
         note = f"one sample at a time; {compressed_size(path):,} bytes compressed"
         if left:
             note += f"; not run by XNNPACK: {', '.join(left)}"
@@ -172,17 +176,14 @@ class Ladder:
 
     def ethos_u85(self) -> Made:
         """Quantize to int8 for an accelerator that stores no zeros."""
-        path, beside = self.folder / "model-ethos-u85.pte", self.folder / "filled.pte"
-        estimates, left = save_ethos_u85(self.base, self.inputs, path, self._calibration())
-        without = dict(estimates)
-        if any(weight.ndim > 1 and bool((weight == 0).any()) for weight in self.base.parameters()):
-            without, _ = save_ethos_u85(_filled(self.base), self.inputs, beside, self._calibration())
-        estimates |= {f"{what} if no weight were zero": number for what, number in without.items()}
+        lowered = self._lowered("ethos_u85")
+        without = self._lowered("filled") if self._stores_zeros() else lowered
+        estimates = lowered.estimates | {f"{what} if no weight were zero": n for what, n in without.estimates.items()}
         note = "for one sample at a time; outputs cannot be checked without Arm's simulator or the device"
-        if left:
-            note += f"; not run by it: {', '.join(left)}"
+        if lowered.left:
+            note += f"; not run by it: {', '.join(lowered.left)}"
         parameters, macs = count_parameters(self.base), sum(self.macs(self.base).values())
-        return Made(path.name, None, note, parameters, macs, runtime="ethos-u85", estimates=estimates)
+        return Made(_FILES["ethos_u85"], None, note, parameters, macs, runtime="ethos-u85", estimates=estimates)
 
     def _calibration(self) -> list[Call]:
         if self.quantization is None:
@@ -202,13 +203,54 @@ class Ladder:
 
     def dense_executorch(self) -> Made:
         """Run the masked model as trained in ExecuTorch, in float32, as the baseline of that runtime."""
-        path = self.folder / "dense.pte"
-        save_executorch(self.dense, self.inputs, path)
+        path = self.folder / _FILES["dense"]
+        self._lowered("dense")
         return self._dense(path.name, executorch_runner(path), "in float32; for comparison, not written", "executorch")
 
     def _dense(self, file: str, run: Callable[[Call], Any], note: str, runtime: Runtime) -> Made:
         macs = sum(self.macs(self.dense).values())
         return Made(file, run, note, count_parameters(self.dense), macs, runtime=runtime)
+
+    # ---- programs for ExecuTorch ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def second_process(self, names: Sequence[str], times: bool, compiles: bool) -> Iterator[None]:
+        """While active, a second process lowers what this one will need after the first program.
+
+        Args:
+            names: the rungs to come.
+            times: whether the dense model's program will be needed.
+            compiles: whether torch.compile will be needed.
+        """
+        wanted = [name for name in ("ethos_u85", "edge") if name in names]
+        wanted += ["filled"] if "ethos_u85" in names and self._stores_zeros() else []
+        if len(wanted) < 2 or self.quantization is None or not find_spec("executorch"):
+            yield
+            return
+        second = SecondProcess()
+        try:
+            for name in wanted[1:] + (["dense"] if times and "edge" in names else []):
+                with suppress(Exception):  # the rung will say so
+                    self._begun[name] = second.lower(self._job(name))
+            if compiles:
+                second.warm_up()
+            yield
+        finally:
+            second.close()
+
+    def _job(self, name: str) -> Job:
+        path = self.folder / _FILES[name]
+        if name == "dense":
+            return executorch_job(self.dense, self.inputs, path)
+        model = _filled(self.base) if name == "filled" else self.base
+        return (executorch_job if name == "edge" else ethos_u85_job)(model, self.inputs, path, self._calibration())
+
+    def _lowered(self, name: str) -> Lowered:
+        """Lower a program, unless the second process did."""
+        return self._begun[name]() if name in self._begun else self._job(name).run()
+
+    def _stores_zeros(self) -> bool:
+        return any(weight.ndim > 1 and bool((weight == 0).any()) for weight in self.base.parameters())
 
     # ---- parts of rungs ---------------------------------------------------------------------------------------------------
 
@@ -243,6 +285,9 @@ class Ladder:
         return f"{folded}{self.zeros:.1%} zeros, which a dense kernel multiplies like any other number: no faster"
 
 
+_FILES = {"edge": "model.pte", "ethos_u85": "model-ethos-u85.pte", "filled": "filled.pte", "dense": "dense.pte"}
+"""The files of programs for ExecuTorch."""
+
 RUNGS: dict[str, Callable[[Ladder], Made]] = {
     "plain": Ladder.plain,
     "compact": Ladder.compact,
@@ -255,7 +300,10 @@ RUNGS: dict[str, Callable[[Ladder], Made]] = {
     "edge": Ladder.edge,
     "ethos_u85": Ladder.ethos_u85,
 }
-"""The rungs by name, in the order in which they are made."""
+"""The rungs by name; each builds on the result of the ones before it."""
+
+UNTIMED = ("onnx", "int8", "ethos_u85", "edge")
+"""Rungs that measure nothing while they are made, in the order in which they are made: a second process lowers the last."""
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +91,41 @@ def test_factors_and_means_are_compiled_too(tmp_path: Path) -> None:
     assert all(made.rungs[name].file for name in rungs)
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_the_second_process_cannot_do_is_done_here(tmp_path: Path, alive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_sparse.export import lowering
+
+    if not alive:
+        monkeypatch.setattr(sys, "executable", shutil.which("false") or pytest.skip("there is no command that fails"))
+    monkeypatch.setattr(lowering, "_lower", lambda program, compiler, path: lowering.Lowered([compiler, path.name]))
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
+    paths = [tmp_path / "a folder.pte", tmp_path / "no folder" / "net.pte"]  # the second program cannot even be handed over
+    paths[0].mkdir()
+    second = lowering.SecondProcess()
+    try:
+        results = [second.lower(lowering.Job(program, "ExecuTorch", path, "Linear")) for path in paths]
+        assert [result().left for result in results] == [["ExecuTorch", "a folder.pte"], ["ExecuTorch", "net.pte"]]
+    finally:
+        second.close()
+
+
+def test_the_second_process_writes_what_this_one_would(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    from lightning_sparse.export.edge import executorch_job
+    from lightning_sparse.export.lowering import SecondProcess
+
+    second = SecondProcess()
+    try:
+        jobs = [executorch_job(small(), images(), tmp_path / name, [images()]) for name in ("there.pte", "here.pte")]
+        there = second.lower(jobs[0])
+        here = jobs[1].run()
+        jobs[0].run = lambda: pytest.fail("it was lowered here")  # type: ignore[method-assign]
+        assert there() == here
+    finally:
+        second.close()
+    assert (tmp_path / "there.pte").read_bytes() == (tmp_path / "here.pte").read_bytes()
+
+
 def test_the_accelerator_is_estimated_and_says_so(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     pytest.importorskip("ethosu")
@@ -124,19 +160,19 @@ def test_a_lost_zero_is_found() -> None:
 
 
 def test_an_operator_that_the_runtime_lacks_is_named() -> None:
-    from lightning_sparse.export.edge import _said
+    from lightning_sparse.export.lowering import _said
 
     lacking = RuntimeError("Missing out variants: {'aten::fft_rfft', 'aten::linalg_qr'}\nin a graph")
-    sentence = str(_said(small(), "ExecuTorch", lacking))
+    sentence = str(_said("Sequential", "ExecuTorch", lacking))
     assert sentence == "ExecuTorch cannot compile Sequential (it has no kernel for aten::fft_rfft, aten::linalg_qr)."
-    other = _said(small(), "Vela", RuntimeError("no such shape\nat line 3"))
+    other = _said("Sequential", "Vela", RuntimeError("no such shape\nat line 3"))
     assert str(other) == "Vela cannot compile Sequential (no such shape)."
     lost = ValueError("zeros of a weight of shape (2, 3) would be lost: their code is not 0.")
-    assert _said(small(), "Vela", lost) is lost
+    assert _said("Sequential", "Vela", lost) is lost
 
 
 def test_operators_that_stay_on_the_cpu_are_listed() -> None:
-    from lightning_sparse.export.edge import _left
+    from lightning_sparse.export.lowering import _left
 
     class Called:
         def __init__(self, name: str) -> None:
