@@ -63,8 +63,8 @@ def export_ladder(
         fold: fold batch normalization into the preceding layers, in all rungs except `merged`.
         input_range: the smallest and largest input, such as (0, 1); `merged` needs it to judge the first layer.
         rounds: number of calls for measuring latency; 0 skips it.
-        compiled: also measure the dense model and smaller networks under `torch.compile`, which takes seconds each, and half a
-            minute the first time on a machine.
+        compiled: also measure the dense model and smaller networks under `torch.compile`, which takes seconds each, and
+            half a minute the first time on a machine.
         evaluate: computes metrics of a model, such as its accuracy on a test set.
         quantization: how int8 rungs are calibrated and judged; None skips them.
         overwrite: overwrite files in the folder.

@@ -110,6 +110,8 @@ def regrow(
         raise ValueError("A growth score is NaN or infinite, so nothing can be ranked; look for a diverged loss.")
     # Only connections are ranked for survival: at 90% sparsity a tenth of all entries.
     candidates = None if spread is None else spread.chosen([mask], [kept])
-    survivors = torch.zeros_like(mask).masked_scatter_(mask, top_k_masks([keep[mask]], kept - count, candidates)[0])
-    order = grow.masked_fill(survivors, torch.inf)
+    places = mask.flatten().nonzero().squeeze(1)  # faster than to select and to scatter by the mask
+    survivors = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+    survivors[places[top_k_masks([keep.flatten()[places]], kept - count, candidates)[0]]] = True
+    order = torch.where(survivors.view(mask.shape), torch.inf, grow)
     return top_k_masks([order if protect is None else protect(order)], kept, spread)[0]

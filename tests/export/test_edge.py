@@ -92,7 +92,9 @@ def test_factors_and_means_are_compiled_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_what_the_second_process_cannot_do_is_done_here(tmp_path: Path, alive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_second_process_cannot_do_is_done_here(
+    tmp_path: Path, alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lightning_sparse.export import lowering
 
     if not alive:

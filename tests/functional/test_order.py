@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -6,11 +8,13 @@ from lightning_sparse.functional import exact_count, kth_smallest, top_k_masks
 from lightning_sparse.functional import order as order_module
 
 
-@pytest.fixture(autouse=True, params=["sorted", "histograms"])
+@pytest.fixture(autouse=True, params=["partition", "between two", "histograms"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways find the same: few entries are sorted, and the tests below have few."""
+    """All ways find the same: few entries are partitioned, and the tests below have few."""
+    if request.param == "between two":
+        monkeypatch.setattr(order_module, "_SAMPLE", 1)
     if request.param == "histograms":
-        monkeypatch.setattr(order_module, "_FEW", 0)
+        monkeypatch.setattr(order_module, "_between_two", lambda *args: None)
     return str(request.param)
 
 
@@ -56,16 +60,79 @@ def test_chunks_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPa
     assert [float(kth_smallest(values, k)) for k in range(0, 77, 4)] == whole
 
 
-def test_few_entries_are_sorted(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks, seen = order_module._chunks, []
-    monkeypatch.setattr(order_module, "_chunks", lambda *args: seen.append(args) or chunks(*args))
-    assert kth_smallest([torch.tensor([3.0, 1.0, 2.0])], 1) == 2
-    assert bool(seen) == (way == "histograms")
+def many() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(200_003, generator=g)
+    mask = torch.rand(200_003, generator=g) < 0.1
+    return {
+        "normal": normal,
+        "sorted": normal.sort().values,
+        "mostly zeros": normal * mask,
+        "nine in ten are -inf": normal.masked_fill(~mask, -torch.inf),
+        "few values": (normal * 2).round(),
+        "alike": torch.ones(200_003),
+        "float64": normal.double() * 1e-200,
+        "bfloat16": normal.bfloat16(),
+        "the sample misses all of one kind": torch.where(torch.arange(200_003) % 3 == 0, 5.0, normal),
+    }
+
+
+@pytest.mark.parametrize("name", many())
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_among_many_entries_a_sample_tells_where_to_look(name: str, magnitudes: bool, way: str, monkeypatch: Any) -> None:
+    if way == "between two":
+        monkeypatch.setattr(order_module, "_SAMPLE", 1 << 10)
+    values = many()[name]
+    ordered = np.sort((values.abs() if magnitudes else values).double().numpy())
+    for k in {0, 1, 7, 20_000, 100_001, 179_000, 180_002, 199_000, 200_001, 200_002}:
+        assert float(kth_smallest(torch.tensor_split(values, 3), k, magnitudes)) == ordered[k], k
+
+
+def test_only_what_lies_between_two_sampled_values_is_copied(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != "between two":
+        pytest.skip("the others do not sample")
+    monkeypatch.setattr(order_module, "_SAMPLE", 1 << 12)
+    sizes: list[int] = []
+    partition: Any = np.partition
+
+    def watched(array: Any, k: int) -> Any:
+        sizes.append(len(array))
+        return partition(array, k)
+
+    monkeypatch.setattr(np, "partition", watched)
+    values = many()["normal"]
+    assert float(kth_smallest([values], 180_000)) == float(values.sort().values[180_000])
+    assert len(sizes) == 1
+    assert sizes[0] < 12_000  # of 200,003
+
+
+@pytest.mark.parametrize("name", ["mostly zeros", "nine in ten are -inf", "few values", "alike"])
+def test_ties_need_no_histogram(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != "between two":
+        pytest.skip("the others do not sample")
+    monkeypatch.setattr(order_module, "_SAMPLE", 1 << 12)
+    monkeypatch.setattr(order_module, "_histogram", lambda *args: pytest.fail("a histogram was made"))
+    values = many()[name]
+    ordered = values.sort().values
+    for k in (0, 90_000, 110_000, 180_000, 200_002):
+        assert float(kth_smallest([values], k)) == float(ordered[k])
+
+
+@pytest.mark.parametrize("numbers", [[5, -5], [-5, 5], [0, 0]])
+def test_a_sample_that_misleads_does_no_harm(numbers: list[int], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample holds one number, the entries of the ranks asked for the other, above or below it."""
+    if way == "between two":
+        monkeypatch.setattr(order_module, "_SAMPLE", 100)
+    sampled, other = map(float, numbers)
+    values = torch.full((1_000,), other)
+    values[:: 1000 // 100 | 1] = sampled
+    ordered = values.sort().values
+    assert [float(kth_smallest([values], k)) for k in range(0, 1000, 83)] == ordered[::83].tolist()
 
 
 def test_more_than_2_to_the_24_entries(way: str) -> None:
-    if way == "sorted":
-        pytest.skip("so many are never sorted")
+    if way == "partition":
+        pytest.skip("so many are never partitioned")
     n = (1 << 24) + 1001
     values = torch.arange(n, dtype=torch.int32).flip(0).view(torch.float32)  # the n smallest floats, descending
     k = n - 500
