@@ -88,6 +88,19 @@ DESK = (
     Layers("desk-layers-simulation", SIMULATION, 5),
     Layers("desk-layers-fashion", FASHION, 3),
     Layers("desk-layers-conv", CONV, 1),
+    Comparison("desk-structures-resnet20", SMALL, STRUCTURED, (0.9,)),
+    Slimming(
+        "desk-channels-resnet20",
+        Slimmed(SmallImages, resnet20_half, 6, memory_format=channels_last),
+        tuple(WAYS),
+        (0.5,),
+    ),
+    Slimming(
+        "desk-channels-mobilenet",
+        Slimmed(CIFAR10, mobilenet, 4, 128, 0.05, memory_format=channels_last),
+        tuple(WAYS)[:5],
+        (0.5,),
+    ),
 )
 
 TAMED = ("RigL, drop_fraction=0.1", "RigL, growth_per_output=True")
@@ -231,22 +244,7 @@ COST = (
     Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
 )
 
-COMING = (
-    Comparison("desk-structures-resnet20", SMALL, STRUCTURED, (0.9,)),
-    Slimming(
-        "desk-channels-resnet20",
-        Slimmed(SmallImages, resnet20_half, 6, memory_format=channels_last),
-        tuple(WAYS),
-        (0.5,),
-    ),
-    Slimming(
-        "desk-channels-mobilenet",
-        Slimmed(CIFAR10, mobilenet, 4, 128, 0.05, memory_format=channels_last),
-        tuple(WAYS)[:5],
-        (0.5,),
-    ),
-    Measurements("cost-structures", methods.structured),
-)
+COMING = (Measurements("cost-structures", methods.structured),)
 """Suites that have not been measured completely on a quiet machine yet."""
 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *CLAIMS, *PAPER, *COST, *COMING)}

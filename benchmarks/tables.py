@@ -65,6 +65,16 @@ LABELS = {
     "inside MagnitudePruning's stations": "inside `MagnitudePruning`",
 }
 
+CHANNELS = {
+    "dense": "dense",
+    "Torch-Pruning, global": "Torch-Pruning 1.6, all layers compete",
+    "Torch-Pruning, uniform": "Torch-Pruning 1.6, the same fraction everywhere",
+    "one-shot": "`MagnitudePruning`, one-shot in the middle",
+    "one-shot, uniform": '`MagnitudePruning(allocation="uniform")`, one-shot in the middle',
+    "gradual": "`MagnitudePruning`, gradual",
+    "gradual, uniform": '`MagnitudePruning(allocation="uniform")`, gradual',
+}
+
 MODELS = {"mlp": "perceptron", "resnet18": "ResNet-18", "vit": "ViT-tiny"}
 
 
@@ -131,6 +141,19 @@ def structured(name: str) -> list[Row]:
         less = [run["test"] - dense[run["seed"]] for run in mine if method != "dense"]
         rows.append([label(method), f"{100 * kept:.1f}%", spread([r["test"] for r in mine]), spread(less) if less else ""])
     return [["", "weights kept", "test accuracy, %", "difference from dense"], *rows]
+
+
+def channels(name: str) -> list[Row]:
+    """Networks that lost channels until half of their multiplications were left."""
+    found = runs(name)
+    dense = {run["seed"]: run["test"] for run in pick(found, method="dense")}
+    rows = []
+    for way in dict.fromkeys(run["method"] for run in found):
+        mine = pick(found, method=way)
+        sizes = [f"{statistics.mean(run[key] for run in mine):.3f}" for key in ("inference", "parameters")]
+        less = [run["test"] - dense[run["seed"]] for run in mine if way != "dense"]
+        rows.append([CHANNELS[way], *sizes, spread([run["test"] for run in mine]), spread(less) if less else ""])
+    return [["", "multiplications", "parameters", "test accuracy, %", "difference from dense"], *rows]
 
 
 def growth() -> list[Row]:
@@ -382,6 +405,9 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "lenet300": lambda: accuracy("desk-lenet300"),
     "hypersparse": lambda: accuracy("desk-hypersparse", work=False),
     "structured": lambda: structured("desk-structures-lenet300"),
+    "structured20": lambda: structured("desk-structures-resnet20"),
+    "channels20": lambda: channels("desk-channels-resnet20"),
+    "channels-mobilenet": lambda: channels("desk-channels-mobilenet"),
     "lenet5": lambda: accuracy("desk-lenet5"),
     "resnet20": lambda: accuracy("desk-resnet20", beside=pick(runs("desk-cka"), method="random")),
     "growth": growth,
