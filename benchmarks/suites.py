@@ -242,9 +242,10 @@ COST = (
     Measurements("peers", peers.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness", robustness.parts, same=("lightning_sparse", "torch")),
     Measurements("robustness-writes", writes.parts, same=("lightning_sparse", "torch")),
+    Measurements("cost-structures", methods.structured),
 )
 
-COMING = (Measurements("cost-structures", methods.structured),)
+COMING: tuple[Suite, ...] = ()
 """Suites that have not been measured completely on a quiet machine yet."""
 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in (*DESK, *CLAIMS, *PAPER, *COST, *COMING)}

@@ -266,18 +266,18 @@ def updates() -> list[Row]:
     return [["a global mask update over", *(f"{int(size.replace(',', '')) / 1e6:g} M" for size in columns)], *rows]
 
 
-def methods() -> list[Row]:
+def methods(suite: str) -> list[Row]:
     """Step times of every method relative to dense steps, between changes of masks."""
-    columns = numbers("cost-methods")
+    columns = numbers(suite)
     rows = [["dense, ms", *(f"{statistics.median(r['dense, ms'] for r in c.values()):.0f}" for c in columns.values())]]
     for method in columns["mlp, batch 32"]:
         rows.append([f"`{method}`", *(ratio(c[method]["between"]) if method in c else "" for c in columns.values())])
     return [["", *places(columns)], *rows]
 
 
-def inside() -> list[Row]:
+def inside(suite: str) -> list[Row]:
     """Fraction of a step spent inside every method, between and at changes of masks, and the memory it keeps."""
-    columns = numbers("cost-methods")
+    columns = numbers(suite)
     rows = []
     for method in columns["mlp, batch 32"]:
         found = [column.get(method, {}) for column in columns.values()]
@@ -422,8 +422,10 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "updates": updates,
     "sparsegpt": sparsegpt,
     "finetuning": finetuning,
-    "methods": methods,
-    "inside": inside,
+    "methods": lambda: methods("cost-methods"),
+    "inside": lambda: inside("cost-methods"),
+    "structure-steps": lambda: methods("cost-structures"),
+    "structure-inside": lambda: inside("cost-structures"),
     "memory": lambda: memory("memory-methods"),
     "sharded": sharded,
     "exported": exported,
