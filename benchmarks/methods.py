@@ -1,7 +1,7 @@
 """The time that every method adds to a training step, and the memory it uses.
 
     python -m benchmarks cost-methods          a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
-    python -m benchmarks cost-structures       the same for AC/DC and for the three forms of SR-STE
+    python -m benchmarks cost-structures       the same for methods whose masks have a structure, and those beside them
     python -m benchmarks cost-finetuning       for methods that start from an existing model, compared with a random mask
     python -m benchmarks memory-methods        peak memory of a training run, each in a separate process (on Linux)
 
@@ -82,6 +82,8 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
     "SynFlow": lambda: SynFlow(0.9),
     "HyperSparse": lambda: HyperSparse(0.9, strength=5e-6, pretrain=0, regularize=0.75),
     "ACDC": lambda: ACDC(0.9, start=0.0, every=0.2),
+    "RigL(fan_in)": lambda: RigL(0.9, structure="fan_in", **OFTEN),
+    "MagnitudePruning(block:4x4)": lambda: MagnitudePruning(0.9, structure="block:4x4", **OFTEN),
     "LotteryTicket": lambda: LotteryTicket(0.9, rounds=2),
     "WeightPenalty(l1)": lambda: WeightPenalty(0.9, end=1.0),
     "WeightPenalty(hoyer)": lambda: WeightPenalty(0.9, penalty="hoyer", end=1.0),
@@ -104,8 +106,11 @@ METHODS: dict[str, Callable[[], Sparsifier]] = {
 }
 
 
-STRUCTURED = ("ACDC", "SRSTE", "SRSTE(soft)", "SRSTE(transposable)")
-"""Methods of the suite `cost-structures`."""
+STRUCTURED = (
+    *("ACDC", "RigL(fan_in)", "MagnitudePruning(block:4x4)"),
+    *("SRSTE", "SRSTE(soft)", "SRSTE(transposable)"),
+)
+"""Methods of the suite `cost-structures`. It also measures a plain mask, and another method that shows masked weights."""
 
 FINETUNING = ("KeepSparsity", "Wanda", "Wanda(schedule)", "SparseGPT", "MovementPruning", "Distillation")
 """Methods of the suite `cost-finetuning`."""
@@ -188,7 +193,7 @@ def takes(model: str) -> list[str]:
 def structured(options: Options) -> Parts:
     """Measure methods whose masks have a structure, or alternate with dense phases."""
     for model, batch in places(options):
-        for name in STRUCTURED:
+        for name in ("RandomSparsity", *STRUCTURED, "SparseConnectivityLearning"):
             yield (f"{model}, batch {batch}", name), partial(measure, name, model, batch, options.times(12), options.device)
 
 

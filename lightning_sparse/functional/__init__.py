@@ -26,6 +26,7 @@ from lightning_sparse.functional.cka import (
 )
 from lightning_sparse.functional.distillation import distillation_loss
 from lightning_sparse.functional.fan_in import fan_in_mask, regrow_fan_in
+from lightning_sparse.functional.groups import group_soft_threshold, least_squares_scale, n_m_mask, show_softly_
 from lightning_sparse.functional.hypersparse import (
     HYPERSPARSE_ALIGNMENT,
     HyperSparseScale,
@@ -66,7 +67,6 @@ from lightning_sparse.functional.masks import (
     find_n_m,
     is_for_one_thread,
     mask_bits,
-    n_m_mask,
     pack,
     unpack,
 )
@@ -96,7 +96,6 @@ from lightning_sparse.functional.scores import (
     random_generator,
     random_score,
 )
-from lightning_sparse.functional.soft_groups import group_soft_threshold, least_squares_scale
 from lightning_sparse.functional.sparse_connectivity_learning import (
     FEATURE_NORMS,
     STEP_PROXIES,
@@ -248,6 +247,7 @@ __all__ = [
     "round_symmetric",
     "row_ranks",
     "shift_input",
+    "show_softly_",
     "similarity_penalty",
     "soft_threshold",
     "soft_threshold_",

@@ -1,4 +1,4 @@
-"""Structure of masks: N:M groups, whole channels, and one bit per weight on disk."""
+"""Structure of masks: N:M patterns, whole channels, and one bit per weight on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ __all__ = [
     "find_n_m",
     "is_for_one_thread",
     "mask_bits",
-    "n_m_mask",
     "pack",
     "unpack",
 ]
@@ -22,43 +21,6 @@ __all__ = [
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GRAIN = 1 << 18  # entries: up to here one thread is as fast as two
 _CHUNK = 1 << 17  # entries per thread, which stay in its cache between widening a mask and using it
-
-
-def n_m_mask(score: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
-    """Keep the n highest of every m consecutive entries along one dimension.
-
-    For `dim=1` these are consecutive inputs of one output, in linear layers and convolutions alike
-    (for convolutions at the same kernel position), the layout that sparse tensor cores expect.
-    Among equal scores the earlier entry survives.
-
-    Args:
-        score: higher survives.
-        n: how many to keep, 0 < n < m.
-        m: the group; must divide the size of `dim`.
-        dim: along which to group.
-
-    Raises:
-        ValueError: if m does not divide the size of `dim`.
-
-    Example:
-        >>> n_m_mask(torch.tensor([[1.0, 4.0, 2.0, 3.0]]), 2, 4)
-        tensor([[False,  True, False,  True]])
-    """
-    if score.shape[dim] % m:
-        raise ValueError(f"{m} does not divide the {score.shape[dim]} inputs.")
-    moved = score.movedim(dim, -1)
-    groups = moved.reshape(-1, m)
-    # The rank of an entry is the number of entries that beat it: m*m comparisons of whole columns are
-    # much faster than sorting millions of groups of four.
-    columns = groups.unbind(1)
-    kept = []
-    for i, mine in enumerate(columns):
-        rank = torch.zeros_like(mine, dtype=torch.int16)
-        for j, other in enumerate(columns):
-            if j != i:
-                rank += (other >= mine) if j < i else (other > mine)
-        kept.append(rank < n)
-    return torch.stack(kept, 1).reshape(moved.shape).movedim(-1, dim)
 
 
 def channel_score(score: Tensor, dim: int = 0) -> Tensor:

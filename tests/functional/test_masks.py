@@ -1,5 +1,3 @@
-from itertools import combinations
-
 import pytest
 import torch
 
@@ -8,40 +6,12 @@ from lightning_sparse.functional import (
     expand_channels,
     magnitude,
     mask_sparsity,
-    n_m_mask,
     pack,
     random_generator,
     random_score,
     unpack,
     zero_fraction,
 )
-
-
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8)])
-def test_n_of_m_keeps_the_largest_sum(n: int, m: int) -> None:
-    """The oracle tries every combination of every group."""
-    score = torch.rand(5, 3 * m)
-    mask = n_m_mask(score, n, m)
-    for row, kept in zip(score.view(-1, m), mask.view(-1, m), strict=True):
-        best = max(combinations(range(m), n), key=lambda chosen, row=row: sum(float(row[i]) for i in chosen))
-        assert kept.nonzero().flatten().tolist() == list(best)
-
-
-def test_n_of_m_ties_go_to_the_earlier() -> None:
-    assert n_m_mask(torch.ones(1, 8), 2, 4).int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]]
-
-
-def test_n_of_m_groups_inputs_at_one_kernel_position() -> None:
-    score = torch.rand(6, 8, 3, 3)
-    mask = n_m_mask(score, 2, 4)
-    assert (mask.view(6, 2, 4, 3, 3).sum(2) == 2).all()
-    other = n_m_mask(score.transpose(0, 1), 2, 4, dim=0)
-    assert other.transpose(0, 1).equal(mask)
-
-
-def test_n_of_m_that_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="4 does not divide the 6 inputs"):
-        n_m_mask(torch.ones(2, 6), 2, 4)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

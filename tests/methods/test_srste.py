@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -108,7 +108,8 @@ def test_equals_the_estimator_in_the_graph(optimizer: str, soft: bool) -> None:
     for name, dense in written.net.named_parameters():
         weight = module.net.get_parameter(name).detach()
         if f"net.{name}" in method.hidden:
-            torch.testing.assert_close(weight + method.hidden[f"net.{name}"], dense.data, rtol=1e-9, atol=1e-12)
+            hidden = method.hidden[f"net.{name}"]
+            torch.testing.assert_close(hidden if soft else weight + hidden, dense.data, rtol=1e-9, atol=1e-12)
             expected = softened(dense.data) * written.scales[name] if soft else dense.data * two_of_four(dense.data)
             torch.testing.assert_close(weight, expected, rtol=1e-8, atol=1e-11)
         else:
@@ -160,6 +161,28 @@ def test_dense_weights_are_those_that_the_optimizer_left(soft: bool, precision: 
 
 
 @pytest.mark.parametrize("soft", [False, True])
+def test_what_others_change_between_steps_reaches_the_dense_weights(soft: bool) -> None:
+    method, changes = SRSTE(targets=MOST, soft=soft, strength=0.0), []
+
+    class Push(Toy):
+        dense: ClassVar[dict[str, Tensor]] = {}
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            for name, weight in method.weights.items():
+                self.dense[name] = (method.hidden[name] if soft else weight + method.hidden[name]).detach().clone()
+                weight.data[:, 0] += 0.5
+
+        def configure_gradient_clipping(self, *args: Any, **options: Any) -> None:  # when dense weights are in the model
+            changes.extend(weight.detach() - self.dense[name] for name, weight in method.weights.items())
+
+    fit(Push(), method, max_epochs=1)
+    assert len(changes) == 3 * 4
+    for change in changes:
+        torch.testing.assert_close(change[:, 0], torch.full_like(change[:, 0], 0.5))
+        assert not change[:, 1:].any()
+
+
+@pytest.mark.parametrize("soft", [False, True])
 def test_a_skipped_step_leaves_no_trace(soft: bool) -> None:
     method = SRSTE(targets=MOST, soft=soft)
     states: list[list[Tensor]] = []
@@ -184,7 +207,9 @@ def test_weights_that_were_loaded_between_two_fits_count(soft: bool) -> None:
     class Note(L.Callback):
         def on_train_batch_start(self, *args: Any) -> None:
             if not dense:
-                dense.update({name: (w + method.hidden[name]).float() for name, w in method.weights.items()})
+                for name, weight in method.weights.items():
+                    dense[name] = method.hidden[name] if soft else weight + method.hidden[name]
+                    dense[name] = dense[name].detach().clone()
 
     runner.callbacks.append(Note())  # type: ignore[attr-defined]
     runner.fit_loop.max_epochs = 4
