@@ -201,7 +201,7 @@ def _parts(m: int, dim: int, given: Sequence[Tensor], results: Sequence[Tensor])
     like = results[0]
     if not like.numel():
         return
-    order = sorted(range(like.ndim), key=lambda axis: -like.stride(axis))
+    order = sorted(range(like.ndim), key=lambda axis: like.stride()[axis], reverse=True)
     apart = prod(like.shape[axis] for axis in order[order.index(dim % like.ndim) + 1 :])
     group, both = m * apart, [*given, *results]
     fits_numpy = like.is_cpu and all(tensor.dtype in (torch.bool, torch.float32, torch.float64) for tensor in both)

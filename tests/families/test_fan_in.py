@@ -75,6 +75,14 @@ def test_ties_go_to_the_earlier_entry_and_what_is_gone_stays_gone() -> None:
     assert fan_in_mask(score, 2).tolist() == [[True, True, False], [False] * 3, [True, False, True]]
 
 
+@pytest.mark.parametrize("fan_in", [1, 3, 9])
+def test_ties_of_an_output_go_to_the_earlier(fan_in: int) -> None:
+    """As a stable sort decides them."""
+    score = torch.randint(0, 4, (40, 9), generator=torch.Generator().manual_seed(0)).float()
+    best = score.sort(dim=1, descending=True, stable=True).indices[:, :fan_in]
+    assert fan_in_mask(score, fan_in).equal(torch.zeros(40, 9, dtype=torch.bool).scatter_(1, best, True))
+
+
 METHODS: dict[str, Any] = {
     "RigL": lambda **o: RigL(0.9, every="2 steps", **o),
     "SET": lambda **o: SET(0.9, every="2 steps", **o),
