@@ -27,7 +27,7 @@ def hand_over(method: Sparsifier, methods: Sequence[Sparsifier]) -> None:
             one.clean()  # other methods have changed its pruned entries and their moments
             one.watch = Watch()
             for optimizer in one.run.optimizers:
-                one.watch.note(Step(optimizer, one.loop.ownership.of(optimizer)[id(one)]))
+                one.watch.note(Step(optimizer, one.loop.ownership.of(optimizer).weights[id(one)]))
                 one.watch.trust(optimizer, one.masks.changes)
 
 
@@ -39,7 +39,7 @@ def stand_in(method: Rewiring, owner: Masked) -> None:
     method.begun_with, method.steps = owner.begun_with, 1
     method.window.start, method.window.end, method.window.done = 0.0, 1.0, FINAL
     for optimizer in owner.run.optimizers:
-        owned = owner.loop.ownership.of(optimizer)
+        owned = owner.loop.ownership.of(optimizer).weights
         owned[id(method)] = owned[id(owner)]
 
 

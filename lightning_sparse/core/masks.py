@@ -293,9 +293,8 @@ class Mold:
         widened = torch.empty_like(weight, dtype=torch.int32, requires_grad=False).copy_(bits)
         return (None, widened.numpy()) if alone or bits.numel() <= self.SMALL else (widened, None)
 
-    @torch.no_grad()
     def press_gradients(self) -> None:
-        """Set the gradients of dropped entries to zero."""
+        """Set the gradients of dropped entries to zero; called without autograd."""
         for weight, bits, wide, array in self._parts:
             gradient = weight.grad
             if gradient is None:

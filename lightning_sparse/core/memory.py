@@ -70,12 +70,14 @@ class Remembered(Generic[T]):
     def __get__(self, instance: object | None, owner: type) -> T | Remembered[T]:
         if instance is None:
             return self
-        values = instance.__dict__.setdefault("_remembered", {})
-        if self.name not in values:
-            if self.create is None:
-                raise AttributeError(f"{type(instance).__name__} has not set '{self.name}' in its constructor.")
-            values[self.name] = self.create()
-        return values[self.name]  # type: ignore[no-any-return]
+        try:  # several times per step
+            return instance.__dict__["_remembered"][self.name]  # type: ignore[no-any-return]
+        except KeyError:
+            pass
+        if self.create is None:
+            raise AttributeError(f"{type(instance).__name__} has not set '{self.name}' in its constructor.")
+        value = instance.__dict__.setdefault("_remembered", {})[self.name] = self.create()
+        return value
 
     def __set__(self, instance: object, value: T) -> None:
         instance.__dict__.setdefault("_remembered", {})[self.name] = value

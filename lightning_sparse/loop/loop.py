@@ -16,7 +16,7 @@ from lightning_sparse.core import check_moments, lent_gradients
 from lightning_sparse.loop.agreement import Agreement
 from lightning_sparse.loop.conflicts import refuse_rivals, refuse_shared_masks
 from lightning_sparse.loop.method import Method
-from lightning_sparse.loop.ownership import Ownership
+from lightning_sparse.loop.ownership import Owned, Ownership
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.replacements import Replacements
 from lightning_sparse.loop.run import Run
@@ -37,6 +37,8 @@ class Loop:
         self.run, self.methods = run, list(methods)
         """The methods that are visited; profiling code may replace them between two batches."""
         self._everyone = list(methods)
+        self.leader = self._everyone[0]
+        """The method whose hooks of the Trainer visit the stations of all."""
         self._closed = False
         self._handed_over = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -175,8 +177,9 @@ class Loop:
     def before_step(self, optimizer: Optimizer) -> None:
         self._undo(optimizer)
         self._count()
-        steps = self._steps(optimizer, self.run.gradient_scale(optimizer))
-        with torch.no_grad(), self._lent(optimizer):
+        owned = self.ownership.of(optimizer)
+        steps = self._steps(optimizer, owned, self.run.gradient_scale(optimizer))
+        with torch.no_grad(), _lent(owned):
             for method, step in steps:
                 step.add_gradients(method.weight_penalty(step))
             for method, step in steps:
@@ -187,14 +190,8 @@ class Loop:
             self._withhold_gradients(optimizer)
         self._pending[id(optimizer)] = steps
 
-    def _lent(self, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """While methods act, the shards of weights that they see have gradients."""
-        parts = self.ownership.parts(optimizer)
-        return lent_gradients(parts) if parts else nullcontext()
-
-    def _steps(self, optimizer: Optimizer, scale: Tensor | None = None) -> list[tuple[Method, Step]]:
-        owned = self.ownership.of(optimizer)
-        return [(method, Step(optimizer, owned[id(method)], scale)) for method in self.methods]
+    def _steps(self, optimizer: Optimizer, owned: Owned, scale: Tensor | None = None) -> list[tuple[Method, Step]]:
+        return [(method, Step(optimizer, owned.weights[id(method)], scale)) for method in self.methods]
 
     def _count(self) -> None:
         """Count a batch that steps as one step, however many optimizers move in it."""
@@ -208,7 +205,7 @@ class Loop:
         if id(optimizer) not in self._trusted:
             for method in self.methods:
                 if method.clears_moments:
-                    check_moments(optimizer, self.ownership.of(optimizer)[id(method)].values())
+                    check_moments(optimizer, self.ownership.of(optimizer).weights[id(method)].values())
             if optimizer.state:
                 self._trusted.add(id(optimizer))
 
@@ -232,14 +229,15 @@ class Loop:
         depth = self._depth[id(optimizer)] = max(self._depth.get(id(optimizer), 0) - 1, 0)
         if depth:
             return
-        found_inf = getattr(optimizer, "found_inf", None) if self._paired else None
-        if found_inf is not None and bool(found_inf.any()):  # waits for the device, so only if a method needs to know
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and self._paired and bool(found_inf.any()):  # waits for the device, so only if needed
             return  # a fused optimizer was called, but its kernel skipped the step
         self._check_moments(optimizer)
         prepared = self._pending.pop(id(optimizer), None)
-        steps = self._steps(optimizer)
+        owned = self.ownership.of(optimizer)
+        steps = self._steps(optimizer, owned)
         self._count()
-        with self._lent(optimizer):
+        with _lent(owned):
             for method, step in steps:
                 if prepared is not None:
                     method.after_step(step)
@@ -259,7 +257,7 @@ class Loop:
         """A step was prepared but never made: the gradient scaler skipped it."""
         steps = self._pending.pop(id(optimizer), None)
         if steps is not None:
-            with torch.no_grad(), self._lent(optimizer):
+            with torch.no_grad(), _lent(self.ownership.of(optimizer)):
                 for method, step in steps:
                     method.undo_step(step)
 
@@ -371,6 +369,11 @@ class Loop:
             size = max(method.model_size for method in self._everyone)
             self.run.module.log("sparsity/model", dropped / size, batch_size=1)
             self._logged, self._phase = kept, phase_of(self.methods)
+
+
+def _lent(owned: Owned) -> AbstractContextManager[None]:
+    """While methods act, the shards of weights that they see have gradients."""
+    return lent_gradients(owned.parts) if owned.parts else nullcontext()
 
 
 def _detached(output: Any) -> Any:

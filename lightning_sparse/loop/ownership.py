@@ -11,10 +11,18 @@ from torch.optim import Optimizer
 from lightning_sparse.core import owner_of
 from lightning_sparse.loop.method import Method
 
-__all__ = ["Ownership"]
+__all__ = ["Owned", "Ownership"]
 
 
-class _Owned(NamedTuple):
+class Owned(NamedTuple):
+    """What one optimizer moves.
+
+    Args:
+        parameters: number of its parameters.
+        weights: by the identity of the method, and by name.
+        parts: the shards that methods see in place of the parameters that the optimizer moves, by name.
+    """
+
     parameters: int
     weights: dict[int, dict[str, nn.Parameter]]
     parts: dict[str, nn.Parameter]
@@ -29,17 +37,10 @@ class Ownership:
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self._methods = list(methods)
-        self._known: dict[int, _Owned] = {}
+        self._known: dict[int, Owned] = {}
 
-    def of(self, optimizer: Optimizer) -> dict[int, dict[str, nn.Parameter]]:
-        """By the identity of the method, and by name."""
-        return self._look(optimizer).weights
-
-    def parts(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-        """The shards that methods see in place of the parameters that the optimizer moves, by name."""
-        return self._look(optimizer).parts
-
-    def _look(self, optimizer: Optimizer) -> _Owned:
+    def of(self, optimizer: Optimizer) -> Owned:
+        """What this optimizer moves."""
         count = sum([len(group["params"]) for group in optimizer.param_groups])
         known = self._known.get(id(optimizer))
         if known is None or known.parameters != count:  # for example when frozen layers join
@@ -49,5 +50,5 @@ class Ownership:
                 for method in self._methods
             }
             parts = {name: w for owned in weights.values() for name, w in owned.items() if owner_of(w) is not w}
-            known = self._known[id(optimizer)] = _Owned(count, weights, parts)
+            known = self._known[id(optimizer)] = Owned(count, weights, parts)
         return known

@@ -125,33 +125,33 @@ class Sparsifier(Method, Callback):
             loop.open()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.loop is not None and self._leads(trainer):
+        if self.loop is not None and self.loop.leader is self:
             self.loop.epoch_start()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.loop is not None and self._leads(trainer):
+        if self.loop is not None and self.loop.leader is self:
             self.loop.batch_start(batch_idx)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        if self.loop is not None and self._leads(trainer):
+        if self.loop is not None and self.loop.leader is self:
             self.loop.before_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.loop is not None and self._leads(trainer):
+        if self.loop is not None and self.loop.leader is self:
             self.loop.batch_end()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.loop is not None and self._leads(trainer):
+        if self.loop is not None and self.loop.leader is self:
             self.loop.settle()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.loop is not None and self._leads(trainer):
+        if self.loop is not None and self.loop.leader is self:
             self.loop.epoch_end()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.loop is not None and self._leads(trainer):
+        if self.loop is not None and self.loop.leader is self:
             self.loop.conclude()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
