@@ -8,7 +8,7 @@ with numpy, whose comparisons take a tenth of the time of torch's there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -140,14 +140,27 @@ class _Groups:
 
     def __init__(self, use: Any, m: int, apart: int, place: Any, like: Any) -> None:
         self.use, self.m, self.apart, self.place = use, m, apart, place
-        self.zero = use.zeros_like(like)
-        self.first = self.bits(self.zero) - (place == 0).view(use.uint8)  # all bits where a group begins
+        self._like = like
         steps, reach = [], 1  # in which the largest of m neighbors is found: 1 and 2 for m = 4
         while reach < m:
             steps.append(min(reach, m - reach) * apart)
             reach += steps[-1] // apart
         self.steps = steps
-        self.within = [(ahead, place[:-ahead] < m - ahead // apart) for ahead in range(apart, m * apart, apart)]
+
+    @cached_property
+    def zero(self) -> Any:
+        return self.use.zeros_like(self._like)
+
+    @cached_property
+    def first(self) -> Any:
+        """All bits where a group begins, none elsewhere."""
+        return self.bits(self.zero) - (self.place == 0).view(self.use.uint8)
+
+    @cached_property
+    def within(self) -> list[tuple[int, Any]]:
+        """Every distance to a neighbor, and which entries have one in their group at that distance."""
+        distances = range(1, self.m)
+        return [(step * self.apart, self.place[: -step * self.apart] < self.m - step) for step in distances]
 
     def bits(self, values: Any) -> Any:
         return values.view(getattr(self.use, f"int{8 * values.itemsize}"))
