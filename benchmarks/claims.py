@@ -23,6 +23,7 @@ from benchmarks.suites import SUITES, TAMED
 BESIDE = {"claim-rigl-lenet5": "desk-lenet5", "claim-rigl-lenet300": "desk-lenet300"}
 """For some claims, the suite of the same setting whose runs it is compared with."""
 RIGL = ("claim-rigl-resnet20", *BESIDE)
+"""The suites of RigL with few connections."""
 NETWORKS = {"resnet20": "narrow ResNet-20", "lenet5": "LeNet-5", "lenet300": "LeNet-300-100", "resnet8": "ResNet-8"}
 APPENDIX = {
     "": {0.0: 84.16},

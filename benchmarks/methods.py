@@ -1,7 +1,7 @@
 """The time that every method adds to a training step, and the memory it uses.
 
     python -m benchmarks cost-methods          a perceptron, ResNet-18 and a small ViT, batches of 32 and 128
-    python -m benchmarks cost-structures       the same for methods whose masks have a structure, and those beside them
+    python -m benchmarks cost-structures       the same for methods with a structure, a plain mask, and SCL
     python -m benchmarks cost-finetuning       for methods that start from an existing model, compared with a random mask
     python -m benchmarks memory-methods        peak memory of a training run, each in a separate process (on Linux)
 

@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,29 +130,31 @@ def accuracy(name: str, work: bool = True, beside: Sequence[Mapping[str, Any]] =
     return [["", *percent(suite.sparsities), *["training cost at 98%"] * work], dense, *rows]
 
 
-def structured(name: str) -> list[Row]:
-    """Structures at their sparsity, and the difference from dense training, seed by seed."""
+def beside_dense(name: str) -> Iterator[tuple[str, Sequence[Mapping[str, Any]], Row]]:
+    """The runs of each method of a suite, with their accuracy and its difference from dense training, seed by seed."""
     found = runs(name)
     dense = {run["seed"]: run["test"] for run in pick(found, method="dense")}
-    rows = []
     for method in dict.fromkeys(run["method"] for run in found):
         mine = pick(found, method=method)
-        kept = statistics.mean(run["kept"] / run["total"] for run in mine)
         less = [run["test"] - dense[run["seed"]] for run in mine if method != "dense"]
-        rows.append([label(method), f"{100 * kept:.1f}%", spread([r["test"] for r in mine]), spread(less) if less else ""])
+        yield method, mine, [spread([run["test"] for run in mine]), spread(less) if less else ""]
+
+
+def structured(name: str) -> list[Row]:
+    """Structures at their sparsity, and the difference from dense training."""
+    rows = []
+    for method, mine, cells in beside_dense(name):
+        kept = statistics.mean(run["kept"] / run["total"] for run in mine)
+        rows.append([label(method), f"{100 * kept:.1f}%", *cells])
     return [["", "weights kept", "test accuracy, %", "difference from dense"], *rows]
 
 
 def channels(name: str) -> list[Row]:
     """Networks that lost channels until half of their multiplications were left."""
-    found = runs(name)
-    dense = {run["seed"]: run["test"] for run in pick(found, method="dense")}
     rows = []
-    for way in dict.fromkeys(run["method"] for run in found):
-        mine = pick(found, method=way)
+    for way, mine, cells in beside_dense(name):
         sizes = [f"{statistics.mean(run[key] for run in mine):.3f}" for key in ("inference", "parameters")]
-        less = [run["test"] - dense[run["seed"]] for run in mine if way != "dense"]
-        rows.append([CHANNELS[way], *sizes, spread([run["test"] for run in mine]), spread(less) if less else ""])
+        rows.append([CHANNELS[way], *sizes, *cells])
     return [["", "multiplications", "parameters", "test accuracy, %", "difference from dense"], *rows]
 
 
