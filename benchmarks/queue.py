@@ -7,7 +7,8 @@
                     of the last epochs)
     python -m benchmarks.queue --list
 
-The queue has the lowest priority and does one training run after the other. Results are written to `benchmarks/results` as
+The queue has the lowest priority and does one training run after the other. On several cores, start the same command several
+times: small networks train faster side by side than on several threads, and no part is run twice. Results are written to `benchmarks/results` as
 they come, and checkpoints to `--work`. A suite is left out, with the reason, if its data is missing or its results are from
 another version. If a run fails, its error is printed and the next run starts. Costs are not measured here, because timing
 needs an otherwise idle machine.
@@ -16,11 +17,13 @@ needs an otherwise idle machine.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import os
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -44,18 +47,39 @@ def waiting(options: Options, suites: Sequence[Suite]) -> Iterator[tuple[Suite, 
         yield from ((suite, place) for place in missing)
 
 
+@contextmanager
+def reserved(options: Options, suite: Suite, place: int) -> Iterator[bool]:
+    """Whether a part is for this process: no other process is running it, and it is still missing."""
+    folder = options.work or options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{suite.name}-{place + 1}.lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield place in suite.missing(options)
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def run(options: Options, suites: Sequence[Suite]) -> int:
-    """Run all missing parts and return the number of failures."""
+    """Run all missing parts that no other process is running, and return the number of failures."""
     failed = 0
     for suite, place in waiting(options, suites):
         wait_while(options.stop)
-        count = len(list(suite.parts(options)))
-        print(f"{datetime.now():%m-%d %H:%M} {suite.name}, {place + 1} of {count}", flush=True)
-        try:
-            suite.run(replace(options, part=(place + 1, count)))
-        except Exception:
-            failed += 1
-            print(traceback.format_exc(), flush=True)
+        with reserved(options, suite, place) as mine:
+            if not mine:
+                continue
+            count = len(list(suite.parts(options)))
+            print(f"{datetime.now():%m-%d %H:%M} {suite.name}, {place + 1} of {count}", flush=True)
+            try:
+                suite.run(replace(options, part=(place + 1, count)))
+            except Exception:
+                failed += 1
+                print(traceback.format_exc(), flush=True)
     return failed
 
 

@@ -107,6 +107,21 @@ def test_the_queue_does_what_is_missing_in_order_and_tells_what_it_cannot_do(mad
     assert made[3:] == [(0, "gradual", 0.9)], "only that is missing"
 
 
+def test_queues_side_by_side_never_run_the_same_part(made, tmp_path):
+    options = Options(out=tmp_path / "results", work=tmp_path / "states")
+    with queue.reserved(options, TOY, 1) as mine:
+        assert mine
+        queue.run(options, [TOY])
+        assert made == [(0, "dense", 0.0), (0, "gradual", 0.9)], "another process is busy with the second"
+    parts = queue.waiting(options, [TOY])
+    assert [place for _, place in parts] == [1]
+    key, train = list(TOY.parts(options))[1]
+    TOY.write(options, key, train())
+    with queue.reserved(options, TOY, 1) as mine:
+        assert not mine, "another process has finished it since this one looked"
+    assert not list((tmp_path / "states").glob("*.lock"))
+
+
 def test_the_queue_waits_between_trainings_too(made, monkeypatch, tmp_path):
     stop, waits = tmp_path / "stop", []
     stop.touch()
