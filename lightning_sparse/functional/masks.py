@@ -20,7 +20,7 @@ __all__ = [
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GRAIN = 1 << 18  # entries: up to here one thread is as fast as two
-_CHUNK = 1 << 17  # entries per thread, which stay in its cache between widening a mask and using it
+_CHUNK = 1 << 18  # entries per thread, which stay in its cache between widening a mask and using it
 
 
 def channel_score(score: Tensor, dim: int = 0) -> Tensor:

@@ -22,6 +22,7 @@ class Agreement:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._alone = run.trainer.world_size == 1
         self._compared: dict[int, int] = {}
 
     def compare(self, methods: Sequence[Method], live: bool = False) -> None:
@@ -34,9 +35,9 @@ class Agreement:
         Raises:
             RuntimeError: naming the first weight whose masks differ.
         """
+        if self._alone:
+            return
         for method, masks in self.changed(methods, live):
-            if self.run.trainer.world_size == 1:
-                continue
             strategy = self.run.trainer.strategy
             mine = torch.stack([masks.whereabouts(), masks.fingerprint()]).to(strategy.root_device)
             blocks, prints = strategy.all_gather(mine).unbind(1)

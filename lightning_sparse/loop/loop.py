@@ -42,6 +42,7 @@ class Loop:
         self._closed = False
         self._handed_over = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._several = len(run.optimizers) > 1
         self.ownership = Ownership(methods)
         """Which weights of which method an optimizer moves."""
         self._pending: dict[int, list[tuple[Method, Step]]] = {}
@@ -120,9 +121,9 @@ class Loop:
             self._epoch = epoch
         run.fresh = run.fresh or batch_idx == 0
         run.batch_idx = batch_idx - 1
-        with torch.no_grad():
-            for method in self.methods:
-                if method.answers(Method.before_batch):  # computing the position takes longer than doing nothing
+        for method in self.methods:
+            if method.answers(Method.before_batch):  # computing the position takes longer than doing nothing
+                with torch.no_grad():
                     run.reshard()
                     method.before_batch(method.position())
                     run.reshard()
@@ -139,10 +140,11 @@ class Loop:
             progress.increment_started()
 
     def batch_end(self) -> None:
-        for optimizer in self.run.optimizers:
-            self._undo(optimizer)
+        if self._pending:
+            for optimizer in self.run.optimizers:
+                self._undo(optimizer)
         # With several optimizers, only after all have stepped: later losses may hold the weights as they are.
-        if len(self.run.optimizers) > 1 and self.run.fresh:
+        if self._several and self.run.fresh:
             with torch.no_grad():
                 self._evolve()
         for method in self.methods:
@@ -223,12 +225,14 @@ class Loop:
         if closure is None and id(optimizer) not in self._pending:
             self.before_step(optimizer)
 
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # An optimizer whose `step` calls that of its base class fires its hooks twice; the outer one is the step.
         depth = self._depth[id(optimizer)] = max(self._depth.get(id(optimizer), 0) - 1, 0)
-        if depth:
-            return
+        if not depth:
+            with torch.no_grad():  # cheaper than the decorator
+                self._outer_step(optimizer)
+
+    def _outer_step(self, optimizer: Optimizer) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and self._paired and bool(found_inf.any()):  # waits for the device, so only if needed
             return  # a fused optimizer was called, but its kernel skipped the step
@@ -245,7 +249,7 @@ class Loop:
                     method.after_unseen_step(step)
         for method, step in steps:
             method.project(step)
-        if len(self.run.optimizers) == 1:
+        if not self._several:
             self._evolve(under_way=1)
 
     @property
