@@ -8,10 +8,10 @@
     python -m benchmarks.queue --list
 
 The queue has the lowest priority and does one training run after the other. On several cores, start the same command several
-times: small networks train faster side by side than on several threads, and no part is run twice. Results are written to `benchmarks/results` as
-they come, and checkpoints to `--work`. A suite is left out, with the reason, if its data is missing or its results are from
-another version. If a run fails, its error is printed and the next run starts. Costs are not measured here, because timing
-needs an otherwise idle machine.
+times: small networks train faster side by side than on several threads, and no part is run twice. Results are written to
+`benchmarks/results` as they come, and checkpoints to `--work`. A suite is left out, with the reason, if its data is missing
+or its results are from another version. If a run fails, its error is printed and the next run starts. Costs are not measured
+here, because timing needs an otherwise idle machine.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from lightning_sparse.observe.report import find_reports, read_report, write_rep
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.tables import FIGURES  # noqa: E402
+from benchmarks.figures import FIGURES  # noqa: E402
 from tests.helpers.browser import CHROMIUM, look  # noqa: E402
 from tests.helpers.overlays import Sparsened, overlay  # noqa: E402
 

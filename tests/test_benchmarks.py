@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, lp_sphere, tables
+from benchmarks import accuracy, cells, cost_tables, gpu, lp_sphere, record, tables
 from benchmarks.__main__ import main
 from benchmarks.accuracy import METHODS, OPEN_ENDED, Comparison, Setting
 from benchmarks.competitors import PEERS, layers
@@ -215,22 +215,22 @@ def test_a_table_without_results_says_so(monkeypatch):
 
 def test_a_gain_within_the_noise_is_called_level():
     dense = {"low": 9.0, "median": 10.0, "high": 11.0}
-    assert tables.gain(dense, {"low": 4.0, "median": 5.0, "high": 8.9}) == "2.00"
-    assert tables.gain(dense, {"low": 4.0, "median": 5.0, "high": 9.0}) == "2.00 (level)"
-    assert tables.gain(dense, {"low": 11.1, "median": 12.5, "high": 20.0}) == "0.80"
+    assert cost_tables.gain(dense, {"low": 4.0, "median": 5.0, "high": 8.9}) == "2.00"
+    assert cost_tables.gain(dense, {"low": 4.0, "median": 5.0, "high": 9.0}) == "2.00 (level)"
+    assert cost_tables.gain(dense, {"low": 11.1, "median": 12.5, "high": 20.0}) == "0.80"
 
 
 def test_the_best_of_a_column_is_bold():
     rows = [["a", "1.50 ± 0.10", "3 of 4"], ["b", "12.0", ""], ["c", "12.0 (x)", "2"]]
-    tables.embolden(rows, [1])
-    tables.embolden(rows, [2], lowest=True)
+    cells.embolden(rows, [1])
+    cells.embolden(rows, [2], lowest=True)
     assert rows == [["a", "1.50 ± 0.10", "3 of 4"], ["b", "**12.0**", ""], ["c", "**12.0** (x)", "**2**"]]
-    assert tables.markdown([["a", "b"], ["c", ""]]) == "| a | b |\n| --- | --- |\n| c |  |"
+    assert record.markdown([["a", "b"], ["c", ""]]) == "| a | b |\n| --- | --- |\n| c |  |"
 
 
 def test_means_have_their_spread():
-    assert tables.spread([0.5, 0.6]) == "55.00 ± 7.07"
-    assert tables.spread([0.25], 3, 1) == "0.250"
+    assert record.spread([0.5, 0.6]) == "55.00 ± 7.07"
+    assert record.spread([0.25], 3, 1) == "0.250"
 
 
 def test_a_step_is_compared_with_its_dense_neighbors():
@@ -395,7 +395,9 @@ def test_a_suite_of_one_part_is_done_once(tmp_path):
 
 
 def test_peak_memory_is_shown_as_a_ratio_of_its_turn():
-    rows = tables.peaks({"mlp, batch 32": {"dense": [10.0, 20.0], "a": [11.0, 24.0], "b": [15.0]}}, {"a": "A", "b": "B"})
+    rows = cost_tables.peaks(
+        {"mlp, batch 32": {"dense": [10.0, 20.0], "a": [11.0, 24.0], "b": [15.0]}}, {"a": "A", "b": "B"}
+    )
     assert rows[1:] == [["plain, MiB", "15"], ["A", "1.150 (1.10 to 1.20)"], ["B", "1.500"]]
 
 
