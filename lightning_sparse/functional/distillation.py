@@ -32,4 +32,5 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0
     wide = torch.promote_types(student.dtype, torch.float32)
     ours = F.log_softmax(student.to(wide) / temperature, dim)
     theirs = F.log_softmax(teacher.detach().to(wide) / temperature, dim)
-    return (theirs.exp() * (theirs - ours)).sum(dim).mean() * temperature**2
+    ratio = (theirs - ours).masked_fill(theirs == -torch.inf, 0)  # a class that the teacher rules out adds nothing
+    return (theirs.exp() * ratio).sum(dim).mean() * temperature**2

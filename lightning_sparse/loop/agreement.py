@@ -35,9 +35,9 @@ class Agreement:
         Raises:
             RuntimeError: naming the first weight whose masks differ.
         """
-        if self._alone:
-            return
         for method, masks in self.changed(methods, live):
+            if self._alone:
+                continue
             strategy = self.run.trainer.strategy
             mine = torch.stack([masks.whereabouts(), masks.fingerprint()]).to(strategy.root_device)
             blocks, prints = strategy.all_gather(mine).unbind(1)

@@ -121,10 +121,15 @@ def test_progress() -> None:
         (("2000 steps", 1, 0.1), RUN, "start='2000 steps' is after the end of training"),
         (("9 epochs", 0.5, 0.1), RUN, "start='9 epochs' is after end='0.5'"),
         ((0, "100 steps", 0.1), RunLength(10, None), "needs to know the run's length in steps"),
+        (
+            (0, 1.0, "2 epochs"),
+            RunLength(None, 100),
+            "every='2 epochs' needs to know the run's length in epochs; set max_epochs",
+        ),
     ],
 )
 def test_windows_that_do_not_fit(window: tuple[object, ...], run: RunLength, sentence: str) -> None:
-    with pytest.raises(ValueError, match="end|start") as error:
+    with pytest.raises(ValueError, match="end|start|every") as error:
         Window(*window).resolve(run)  # type: ignore[arg-type]
     assert sentence in str(error.value)
 

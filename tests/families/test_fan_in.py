@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -56,6 +57,16 @@ def test_rewiring_is_that_of_the_paper(share: float) -> None:
         assert [row.nonzero().flatten().tolist() for row in found] == slow_regrow(mask, keep, grow, count, share)
         ablated += int((found.sum(1) == 0).sum()) - 1
     assert (ablated > 0) == (share > 0)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+@pytest.mark.parametrize("make", [RandomSparsity, partial(RigL, min_salient=0.0), partial(MagnitudePruning, end=0.5)])
+def test_an_output_keeps_one_connection_where_less_is_due(make: Any, allocation: str) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.ReLU(), nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 4))
+    method = make(0.9, structure="fan_in", allocation=allocation, layer_sparsity={"net.3": 0.9})
+    fit(Toy(net=net), method)
+    assert fan_ins(method.masks["net.3.weight"]) == {1}
+    assert method.at_target
 
 
 def test_the_layout_of_the_layer_is_asked() -> None:

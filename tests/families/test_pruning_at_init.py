@@ -236,6 +236,30 @@ def test_synflow_knows_no_data() -> None:
     assert found[0] == found[1]
 
 
+def test_synflow_leaves_masks_and_phases_of_attention_as_they_are() -> None:
+    """Buffers that are boolean, complex, or -inf where nothing may flow."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(8, 8)
+            self.register_buffer("causal", torch.ones(8, 8).triu(1).bool())
+            self.register_buffer("additive", nn.Transformer.generate_square_subsequent_mask(8))
+            self.register_buffer("phases", torch.polar(torch.ones(4), torch.arange(4.0)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.project(x.flatten(1, 2))
+            turned = torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], 4, 2)) * self.phases).flatten(-2)
+            weights = (turned @ x.mT + self.additive).softmax(-1)
+            assert not weights.masked_select(self.causal).any()
+            assert turned.mT.std() == 0 or self.phases.is_complex()
+            return (weights @ x).flatten(1)
+
+    net = nn.Sequential(Attends(), nn.Linear(64, 4))
+    found = masks(SynFlow(0.5, iterations=5), Toy(net=net))
+    assert sum(int(mask.count_nonzero()) for mask in found.values()) == (8 * 8 + 64 * 4) // 2
+
+
 class Parts(Toy):
     """Tokens, an embedding, a list of layers and a head; called in pieces."""
 

@@ -36,3 +36,13 @@ def test_the_gradient_keeps_its_size_and_stays_with_the_student() -> None:
 
 def test_low_precision_is_computed_in_float32() -> None:
     assert distillation_loss(torch.zeros(2, 3).bfloat16(), torch.ones(2, 3).bfloat16()).dtype == torch.float32
+
+
+def test_classes_that_are_ruled_out_add_nothing() -> None:
+    student, teacher = sample(6, 4).requires_grad_(), sample(6, 4, seed=1)
+    expected = distillation_loss(student[:, :3], teacher[:, :3])
+    (gradient,) = torch.autograd.grad(expected, student)
+    masked = student.masked_fill(torch.tensor([False, False, False, True]), -torch.inf)
+    found = distillation_loss(masked, teacher.masked_fill(torch.tensor([False, False, False, True]), -torch.inf))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, student)[0], gradient)

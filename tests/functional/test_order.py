@@ -172,6 +172,21 @@ def test_ties_go_to_the_earlier_entry_across_tensors() -> None:
     assert second.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_tensors_of_different_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (20, 100_000):
+        first, second = (torch.rand(size, generator=generator, dtype=torch.float64).to(dtype) for dtype in dtypes)
+        values = torch.cat([first.double(), second.double()])
+        for order in ([first, second], [second, first]):
+            for k in range(1, 2 * size, max(1, size // 3 - 6)):
+                assert float(kth_smallest(order, k)) == float(values.sort().values[k])
+                masks = top_k_masks(order, k)
+                assert sum(int(mask.count_nonzero()) for mask in masks) == k
+                kept = torch.cat([score[mask].double() for score, mask in zip(order, masks, strict=True)])
+                assert kept.sort(descending=True).values.equal(values.sort(descending=True).values[:k])
+
+
 def test_nan_is_named() -> None:
     with pytest.raises(ValueError, match="NaN"):
         top_k_masks([torch.tensor([1.0, torch.nan])], 1)

@@ -121,6 +121,18 @@ def test_all_at_once_waits_for_a_first_step() -> None:
     assert mask[:1024].float().mean() < 0.8  # where nothing arrives, scores are zero still
 
 
+@pytest.mark.parametrize(("options", "epochs"), [({}, 1), ({"start": 0.0, "end": 0.0}, 3)])
+def test_so_does_the_first_of_a_grid_of_epochs(options: Any, epochs: int) -> None:
+    method, seen = MovementPruning(0.9, every="1 epoch", **options), []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            seen.append(round(method.masks.sparsity, 2))
+
+    fit(Plain(), method, Note(), max_epochs=epochs)
+    assert seen == [0.9] * BATCHES * epochs
+
+
 def test_a_skipped_step_adds_nothing() -> None:
     method = MovementPruning(0.5, end=1.0)
     sums: list[Tensor] = []

@@ -232,6 +232,28 @@ def test_masks_are_chosen_as_often_as_asked() -> None:
     assert changes == [3, 6, 9]
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_an_epoch_starts_with_the_largest_of_what_was_trained(soft: bool) -> None:
+    method, changes = SRSTE(targets=MOST, soft=soft, every="2 epochs", end="4 epochs"), []
+    masks: dict[str, Tensor] = {}
+
+    def dense(name: str) -> Tensor:
+        return method.hidden[name] if soft else method.weights[name].detach() + method.hidden[name]
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, fitted: L.Trainer, *args: Any) -> None:
+            if any(not method.alive[name].equal(mask) for name, mask in masks.items()):
+                changes.append(fitted.global_step)
+                assert all(method.alive[name].equal(two_of_four(dense(name))) for name in method.alive)
+            for name, mask in method.alive.items():
+                masks[name] = mask.clone()
+                assert not method.weights[name][~mask].any()
+
+    fit(toy("adam"), method, Note(), max_epochs=6)
+    assert changes == [8, 16]
+    assert method.window.is_over
+
+
 def test_dropped_weights_come_back_and_the_decay_holds_them_down() -> None:
     sizes, returned = {}, torch.zeros(())
     for strength in (0.0, 0.5):

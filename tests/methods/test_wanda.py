@@ -306,6 +306,21 @@ def test_bad_inputs_are_a_sentence() -> None:
         fit(Graph(), Wanda(0.5))
 
 
+@pytest.mark.parametrize("options", [{}, {"relative": True}, {"compare": "layer"}, {"start": 0.1, "end": 0.6}])
+def test_layers_with_outliers_keep_more_in_every_output(options: Any) -> None:
+    module, method = toy(), Wanda(0.7, allocation="owl", **options)
+    module.net[6].weight.data[:, :2] *= 30
+    masks = found(method, module)
+    density = {name: float(mask.double().mean()) for name, mask in masks.items()}
+    assert density["net.6.weight"] > 0.32
+    assert density["net.2.weight"] < 0.2
+    assert method.masks.kept == round(0.3 * method.masks.total)
+    if method.compare == "output":
+        for mask in masks.values():
+            counts = mask.flatten(1).sum(1)
+            assert counts.max() - counts.min() <= 1
+
+
 def test_outliers_weigh_layers_of_any_method_that_scores() -> None:
     for method in (MagnitudePruning(0.5, allocation="owl", start=0, end=0), GraNet(0.8, allocation="owl")):
         module = toy()
