@@ -236,11 +236,13 @@ def test_fewer_heads_are_called_as_torchs_own(batch_first: bool, bias: bool, kdi
     padding[1, 4:] = True
     banned = torch.zeros(4, 6, dtype=torch.bool)
     banned[0, 1] = True
+    whole, cut, q, k, v = whole.double(), cut.double(), q.double(), k.double(), v.double()
+    additive = torch.randn(4, 6).double(), torch.randn(2, 6).double()
     for masks in (
         {},
         {"key_padding_mask": padding},
         {"attn_mask": banned},
-        {"attn_mask": torch.randn(4, 6), "key_padding_mask": torch.randn(2, 6)},
+        {"attn_mask": additive[0], "key_padding_mask": additive[1]},
         {"attn_mask": banned, "key_padding_mask": padding},
     ):
         for need in (True, False):
