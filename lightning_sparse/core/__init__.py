@@ -2,7 +2,7 @@
 
 from lightning_sparse.core.attention import Attention, find_attentions, places_of, resize, row_of, without_heads
 from lightning_sparse.core.blocks import Blocks
-from lightning_sparse.core.budget import AllocationName, Budget, BudgetName
+from lightning_sparse.core.budget import AllocationName, Budget, BudgetName, ShapeAllocationName, UnscoredAllocationName
 from lightning_sparse.core.calls import Call, exchange, fit_to, join, leaves
 from lightning_sparse.core.census import changed_share, count_dead, count_nonzero
 from lightning_sparse.core.chains import (
@@ -143,12 +143,14 @@ __all__ = [
     "Remembered",
     "RunLength",
     "Selection",
+    "ShapeAllocationName",
     "Span",
     "Sphere",
     "Structure",
     "StructureName",
     "Target",
     "Transposable",
+    "UnscoredAllocationName",
     "Unstructured",
     "Window",
     "add_up",

@@ -11,11 +11,16 @@ from lightning_sparse.core.coupled import Coupled
 from lightning_sparse.core.structures import parse_structure
 from lightning_sparse.functional import ALLOCATIONS
 
-__all__ = ["AllocationName", "Budget", "BudgetName"]
+__all__ = ["AllocationName", "Budget", "BudgetName", "ShapeAllocationName", "UnscoredAllocationName"]
+
+ShapeAllocationName = Literal["uniform", "uniform+", "er", "erk", "erk+"]
+"""Allocations that depend only on the shapes of the layers: the names in `functional.ALLOCATIONS`."""
+
+UnscoredAllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+"]
+"""Allocations for methods without scores; with `global`, every weight of all layers has the same chance."""
 
 AllocationName = Literal["global", "uniform", "uniform+", "er", "erk", "erk+", "owl"]
-"""With `global`, the scores of all layers compete; `owl` weights layers by the outliers among their scores; the others are
-the names in `functional.ALLOCATIONS`."""
+"""With `global`, the scores of all layers compete; `owl` weights layers by the outliers among their scores."""
 
 BudgetName = Literal["units", "macs", "parameters"]
 """What sparsity counts: the units of the structure, or the multiplications or parameters of the whole network."""

@@ -20,7 +20,8 @@ class FanIn(Structure):
     """Single weights, the same number in every output of a layer.
 
     The number that a layer keeps is computed as for single weights and rounded to the nearest multiple of its outputs, at
-    least one per output. Each output then keeps its best. The sparsity is met to within half a connection per output.
+    least one per output. Each output then keeps its best. The sparsity is met to within half a connection per output, except
+    in layers that would keep less than half a connection per output: they keep one.
     """
 
     text = "fan_in"
@@ -46,7 +47,7 @@ class FanIn(Structure):
         for mask, target, score in zip(kept, targets, scores, strict=True):
             rows = score.movedim(target.output_dim, 0).flatten(1)
             alive = int((rows > -torch.inf).any(1).sum())
-            fan_in = max(1, _nearest(int(mask.count_nonzero()), alive))
+            fan_in = _nearest(int(mask.count_nonzero()), alive)
             masks.append(fan_in_mask(score, fan_in, target.output_dim))
         return masks
 
@@ -61,5 +62,5 @@ class FanIn(Structure):
 
 
 def _nearest(number: int, outputs: int) -> int:
-    """The nearest number of connections per output; halves are rounded up."""
-    return (2 * number + outputs) // (2 * outputs) if outputs else 0
+    """The nearest number of connections per output, at least one; halves are rounded up."""
+    return max(1, (2 * number + outputs) // (2 * outputs)) if outputs else 1

@@ -80,7 +80,6 @@ def as_matrix(target: Target, tensor: Tensor) -> Tensor:
 
     Groups are those of a convolution, or the query, key and value parts. So m consecutive columns are m inputs at one kernel
     position, as `n:m` needs.
-    one kernel position, as `n:m` has them.
 
     Example:
         >>> layer = nn.Conv2d(4, 6, 3, groups=2)

@@ -157,8 +157,22 @@ class Plan:
         }
         return self.structure.entries(alone, self._layers)
 
+    def outliers(self, scores: Sequence[Tensor]) -> list[float] | None:
+        """Return the share of outliers among the scores of every layer; None if the allocation does not need it."""
+        if self.budget.allocation != "owl":
+            return None
+        return [outlier_share(units) for units in self.structure.rank(self._apart(scores), self._layers)]
+
+    def _apart(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """Return the scores of all matrices."""
+        return [part for target, score in zip(self.targets, scores, strict=True) for part in target.unstack(score)]
+
     def masks(
-        self, scores: Sequence[Tensor], sparsity: float | None = None, kept: Sequence[int] | None = None
+        self,
+        scores: Sequence[Tensor],
+        sparsity: float | None = None,
+        kept: Sequence[int] | None = None,
+        outliers: Sequence[float] | None = None,
     ) -> list[Tensor]:
         """Return masks that keep the units with the highest scores, and exactly as many as the budget allows.
 
@@ -167,17 +181,22 @@ class Plan:
             sparsity: the current sparsity of a schedule; default: the final one.
             kept: number of weights that each layer keeps so far. No layer gets more, and none goes below its final number,
                 so removed weights stay removed and every layer ends exactly at its number.
+            outliers: what `outliers` returned for scores of which only the order is left in `scores`.
 
         Raises:
             ValueError: if a score is NaN.
         """
-        apart = [part for target, score in zip(self.targets, scores, strict=True) for part in target.unstack(score)]
+        shares = self.outliers(scores) if outliers is None else outliers
+        apart = self._apart(scores)
         ranked = self.structure.rank(apart, self._layers)
         held = None if kept is None else self.structure.held(self._kept_apart(kept, apart), self._layers, ranked)
         due = self.budget.sparsity if sparsity is None else sparsity
         try:
             ranked = self._limited(ranked)
-            chosen = self._best(ranked, due, held) if self.costs is None else self._affordable(ranked, due, held, self.costs)
+            if self.costs is None:
+                chosen = self._best(ranked, due, held, shares)
+            else:
+                chosen = self._affordable(ranked, due, held, shares, self.costs)
         except ValueError:
             refuse_nan(scores, [target.name for target in self.targets])
             raise
@@ -187,7 +206,9 @@ class Plan:
             for target, matrices in zip(self.targets, self._matrices, strict=True)
         ]
 
-    def each_mask(self, scores: list[Tensor], sparsity: float, kept: Sequence[int]) -> Iterator[Tensor]:
+    def each_mask(
+        self, scores: list[Tensor], sparsity: float, kept: Sequence[int], outliers: Sequence[float] | None = None
+    ) -> Iterator[Tensor]:
         """Yield what `masks` returns, one mask at a time, and empty the list of scores to save memory.
 
         If single weights compete, each score is removed from the list before its mask is yielded; otherwise all scores are
@@ -195,7 +216,7 @@ class Plan:
         """
         single = isinstance(self.structure, Unstructured) and len(self._layers) == len(self.targets)
         if not single or len(self._groups) > 1 or self.budget.max_layer_sparsity < 1:
-            masks = self.masks(scores, sparsity, kept)
+            masks = self.masks(scores, sparsity, kept, outliers)
             scores.clear()
             while masks:
                 yield masks.pop(0)
@@ -209,22 +230,29 @@ class Plan:
         yield first
         yield from best
 
-    def _best(self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None) -> list[Tensor]:
+    def _best(
+        self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None, outliers: Sequence[float] | None
+    ) -> list[Tensor]:
         """Return the masks of the pools that keep the highest scores."""
         chosen: dict[int, Tensor] = {}
-        for group, number in zip(self._groups, self._counts(sparsity, held, ranked), strict=True):
+        for group, number in zip(self._groups, self._counts(sparsity, held, outliers), strict=True):
             masks = top_k_masks([ranked[pool] for pool in group], number, self._spread(group))
             chosen.update(zip(group, masks, strict=True))
         return [chosen[pool] for pool in range(len(ranked))]
 
     def _affordable(
-        self, ranked: Sequence[Tensor], sparsity: float, held: Sequence[int] | None, costs: ChannelCosts
+        self,
+        ranked: Sequence[Tensor],
+        sparsity: float,
+        held: Sequence[int] | None,
+        outliers: Sequence[float] | None,
+        costs: ChannelCosts,
     ) -> list[Tensor]:
         """Return such masks with the largest number of units that the costs allow."""
         assert isinstance(self.structure, Coupled)
 
         def with_units(kept: int) -> list[Tensor]:
-            return self._best(ranked, (self.units - kept) / self.units, held)
+            return self._best(ranked, (self.units - kept) / self.units, held, outliers)
 
         low, high = len(self._sizes), self.units if held is None else sum(held)
         while low < high:
@@ -286,16 +314,16 @@ class Plan:
         return self._counts(self.budget.sparsity)
 
     def _counts(
-        self, sparsity: float, held: Sequence[int] | None = None, ranked: Sequence[Tensor] | None = None
+        self, sparsity: float, held: Sequence[int] | None = None, outliers: Sequence[float] | None = None
     ) -> list[int]:
         """Return the units to keep in every group of pools that compete with each other; most groups are single pools.
 
         Args:
             sparsity: the current sparsity.
             held: number of units that every pool keeps so far.
-            ranked: the scores of all units, if there are any.
+            outliers: the share of outliers in every pool, if it is known.
         """
-        densities, total = self._densities(sparsity, ranked), self.kept_units(sparsity)
+        densities, total = self._densities(sparsity, outliers), self.kept_units(sparsity)
         if held is None:
             return counts(densities, self._room, total)
         high = [sum([held[pool] for pool in group]) for group in self._groups]
@@ -307,13 +335,12 @@ class Plan:
         """Return the final minimum of a pool if scores set the allocation: its own share, or none if it has none."""
         return self._final[pool] if pool in self._own else 0
 
-    def _densities(self, sparsity: float, ranked: Sequence[Tensor] | None = None) -> list[float]:
+    def _densities(self, sparsity: float, outliers: Sequence[float] | None = None) -> list[float]:
         """Return the density of every group. Layers with their own sparsity approach it in proportion to the whole."""
         way = sparsity / self.budget.sparsity if self.budget.sparsity else 1.0
         own = {pool: 1 - value * way for pool, value in self._own.items()}
         if self.budget.allocation == "owl":
-            shares = [0.0] * len(self._sizes) if ranked is None else [outlier_share(score) for score in ranked]
-            return owl(shares, 1 - sparsity, self._sizes, own)
+            return owl(outliers or [0.0] * len(self._sizes), 1 - sparsity, self._sizes, own)
         if self.budget.allocation != "global":
             shapes = [self._layers[pool.layers[0]].shape for pool in self._pools]
             return ALLOCATIONS[self.budget.allocation](shapes, 1 - sparsity, own, self._sizes)

@@ -167,6 +167,11 @@ class Window:
                 f"start='{self._start}' is after {self._end_name}='{self._end}' in a run of {run.epochs} epochs; swap them."
             )
         if run.epochs is None:
+            if self.by_epochs:
+                raise ValueError(
+                    f"every='{self._every}' needs to know the run's length in epochs; set max_epochs, or write a number of "
+                    "steps or a fraction of the run."
+                )
             return
         if not run.within_epochs and run.steps is None and self.end > 0:
             if run.epochs <= 1:
@@ -175,10 +180,15 @@ class Window:
                     "limit_train_batches."
                 )
             self.start, self.end = (self._epoch_before(fraction, run.epochs, 1) for fraction in (self.start, self.end))
-        if self._every.unit == "epochs":
+        if self.by_epochs:
             self.start, self.end = (
                 self._epoch_before(fraction, run.epochs, self._every.value) for fraction in (self.start, self.end)
             )
+
+    @property
+    def by_epochs(self) -> bool:
+        """Whether updates are made at the start of epochs, not after steps."""
+        return self._every.unit == "epochs"
 
     def interval(self, run: RunLength) -> float | None:
         """Time between updates as a fraction of the run; None if the run's length in that unit is unknown."""
@@ -202,13 +212,13 @@ class Window:
 
         0 before the window, `FINAL` from its end on. A grid of epochs advances only at the start of an epoch.
         """
-        if (self._every.unit == "epochs" and not position.epoch_start) or position.fraction < self.start - 1e-9:
+        if (self.by_epochs and not position.epoch_start) or position.fraction < self.start - 1e-9:
             return 0
         if self.progress(position) >= 1:
             return FINAL
         if self._every.unit == "fraction":
             return int((position.fraction - self.start) / self._every.value + 1e-9) + 1
-        return int((position.epoch if self._every.unit == "epochs" else position.step) // self._every.value) + 1
+        return int((position.epoch if self.by_epochs else position.step) // self._every.value) + 1
 
     # ---- which updates have been made --------------------------------------------------------------------------------
 

@@ -149,8 +149,15 @@ class Budgeted(Masked):
         """
         masks = self.masks
         scores = [score(name, weight).masked_fill(masks.dropped(name), -torch.inf) for name, weight in self.weights.items()]
-        chosen = self.plan.each_mask(scores, sparsity, list(masks.counts.values()))
+        outliers = self.plan.outliers(scores)
+        for place, name in enumerate(self.weights):
+            scores[place] = self.rivals(name, scores[place])
+        chosen = self.plan.each_mask(scores, sparsity, list(masks.counts.values()), outliers)
         self.set_masks(zip(self.weights, chosen, strict=True))
+
+    def rivals(self, name: str, score: Tensor) -> Tensor:
+        """The scores of a weight in the form in which they compete; -inf where it is removed already."""
+        return score
 
     def set_masks(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         super().set_masks(masks)

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse.core import (
-    AllocationName,
     Channels,
     FanIn,
     MaskSet,
@@ -22,6 +21,7 @@ from lightning_sparse.core import (
     RunLength,
     StructureName,
     Target,
+    UnscoredAllocationName,
     Window,
     check_choice,
     check_schedule,
@@ -99,7 +99,7 @@ class Rewiring(Budgeted):
         drop_fraction: float = 0.3,
         final_drop_fraction: float = 0.0,
         drop_schedule: DropScheduleName | Schedule = "cosine",
-        allocation: AllocationName = "erk",
+        allocation: UnscoredAllocationName = "erk",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         min_salient: float = 0.3,

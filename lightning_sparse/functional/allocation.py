@@ -192,8 +192,9 @@ def allocate(
     if not -1e-6 <= budget <= room + 1e-6:
         raise ValueError(
             f"sparsity={round(1 - density, 10)} keeps {density * sum(sizes):,.0f} of {sum(sizes):,} weights, but the "
-            f"layers with a sparsity of their own keep {density * sum(sizes) - budget:,.0f} and the others hold "
-            f"{room:,}; choose another sparsity or free a layer."
+            f"layers whose sparsity is fixed, by layer_sparsity or by the allocation, keep "
+            f"{density * sum(sizes) - budget:,.0f} and the others hold {room:,}; choose another sparsity or allocation, or "
+            "free a layer."
         )
     # Dense layers are found starting with the most favored: once one stays under the cap, all later ones do.
     densities = dict(fixed)

@@ -32,7 +32,7 @@ def linear_cka(
 ) -> Tensor:
     r"""Similarity of two features of the same samples: the cosine of their centered Gram matrices.
 
-    $\\mathrm{CKA}(X, Y) = \\langle \\tilde K, \\tilde L \\rangle / (\\|\\tilde K\\| \\|\\tilde L\\|)$ with $K = X X^T$ and
+    $\mathrm{CKA}(X, Y) = \langle \tilde K, \tilde L \rangle / (\|\tilde K\| \|\tilde L\|)$ with $K = X X^T$ and
     $L = Y Y^T$. Unbiased, the Gram matrices are U-centered, the similarity of independent features is zero on average, and
     it can be negative; it takes four samples. Biased, both sides are centered by the mean, and few samples of large
     features are always similar. A feature that does not vary over the samples has similarity zero with every other, and
@@ -89,8 +89,8 @@ def linear_hsic(
 ) -> Tensor:
     r"""The Hilbert-Schmidt independence criterion of two features under linear kernels; not normalized.
 
-    Unbiased $\\langle \\tilde K, \\tilde L \\rangle / (n (n - 3))$, the estimator of Song et al. written with U-centered
-    matrices; biased $\\langle H K H, H L H \\rangle / (n - 1)^2$.
+    Unbiased $\langle \tilde K, \tilde L \rangle / (n (n - 3))$, the estimator of Song et al. written with U-centered
+    matrices; biased $\langle H K H, H L H \rangle / (n - 1)^2$.
 
     Source: Song et al. 2012, https://jmlr.org/papers/v13/song12a.html, equation 5.
 
@@ -156,7 +156,7 @@ def similarity_penalty(
 ) -> Tensor:
     r"""The similarity of all ordered pairs of different layers, group by group.
 
-    $\\sum_g \\sum_{i \\ne j \\in g} w_{|i - j|} \\mathrm{CKA}(X_i, X_j)$, every unordered pair counted twice as in CKA-SR;
+    $\sum_g \sum_{i \ne j \in g} w_{|i - j|} \mathrm{CKA}(X_i, X_j)$, every unordered pair counted twice as in CKA-SR;
     the constant 1 of a layer with itself is left out. As a mean, divided by the number of pairs: AugCKA-SR for one group
     of all layers.
 

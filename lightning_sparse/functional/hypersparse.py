@@ -80,7 +80,8 @@ def hypersparse_scale(
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be in (0, 1): the fraction that is removed.")
     total = sum(weight.numel() for weight in weights) if spread is None else spread.numel
-    quantile = kth_smallest(weights, quantile_rank(sparsity, total), magnitudes=True, spread=spread).to(_wide(weights[0]))
+    quantile = kth_smallest(weights, quantile_rank(sparsity, total), magnitudes=True, spread=spread)
+    quantile = quantile.to(_wide(quantile))
     # If more weights are exactly zero than the quantile, the boundary is at zero, and nothing is pulled.
     largest = torch.finfo(quantile.dtype).max / 4  # twice it is still finite
     slope = torch.where(quantile > 0, alignment / quantile, 0.0).clamp(max=largest)

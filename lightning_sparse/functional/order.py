@@ -11,6 +11,7 @@ With shards on several ranks, histograms are summed over ranks, and nothing else
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -46,7 +47,7 @@ def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False, spr
     and has no size limit.
 
     Args:
-        values: tensors of one floating dtype on one device; NaN is not allowed.
+        values: floating tensors on one device; NaN is not allowed. The result has the widest of their dtypes.
         k: from 0 to the number of entries - 1.
         magnitudes: rank the absolute values, without copying all of them.
         spread: how they are distributed over ranks; None if this rank holds all of them.
@@ -61,7 +62,7 @@ def kth_smallest(values: Sequence[Tensor], k: int, magnitudes: bool = False, spr
     total = sum([value.numel() for value in values]) if spread is None else spread.numel
     if not 0 <= k < total:
         raise ValueError(f"k={k} is not a rank among {total} values; give 0 <= k < {total}.")
-    dtype = values[0].dtype
+    dtype = _widest(values)
     ints, floats, width = (torch.int64, torch.float64, 64) if dtype == torch.float64 else (torch.int32, torch.float32, 32)
     if spread is None and values[0].is_cpu:
         found = _between_two(values, k, total, magnitudes, floats)
@@ -128,6 +129,8 @@ def each_top_k_mask(scores: list[Tensor], keep: int, spread: Spread | None = Non
         while scores:
             yield torch.full_like(scores.pop(0), keep > 0, dtype=torch.bool)
         return
+    dtype = _widest(scores)
+    scores[:] = [score.to(dtype) for score in scores]  # comparisons would round the threshold to the dtype of each score
     threshold = kth_smallest(scores, total - keep, spread=spread)
     if spread is not None:
         yield from _with_ties(scores, threshold, keep, spread)
@@ -144,6 +147,11 @@ def each_top_k_mask(scores: list[Tensor], keep: int, spread: Spread | None = Non
         missing = max(0, missing - number)
         del score
         yield mask
+
+
+def _widest(values: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds all of these values exactly."""
+    return functools.reduce(torch.promote_types, (value.dtype for value in values))
 
 
 def _with_ties(scores: list[Tensor], threshold: Tensor, keep: int, spread: Spread) -> Iterator[Tensor]:

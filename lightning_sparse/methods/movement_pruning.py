@@ -169,8 +169,9 @@ class MovementPruning(ShadowWeights):
         super().undo_step(step)
 
     def evolve(self, position: Position) -> None:
-        if self.steps == 0 or not self.window.take(position):
+        if not self.window.is_due(position) or self.steps == 0:
             return  # an update that is due before anything has moved happens after the first step
+        self.window.finish()
         weights = self.weights
         self.reveal(weights)
         scores = [MOVEMENT_SCORES[self.score].of_sum(weight.detach(), self.sums[name]) for name, weight in weights.items()]

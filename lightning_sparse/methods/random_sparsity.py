@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
-from lightning_sparse.core import AllocationName, BudgetName, Remembered, StructureName
+from lightning_sparse.core import BudgetName, Remembered, StructureName, UnscoredAllocationName
 from lightning_sparse.families import Budgeted
 from lightning_sparse.loop import Shards
 from lightning_sparse.loop.rng import check_seed, draw_seed
@@ -49,7 +49,7 @@ class RandomSparsity(Budgeted):
         self,
         sparsity: float | None = None,
         *,
-        allocation: AllocationName = "erk",
+        allocation: UnscoredAllocationName = "erk",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         max_layer_sparsity: float = 1.0,

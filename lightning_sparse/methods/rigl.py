@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from lightning_sparse.core import AllocationName, StructureName, Target
+from lightning_sparse.core import StructureName, Target, UnscoredAllocationName
 from lightning_sparse.families.rewiring import Rewiring
 from lightning_sparse.functional import growth_score, magnitude
 from lightning_sparse.functional.regrowth import DropScheduleName
@@ -77,7 +77,7 @@ class RigL(Rewiring):
         drop_fraction: float = 0.3,
         final_drop_fraction: float = 0.0,
         drop_schedule: DropScheduleName | Schedule = "cosine",
-        allocation: AllocationName = "erk",
+        allocation: UnscoredAllocationName = "erk",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         min_salient: float = 0.3,

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_sparse.core import (
-    AllocationName,
     InputTap,
     NOfM,
     Reading,
+    ShapeAllocationName,
     StructureName,
     Target,
     Unstructured,
@@ -71,7 +71,7 @@ class SparseGPT(SeesInputs):
         batches: int = 8,
         damping: float = 0.01,
         block_size: int = 128,
-        allocation: AllocationName = "uniform",
+        allocation: ShapeAllocationName = "uniform",
         structure: StructureName = "unstructured",
         layer_sparsity: Mapping[str, float] | None = None,
         targets: str | Sequence[str] = ("*",),

@@ -14,6 +14,7 @@ from lightning_sparse.core import (
     LiveMasks,
     NOfM,
     Plan,
+    Position,
     Remembered,
     RunLength,
     StructureName,
@@ -202,8 +203,21 @@ class SRSTE(ShadowWeights):
         self.reveal(step.weights)
         self.after_step(step)
 
+    def evolve(self, position: Position) -> None:
+        if self.window.by_epochs and self.window.take(position):
+            weights = self.weights
+            self.reveal(weights)
+            if self.soft:
+                self._show_softly(weights, choose=True)
+                return
+            for name, weight in weights.items():
+                self.choose_mask(name, weight)
+            self.hide(weights)
+
     def _choose_masks(self, step: Step) -> None:
-        if self._asked != self.steps:  # for the weights of all optimizers that move in this step
+        if (
+            self._asked != self.steps and not self.window.by_epochs
+        ):  # for the weights of all optimizers that move in this step
             self._asked, self._due = self.steps, self.window.take(self.position(under_way=1))
         if self._due and not self.soft:
             for name, weight in step.weights.items():

@@ -110,10 +110,12 @@ class SynFlow(PruningAtInit):
         ones = self._ones(path)
         with dry_run(self.run.trainer, self.run.module) as twin:
             if self.spread is None:
-                twin.to(torch.float32 if twin.device.type == "mps" else torch.float64)  # R is a product over all layers
+                twin.float() if twin.device.type == "mps" else twin.double()  # R is a product over all layers
             twin.eval()
             for tensor in itertools.chain(twin.parameters(), twin.buffers()):
-                local(tensor).data.abs_()
+                if tensor.is_floating_point():
+                    values = local(tensor).data
+                    values.abs_().masked_fill_(values.isneginf(), -torch.inf)  # attention masks stay
             masks = self._iterate(twin, lambda: ones(twin))
         self.set_masks(dict(zip(self.weights, masks, strict=True)))  # only after all temporary changes are undone
 

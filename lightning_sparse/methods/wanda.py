@@ -205,10 +205,14 @@ class Wanda(SeesInputs, Pruning):
         matrix = as_matrix(target, weight)
         norms = self._norms[name]
         score = ria_score(matrix, norms, total=self.total(name)) if self.relative else wanda_score(matrix, norms)
-        if self.compare == "output" and not isinstance(self.quota.structure, Channels):
-            dropped = as_matrix(target, self.masks.dropped(name))
-            score = row_ranks(score.masked_fill(dropped, -torch.inf))
         return from_matrix(target, score)
+
+    def rivals(self, name: str, score: Tensor) -> Tensor:
+        if self.compare != "output" or isinstance(self.quota.structure, Channels):
+            return score
+        target = self.targets_by_name[name]
+        ranks = from_matrix(target, row_ranks(as_matrix(target, score)))
+        return ranks.masked_fill(score == -torch.inf, -torch.inf)
 
     def _look_away(self) -> None:
         if self._tap is not None:

@@ -55,7 +55,7 @@ class ACDC(Budgeted):
         save_to: folder for both models: `dense.ckpt`, the weights at the end of the last dense phase, and `sparse.ckpt`, the
             final weights; both load into the plain model. None saves nothing.
         allocation: how sparsity is distributed over the layers: `global` (scores of all layers compete), `uniform`,
-            `uniform+`, `er`, `erk`, `erk+`.
+            `uniform+`, `er`, `erk`, `erk+`, `owl` (layers with more outliers among their scores keep more).
         structure: what is removed: `unstructured`, `channel` (whole outputs; sparsity counts channels), `coupled` (channels
             across all layers that additions tie together, with biases and norms, so that they can be cut out of the
             network), `heads` (whole attention heads, which can be cut out too), `fan_in` (the same number of weights in
