@@ -67,6 +67,7 @@ from lightning_sparse.core.networks import (
     copy_model,
     find_networks,
     is_training,
+    replace_module,
     shared_parameters,
     trained_part,
 )
@@ -228,6 +229,7 @@ __all__ = [
     "read_tensors",
     "refuse_shorter_run",
     "register_layer",
+    "replace_module",
     "resize",
     "row_of",
     "select_targets",

@@ -15,7 +15,7 @@ from lightning_sparse.core.cutting import Kept, cut
 from lightning_sparse.core.fewer_heads import FewerHeads
 from lightning_sparse.core.layers import kind_of
 from lightning_sparse.core.libraries import first_line
-from lightning_sparse.core.networks import callee, copy_model, shared_parameters
+from lightning_sparse.core.networks import callee, copy_model, replace_module, shared_parameters
 
 __all__ = [
     "Attention",
@@ -346,7 +346,7 @@ def resize(model: nn.Module, sizes: Mapping[str, Any]) -> None:
         part = model.get_submodule(holder)
         if type(part) is nn.MultiheadAttention:
             part = FewerHeads.of(part)
-            model.set_submodule(holder, part)
+            replace_module(model, holder, part)
         setattr(part, name, value)
 
 

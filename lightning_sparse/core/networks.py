@@ -13,7 +13,16 @@ from torch import fx, nn
 from lightning_sparse.core.libraries import first_line
 from lightning_sparse.core.linear import is_linear
 
-__all__ = ["Network", "callee", "copy_model", "find_networks", "is_training", "shared_parameters", "trained_part"]
+__all__ = [
+    "Network",
+    "callee",
+    "copy_model",
+    "find_networks",
+    "is_training",
+    "replace_module",
+    "shared_parameters",
+    "trained_part",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ def find_networks(module: nn.Module) -> tuple[list[Network], dict[str, str]]:
             failures.setdefault(path, "it stands alone: no module that can be traced holds it and its neighbors")
         if is_linear(part) or not any(map(is_linear, part.modules())):
             return
+        if any(part is network.module for network in networks):
+            return  # under another name
         if not hasattr(part, "training_step"):
             try:
                 networks.append(Network(path, part, fx.Tracer().trace(part)))
@@ -71,6 +82,24 @@ def shared_parameters(module: nn.Module) -> set[int]:
         for _, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             (twice if id(parameter) in seen else seen).add(id(parameter))
     return twice
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Replace a module under all of its names, in place; return the model, or the new module in its stead.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> net = nn.ModuleDict({"norm": norm, "layers": nn.Sequential(nn.Linear(2, 2), norm)})
+        >>> _ = replace_module(net, "norm", nn.Identity())
+        >>> net["layers"][1]
+        Identity()
+    """
+    old = model.get_submodule(name)
+    if old is model:
+        return new
+    for path in [path for path, part in model.named_modules(remove_duplicate=False) if part is old]:
+        model.set_submodule(path, new)
+    return model
 
 
 def is_training(model: nn.Module) -> bool:

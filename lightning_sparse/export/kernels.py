@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Call
+from lightning_sparse.core import Call, replace_module
 from lightning_sparse.export.compare_models import interleaved
 from lightning_sparse.export.condensed import CondensedLinear
 from lightning_sparse.export.kernel_choice import KernelChoice, layer_inputs
@@ -103,10 +103,8 @@ def use_kernels(model: nn.Module, kernels: Mapping[str, str]) -> nn.Module:
             raise ValueError(f"'{name}' is a {type(layer).__name__}; only linear layers have sparse kernels.")
         if kernel == SEMI_STRUCTURED:
             to_semi_structured_(layer)
-        elif not name:
-            return with_kernel(layer, kernel)
         else:
-            model.set_submodule(name, with_kernel(layer, kernel))
+            model = replace_module(model, name, with_kernel(layer, kernel))
     return model
 
 

@@ -16,6 +16,7 @@ from lightning_sparse.core import (
     find_networks,
     is_linear,
     padding_of,
+    replace_module,
     shared_parameters,
 )
 from lightning_sparse.export.compare_models import difference, measure, runner
@@ -84,10 +85,8 @@ def merge_layers(
     judge = Judge(tolerance, input_range, allow_growth, shared_parameters(after), positive_shares(before, call))
     for part in networks:
         smaller = Surgery(part, judge).operate()
-        if not part.path:
-            after = smaller
-        elif smaller is not part.module:
-            after.set_submodule(part.path, smaller)
+        if smaller is not part.module:
+            after = replace_module(after, part.path, smaller)
     judge.verdicts += [LayerVerdict(name, "active", False, note=reason) for name, reason in failures.items()]
     report = MergeReport(
         (count_depth(before), count_depth(after)),

@@ -66,7 +66,9 @@ class Ladder:
         self.input_range = options["input_range"]
         kind = next(self.dense.parameters()).dtype
         self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision has larger rounding errors
-        self.base, self.blueprint = fold_norms(self.dense) if options["fold"] else (copy_model(self.dense), Blueprint())
+        self.base, self.blueprint = (
+            fold_norms(self.dense, inputs) if options["fold"] else (copy_model(self.dense), Blueprint())
+        )
         self.quantization: Quantization | None = options["quantization"]
         self.choices: list[KernelChoice] = []
         self._begun: dict[str, Callable[[], Lowered]] = {}
