@@ -114,13 +114,14 @@ def remove_dead(
     now, removal = copy_model(model).eval(), Removal()
     call = Call.of(inputs, network)
     probes = [call, call.map(_shuffled)] if _can_be_shuffled(now, call) else [call]
+    varied = [other for other in (call.map(_far), call.map(partial(_zeroed, call))) if _runs(now, other)]
     now = _without_dead_heads(now, call, probes, tolerance, removal)
     staying = dict(removal.refused)
     expected = [runner(now, probe)() for probe in probes]
     while True:
         removal.refused.clear()
         try:
-            groups = list(Round(now, probes, removal.refused, engine).groups())
+            groups = list(Round(now, [*probes, *varied], removal.refused, engine).groups())
         except ValueError as error:
             if not removal.heads:
                 raise
@@ -239,6 +240,30 @@ def _shuffled(tensor: Tensor) -> Tensor:
         return tensor
     order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0)).to(tensor.device)
     return tensor.flatten()[order].view_as(tensor)
+
+
+def _far(tensor: Tensor) -> Tensor:
+    """Add large noise to floating-point numbers, so that no channel to which they are added looks constant."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    return tensor + 10 * tensor.abs().max().clamp(min=1) * noise
+
+
+def _zeroed(call: Call, tensor: Tensor) -> Tensor:
+    """Zeros instead of integers that are the same for all samples, such as one time step; zero is always a valid index."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        return tensor
+    same = bool((tensor == tensor[:1]).all()) if call.is_batch(tensor) else True
+    return torch.zeros_like(tensor) if same else tensor
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Whether a model runs on these inputs and returns finite numbers."""
+    try:
+        return all(bool(output.isfinite().all()) for output in tensors_in(runner(model, call)()))
+    except Exception:
+        return False
 
 
 def _can_be_shuffled(model: nn.Module, call: Call) -> bool:

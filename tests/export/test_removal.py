@@ -79,6 +79,36 @@ def test_without_a_bias_a_linear_layer_has_a_carrier() -> None:
     torch.testing.assert_close(smaller(x), net(x))
 
 
+class Denoiser(nn.Module):
+    """The step is added to every channel of a convolution, or scales them."""
+
+    def __init__(self, scales: bool = False) -> None:
+        super().__init__()
+        self.one, self.two, self.scales = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 2, 1), scales
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        x, step = self.one(x), step.to(x)[:, None, None, None]
+        out: Tensor = self.two(torch.relu(x * step if self.scales else x + step))
+        return out
+
+
+@pytest.mark.parametrize("step", [torch.full((4,), 0.5), torch.full((4,), -20.0), torch.full((4,), 3)])
+def test_an_input_that_is_the_same_for_all_samples_is_no_constant(step: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Denoiser().eval()
+    kill(net.one, [0, 1, 2])
+    x = torch.randn(4, 1, 6, 6)
+    with pytest.raises(ValueError, match="no neuron, filter or channel in it is dead"):
+        remove_dead(net, (x, step))
+    scaled = Denoiser(scales=True).eval()
+    kill(scaled.one, [0, 1, 2])
+    scaled.one.bias.data[:3] = 0  # nothing is left to scale
+    smaller, removal = remove_dead(scaled, (x, step))
+    assert removal.removed == {"one": 3}
+    other = torch.tensor([0.1, 2.0, -3.0, 40.0])
+    torch.testing.assert_close(smaller(x, other), scaled(x, other))
+
+
 def test_the_mlp_of_a_vision_transformer() -> None:
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
