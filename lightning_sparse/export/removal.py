@@ -50,7 +50,7 @@ from lightning_sparse.core import (
     without_heads,
 )
 from lightning_sparse.export.blueprint import Blueprint
-from lightning_sparse.export.compare_models import difference, runner
+from lightning_sparse.export.compare_models import difference, runner, steady
 from lightning_sparse.export.dead import DeadGroup, Round, bias_is_exact, fed_outputs
 
 __all__ = ["Removal", "remove_dead"]
@@ -113,6 +113,7 @@ def remove_dead(
     """
     now, removal = copy_model(model).eval(), Removal()
     call = Call.of(inputs, network)
+    steady(runner(now, call), type(model).__name__, tolerance)
     probes = [call, call.map(_shuffled)] if _can_be_shuffled(now, call) else [call]
     varied = [other for other in (call.map(_far), call.map(partial(_zeroed, call))) if _runs(now, other)]
     now = _without_dead_heads(now, call, probes, tolerance, removal)

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
-from lightning_sparse.export.compare_models import runner
+from lightning_sparse.export.compare_models import runner, steady
 from lightning_sparse.export.edge import ethos_u85_job, executorch_job, executorch_runner
 from lightning_sparse.export.export_report import Runtime
 from lightning_sparse.export.int8 import save_int8
@@ -66,6 +66,7 @@ class Ladder:
         self.input_range = options["input_range"]
         kind = next(self.dense.parameters()).dtype
         self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision has larger rounding errors
+        self.expected = self._expected()
         self.base, self.blueprint = (
             fold_norms(self.dense, inputs) if options["fold"] else (copy_model(self.dense), Blueprint())
         )
@@ -73,6 +74,17 @@ class Ladder:
         self.choices: list[KernelChoice] = []
         self._begun: dict[str, Callable[[], Lowered]] = {}
         self.zeros = _zeros(self.dense)
+
+    def _expected(self) -> Any:
+        """Return the outputs of the dense model."""
+        dense, call = self.dense, self.inputs
+        try:
+            return steady(partial(call_with, callee(dense, call.network)[1], call), type(dense).__name__, self.tolerance)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"{type(dense).__name__} cannot be called with these inputs ({first_line(error)}); give its arguments as a "
+                "tuple or a dictionary, or the network that takes them."
+            ) from error
 
     def macs(self, model: nn.Module) -> dict[str, int]:
         """Return the multiply-accumulates per sample, by weight."""

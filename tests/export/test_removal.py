@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_sparse.core import Call, Dependencies, Member, coupled_outputs
-from lightning_sparse.export import count_parameters, load_model, remove_dead, save_model
+from lightning_sparse.export import count_parameters, export_ladder, load_model, remove_dead, save_model
+from lightning_sparse.export.compare_models import difference
 from tests.helpers.nets import NETS, kill, sample, unsettle
 
 tp = pytest.importorskip("torch_pruning")
@@ -146,6 +150,39 @@ def test_a_model_with_masks_of_torch_must_make_them_permanent() -> None:
         remove_dead(net, torch.randn(3, 4))
     prune.remove(net[0], "weight")
     assert remove_dead(net, torch.randn(3, 4))[1].removed == {"0": 3}
+
+
+class Returning(nn.Module):
+    """A dead neuron, and outputs of any kind."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(4, 6), nn.Linear(6, 3), last
+        kill(self.one, [1])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.two(torch.relu(self.one(x)))
+        return x, self.last(x)
+
+
+def test_infinite_and_empty_outputs_can_be_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    for last in (lambda y: y.masked_fill(y > 0, -torch.inf), lambda y: y[y[:, 0] > 1e6]):
+        net = Returning(last).eval()
+        assert remove_dead(net, x)[1].removed == {"one": 1}
+        report = export_ladder(net, x, tmp_path / "out", rounds=0, rungs=["plain"], overwrite=True)
+        assert report.rungs["plain"].file == "plain.pt"
+    assert difference(torch.tensor([torch.inf, 2.0]), torch.tensor([torch.inf, 1.0])) == (1.0, 2.0)
+    assert difference(torch.tensor([torch.inf, 2.0]), torch.tensor([9.0, 2.0])) == (math.inf, 2.0)
+
+
+def test_a_model_that_returns_something_else_each_time_is_refused(tmp_path: Path) -> None:
+    net = Returning(lambda y: y + torch.randn_like(y)).eval()
+    x = torch.randn(5, 4)
+    for export in (remove_dead, partial(export_ladder, to=tmp_path / "out", rounds=0)):
+        with pytest.raises(ValueError, match="Returning returns something else at each call in evaluation mode"):
+            export(net, x)
 
 
 def test_a_group_that_changes_outputs_stays(monkeypatch: pytest.MonkeyPatch) -> None:
