@@ -70,6 +70,7 @@ from lightning_sparse.core.networks import (
     replace_module,
     shared_parameters,
     trained_part,
+    without_nested_tensors,
 )
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
@@ -245,5 +246,6 @@ __all__ = [
     "trained_part",
     "whole",
     "without_heads",
+    "without_nested_tensors",
     "without_origins",
 ]

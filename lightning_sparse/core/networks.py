@@ -22,6 +22,7 @@ __all__ = [
     "replace_module",
     "shared_parameters",
     "trained_part",
+    "without_nested_tensors",
 ]
 
 
@@ -82,6 +83,18 @@ def shared_parameters(module: nn.Module) -> set[int]:
         for _, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             (twice if id(parameter) in seen else seen).add(id(parameter))
     return twice
+
+
+def without_nested_tensors(model: nn.Module) -> nn.Module:
+    """Stop each `nn.TransformerEncoder` from packing padded inputs into nested tensors, in place; returns the model.
+
+    Nested tensors support few operations besides those of torch's own layers; outputs at positions that are not padded stay
+    the same.
+    """
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoder) and hasattr(part, "use_nested_tensor"):
+            part.use_nested_tensor = False
+    return model
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from lightning_sparse.core.coupling import Coupling, Place
 from lightning_sparse.core.cutting import Kept, cut
 from lightning_sparse.core.libraries import first_line
 from lightning_sparse.core.linear import in_count, is_layer, out_count
-from lightning_sparse.core.networks import copy_model
+from lightning_sparse.core.networks import copy_model, without_nested_tensors
 
 __all__ = ["Position", "why_channels_stay"]
 
@@ -55,7 +55,7 @@ def why_channels_stay(
         coupling: its units.
         positions: everything that is cut for them.
     """
-    whole = copy_model(model).eval()
+    whole = without_nested_tensors(copy_model(model).eval())
     few = [_few(whole, call) for call in calls]
     by_unit: dict[int, list[Position]] = {}
     for position in positions:

@@ -18,6 +18,7 @@ from lightning_sparse.core import (
     padding_of,
     replace_module,
     shared_parameters,
+    without_nested_tensors,
 )
 from lightning_sparse.export.compare_models import difference, measure, runner
 from lightning_sparse.export.merge_judge import Judge, positive_shares
@@ -73,7 +74,7 @@ def merge_layers(
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance={tolerance} must be in [0, 1): a ratio of norms.")
-    before, after = copy_model(model).eval(), copy_model(model).eval()
+    before, after = (without_nested_tensors(copy_model(model).eval()) for _ in range(2))
     call = None if inputs is None else Call.of(inputs, network)
     networks, failures = find_networks(after)
     if not networks:

@@ -48,6 +48,7 @@ from lightning_sparse.core import (
     tensors_in,
     torch_pruning,
     without_heads,
+    without_nested_tensors,
 )
 from lightning_sparse.export.blueprint import Blueprint
 from lightning_sparse.export.compare_models import difference, runner, steady
@@ -111,7 +112,7 @@ def remove_dead(
         >>> smaller[0], removal.removed
         (Linear(in_features=3, out_features=2, bias=True), {'0': 2})
     """
-    now, removal = copy_model(model).eval(), Removal()
+    now, removal = without_nested_tensors(copy_model(model).eval()), Removal()
     call = Call.of(inputs, network)
     steady(runner(now, call), type(model).__name__, tolerance)
     probes = [call, call.map(_shuffled)] if _can_be_shuffled(now, call) else [call]
@@ -173,7 +174,7 @@ def _without_dead_heads(model: nn.Module, call: Call, probes: list[Call], tolera
         except Exception as error:
             reason = f"with fewer heads the model does not run ({first_line(error)})"
         if reason:
-            removal.refused[attention.name] = reason
+            removal.refused[attention.name or type(model).__name__] = reason
             continue
         model = smaller
         removal.blueprint = removal.blueprint.then(kept, sizes)

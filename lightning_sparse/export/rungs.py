@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line
+from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line, without_nested_tensors
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
 from lightning_sparse.export.compare_models import runner, steady
@@ -62,7 +62,7 @@ class Ladder:
     """The model, inputs and options that all rungs share."""
 
     def __init__(self, model: nn.Module, inputs: Call, folder: Path, options: Mapping[str, Any]) -> None:
-        self.dense, self.inputs, self.folder = copy_model(model).eval(), inputs, folder
+        self.dense, self.inputs, self.folder = without_nested_tensors(copy_model(model).eval()), inputs, folder
         self.input_range = options["input_range"]
         kind = next(self.dense.parameters()).dtype
         self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision has larger rounding errors

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.core import Call, Dependencies, Member, coupled_outputs
-from lightning_sparse.export import count_parameters, export_ladder, load_model, remove_dead, save_model
+from lightning_sparse.export import (
+    count_parameters,
+    export_ladder,
+    load_model,
+    merge_layers,
+    remove_dead,
+    save_model,
+    use_kernels,
+)
 from lightning_sparse.export.compare_models import difference
 from tests.helpers.nets import NETS, kill, sample, unsettle
 
@@ -183,6 +191,37 @@ def test_a_model_that_returns_something_else_each_time_is_refused(tmp_path: Path
     for export in (remove_dead, partial(export_ladder, to=tmp_path / "out", rounds=0)):
         with pytest.raises(ValueError, match="Returning returns something else at each call in evaluation mode"):
             export(net, x)
+
+
+class Padded(nn.Module):
+    """torch's encoder, which packs padded samples into nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, padded: Tensor) -> Tensor:
+        out: Tensor = self.out(self.encoder(x, src_key_padding_mask=padded)[:, 0])
+        return out
+
+
+def test_an_encoder_for_padded_inputs_loses_neurons_and_gets_kernels() -> None:
+    torch.manual_seed(0)
+    net = Padded().eval()
+    for layer in net.encoder.layers:
+        kill(layer.linear1, list(range(8)))
+        layer.linear1.bias.data[:8] = 0
+    padded = torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    inputs = torch.randn(3, 5, 8), padded
+    before = net(*inputs)
+    smaller, removal = remove_dead(net, inputs)
+    assert removal.removed == {f"encoder.layers.{i}.linear1": 8 for i in range(2)}
+    torch.testing.assert_close(smaller(*inputs), before, rtol=1e-5, atol=1e-5)
+    assert net.encoder.use_nested_tensor, "the model given stays as it is"
+    assert merge_layers(net, inputs, rounds=0)[1].merged == []
+    fast = use_kernels(copy.deepcopy(net), {f"encoder.layers.{i}.linear1": "csr" for i in range(2)})
+    torch.testing.assert_close(fast(*inputs), before, rtol=1e-5, atol=1e-5)
 
 
 def test_a_group_that_changes_outputs_stays(monkeypatch: pytest.MonkeyPatch) -> None:
