@@ -132,7 +132,10 @@ def copy_model(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
     except Exception as error:
         said = f"{type(model).__name__} cannot be copied ({first_line(error)})"
-        raise ValueError(f"{said}; make masks of torch.nn.utils.prune permanent with prune.remove.") from None
+        raise ValueError(
+            f"{said}; make masks of torch.nn.utils.prune permanent with prune.remove, and norms of weights with "
+            "remove_weight_norm or remove_parametrizations."
+        ) from None
 
 
 def _trainer_of(model: nn.Module) -> Any:

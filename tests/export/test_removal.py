@@ -158,6 +158,11 @@ def test_a_model_with_masks_of_torch_must_make_them_permanent() -> None:
         remove_dead(net, torch.randn(3, 4))
     prune.remove(net[0], "weight")
     assert remove_dead(net, torch.randn(3, 4))[1].removed == {"0": 3}
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(net[0])
+    with pytest.raises(ValueError, match=r"cannot be copied \(.*remove_weight_norm or remove_parametrizations"):
+        remove_dead(net, torch.randn(3, 4))
+    nn.utils.remove_weight_norm(net[0])
 
 
 class Returning(nn.Module):
