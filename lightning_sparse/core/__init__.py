@@ -67,8 +67,10 @@ from lightning_sparse.core.networks import (
     copy_model,
     find_networks,
     is_training,
+    replace_module,
     shared_parameters,
     trained_part,
+    without_nested_tensors,
 )
 from lightning_sparse.core.patterns import as_patterns, matches_name
 from lightning_sparse.core.pieces import Piece, like, put_back_, to_cpu, whole
@@ -228,6 +230,7 @@ __all__ = [
     "read_tensors",
     "refuse_shorter_run",
     "register_layer",
+    "replace_module",
     "resize",
     "row_of",
     "select_targets",
@@ -243,5 +246,6 @@ __all__ = [
     "trained_part",
     "whole",
     "without_heads",
+    "without_nested_tensors",
     "without_origins",
 ]

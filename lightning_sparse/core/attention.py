@@ -15,7 +15,7 @@ from lightning_sparse.core.cutting import Kept, cut
 from lightning_sparse.core.fewer_heads import FewerHeads
 from lightning_sparse.core.layers import kind_of
 from lightning_sparse.core.libraries import first_line
-from lightning_sparse.core.networks import callee, copy_model, shared_parameters
+from lightning_sparse.core.networks import callee, copy_model, replace_module, shared_parameters, without_nested_tensors
 
 __all__ = [
     "Attention",
@@ -304,21 +304,27 @@ def without_heads(model: nn.Module, attention: Attention, heads: Sequence[int]) 
 
 
 def why_they_stay(model: nn.Module, calls: Sequence[Call], attentions: Sequence[Attention]) -> str:
-    """Return why heads cannot be removed, by trying to remove the last head of each attention; empty if they can.
+    """Return why heads cannot be removed, by trying to remove one head of each attention; empty if they can.
+
+    The last head is tried, and then the first: without the last one, a table that is cut to the number of heads still fits.
 
     Args:
         model: the model that holds the attentions.
         calls: calls of its networks.
         attentions: the attentions to try.
     """
-    zeroed, smaller = copy_model(model).eval(), copy_model(model).eval()
+    return _why_one_stays(model, calls, attentions, -1) or _why_one_stays(model, calls, attentions, 0)
+
+
+def _why_one_stays(model: nn.Module, calls: Sequence[Call], attentions: Sequence[Attention], head: int) -> str:
+    zeroed, smaller = (without_nested_tensors(copy_model(model).eval()) for _ in range(2))
     with torch.no_grad():
         for attention in attentions:
-            for name, row in places_of(zeroed, attention)[-1]:
+            for name, row in places_of(zeroed, attention)[head]:
                 row_of(zeroed, name, row).zero_()
         try:
             for attention in attentions:
-                without_heads(smaller, attention, [attention.heads - 1])
+                without_heads(smaller, attention, [range(attention.heads)[head]])
             both = [(_outputs(call, zeroed), _outputs(call, smaller)) for call in calls]
         except Exception as error:
             return f"with fewer heads the model does not run ({first_line(error)})"
@@ -346,7 +352,7 @@ def resize(model: nn.Module, sizes: Mapping[str, Any]) -> None:
         part = model.get_submodule(holder)
         if type(part) is nn.MultiheadAttention:
             part = FewerHeads.of(part)
-            model.set_submodule(holder, part)
+            replace_module(model, holder, part)
         setattr(part, name, value)
 
 

@@ -18,6 +18,7 @@ from lightning_sparse.core.coupling_engine import CouplingEngine, Member, Positi
 from lightning_sparse.core.linear import CHANNEL_NORMS, CONVOLUTIONS, in_count, is_depthwise, is_layer, out_count
 from lightning_sparse.core.networks import callee, copy_model, shared_parameters
 from lightning_sparse.core.torch_pruning_engine import torch_pruning
+from lightning_sparse.core.trial import Position, why_channels_stay
 
 __all__ = ["Dependencies", "Group", "coupled_outputs", "find_coupling"]
 
@@ -177,6 +178,9 @@ def find_coupling(
 ) -> Coupling:
     """Find which channels of the given weights can only be removed together, with their biases and norms.
 
+    The graph does not show everything that depends on the number of channels, such as `x.view(-1, 400)`, so one channel of
+    every group is removed from a copy. Groups without which the model does not run, or returns something else, stay.
+
     Args:
         model: the model that holds the weights.
         calls: calls of its networks; no network may contain another.
@@ -187,10 +191,15 @@ def find_coupling(
         ValueError: if the engine is missing or cannot trace the model, or if no channel can be removed.
     """
     parameters = {name: len(parameter) for name, parameter in model.named_parameters() if parameter.ndim == 1}
-    staying = dict.fromkeys(weights, "the outputs do not depend on it")
+    holders = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    staying = {
+        name: "the outputs do not depend on it" if is_layer(holder) else f"channels of {type(holder).__name__} stay"
+        for name, holder in holders.items()
+    }
     groups: list[list[Place]] = []
     vectors: dict[str, int] = {}
     readers: dict[str, list[Place | None]] = {}
+    cuts: list[Position] = []
     for group, foreign in (found for call in calls for found in Dependencies(model, call, engine).groups()):
         weight = f"{group.root}.weight"
         staying.pop(weight, None)
@@ -206,6 +215,13 @@ def find_coupling(
             for channel, indices in positions.items():
                 channels.setdefault(channel, []).extend((one, index) for one in places for index in indices)
         groups += channels.values()
+        for produces, members in ((True, group.outputs), (False, group.readers)):
+            for name, positions in members.items():
+                cuts += [
+                    Position(channels[channel][0], name, produces, indices)
+                    for channel, indices in positions.items()
+                    if channels.get(channel)
+                ]
         for name, positions in group.readers.items():
             module = model.get_submodule(name)
             if not is_depthwise(module):
@@ -215,6 +231,10 @@ def find_coupling(
                         read[index] = channels[channel][0] if channels.get(channel) else None
     groups += _equal_groups(model, weights, readers, staying)
     coupling = Coupling(groups, weights, vectors, staying, readers)
+    failed = why_channels_stay(model, calls, coupling, cuts) if coupling.count else {}
+    if failed:
+        staying |= failed
+        coupling = Coupling(groups, weights, vectors, staying, readers)
     if not coupling.count:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(staying.items())[:2])
         raise ValueError(f"structure='coupled' finds no channel of {type(model).__name__} that can be removed ({reasons}).")

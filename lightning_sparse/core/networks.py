@@ -13,7 +13,17 @@ from torch import fx, nn
 from lightning_sparse.core.libraries import first_line
 from lightning_sparse.core.linear import is_linear
 
-__all__ = ["Network", "callee", "copy_model", "find_networks", "is_training", "shared_parameters", "trained_part"]
+__all__ = [
+    "Network",
+    "callee",
+    "copy_model",
+    "find_networks",
+    "is_training",
+    "replace_module",
+    "shared_parameters",
+    "trained_part",
+    "without_nested_tensors",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ def find_networks(module: nn.Module) -> tuple[list[Network], dict[str, str]]:
             failures.setdefault(path, "it stands alone: no module that can be traced holds it and its neighbors")
         if is_linear(part) or not any(map(is_linear, part.modules())):
             return
+        if any(part is network.module for network in networks):
+            return  # under another name
         if not hasattr(part, "training_step"):
             try:
                 networks.append(Network(path, part, fx.Tracer().trace(part)))
@@ -73,6 +85,36 @@ def shared_parameters(module: nn.Module) -> set[int]:
     return twice
 
 
+def without_nested_tensors(model: nn.Module) -> nn.Module:
+    """Stop each `nn.TransformerEncoder` from packing padded inputs into nested tensors, in place; returns the model.
+
+    Nested tensors support few operations besides those of torch's own layers; outputs at positions that are not padded stay
+    the same.
+    """
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoder) and hasattr(part, "use_nested_tensor"):
+            part.use_nested_tensor = False
+    return model
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Replace a module under all of its names, in place; return the model, or the new module in its stead.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> net = nn.ModuleDict({"norm": norm, "layers": nn.Sequential(nn.Linear(2, 2), norm)})
+        >>> _ = replace_module(net, "norm", nn.Identity())
+        >>> net["layers"][1]
+        Identity()
+    """
+    old = model.get_submodule(name)
+    if old is model:
+        return new
+    for path in [path for path, part in model.named_modules(remove_duplicate=False) if part is old]:
+        model.set_submodule(path, new)
+    return model
+
+
 def is_training(model: nn.Module) -> bool:
     """Whether a Trainer is currently fitting a model, a LightningModule."""
     state = getattr(_trainer_of(model), "state", None)
@@ -90,7 +132,10 @@ def copy_model(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, {} if trainer is None else {id(trainer): None})
     except Exception as error:
         said = f"{type(model).__name__} cannot be copied ({first_line(error)})"
-        raise ValueError(f"{said}; make masks of torch.nn.utils.prune permanent with prune.remove.") from None
+        raise ValueError(
+            f"{said}; make masks of torch.nn.utils.prune permanent with prune.remove, and norms of weights with "
+            "remove_weight_norm or remove_parametrizations."
+        ) from None
 
 
 def _trainer_of(model: nn.Module) -> Any:

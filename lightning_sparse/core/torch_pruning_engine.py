@@ -90,8 +90,12 @@ class _Answers(Mapping[str, Sequence[Member]]):
             node, function, places = stack.pop()
             for edge in node.dependencies:
                 there: Any = places if edge.is_triggered_by(function) else []
-                for mapping in filter(None, edge.index_mapping):
-                    there = mapping(there)
+                try:
+                    for mapping in filter(None, edge.index_mapping):
+                        there = mapping(there)
+                except IndexError:  # the graph splits the outputs of recurrent layers at wrong places
+                    lost |= {place.root_idx for place in places}
+                    continue
                 if any(place.root_idx is None for place in there):  # mappings of repeated heads lose the root's channel
                     lost |= {place.root_idx for place in places}
                     continue

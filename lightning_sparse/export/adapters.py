@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Masks, copy_model, is_training
+from lightning_sparse.core import Masks, copy_model, is_training, replace_module
 
 __all__ = ["AdapterRow", "MergedAdapters", "merge_adapters"]
 
@@ -103,12 +103,7 @@ def merge_adapters(
         )
     for path in outermost:
         part: Any = merged.get_submodule(path)
-        plain = part.unload()
-        if path:
-            parent, _, leaf = path.rpartition(".")
-            setattr(merged.get_submodule(parent), leaf, plain)
-        else:
-            merged = plain
+        merged = replace_module(merged, path, part.unload())
     names = {id(layer): path for path, layer in merged.named_modules()}
     rows = []
     for layer, leaf, mask, lost, stray in changed:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse.core import Kept, cut, cut_tensor, out_count, resize
+from lightning_sparse.core import Kept, cut, cut_tensor, out_count, replace_module, resize
 from lightning_sparse.export.compact import load_compact, read_note, save_compact
 from lightning_sparse.export.kernels import use_kernels
 
@@ -43,7 +43,7 @@ class Blueprint:
         Raises:
             ValueError: if the model has other layers.
         """
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         resized = [path.rpartition(".")[0] for path in self.sizes]
         unknown = [name for name in (*self.folded, *self.biased, *self.kept, *self.kernels, *resized) if name not in modules]
         if unknown:
@@ -54,7 +54,7 @@ class Blueprint:
         for name in self.biased:
             add_bias(modules[name])
         for name in self.folded:
-            model.set_submodule(name, nn.Identity())
+            replace_module(model, name, nn.Identity())
         resize(model, self.sizes)
         for name, kept in self.kept.items():
             cut(model.get_submodule(name), kept)

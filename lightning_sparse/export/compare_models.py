@@ -22,6 +22,7 @@ __all__ = [
     "measure",
     "runner",
     "shared_names",
+    "steady",
 ]
 
 
@@ -38,7 +39,9 @@ def runner(model: nn.Module, inputs: Any) -> Callable[[], Any]:
 
 
 def difference(expected: Any, found: Any) -> tuple[float, float]:
-    """The largest difference of two outputs, and the largest expected output; NaN if either contains NaN.
+    """The largest difference of two outputs, and the largest finite expected output; NaN if either contains NaN.
+
+    Equal entries, infinite ones among them, differ by zero.
 
     Raises:
         ValueError: if the outputs have different structures or shapes.
@@ -52,9 +55,36 @@ def difference(expected: Any, found: Any) -> tuple[float, float]:
     if any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in pairs]
         raise ValueError(f"outputs cannot be compared: expected and found shapes are {shapes}.")
-    gaps = torch.stack([(a - b).abs().max() for a, b in pairs])
-    sizes = torch.stack([a.abs().max() for a, _ in pairs])
+    none = torch.zeros(1, dtype=torch.double)
+    gaps = torch.cat([none, *((a - b).abs().masked_fill(a == b, 0).flatten() for a, b in pairs)])
+    sizes = torch.cat([none, *(a.abs().masked_fill(a.isinf(), 0).flatten() for a, _ in pairs)])
     return float(gaps.max()), float(sizes.max())
+
+
+def steady(run: Callable[[], Any], name: str, tolerance: float) -> Any:
+    """Return what a model returns, after calling it twice.
+
+    Args:
+        run: calls the model.
+        name: of the model, for the error message.
+        tolerance: maximum difference, relative to the largest output (or to 1 if that is smaller).
+
+    Raises:
+        ValueError: if the second call returns something else.
+    """
+    first, second = run(), run()
+    if not list(tensors_in(first)):
+        return first
+    try:
+        change, largest = difference(first, second)
+    except ValueError:  # other shapes
+        change, largest = float("inf"), 0.0
+    if change > tolerance * max(1.0, largest):
+        raise ValueError(
+            f"{name} returns something else at each call in evaluation mode, so no export of it can be verified; "
+            "pass its random numbers as an input, or turn them off in evaluation mode."
+        )
+    return first
 
 
 def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -139,7 +139,7 @@ def samples_of(call: Call) -> Iterator[Call]:
 
 def _prepared(model: nn.Module, call: Call, calibration: Sequence[Any]) -> tuple[nn.Module, Call]:
     """The network with its normalizations folded, and one sample."""
-    whole = fold_norms(model)[0] if calibration else copy_model(model)
+    whole = fold_norms(model, call)[0] if calibration else copy_model(model)
     called = callee(whole.eval(), call.network)[1]
     given = Call(call.args, call.kwargs).fit(called)
     if calibration:

@@ -61,7 +61,7 @@ def save_int8(
     """
     tools = need("onnxruntime.quantization", "onnxruntime")
     call = Call.of(inputs, network)
-    folded = fold_norms(model)[0]
+    folded = fold_norms(model, call)[0]
     batches = [Call.of(batch, call.network).fit(folded) for batch in calibration]
     check_reached(folded, call.fit(folded), batches)
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.core import Call
+from lightning_sparse.core import Call, replace_module, without_nested_tensors
 from lightning_sparse.export.compare_models import interleaved
 from lightning_sparse.export.condensed import CondensedLinear
 from lightning_sparse.export.kernel_choice import KernelChoice, layer_inputs
@@ -96,17 +96,20 @@ def with_kernel(layer: nn.Linear, kernel: str) -> CondensedLinear | SparseLinear
 
 
 def use_kernels(model: nn.Module, kernels: Mapping[str, str]) -> nn.Module:
-    """Replace linear layers by ones with other kernels, in place."""
+    """Replace linear layers by ones with other kernels, in place.
+
+    If there are any, an `nn.TransformerEncoder` packs padded inputs no longer into nested tensors, which no kernel supports.
+    """
+    if kernels:
+        without_nested_tensors(model)
     for name, kernel in kernels.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"'{name}' is a {type(layer).__name__}; only linear layers have sparse kernels.")
         if kernel == SEMI_STRUCTURED:
             to_semi_structured_(layer)
-        elif not name:
-            return with_kernel(layer, kernel)
         else:
-            model.set_submodule(name, with_kernel(layer, kernel))
+            model = replace_module(model, name, with_kernel(layer, kernel))
     return model
 
 

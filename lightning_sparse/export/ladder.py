@@ -115,14 +115,7 @@ class _Climb:
     def __init__(self, ladder: Ladder, forced: bool) -> None:
         self.ladder, self.forced = ladder, forced
         dense, call = ladder.dense, ladder.inputs
-        kind = type(dense).__name__
-        try:
-            self.expected = call_with(callee(dense, call.network)[1], call)
-        except (TypeError, AttributeError, KeyError) as error:
-            raise ValueError(
-                f"{kind} cannot be called with these inputs ({first_line(error)}); give its arguments as a "
-                "tuple or a dictionary, or the network that takes them."
-            ) from error
+        kind, self.expected = type(dense).__name__, ladder.expected
         self.made: dict[str, Made] = {}
         self.errors: dict[str, float] = {}
         """The allowed relative error of the outputs of rungs that round."""

@@ -67,9 +67,10 @@ def relative_error(expected: Any, found: Any) -> float:
         >>> relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]))
         0.1
     """
-    both = list(zip(tensors_in(expected), tensors_in(found), strict=True))
-    wrong = sum(float((a.detach().double().cpu() - b.detach().double().cpu()).square().sum()) for a, b in both)
-    whole = sum(float(a.detach().double().cpu().square().sum()) for a, _ in both)
+    both = zip(tensors_in(expected), tensors_in(found), strict=True)
+    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in both]
+    wrong = sum(float((a - b).masked_fill(a == b, 0).square().sum()) for a, b in pairs)
+    whole = sum(float(a.masked_fill(a.isinf(), 0).square().sum()) for a, _ in pairs)
     return (wrong / whole) ** 0.5 if whole else float(wrong > 0)
 
 

@@ -48,9 +48,10 @@ from lightning_sparse.core import (
     tensors_in,
     torch_pruning,
     without_heads,
+    without_nested_tensors,
 )
 from lightning_sparse.export.blueprint import Blueprint
-from lightning_sparse.export.compare_models import difference, runner
+from lightning_sparse.export.compare_models import difference, runner, steady
 from lightning_sparse.export.dead import DeadGroup, Round, bias_is_exact, fed_outputs
 
 __all__ = ["Removal", "remove_dead"]
@@ -111,16 +112,18 @@ def remove_dead(
         >>> smaller[0], removal.removed
         (Linear(in_features=3, out_features=2, bias=True), {'0': 2})
     """
-    now, removal = copy_model(model).eval(), Removal()
+    now, removal = without_nested_tensors(copy_model(model).eval()), Removal()
     call = Call.of(inputs, network)
+    steady(runner(now, call), type(model).__name__, tolerance)
     probes = [call, call.map(_shuffled)] if _can_be_shuffled(now, call) else [call]
+    varied = [other for other in (call.map(_far), call.map(partial(_zeroed, call))) if _runs(now, other)]
     now = _without_dead_heads(now, call, probes, tolerance, removal)
     staying = dict(removal.refused)
     expected = [runner(now, probe)() for probe in probes]
     while True:
         removal.refused.clear()
         try:
-            groups = list(Round(now, probes, removal.refused, engine).groups())
+            groups = list(Round(now, [*probes, *varied], removal.refused, engine).groups())
         except ValueError as error:
             if not removal.heads:
                 raise
@@ -171,7 +174,7 @@ def _without_dead_heads(model: nn.Module, call: Call, probes: list[Call], tolera
         except Exception as error:
             reason = f"with fewer heads the model does not run ({first_line(error)})"
         if reason:
-            removal.refused[attention.name] = reason
+            removal.refused[attention.name or type(model).__name__] = reason
             continue
         model = smaller
         removal.blueprint = removal.blueprint.then(kept, sizes)
@@ -239,6 +242,30 @@ def _shuffled(tensor: Tensor) -> Tensor:
         return tensor
     order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0)).to(tensor.device)
     return tensor.flatten()[order].view_as(tensor)
+
+
+def _far(tensor: Tensor) -> Tensor:
+    """Add large noise to floating-point numbers, so that no channel to which they are added looks constant."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    return tensor + 10 * tensor.abs().max().clamp(min=1) * noise
+
+
+def _zeroed(call: Call, tensor: Tensor) -> Tensor:
+    """Zeros instead of integers that are the same for all samples, such as one time step; zero is always a valid index."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        return tensor
+    same = bool((tensor == tensor[:1]).all()) if call.is_batch(tensor) else True
+    return torch.zeros_like(tensor) if same else tensor
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Whether a model runs on these inputs and returns finite numbers."""
+    try:
+        return all(bool(output.isfinite().all()) for output in tensors_in(runner(model, call)()))
+    except Exception:
+        return False
 
 
 def _can_be_shuffled(model: nn.Module, call: Call) -> bool:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line
+from lightning_sparse.core import Call, callee, copy_model, count_macs, effective_macs, first_line, without_nested_tensors
 from lightning_sparse.export.batch_norm import fold_norms
 from lightning_sparse.export.blueprint import Blueprint, load_model, save_model
-from lightning_sparse.export.compare_models import runner
+from lightning_sparse.export.compare_models import runner, steady
 from lightning_sparse.export.edge import ethos_u85_job, executorch_job, executorch_runner
 from lightning_sparse.export.export_report import Runtime
 from lightning_sparse.export.int8 import save_int8
@@ -62,15 +62,29 @@ class Ladder:
     """The model, inputs and options that all rungs share."""
 
     def __init__(self, model: nn.Module, inputs: Call, folder: Path, options: Mapping[str, Any]) -> None:
-        self.dense, self.inputs, self.folder = copy_model(model).eval(), inputs, folder
+        self.dense, self.inputs, self.folder = without_nested_tensors(copy_model(model).eval()), inputs, folder
         self.input_range = options["input_range"]
         kind = next(self.dense.parameters()).dtype
         self.tolerance = max(options["tolerance"], 4 * torch.finfo(kind).eps)  # half precision has larger rounding errors
-        self.base, self.blueprint = fold_norms(self.dense) if options["fold"] else (copy_model(self.dense), Blueprint())
+        self.expected = self._expected()
+        self.base, self.blueprint = (
+            fold_norms(self.dense, inputs) if options["fold"] else (copy_model(self.dense), Blueprint())
+        )
         self.quantization: Quantization | None = options["quantization"]
         self.choices: list[KernelChoice] = []
         self._begun: dict[str, Callable[[], Lowered]] = {}
         self.zeros = _zeros(self.dense)
+
+    def _expected(self) -> Any:
+        """Return the outputs of the dense model."""
+        dense, call = self.dense, self.inputs
+        try:
+            return steady(partial(call_with, callee(dense, call.network)[1], call), type(dense).__name__, self.tolerance)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"{type(dense).__name__} cannot be called with these inputs ({first_line(error)}); give its arguments as a "
+                "tuple or a dictionary, or the network that takes them."
+            ) from error
 
     def macs(self, model: nn.Module) -> dict[str, int]:
         """Return the multiply-accumulates per sample, by weight."""

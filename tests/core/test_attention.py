@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.core import Attention, Call, FewerHeads, find_attentions, places_of, row_of, without_heads
+from lightning_sparse.core.attention import why_they_stay
 from lightning_sparse.export import remove_dead
 from tests.helpers.attention import Fused, Separate, attend
 
@@ -300,3 +301,39 @@ def test_layers_of_torch_go_on_with_fewer_heads(norm_first: bool) -> None:
         torch.testing.assert_close(net(X), expected[0])
         torch.testing.assert_close(net(X, src_key_padding_mask=padding)[0], expected[1][0])
     assert list(net.state_dict()) == names
+
+
+class Sloped(nn.Module):
+    """A slope for each head, cut to the number of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.out = 4, nn.Linear(12, 36), nn.Linear(12, 12)
+        self.register_buffer("slopes", torch.tensor([1.0, 0.5, 0.25, 0.125]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, 3).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(2, 3) - self.slopes[: self.num_heads, None, None] * torch.arange(float(x.shape[1]))
+        out: Tensor = self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+def test_heads_stay_if_only_the_last_one_could_leave() -> None:
+    torch.manual_seed(0)
+    net, calls = Sloped(), [Call.of(X)]
+    found = find_attentions(net, calls).attentions
+    assert len(found) == 1
+    assert why_they_stay(net, calls, found) == "with fewer heads the model returns something else"
+
+
+def test_an_attention_with_two_names_is_replaced_under_both() -> None:
+    torch.manual_seed(0)
+    net = Torch().eval()
+    net.again = nn.ModuleList([net.attention])
+    with torch.no_grad():
+        net.attention.in_proj_weight.view(3, 4, 3, 12)[:, 0] = 0
+    smaller, removal = remove_dead(net, X)
+    assert removal.heads == {"attention": 1}
+    assert smaller.again[0] is smaller.attention
+    assert isinstance(smaller.attention, FewerHeads)
+    torch.testing.assert_close(smaller(X), net(X))

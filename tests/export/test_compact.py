@@ -15,6 +15,7 @@ from lightning_sparse.export import compact_size, fold_norms, load_compact, load
 from lightning_sparse.export.blueprint import Blueprint
 from lightning_sparse.models import MLP, Classifier, ResNet
 from lightning_sparse.testing import trainer
+from tests.helpers.nets import unsettle
 
 pytest.importorskip("safetensors")
 
@@ -197,4 +198,76 @@ def test_what_is_used_twice_or_elsewhere_is_not_folded() -> None:
     folded, blueprint = fold_norms(net)
     assert blueprint == Blueprint()
     x = torch.randn(3, 4)
+    assert torch.equal(folded(x), net(x))
+
+
+class Named(nn.Sequential):
+    """Layers, registered again in a module that is called."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.features(x)
+        return out
+
+
+class Branching(nn.Module):
+    """A network that cannot be traced around one that can."""
+
+    def __init__(self, inner: nn.Sequential, again: nn.ModuleList, outside: bool = False) -> None:
+        super().__init__()
+        self.inner, self.again, self.outside = inner, again, outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner[0](x) if self.outside else x
+        out: Tensor = self.inner(x if x.sum() > 1e9 else -x)
+        return out
+
+
+def test_a_normalization_with_two_names_is_folded_under_both(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = unsettle(Named(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)))
+    x = torch.randn(3, 1, 6, 6)
+    folded, blueprint = fold_norms(net)
+    assert blueprint.folded == ("1",)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+    torch.testing.assert_close(folded(x), net(x))
+    save_model(folded, tmp_path / "net", blueprint)
+    new = Named(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval()
+    assert torch.equal(load_model(new, tmp_path / "net")(x), folded(x))
+
+
+def test_a_network_held_twice_is_folded_once() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    net = unsettle(Branching(inner, nn.ModuleList([inner])))
+    x = torch.randn(3, 1, 6, 6)
+    folded, blueprint = fold_norms(net)
+    assert len(blueprint.folded) == 1
+    torch.testing.assert_close(folded(x), net(x))
+
+
+def test_behind_a_linear_layer_only_a_matrix_is_folded() -> None:
+    torch.manual_seed(0)
+    net = unsettle(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)))
+    rows, tokens = torch.randn(3, 5), torch.randn(3, 4, 5)
+    for given, folds in ((None, False), (tokens, False), (rows, True)):
+        folded, blueprint = fold_norms(net, given)
+        assert blueprint.folded == (("1",) if folds else ())
+        for x in (tokens,) if not folds else (rows,):
+            torch.testing.assert_close(folded(x), net(x))
+    flat = unsettle(
+        nn.Sequential(nn.Flatten(), nn.Linear(20, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    )
+    assert fold_norms(flat)[1].folded == ("2", "5")
+
+
+def test_a_layer_that_is_also_called_from_outside_is_not_folded() -> None:
+    torch.manual_seed(0)
+    net = unsettle(Branching(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)), nn.ModuleList(), outside=True))
+    x = torch.randn(3, 1, 6, 6)
+    folded, blueprint = fold_norms(net, x)
+    assert blueprint == Blueprint()
     assert torch.equal(folded(x), net(x))

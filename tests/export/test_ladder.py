@@ -190,6 +190,18 @@ def test_kernels_are_chosen_again_when_the_file_is_loaded(tmp_path: Path) -> Non
     torch.testing.assert_close(again(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_with_two_names_gets_its_kernel_under_both() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8)
+    layer.weight.data[:, 1:] = 0
+    net = nn.ModuleDict({"first": layer, "calls": nn.Sequential(layer, nn.ReLU(), layer)})
+    x = torch.randn(3, 8)
+    before = net["calls"](x)
+    assert type(use_kernels(net, {"first": "csr"})["calls"][2]) is SparseLinear
+    assert net["first"] is net["calls"][0] is net["calls"][2]
+    torch.testing.assert_close(net["calls"](x), before)
+
+
 def test_a_transformer_calls_the_kernels_instead_of_reading_their_weights() -> None:
     torch.manual_seed(0)
     net = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True).eval()

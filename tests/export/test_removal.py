@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_sparse.core import Call, Dependencies, Member, coupled_outputs
-from lightning_sparse.export import count_parameters, load_model, remove_dead, save_model
+from lightning_sparse.export import (
+    count_parameters,
+    export_ladder,
+    load_model,
+    merge_layers,
+    remove_dead,
+    save_model,
+    use_kernels,
+)
+from lightning_sparse.export.compare_models import difference
 from tests.helpers.nets import NETS, kill, sample, unsettle
 
 tp = pytest.importorskip("torch_pruning")
@@ -79,6 +91,36 @@ def test_without_a_bias_a_linear_layer_has_a_carrier() -> None:
     torch.testing.assert_close(smaller(x), net(x))
 
 
+class Denoiser(nn.Module):
+    """The step is added to every channel of a convolution, or scales them."""
+
+    def __init__(self, scales: bool = False) -> None:
+        super().__init__()
+        self.one, self.two, self.scales = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 2, 1), scales
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        x, step = self.one(x), step.to(x)[:, None, None, None]
+        out: Tensor = self.two(torch.relu(x * step if self.scales else x + step))
+        return out
+
+
+@pytest.mark.parametrize("step", [torch.full((4,), 0.5), torch.full((4,), -20.0), torch.full((4,), 3)])
+def test_an_input_that_is_the_same_for_all_samples_is_no_constant(step: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Denoiser().eval()
+    kill(net.one, [0, 1, 2])
+    x = torch.randn(4, 1, 6, 6)
+    with pytest.raises(ValueError, match="no neuron, filter or channel in it is dead"):
+        remove_dead(net, (x, step))
+    scaled = Denoiser(scales=True).eval()
+    kill(scaled.one, [0, 1, 2])
+    scaled.one.bias.data[:3] = 0  # nothing is left to scale
+    smaller, removal = remove_dead(scaled, (x, step))
+    assert removal.removed == {"one": 3}
+    other = torch.tensor([0.1, 2.0, -3.0, 40.0])
+    torch.testing.assert_close(smaller(x, other), scaled(x, other))
+
+
 def test_the_mlp_of_a_vision_transformer() -> None:
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
@@ -116,6 +158,75 @@ def test_a_model_with_masks_of_torch_must_make_them_permanent() -> None:
         remove_dead(net, torch.randn(3, 4))
     prune.remove(net[0], "weight")
     assert remove_dead(net, torch.randn(3, 4))[1].removed == {"0": 3}
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(net[0])
+    with pytest.raises(ValueError, match=r"cannot be copied \(.*remove_weight_norm or remove_parametrizations"):
+        remove_dead(net, torch.randn(3, 4))
+    nn.utils.remove_weight_norm(net[0])
+
+
+class Returning(nn.Module):
+    """A dead neuron, and outputs of any kind."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(4, 6), nn.Linear(6, 3), last
+        kill(self.one, [1])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.two(torch.relu(self.one(x)))
+        return x, self.last(x)
+
+
+def test_infinite_and_empty_outputs_can_be_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    for last in (lambda y: y.masked_fill(y > 0, -torch.inf), lambda y: y[y[:, 0] > 1e6]):
+        net = Returning(last).eval()
+        assert remove_dead(net, x)[1].removed == {"one": 1}
+        report = export_ladder(net, x, tmp_path / "out", rounds=0, rungs=["plain"], overwrite=True)
+        assert report.rungs["plain"].file == "plain.pt"
+    assert difference(torch.tensor([torch.inf, 2.0]), torch.tensor([torch.inf, 1.0])) == (1.0, 2.0)
+    assert difference(torch.tensor([torch.inf, 2.0]), torch.tensor([9.0, 2.0])) == (math.inf, 2.0)
+
+
+def test_a_model_that_returns_something_else_each_time_is_refused(tmp_path: Path) -> None:
+    net = Returning(lambda y: y + torch.randn_like(y)).eval()
+    x = torch.randn(5, 4)
+    for export in (remove_dead, partial(export_ladder, to=tmp_path / "out", rounds=0)):
+        with pytest.raises(ValueError, match="Returning returns something else at each call in evaluation mode"):
+            export(net, x)
+
+
+class Padded(nn.Module):
+    """torch's encoder, which packs padded samples into nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, padded: Tensor) -> Tensor:
+        out: Tensor = self.out(self.encoder(x, src_key_padding_mask=padded)[:, 0])
+        return out
+
+
+def test_an_encoder_for_padded_inputs_loses_neurons_and_gets_kernels() -> None:
+    torch.manual_seed(0)
+    net = Padded().eval()
+    for layer in net.encoder.layers:
+        kill(layer.linear1, list(range(8)))
+        layer.linear1.bias.data[:8] = 0
+    padded = torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    inputs = torch.randn(3, 5, 8), padded
+    before = net(*inputs)
+    smaller, removal = remove_dead(net, inputs)
+    assert removal.removed == {f"encoder.layers.{i}.linear1": 8 for i in range(2)}
+    torch.testing.assert_close(smaller(*inputs), before, rtol=1e-5, atol=1e-5)
+    assert net.encoder.use_nested_tensor, "the model given stays as it is"
+    assert merge_layers(net, inputs, rounds=0)[1].merged == []
+    fast = use_kernels(copy.deepcopy(net), {f"encoder.layers.{i}.linear1": "csr" for i in range(2)})
+    torch.testing.assert_close(fast(*inputs), before, rtol=1e-5, atol=1e-5)
 
 
 def test_a_group_that_changes_outputs_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse import SNIP, CKARegularization, LotteryTicket, MagnitudePruning, RandomSparsity, RigL, WeightPenalty
-from lightning_sparse.core import Budget, Coupling, find_targets, lay_out
+from lightning_sparse.core import Budget, Call, Coupling, find_coupling, find_targets, is_layer, lay_out, out_count
 from lightning_sparse.loop import Sparsifier
 from lightning_sparse.models import ResNet
 from lightning_sparse.testing import Toy, fit, loader, toy, trainer
@@ -112,6 +113,93 @@ def test_a_layer_that_is_no_target_keeps_its_whole_stream(caplog: pytest.LogCapt
     assert alive(module, STREAM[1]).all()
     assert not alive(module, "net.stages.0.0.conv1").all()
     assert "MagnitudePruning: channels stay in 'net.fc.weight' (it is an output of the model)." in caplog.text
+
+
+class Written(nn.Module):
+    """Layers, and a forward pass written beside them."""
+
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.written = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.written(self, x)
+
+
+def viewed(net: Any, x: Tensor) -> Any:
+    return net.out(torch.relu(net.two(torch.relu(net.one(x)))).view(-1, 6 * 16))
+
+
+def returned(net: Any, x: Tensor) -> Any:
+    features = torch.relu(net.two(torch.relu(net.one(x))).mean((2, 3)))
+    return net.out(features), features
+
+
+def sliced(net: Any, x: Tensor) -> Any:
+    x = torch.relu(net.two(torch.relu(net.one(x)))).mean((2, 3))
+    return net.out(torch.cat([x[:, :2], x[:, 2:]], 1)) + net.more(x[:, :2])
+
+
+def shuffled(net: Any, x: Tensor) -> Any:
+    x = torch.relu(net.two(torch.relu(net.one(x))))
+    return net.out(x.view(len(x), 2, -1, 16).transpose(1, 2).reshape(len(x), -1, 16).mean(2))
+
+
+def scaled(net: Any, x: Tensor) -> Any:
+    return net.out((torch.relu(net.two(torch.relu(net.one(x)))) * net.factors.get_buffer("value")).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("forward", "wide", "reason"),
+    [
+        (viewed, 96, "with fewer channels the model does not run"),
+        (returned, 6, "with fewer channels an output of the model has another size"),
+        (sliced, 6, "with fewer channels the model"),
+        (shuffled, 6, "with fewer channels the model does not run"),
+        (scaled, 6, "with fewer channels the model does not run"),
+    ],
+)
+def test_channels_that_a_trial_cannot_remove_stay_and_the_others_leave(
+    forward: Callable[..., Any], wide: int, reason: str
+) -> None:
+    torch.manual_seed(0)
+    factors = nn.Module()
+    factors.register_buffer("value", torch.rand(6, 1, 1) + 0.5)
+    layers = {"one": nn.Conv2d(1, 8, 3, 2, 1), "two": nn.Conv2d(8, 6, 1), "out": nn.Linear(wide, 4), "more": nn.Linear(2, 4)}
+    net = Written(forward, **layers, factors=factors)
+    weights = {f"{name}.weight": out_count(layer) for name, layer in layers.items()}
+    coupling = find_coupling(net, [Call.of(IMAGES)], weights)
+    assert coupling.staying["two.weight"].startswith(reason)
+    assert (coupling.units["one.weight"] >= 0).all()
+    assert (coupling.units["two.weight"] < 0).all()
+
+
+def test_a_trial_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
+    net = ResNet(4, 1, 8, depth=8)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    weights = {f"{name}.weight": out_count(layer) for name, layer in net.named_modules() if is_layer(layer)}
+    state = torch.get_rng_state()
+    find_coupling(net.train(), [Call.of(IMAGES)], weights)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert net.training
+
+
+def test_channels_of_recurrent_layers_stay() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        return net.out(torch.relu(net.head(net.cell(torch.relu(net.embed(x[:, 0])))[0][:, -1])))
+
+    for layers, both in ((2, False), (1, True)):
+        cell = nn.GRU(8, 6, layers, batch_first=True, bidirectional=both)
+        linear = {"embed": nn.Linear(8, 8), "head": nn.Linear(12 if both else 6, 10), "out": nn.Linear(10, 4)}
+        net = Written(forward, cell=cell, **linear)
+        weights = {"cell.weight_ih_l0": 18, **{f"{name}.weight": out_count(layer) for name, layer in linear.items()}}
+        coupling = find_coupling(net, [Call.of(IMAGES)], weights)
+        assert set(coupling.staying) == {"cell.weight_ih_l0", "embed.weight", "out.weight"}
+        assert coupling.staying["cell.weight_ih_l0"] == "channels of GRU stay"
+        assert coupling.count == 10
 
 
 def test_a_sparsity_of_its_own_is_one_of_the_whole_stream() -> None:
