@@ -60,7 +60,7 @@ from lightning_sparse.core.linear import (
 from lightning_sparse.core.lp_sphere import FREE, Exponents, Sphere, check_exponents, find_spheres
 from lightning_sparse.core.masks import LiveMasks, Masks, MaskSet, Mold, add_up
 from lightning_sparse.core.memory import Layouts, Memory, Remembered
-from lightning_sparse.core.moments import check_moments, clear_moments, forget_moments
+from lightning_sparse.core.moments import averages, check_moments, clear_moments, initial_state, restart
 from lightning_sparse.core.networks import (
     Network,
     callee,
@@ -83,7 +83,7 @@ from lightning_sparse.core.target import Target
 from lightning_sparse.core.targets import Candidate, Selection, describe, find_targets, select_targets
 from lightning_sparse.core.torch_pruning_engine import torch_pruning
 from lightning_sparse.core.transposable import Transposable
-from lightning_sparse.core.window import FINAL, Position, RunLength, Span, Window, refuse_shorter_run
+from lightning_sparse.core.window import FINAL, Position, RunLength, Span, TooShort, Window, refuse_shorter_run
 
 __all__ = [
     "BATCH_NORMS",
@@ -151,6 +151,7 @@ __all__ = [
     "Structure",
     "StructureName",
     "Target",
+    "TooShort",
     "Transposable",
     "UnscoredAllocationName",
     "Unstructured",
@@ -160,6 +161,7 @@ __all__ = [
     "analyze",
     "as_matrix",
     "as_patterns",
+    "averages",
     "between_activations_of",
     "callee",
     "changed_share",
@@ -194,11 +196,11 @@ __all__ = [
     "find_targets",
     "first_line",
     "fit_to",
-    "forget_moments",
     "format_table",
     "from_matrix",
     "group_features",
     "in_count",
+    "initial_state",
     "input_rows",
     "is_collapsed",
     "is_cut",
@@ -232,6 +234,7 @@ __all__ = [
     "register_layer",
     "replace_module",
     "resize",
+    "restart",
     "row_of",
     "select_targets",
     "shared_parameters",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.core.layout import local, owner_of
 
-__all__ = ["check_moments", "clear_moments", "forget_moments"]
+__all__ = ["averages", "check_moments", "clear_moments", "initial_state", "restart"]
 
 MAPS = {"state1": "qmap1", "state2": "qmap2"}
 """State names of bitsandbytes, and where it stores the value of each of their codes."""
@@ -40,22 +41,43 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) 
         local(memory).masked_fill_(where.to(memory.device), zero)
 
 
-def forget_moments(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Restart an optimizer for a parameter: all state of its entries zero, and its steps counted from zero.
+def averages(optimizer: Optimizer) -> bool:
+    """Whether an optimizer switches the model between the weights it moves and an average, as those of schedulefree do."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def initial_state(optimizers: Iterable[Optimizer]) -> dict[nn.Parameter, dict[str, Any]]:
+    """What new optimizers hold before their first step: mostly nothing, but sums in torch's Adagrad.
 
     Args:
-        optimizer: the optimizer that owns the parameter.
-        parameter: the parameter whose state is reset.
-
-    Raises:
-        ValueError: for state in which zero is unknown; nothing has been reset.
+        optimizers: that have not made a step.
     """
-    clear_moments(optimizer, parameter, torch.ones_like(local(parameter), dtype=torch.bool))
-    state = optimizer.state.get(owner_of(parameter), {})
-    if isinstance(state.get("step"), Tensor):
-        state["step"].zero_()
-    elif "step" in state:
-        state["step"] = 0
+    return {
+        parameter: copy.deepcopy(state)
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        if isinstance(parameter, nn.Parameter)
+    }
+
+
+def restart(optimizer: Optimizer, initial: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+    """Let an optimizer forget everything, as if it were new; its next step makes its state from the current weights.
+
+    Zeros would not be the same: some optimizers hold copies of the weights or step sizes.
+
+    Args:
+        optimizer: the optimizer.
+        initial: what `initial_state` found.
+    """
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in initial:
+                optimizer.state[parameter] = copy.deepcopy(dict(initial[parameter]))
+        if "step" in optimizer.defaults:  # where all parameters of a group share a counter
+            group["step"] = optimizer.defaults["step"]
+        else:
+            group.pop("step", None)
 
 
 def check_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["FINAL", "Position", "RunLength", "Span", "Window", "refuse_shorter_run"]
+__all__ = ["FINAL", "Position", "RunLength", "Span", "TooShort", "Window", "refuse_shorter_run"]
 
 
 FINAL = 1 << 62
 """The number of the update that ends a window."""
+
+
+class TooShort(ValueError):
+    """Raised if a method needs a longer run."""
 
 
 class Position(NamedTuple):

@@ -21,6 +21,7 @@ from lightning_sparse.core import (
     RunLength,
     StructureName,
     Target,
+    TooShort,
     UnscoredAllocationName,
     Window,
     check_choice,
@@ -164,7 +165,7 @@ class Rewiring(Budgeted):
         self.window.resolve(run)
         interval = self.window.interval(run)
         if interval is not None and interval >= self.window.end - self.window.start:
-            raise ValueError(
+            raise TooShort(
                 f"every={self.every!r} leaves no update between {self.window.start:.0%} and {self.window.end:.0%} of a "
                 f"training of {_length(run)}; choose a shorter interval or train longer."
             )

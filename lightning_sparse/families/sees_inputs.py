@@ -29,11 +29,12 @@ class Enough(Exception):
 
 @contextmanager
 def _step_by_step() -> Iterator[None]:
-    """Make torch's attention run step by step: in evaluation mode it otherwise does everything in one opaque call."""
+    """Run layer by layer: torch's attention can be one opaque call, and graphs compiled earlier leave out the hooks."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 

@@ -11,14 +11,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_sparse.core import check_moments, lent_gradients
 from lightning_sparse.loop.agreement import Agreement
-from lightning_sparse.loop.conflicts import refuse_rivals, refuse_shared_masks
+from lightning_sparse.loop.conflicts import check_method, refuse_optimizers, refuse_rivals, refuse_shared_masks
+from lightning_sparse.loop.log import Log
 from lightning_sparse.loop.method import Method
 from lightning_sparse.loop.ownership import Owned, Ownership
-from lightning_sparse.loop.phase import phase_of
-from lightning_sparse.loop.replacements import Replacements
+from lightning_sparse.loop.replacements import Replacements, clip_only_gradients
 from lightning_sparse.loop.run import Run
 from lightning_sparse.loop.step import Step
 
@@ -40,8 +41,9 @@ class Loop:
         self.leader = self._everyone[0]
         """The method whose hooks of the Trainer visit the stations of all."""
         self._closed = False
-        self._handed_over = False
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handed_over = self._clips_safely = False
+        self._handles: list[RemovableHandle] = []
+        self._hooked: dict[int, Optimizer] = {}
         self._several = len(run.optimizers) > 1
         self.ownership = Ownership(methods)
         """Which weights of which method an optimizer moves."""
@@ -51,8 +53,7 @@ class Loop:
         self._agreement = Agreement(run)
         self._seen: tuple[Any, Any] = (None, None)
         self._epoch = -1
-        self._logged = -1
-        self._phase: str | None = None
+        self._log = Log(run)
         self._replacements = Replacements()
 
     # ---- opening and closing -----------------------------------------------------------------------------------------
@@ -65,9 +66,7 @@ class Loop:
             method.enter(self.run)
         refuse_shared_masks(self.methods)
         for method in self.methods:
-            method.check_brought()
-            begun = method.length_as_begun(length)
-            method.check(begun, self.run.share(length, begun))
+            check_method(method, length)
         refuse_rivals(self.methods)
         for optimizer in self.run.optimizers:
             self._check_moments(optimizer)
@@ -75,14 +74,34 @@ class Loop:
             for method in self.methods:
                 method.begin_or_resume(length)
         self.run.reshard()
+        self._hook_optimizers()
+        self._wrap_training_step()
+        self._wrap_optimizer_step()
+        self._log.show_words(self._everyone, self._replacements)
+        self._wrap_save()
+        self._agreement.compare(self.methods)
+
+    def reopen(self, method: Method) -> None:
+        """Resume a method from a state that was loaded in the middle of the fit, as tuners do after their search."""
+        self._pending.clear()
+        self.run.reshard()
+        with lent_gradients(method.weights):
+            method.release()
+        method.enter(self.run)
+        length = self.run.length()
+        check_method(method, length)
+        with torch.no_grad():
+            method.begin_or_resume(length)
+        self.run.reshard()
+
+    def _hook_optimizers(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._hooked = {id(optimizer): optimizer for optimizer in self.run.optimizers}
+        self._handles = []
         for optimizer in self.run.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._direct_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        self._wrap_training_step()
-        self._wrap_optimizer_step()
-        self._wrap_progress_bar()
-        self._wrap_save()
-        self._agreement.compare(self.methods)
 
     def close(self) -> None:
         """Remove everything that `open` has attached; safe to call again."""
@@ -150,12 +169,12 @@ class Loop:
         for method in self.methods:
             method.batch_end(*self._seen)
         self._seen = (None, None)
-        self._log()
+        self._log.batch(self.methods, self._everyone)
 
     def epoch_end(self) -> None:
         self.settle()
         for method in self.methods:
-            self._log_numbers(method, method.epoch_end())
+            self._log.numbers(method, method.epoch_end())
         self._agreement.compare(self.methods, live=True)  # after every step it would take too long
 
     @torch.no_grad()
@@ -174,9 +193,16 @@ class Loop:
                 method.evolve(method.position(epoch_start, under_way))
         self._agreement.compare(self.methods)
 
+    @property
+    def paused(self) -> bool:
+        """Whether a tuner searches: it removes the callbacks from the Trainer, and restores a checkpoint afterwards."""
+        return self.leader not in self.run.trainer.callbacks  # type: ignore[attr-defined]
+
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer) -> None:
+        if id(optimizer) not in self._hooked:
+            self._replace_optimizers()
         self._undo(optimizer)
         self._count()
         owned = self.ownership.of(optimizer)
@@ -191,6 +217,17 @@ class Loop:
         if any(step.replaced for _, step in steps):
             self._withhold_gradients(optimizer)
         self._pending[id(optimizer)] = steps
+
+    def _replace_optimizers(self) -> None:
+        """The module has made new optimizers in the middle of the fit."""
+        for method in self.methods:
+            refuse_optimizers(method, self.run.optimizers)
+        for optimizer in self._hooked.values():
+            self._undo(optimizer)
+        self.ownership = Ownership(self._everyone)
+        self._trusted.clear()
+        self._several = len(self.run.optimizers) > 1
+        self._hook_optimizers()
 
     def _steps(self, optimizer: Optimizer, owned: Owned, scale: Tensor | None = None) -> list[tuple[Method, Step]]:
         return [(method, Step(optimizer, owned.weights[id(method)], scale)) for method in self.methods]
@@ -217,15 +254,22 @@ class Loop:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+        if not self._clips_safely:
+            self._clips_safely = True
+            clip_only_gradients(self.run.trainer.precision_plugin, self._replacements)
 
     def _direct_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """A step that bypasses Lightning (`use_pl_optimizer=False`): there is no closure and no announcement."""
+        if self.paused:
+            return
         self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
         if closure is None and id(optimizer) not in self._pending:
             self.before_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.paused:
+            return
         # An optimizer whose `step` calls that of its base class fires its hooks twice; the outer one is the step.
         depth = self._depth[id(optimizer)] = max(self._depth.get(id(optimizer), 0) - 1, 0)
         if not depth:
@@ -331,48 +375,6 @@ class Loop:
             return original(*args, **kwargs)
 
         self._replacements.replace(self.run.trainer, "save_checkpoint", save_checkpoint)
-
-    def _wrap_progress_bar(self) -> None:
-        """Show words: logged values can only be numbers, and stay on the bar when their name is no longer used."""
-        bar: Any = self.run.trainer.progress_bar_callback
-        if bar is None or "get_metrics" in vars(bar):
-            return
-        original = bar.get_metrics
-
-        def get_metrics(*args: Any) -> dict[str, Any]:
-            phase = {} if self._phase is None else {"phase": self._phase}
-            words = {key: value for method in self.methods for key, value in method.headline().items()}
-            return {**original(*args), **phase, **words}
-
-        self._replacements.replace(bar, "get_metrics", get_metrics)
-
-    # ---- what is logged ----------------------------------------------------------------------------------------------
-
-    def _log_numbers(self, method: Method, numbers: Mapping[str, float | Tensor]) -> None:
-        named = {f"{method.label}/{key}": value for key, value in numbers.items()}
-        if named:
-            self.run.module.log_dict(named, on_step=False, on_epoch=True, batch_size=1)
-
-    def _log(self) -> None:
-        first = self.run.batch_idx == 0
-        if first:
-            for method in self.methods:
-                self._log_numbers(method, method.numbers())
-        masks = [masks for method in self.methods if (masks := method.mask_set) is not None]
-        if any(mask.live for mask in masks) and not self.run.time_to_count:
-            return
-        kept = sum([mask.kept for mask in masks])
-        # Lightning keeps showing and logging a value until the epoch ends, and a call costs half a millisecond.
-        if masks and (first or kept != self._logged):
-            sparsity = 1 - kept / sum([mask.total for mask in masks])
-            # One name for the bar, and one for loggers: some keep metrics as files, where `sparsity` cannot also be a
-            # folder.
-            self.run.module.log("sparsity", sparsity, prog_bar=True, logger=False, batch_size=1)
-            self.run.module.log("sparsity/actual", sparsity, batch_size=1)
-            dropped = sum([mask.total for mask in masks]) - kept
-            size = max(method.model_size for method in self._everyone)
-            self.run.module.log("sparsity/model", dropped / size, batch_size=1)
-            self._logged, self._phase = kept, phase_of(self.methods)
 
 
 def _lent(owned: Owned) -> AbstractContextManager[None]:

@@ -185,6 +185,11 @@ class Method(Memory, ABC):
         return False
 
     @property
+    def swaps_weights(self) -> bool:
+        """Whether the optimizer moves other weights than the model shows between steps."""
+        return self.dropped_live_on
+
+    @property
     def dropped_learn(self) -> bool:
         """Whether the optimizer sees gradients of dropped entries, so that they may return."""
         return False

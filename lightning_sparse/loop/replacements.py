@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Replacements"]
+from lightning.pytorch.plugins import Precision
+from torch.optim import Optimizer
+
+__all__ = ["Replacements", "clip_only_gradients"]
 
 
 class Replacements:
@@ -37,3 +40,14 @@ class Replacements:
         while self._originals:
             owner, name, original, was_its_own = self._originals.pop()
             setattr(owner, name, original) if was_its_own else delattr(owner, name)
+
+
+def clip_only_gradients(precision: Precision, replacements: Replacements) -> None:
+    """Let a step without any gradients pass the clipping: torch fails to clip none of them by value."""
+    original = precision.clip_gradients
+
+    def clip_gradients(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+            original(optimizer, *args, **kwargs)
+
+    replacements.replace(precision, "clip_gradients", clip_gradients)

@@ -39,10 +39,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelPruning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
-from lightning_sparse.core import owner_of
 from lightning_sparse.loop.arguments import arguments
+from lightning_sparse.loop.conflicts import refuse_optimizers
 from lightning_sparse.loop.loop import Loop
 from lightning_sparse.loop.method import Method
 from lightning_sparse.loop.rng import collect_rng, restore_rng
@@ -66,6 +66,7 @@ class Sparsifier(Method, Callback):
         self.loop: Loop | None = None
         """The loop that visits the stations, in a running fit."""
         self._rng: dict[str, Tensor] | None = None
+        self._fresh = False
 
     def _leads(self, trainer: pl.Trainer) -> bool:
         return sparsifiers(trainer)[0] is self
@@ -79,10 +80,13 @@ class Sparsifier(Method, Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.brought is not None:  # loaded, and training has not begun
             return dict(self.brought)
-        return {"config": self.config(), "memory": self.memorize(self.layouts) if self.shapes else None}
+        begun = self.shapes and not self._fresh
+        return {"config": self.config(), "memory": self.memorize(self.layouts) if begun else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.brought = state_dict if state_dict.get("memory") else None
+        if self.loop is not None and self.brought is not None:
+            self.loop.reopen(self)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._leads(trainer):
@@ -95,26 +99,33 @@ class Sparsifier(Method, Callback):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._rng = checkpoint.get(RNG_KEY)
+        if self.loop is not None and self.loop.leader is self:
+            self._continue_rng(trainer)
         if self.state_key not in checkpoint.get("callbacks", {}):
             self.forget()  # the loaded weights belong to a run without this method
+
+    def _continue_rng(self, trainer: pl.Trainer) -> None:
+        if self._rng is not None:
+            restore_rng(trainer, self._rng)
+            self._rng = None
 
     # ---- the Trainer's hooks -----------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.brought = self._rng = None
+        self._fresh = False
         if stage == "fit":
             missing = [name for name in arguments(type(self)) if not hasattr(self, name)]
             if missing:
                 raise ValueError(f"{type(self).__name__} must store its arguments under their own names; {missing} are not.")
             _refuse_trainer(self, trainer)
+            self._fresh = trainer.global_step == 0  # what is remembered is of the last fit; a tuner may save before this one
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.choose(pl_module, goes_on=trainer.global_step > 0)
-        _refuse_optimizers(self, trainer.optimizers)
-        if self._leads(trainer) and self._rng is not None:
-            # Now, because loaders draw the order of the next epoch when they are opened.
-            restore_rng(trainer, self._rng)
-            self._rng = None
+        refuse_optimizers(self, trainer.optimizers)
+        if self._leads(trainer):
+            self._continue_rng(trainer)  # now, because loaders draw the order of the next epoch when they are opened
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._leads(trainer):
@@ -123,6 +134,7 @@ class Sparsifier(Method, Callback):
             for method in methods:
                 method.loop = loop
             loop.open()
+        self._fresh = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.loop is not None and self.loop.leader is self:
@@ -172,6 +184,7 @@ class Sparsifier(Method, Callback):
         if self.loop is not None:
             self.loop.close()
             self.loop = None
+        self._fresh = False
         self.leave()
 
 
@@ -221,19 +234,3 @@ def _explain_folder(trainer: pl.Trainer, error: IsADirectoryError) -> None:
             "one process, first resume with save_distributed_checkpoint=False, which writes a single file; for the "
             "weights alone use lightning_sparse.export.whole_weights."
         ) from error
-
-
-def _refuse_optimizers(method: Method, optimizers: Sequence[Optimizer]) -> None:
-    for optimizer in optimizers:
-        if isinstance(optimizer, LBFGS):
-            raise ValueError(
-                f"{method.label} does not work with LBFGS, which moves the weights several times per step; use a "
-                "first-order optimizer such as SGD or AdamW."
-            )
-    owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for target in method.chosen:
-        if id(owner_of(target.weight)) not in owned and target.weight.requires_grad:
-            raise ValueError(
-                f"{method.label}: no optimizer updates '{target.name}'; return it from configure_optimizers or exclude it "
-                f"with targets=['!{target.name}']."
-            )

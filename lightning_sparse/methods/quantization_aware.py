@@ -84,6 +84,10 @@ class QuantizationAware(Sparsifier):
             return "is sharded along its inputs, and the scale of an output needs all of them on one rank"
         return super().misfit(target)
 
+    @property
+    def swaps_weights(self) -> bool:
+        return True
+
     def check(self, run: RunLength, until: float = 1.0) -> None:
         mine = {id(weight) for weight in self.weights.values()}
         for other in self.run.trainer.callbacks:  # type: ignore[attr-defined]

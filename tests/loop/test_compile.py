@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse import HyperSparse, MagnitudePruning, RigL
+from lightning_sparse import HyperSparse, MagnitudePruning, RigL, SparseGPT, Wanda
 from lightning_sparse.families import Masked
 from lightning_sparse.testing import Toy, fit, toy
 
@@ -61,6 +61,16 @@ def test_compiled(name: str, backend: str) -> None:
             assert compiled[key].equal(value), key
         else:
             torch.testing.assert_close(compiled[key], value)
+
+
+@pytest.mark.parametrize("make", [Wanda, SparseGPT])
+def test_inputs_are_seen_in_a_part_that_has_run_compiled(make: Callable[..., Masked]) -> None:
+    """In the sanity check of a Trainer, before anything listens."""
+    torch.compiler.reset()
+    method, module = make(0.5), toy()
+    module.net = torch.compile(module.net, backend="eager")
+    fit(module, method, num_sanity_val_steps=2)
+    assert method.masks.kept == method.masks.total / 2
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_sparse import MagnitudePruning, RandomSparsity, SparsityMixin
+from lightning_sparse import MagnitudePruning, RandomSparsity, RigL, SparseConnectivityLearning, SparsityMixin
 from lightning_sparse.core import Position
 from lightning_sparse.families import Masked, Pruning
 from lightning_sparse.functional import random_generator, random_score
@@ -417,3 +417,51 @@ def test_data_without_a_length() -> None:
     data = torch.utils.data.DataLoader(Endless(), batch_size=None)
     runner.fit(toy(), data, loader(1))
     assert method.masks.sparsity == pytest.approx(0.9, abs=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ["value", "norm"])
+def test_a_replaced_step_has_nothing_to_clip(algorithm: str) -> None:
+    method = RigL(0.8, every="2 steps")
+    runner = fit(toy(), method, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
+    assert method.updates > 1
+    assert "clip_gradients" not in vars(runner.precision_plugin)
+
+
+class NewOptimizers(Toy):
+    """Makes its optimizers anew when the second epoch starts."""
+
+    removed = False
+
+    def on_train_epoch_start(self) -> None:
+        if self.trainer.current_epoch == 1:
+            self.old = self.trainer.optimizers[0]
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def configure_optimizers(self) -> Any:
+        half = self.removed and self.trainer.current_epoch == 1
+        return torch.optim.Adam((self.net[0] if half else self).parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: MagnitudePruning(0.9, every="1 steps"), lambda: SparseConnectivityLearning(0.8)],
+    ids=["masks", "shadow"],
+)
+def test_new_optimizers_are_followed(make: Callable[[], Any]) -> None:
+    method, module = make(), NewOptimizers()
+    runner = fit(module, method)
+    assert method.steps == runner.global_step == 3 * BATCHES
+    assert method.at_target
+    assert all((module.get_parameter(target)[~method.mask_set[target]] == 0).all() for target in method.mask_set)
+    steps = float(module.old.state[module.net[0].weight]["step"])
+    module.net[0].weight.grad = torch.zeros_like(module.net[0].weight)
+    module.old.step()
+    assert steps == BATCHES
+    assert method.steps == 3 * BATCHES, "the old optimizer still has hooks"
+
+
+def test_new_optimizers_are_checked_like_the_first() -> None:
+    module = NewOptimizers()
+    module.removed = True
+    with pytest.raises(ValueError, match=r"MagnitudePruning: no optimizer updates 'net.2.weight'; return it from"):
+        fit(module, MagnitudePruning(0.5))

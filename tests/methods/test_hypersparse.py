@@ -464,6 +464,37 @@ def test_manual_optimization_that_returns_no_loss_is_refused() -> None:
         fit(Silent(), HyperSparse(0.9))
 
 
+class Skipping(Toy):
+    """Leaves out some batches, as Lightning allows."""
+
+    skipped: tuple[int, ...] = (1,)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx in self.skipped else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned `None`")
+def test_batches_that_are_skipped_are_left_out_of_the_scores() -> None:
+    method, losses = HyperSparse(0.9), []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+            if outputs and trainer.current_epoch == 1:
+                losses.append(float(outputs["loss"]))
+
+    fit(Skipping(), method, Note())
+    assert len(losses) == 3
+    assert method.history[0]["dense"] == pytest.approx(-sum(losses) / 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned `None`")
+def test_a_run_that_skips_all_is_refused() -> None:
+    module = Skipping()
+    module.skipped = (0, 1, 2, 3)
+    with pytest.raises(ValueError, match=r"training_step returns no loss, so models cannot be compared by it; return the"):
+        fit(module, HyperSparse(0.9))
+
+
 @pytest.mark.parametrize(
     ("score", "sentence"),
     [

@@ -26,6 +26,7 @@ from lightning_sparse import (
     LotteryTicket,
     LpSphere,
     MagnitudePruning,
+    QuantizationAware,
     RandomSparsity,
     RigL,
     WeightPenalty,
@@ -49,6 +50,21 @@ class HalfOptimized(Toy):
 class SecondOrder(Toy):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(self.parameters())
+
+
+class Averaging(torch.optim.SGD):
+    """Switches the weights, as the optimizers of schedulefree do."""
+
+    def train(self) -> None:
+        pass
+
+    def eval(self) -> None:
+        pass
+
+
+class Averaged(Toy):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return Averaging(self.parameters(), lr=0.1)
 
 
 class HalfStepping(Toy):
@@ -129,6 +145,43 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     ),
     (HalfOptimized, lambda: [MagnitudePruning(0.5)], {}, "no optimizer updates 'net.2.weight'"),
     (SecondOrder, lambda: [MagnitudePruning(0.5)], {}, "does not work with LBFGS"),
+    (
+        Averaged,
+        lambda: [SCL(0.8)],
+        {},
+        "SparseConnectivityLearning does not work with Averaging, whose train() and eval() mix",
+    ),
+    (
+        Averaged,
+        lambda: [SRSTE(structure="2:4", targets=["!:first"])],
+        {},
+        "SRSTE does not work with Averaging, whose train()",
+    ),
+    (
+        Averaged,
+        lambda: [QuantizationAware()],
+        {},
+        "QuantizationAware does not work with Averaging, whose train() and eval()",
+    ),
+    (Averaged, lambda: [ACDC(0.8)], {}, "ACDC does not work with Averaging, which averages the weights of all phases"),
+    (
+        toy,
+        lambda: [ACDC(0.8)],
+        {"fast_dev_run": True},
+        "fast_dev_run=True makes the run too short; for a trial run, set max_",
+    ),
+    (
+        toy,
+        lambda: [HyperSparse(0.8)],
+        {"fast_dev_run": 2},
+        "fast_dev_run=2 makes the run too short; for a trial run, set max_",
+    ),
+    (
+        toy,
+        lambda: [LotteryTicket(0.8)],
+        {"fast_dev_run": True},
+        "fast_dev_run=True makes the run too short; for a trial run,",
+    ),
     (Normalized, lambda: [MagnitudePruning(0.5)], {}, "'net.6' (ParametrizedLinear) is computed by a parametrization"),
     (
         toy,

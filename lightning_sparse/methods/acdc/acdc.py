@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse.core import (
     AllocationName,
@@ -17,8 +18,10 @@ from lightning_sparse.core import (
     Remembered,
     RunLength,
     StructureName,
-    forget_moments,
+    averages,
+    initial_state,
     refuse_shorter_run,
+    restart,
 )
 from lightning_sparse.families import Budgeted
 from lightning_sparse.functional import magnitude
@@ -107,8 +110,19 @@ class ACDC(Budgeted):
         )
         self.start, self.every, self.last_dense, self.end, self.save_to = start, every, last_dense, end, save_to
         self.turns = Turns(start, every, last_dense, end)
+        self._initial: dict[nn.Parameter, dict[str, Any]] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._initial = initial_state(trainer.optimizers)  # before the state of a checkpoint is loaded
 
     def check(self, run: RunLength, until: float = 1.0) -> None:
+        for optimizer in self.run.optimizers:
+            if averages(optimizer):
+                raise ValueError(
+                    f"{self.label} does not work with {type(optimizer).__name__}, which averages the weights of all phases; "
+                    "use another optimizer such as SGD or AdamW."
+                )
         super().check(run, until)
         self.turns.resolve(run)
         refuse_shorter_run(f"{self.label} starts its last compressed phase", self.turns.begins[-1], until)
@@ -134,9 +148,11 @@ class ACDC(Budgeted):
     def _decompress(self) -> None:
         self.set_masks({name: torch.ones_like(self.masks[name]) for name in self.masks})
         for optimizer in self.run.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    forget_moments(optimizer, parameter)
+            restart(optimizer, self._initial)
+
+    def leave(self) -> None:
+        super().leave()
+        self._initial = {}
 
     def headline(self) -> Mapping[str, float | str]:
         return {"turn": f"{self.phase} of {len(self.turns.begins)}"}

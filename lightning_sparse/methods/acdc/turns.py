@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 
-from lightning_sparse.core.window import Position, RunLength, Span
+from lightning_sparse.core.window import Position, RunLength, Span, TooShort
 
 __all__ = ["Turns"]
 
@@ -60,15 +60,14 @@ class Turns:
         for name, length in (("every", every), ("last_dense", last), ("end", 1 - end)):
             if grid is not None and length * grid < 1 - 1e-9:
                 phase = "the last compressed phase" if name == "end" else "a phase"
-                raise ValueError(
+                raise TooShort(
                     f"{name}='{self._spans[name]}' leaves {phase} less than one of the run's {grid:g} {unit}; make it "
-                    f"longer, or "
-                    "train longer."
+                    f"longer, or train longer."
                 )
         count = int((end - last - start) / every + 1e-9)
         if count < 1:
             given = ", ".join(f"{name}='{span}'" for name, span in self._spans.items())
-            raise ValueError(
+            raise TooShort(
                 f"{given} leave no room for a compressed phase before the last dense one; start earlier, or use shorter "
                 "phases."
             )

@@ -19,6 +19,7 @@ from lightning_sparse.core import (
     Remembered,
     RunLength,
     Span,
+    TooShort,
     check_choice,
     check_sparsity,
     check_whole,
@@ -193,7 +194,7 @@ class HyperSparse(Masked):
             needed = plan["pretrain"] + plan["regularize"] + (plan["finetune"] or 1)
             if needed > end:
                 phases = ", ".join(f"{name} {plan[name] or 'at least 1'}" for name in PHASES if plan[name] != 0)
-                raise ValueError(
+                raise TooShort(
                     f"{self.label} needs {needed} epochs ({phases}), but training ends after {end}; raise max_epochs, "
                     "shorten the phases" + (", or set max_epochs=-1: the method ends training." if plan["finetune"] else ".")
                 )
@@ -261,7 +262,6 @@ class HyperSparse(Masked):
 
     def _try_pruned_copy(self, epoch: int) -> str | None:
         """Score a copy pruned to the target, and consult the stop rule."""
-        trainer = self.run.trainer
         masks = self._magnitude_masks()
         try:
             state, pruned = self._score_copy(masks, nn.Module.eval)
@@ -269,7 +269,7 @@ class HyperSparse(Masked):
             raise
         except Exception:  # such models fail in many ways; a failure in train mode too is raised from there
             state, pruned = self._score_copy(masks, train_but_leaves)
-        dense, attained = self._score.mean(trainer, self.dense), self._score.mean(trainer, pruned)
+        dense, attained = (self._score.mean(self.run.trainer, total) for total in (self.dense, pruned))
         if not math.isfinite(dense):
             raise RuntimeError(
                 f"{self.label}: the dense model scored {dense} in epoch {epoch}; training has diverged. Lower the learning "
@@ -292,8 +292,8 @@ class HyperSparse(Masked):
             set_mode(twin)
             state = {name: to_cpu(value) for name, value in twin.state_dict().items()}
             for batch, output in training_outputs(self.run.trainer, twin):
-                pruned += self._score.weighted(output, batch)
-        return state, pruned
+                self._score.add(pruned, output, batch, self.run.module.automatic_optimization)
+        return state, self._score.found(pruned)
 
     def _magnitude_masks(self) -> MaskSet:
         masks, sizes = MaskSet(self.weights), [weight.detach().abs() for weight in self.weights.values()]
@@ -373,7 +373,7 @@ class HyperSparse(Masked):
                 group["lr"] = rate * factor
 
     def batch_end(self, output: Any, batch: Any) -> None:
-        self.dense += self._score.weighted(output, batch)
+        self._score.add(self.dense, output, batch, self.run.module.automatic_optimization)
         for optimizer in self.run.optimizers:
             self._set_rates(optimizer)  # schedulers just set theirs, and observers read them before the next step
 

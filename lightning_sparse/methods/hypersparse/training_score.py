@@ -13,6 +13,11 @@ from lightning_sparse.loop.dry_run import loss_of, size_of
 
 __all__ = ["TrainingScore"]
 
+NO_LOSS = (
+    "training_step returns no loss, so models cannot be compared by it; return the loss (in manual optimization too), or "
+    "set score to a function of (output, batch)."
+)
+
 
 class TrainingScore:
     """The mean over samples of a number in the output of `training_step`; higher is better.
@@ -30,6 +35,18 @@ class TrainingScore:
     def __init__(self, what: str | Callable[[Any, Any], Any] | None = None) -> None:
         self.what = what
 
+    def add(self, total: Tensor, output: Any, batch: Any, may_skip: bool) -> None:
+        """Add a batch to a sum; one whose `training_step` returns None is left out.
+
+        Args:
+            total: what `weighted` returned for earlier batches, summed.
+            output: of `training_step`.
+            batch: the batch it was given.
+            may_skip: whether None stands for a skipped batch, as in automatic optimization.
+        """
+        if output is not None or callable(self.what) or not may_skip:
+            total += self.weighted(output, batch)
+
     def weighted(self, output: Any, batch: Any) -> Tensor:
         """The sum over a batch and the number of its samples, on the device.
 
@@ -44,9 +61,24 @@ class TrainingScore:
 
     @staticmethod
     def mean(trainer: pl.Trainer, total: Tensor) -> float:
-        """The mean of everything summed so far, over all ranks."""
+        """The mean of everything summed so far, over all ranks.
+
+        Raises:
+            ValueError: if there is nothing.
+        """
         summed: Tensor = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum")
-        return float(summed[0] / summed[1])
+        return float(summed[0] / TrainingScore.found(summed)[1])
+
+    @staticmethod
+    def found(total: Tensor) -> Tensor:
+        """A sum to which at least one batch was added.
+
+        Raises:
+            ValueError: if `training_step` has returned None for every batch.
+        """
+        if not total[1]:
+            raise ValueError(NO_LOSS)
+        return total
 
     def _value(self, output: Any, batch: Any) -> Any:
         entries = output if isinstance(output, Mapping) else {}
@@ -62,8 +94,5 @@ class TrainingScore:
             return entries["accuracy"]
         loss = loss_of(output)
         if loss is None:
-            raise ValueError(
-                "training_step returns no loss, so models cannot be compared by it; return the loss (in manual optimization "
-                "too), or set score to a function of (output, batch)."
-            )
+            raise ValueError(NO_LOSS)
         return -loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_sparse.core.window import Position, RunLength, Span
+from lightning_sparse.core.window import Position, RunLength, Span, TooShort
 
 __all__ = ["Rounds"]
 
@@ -60,7 +60,7 @@ class Rounds:
         share = (1 - self.start) / (self.count + 1)
         self.length = share if self._every is None else self._every.fraction(run, "every")
         if self.length > share + 1e-9:
-            raise ValueError(
+            raise TooShort(
                 f"rounds={self.count} need {self.count + 1} trainings of every='{self._every}', but from rewind_to="
                 f"'{self._start}' on the run has room for {math.floor((1 - self.start) / self.length + 1e-9)}; use fewer "
                 "rounds, shorter ones, or train longer."
@@ -68,7 +68,7 @@ class Rounds:
         # Without positions inside epochs, a round can only start at the start of an epoch.
         grid, unit = (run.steps, "steps") if run.within_epochs else (run.epochs, "epochs")
         if grid is not None and self.length * grid < 1 - 1e-9:
-            raise ValueError(
+            raise TooShort(
                 f"rounds={self.count} leave less than one of the run's {grid:g} {unit} to each training; use fewer rounds "
                 "or train longer."
             )
