@@ -189,7 +189,12 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
         "leave no room for a compressed phase before the last dense one; start earlier, or use shorter phases",
     ),
     (toy, lambda: [RandomSparsity(0.999, allocation="uniform")], {}, "leaves nothing of 'net.0.weight' (72 units)"),
-    (toy, lambda: [RandomSparsity(0.99, allocation="erk+")], {}, "layers whose sparsity is fixed, by layer_sparsity or by the allocation, keep"),
+    (
+        toy,
+        lambda: [RandomSparsity(0.99, allocation="erk+")],
+        {},
+        "layers whose sparsity is fixed, by layer_sparsity or by the allocation, keep",
+    ),
     (
         toy,
         lambda: [MagnitudePruning(0.9, layer_sparsity={"net.6": 0.0})],
@@ -240,7 +245,12 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (toy, lambda: [RigL(0.9, every=0.8)], {}, "every=0.8 leaves no update between"),
     (toy, lambda: [RigL(0.9, start=0.5, end="1 epoch")], {}, "start='0.5' is after end='1 epochs'"),
     (toy, lambda: [RigL(0.999, allocation="uniform")], {}, "leaves nothing of 'net.0.weight' (72 units)"),
-    (toy, lambda: [SET(0.99, allocation="erk+")], {}, "layers whose sparsity is fixed, by layer_sparsity or by the allocation, keep"),
+    (
+        toy,
+        lambda: [SET(0.99, allocation="erk+")],
+        {},
+        "layers whose sparsity is fixed, by layer_sparsity or by the allocation, keep",
+    ),
     (
         toy,
         lambda: [RigL(structure="2:4", targets=["net.0"])],
