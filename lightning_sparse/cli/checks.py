@@ -99,7 +99,7 @@ def _check_length(config: Any) -> None:
         if value is not None and not value >= least:
             raise ValueError(f"trainer.{name}={value} must be >= {least}.")
     for name, remedy in (
-        ("max_epochs", "write a number >= 1, or -1 to train until something stops it"),
+        ("max_epochs", "write a number >= 1"),
         ("max_steps", "write a number >= 1, or -1 for no limit"),
         ("limit_train_batches", "write a number of batches >= 1, or a fraction of them such as 0.5"),
     ):

@@ -40,7 +40,7 @@ OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "init": ("write configurations and a script to edit: init DIR", init),
     "completion": (
         "complete commands and options: completion bash|zsh|fish",
-        lambda args: completion(args, [*RUN, *OTHERS]),
+        lambda args: completion(args, RUN, {name: command for name, (_, command) in OTHERS.items()}),
     ),
 }
 

@@ -110,11 +110,17 @@ def test_completion_knows_commands_options_configurations_and_methods(
     words = ["report", "methods/rigl", "RigL", "trainer.max_epochs", "to" if shell == "fish" else "--to"]
     assert all(word in script for word in words)
     if shell == "bash":
-        code = f"{script}\nCOMP_WORDS=(lightning-sparse fit --config methods/rig); COMP_CWORD=3; _lightning_sparse"
-        found = subprocess.run(
-            ["bash", "-c", f'{code}; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
-        )
-        assert found.stdout.split() == ["methods/rigl", "methods/rigl_2_4", "methods/rigl_fan_in"]
+        for line, expected in (
+            ("fit --config methods/rig", ["methods/rigl", "methods/rigl_2_4", "methods/rigl_fan_in"]),
+            ("completion ba", ["bash"]),
+            ("report --o", ["--output"]),
+            ("dashboard --", ["--help", "--project", "--entity", "--metric"]),
+        ):
+            code = f"{script}\nCOMP_WORDS=(lightning-sparse {line}); COMP_CWORD={len(line.split())}; _lightning_sparse"
+            found = subprocess.run(
+                ["bash", "-c", f'{code}; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
+            )
+            assert found.stdout.split() == expected
 
 
 def test_every_command_has_its_options() -> None:

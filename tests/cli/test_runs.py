@@ -115,7 +115,7 @@ def test_the_folder_of_a_sharded_run_is_a_checkpoint_too(capsys: pytest.CaptureF
         warnings.simplefilter("ignore")  # there is only one process
         save({"state_dict": content.pop("state_dict")}, checkpoint_id=folder)
     files = ["export", f"--ckpt_path={folder}", "--rungs=[plain]", "--rounds=0", "--calibrate=0", "--compiled=false"]
-    assert f"'{folder}' is a folder; give a file in it, such as '{file}'." in refusal(capsys, *files, "--to=too_early")
+    assert f"'{folder}' is a folder; give a file in it, one that a run saved." in refusal(capsys, *files, "--to=too_early")
     torch.save(content, folder / "meta.pt")
     main([*files, "--to=sharded"])
     main([*files, f"--ckpt_path={file}", "--to=whole"])
@@ -184,7 +184,7 @@ class Remembers(Classifier):
     """A module whose checkpoints hold a hyperparameter, which Lightning prefers to the configuration."""
 
     def __init__(self, network: Callable[[int, int, int], nn.Module] = MLP, factor: float = 1.0) -> None:
-        super().__init__(network)
+        super().__init__(network, 10, 1, 8)
         self.save_hyperparameters("factor")
 
 
