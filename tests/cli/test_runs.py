@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 import wandb
 import yaml
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from torch import nn
 from torch.distributed.checkpoint import save
 
 from lightning_sparse import AtomicCheckpointIO
@@ -183,15 +182,17 @@ def test_what_is_no_checkpoint_of_this_model_is_refused(capsys: pytest.CaptureFi
 class Remembers(Classifier):
     """A module whose checkpoints hold a hyperparameter, which Lightning prefers to the configuration."""
 
-    def __init__(self, network: Callable[[int, int, int], nn.Module] = MLP, factor: float = 1.0) -> None:
-        super().__init__(network, 10, 1, 8)
-        self.save_hyperparameters("factor")
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 8, factor: float = 1.0) -> None:
+        super().__init__(MLP, num_classes, in_channels, image_size)
+        self.save_hyperparameters()
 
 
 def test_an_argument_that_a_checkpoint_overrides_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    model = "--model=tests.cli.test_runs.Remembers"
-    made = fit(*LOGGERS["none"], model, "--model.factor=2")
-    start = ["fit", *RUN, *SHORT, *LOGGERS["none"], "--trainer.max_epochs=2", model, f"--ckpt_path={made}"]
+    model = ["--config=data/digits", "--config=methods/magnitude", "--model=tests.cli.test_runs.Remembers"]
+    start = ["fit", *model, *QUIET, *SHORT, *LOGGERS["none"]]
+    main([*start, "--model.factor=2"])
+    (made,) = Path.cwd().rglob("*.ckpt")
+    start += ["--trainer.max_epochs=2", f"--ckpt_path={made}"]
     said = refusal(capsys, *start, "--model.factor=3")
     assert f"model.factor=3.0 would be ignored, because ckpt_path='{made}' holds factor=2.0; omit it, or" in said
     assert "model.factor=3.0 would be ignored" in refusal(capsys, "test", f"--ckpt_path={made}", "--model.factor=3")
