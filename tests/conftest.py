@@ -1,5 +1,6 @@
 import functools
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; also for the processes that tests start
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -16,6 +17,7 @@ registry.entry_points = functools.cache(registry.entry_points)
 def _one_thread_and_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     """Small tensors are faster on one thread; nothing is written into the checkout."""
     monkeypatch.chdir(str(tmp_path))
+    monkeypatch.setattr("sys.path", [*sys.path])  # which the command line extends
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     torch.set_num_threads(1)
     torch.manual_seed(0)

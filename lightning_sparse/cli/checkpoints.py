@@ -31,8 +31,10 @@ def usable(ckpt_path: str, resume: bool = False) -> str:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is not a Lightning checkpoint, or holds too little.
+        ValueError: if none is given, or it is not a Lightning checkpoint, or it holds too little.
     """
+    if not ckpt_path:
+        raise ValueError("ckpt_path is missing; write --ckpt_path FILE.")
     if ckpt_path in BY_NAME or ":" in ckpt_path:  # a remote file, or one of a registry
         return ckpt_path
     path = Path(ckpt_path)

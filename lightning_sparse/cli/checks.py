@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_sparse.observe.report import why_unwritable
 
-__all__ = ["check_settings"]
+__all__ = ["check_overridden", "check_settings"]
 
 LARGEST_SEED = 2**32 - 1
 TRAINS = ("fit", "refit")
@@ -54,12 +57,40 @@ def _check_devices(devices: Any) -> None:
 
 def _check_shape(config: Any) -> None:
     """Refuse a shape of the model that would be ignored because it follows from the data."""
-    module, _, name = str(config.get("model.class_path")).rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    parameters = _parameters(config.get("model.class_path"))
     for shape in FROM_DATA:
         given = config.get(f"model.init_args.{shape}")
         if shape in parameters and given != parameters[shape].default:
             raise ValueError(f"model.init_args.{shape}={given} would be ignored, because it follows from the data; omit it.")
+
+
+def _parameters(class_path: Any) -> Mapping[str, inspect.Parameter]:
+    module, _, name = str(class_path).rpartition(".")
+    return inspect.signature(getattr(importlib.import_module(module), name)).parameters
+
+
+def check_overridden(given: Any, used: Any, ckpt_path: str) -> None:
+    """Say which arguments of the model come from the hyperparameters in a checkpoint; Lightning prefers those.
+
+    Args:
+        given: the model in the configuration.
+        used: the model that will be made.
+        ckpt_path: the checkpoint.
+
+    Raises:
+        ValueError: if an argument was set to another value than that of the checkpoint.
+    """
+    others = {
+        key.removeprefix("init_args."): (given[key], value) for key, value in used.items() if value != given.get(key, value)
+    }
+    parameters = _parameters(given.class_path)
+    for name, (ours, theirs) in others.items():
+        if name in FROM_DATA:
+            continue
+        said = f"ckpt_path='{ckpt_path}' holds {name}={theirs!r}"
+        if name not in parameters or ours != parameters[name].default:
+            raise ValueError(f"model.{name}={ours!r} would be ignored, because {said}; omit it, or start a new run.")
+        rank_zero_warn(f"{said}, which is used instead of the default, {ours!r}.")
 
 
 def _check_length(config: Any) -> None:
@@ -68,7 +99,7 @@ def _check_length(config: Any) -> None:
         if value is not None and not value >= least:
             raise ValueError(f"trainer.{name}={value} must be >= {least}.")
     for name, remedy in (
-        ("max_epochs", "write a number >= 1, or -1 to train until something stops it"),
+        ("max_epochs", "write a number >= 1"),
         ("max_steps", "write a number >= 1, or -1 for no limit"),
         ("limit_train_batches", "write a number of batches >= 1, or a fraction of them such as 0.5"),
     ):

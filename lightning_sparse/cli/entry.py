@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import warnings
@@ -39,7 +40,7 @@ OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "init": ("write configurations and a script to edit: init DIR", init),
     "completion": (
         "complete commands and options: completion bash|zsh|fish",
-        lambda args: completion(args, [*RUN, *OTHERS]),
+        lambda args: completion(args, RUN, {name: command for name, (_, command) in OTHERS.items()}),
     ),
 }
 
@@ -77,12 +78,22 @@ def _run(given: list[str]) -> None:
         near = difflib.get_close_matches(command, [*RUN, *OTHERS], n=1, cutoff=0.5)
         remedy = f"did you mean '{near[0]}'?" if near else "`lightning-sparse --help` lists them."
         raise ValueError(f"'{command}' is not a command; {remedy}")
+    elif (late := next((word for word in given if word in RUN), command)) != command:
+        others = [word for word in given if word != late]
+        raise ValueError(f"'{command}' comes before the command; put the command first: {shlex.join([late, *others])}.")
     else:
+        _find_modules_here()
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python")
             warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")  # Lightning's own use of torch
             _prepare_log()
             SparseCLI(with_named_configs(with_saved_config(given, folder)))
+
+
+def _find_modules_here() -> None:
+    """Let a class path name a module in the current folder, as `python -m` does; a console script does not look there."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
 
 
 def _prepare_log() -> None:

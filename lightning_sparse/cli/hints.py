@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import inspect
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, get_type_hints
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from torch import nn
-from torch.optim import Optimizer
+from torch import nn, optim
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_sparse
 import lightning_sparse.data
@@ -59,7 +62,14 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
         return _unknown_option(next(filter(None, unknown.groups())), options, cls)
     if ambiguous := re.search(r"ambiguous option: -*([\w.]+)\S* could match (.*)", message):
         return _unknown_option(ambiguous[1], re.findall(r"--([\w.]+)", ambiguous[2]), cls)
+    # The cause is a problem of the path itself, not one that was found inside the class.
+    if failed := re.search(r"Problem with given class_path '([^']+)':\s*((?!Parser key|Problem with)\S.*)", message):
+        return _not_importable(failed[1], failed[2].strip(), where)
     if key and (choices := _choices(message, key[1], cls)):
+        if re.search(r"Expected an? (<class 'list'>|List\b)", message):
+            one = _value(message).removeprefix("=").strip("'")
+            listed = f"write [{one}]" if one in choices else f"choose from {choices}"
+            return f"{key[1]}{_value(message)} must be a list; {listed}."
         kinds = _kinds(message)
         if any(isinstance(choice, int) for choice in choices):  # it may be one of these numbers, not any
             kinds = kinds.removeprefix("an integer").removeprefix(" or ")
@@ -90,12 +100,29 @@ def explain(message: str, options: Sequence[str] = (), cls: type | None = None) 
     return f"{key[1]}: {text}" if key else text
 
 
+def _not_importable(path: str, cause: str, where: str) -> str:
+    module, _, name = path.rpartition(".")
+    top = path.partition(".")[0]
+    remedy = "check the path"
+    if find_spec(top) is None:
+        remedy += f", and run the command in the folder that holds {top}.py"
+    elif f"has no attribute '{name}'" in cause:
+        near = difflib.get_close_matches(name, vars(importlib.import_module(module)), n=1, cutoff=0.5)
+        remedy = f"did you mean '{module}.{near[0]}'?" if near else remedy
+    elif "No module named" in cause and f"'{top}" not in cause:
+        remedy = "install what it imports, or correct the import"
+    return f"'{path}'{where} cannot be imported ({cause.rstrip('.')}); {remedy.rstrip('?')}{'?' if '?' in remedy else '.'}"
+
+
 def _unknown_option(name: str, options: Sequence[str], cls: type | None) -> str:
     refused = getattr(cls, "refused", {})
     if cls is not None and name in refused:
         return f"{cls.__name__} does not take {name}: {refused[name]}."
     near = _nearest(name, options)
-    remedy = f"did you mean '{near[0]}'?" if near else "see --help and --print_config for all options."
+    remedy = "see --help and --print_config for all options."
+    if cls is not None and issubclass(cls, Callback):
+        remedy = "--trainer.callbacks.NAME sets the last callback before it, and --print_config lists all options."
+    remedy = f"did you mean '{near[0]}'?" if near else remedy
     return f"'{name}' is not an option{f' of {cls.__name__}' if cls else ''}; {remedy}"
 
 
@@ -156,6 +183,7 @@ KINDS_OF_CLASSES = {
     "logger": Logger,
     "network": nn.Module,
     "optimizer": Optimizer,
+    "lr_scheduler": LRScheduler,
 }
 """The classes that a configuration can name, by key."""
 
@@ -164,7 +192,9 @@ def _known_classes(key: str) -> list[str]:
     """Classes that configs name without a path, or that are most likely meant."""
     base = KINDS_OF_CLASSES.get(key.rpartition(".")[2].rstrip("+"), object)
     ours = (lightning_sparse, lightning_sparse.models, lightning_sparse.data, lightning_sparse.observe)
-    named = {name: getattr(module, name) for module in (*ours, loggers, callbacks) for name in module.__all__}
+    named = {
+        name: getattr(module, name) for module in (*ours, loggers, callbacks, optim, lr_scheduler) for name in module.__all__
+    }
     return [name for name, found in named.items() if _can_be_made(found) and issubclass(found, base)]
 
 

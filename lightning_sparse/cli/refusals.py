@@ -23,12 +23,16 @@ REFUSES = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImpleme
 LONGEST = 300
 """Maximum length of a sentence from a library."""
 
+MAKES = "jsonargparse"
+"""The library that makes what a configuration names."""
+
 
 def sentence_of(error: BaseException) -> str | None:
     """The sentence to print instead of a traceback; None if only a traceback helps.
 
     A refusal of this package is printed as it is. A refusal of a library is passed on, unless it came through the user's
-    code: the author of a LightningModule needs to see the line.
+    code: the author of a LightningModule needs to see the line. A library's own exception, such as MlflowException, is a
+    refusal if it prevents an object that a configuration names from being made.
 
     Args:
         error: the error that ended a command.
@@ -37,11 +41,13 @@ def sentence_of(error: BaseException) -> str | None:
     for one in chain:
         if isinstance(one, ValueError | OSError) and _files(one)[-1].startswith(OURS):
             return str(one)
-        parsers = isinstance(one, ValueError) and "jsonargparse" in _files(one)[-1]
+        parsers = isinstance(one, ValueError) and MAKES in _files(one)[-1]
         if parsers and (causes := re.findall(r"^\s*- (\w+=.+)$", str(one), flags=re.M)):
             return str(causes[0])  # older versions keep only the text of a refusal
-    cause = next((one for one in reversed(chain) if "jsonargparse" not in _files(one)[-1]), error)
-    if not isinstance(error, REFUSES) or not isinstance(cause, REFUSES):
+    cause = next((one for one in reversed(chain) if MAKES not in _files(one)[-1]), error)
+    makes = MAKES in _files(error)[-1] and not _files(cause)[-1].startswith(OURS)
+    own_kind = makes and isinstance(cause, Exception) and type(cause).__module__ != "builtins"
+    if not isinstance(error, REFUSES) or not (isinstance(cause, REFUSES) or own_kind):
         return None
     if any(_is_users(file) for one in chain for file in _files(one)):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from typing import Any
@@ -18,7 +19,7 @@ from rich import get_console
 
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.checkpoints import check_fit, usable
-from lightning_sparse.cli.checks import check_settings
+from lightning_sparse.cli.checks import check_overridden, check_settings
 from lightning_sparse.cli.parser import SparseParser
 from lightning_sparse.cli.progress import OneLineBar
 from lightning_sparse.cli.results import side_by_side
@@ -82,6 +83,7 @@ class SparseCLI(LightningCLI):
         check_settings(command, config)
         if ckpt_path := config.get("ckpt_path"):
             config["ckpt_path"] = usable(ckpt_path, resume=command == "fit")
+        self._model_given = copy.deepcopy(config.model)
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another network before the data is read."""
@@ -99,8 +101,11 @@ class SparseCLI(LightningCLI):
             open_in_group(logger, group_of(self.trainer))
 
     def before_instantiate_classes(self) -> None:
-        """Keep a run on this machine if it cannot be sent, and continue."""
-        logger = str(self.config[self.subcommand].get("trainer.logger", ""))
+        """Say what a checkpoint overrides; keep a run on this machine if it cannot be sent, and continue."""
+        config = self.config[self.subcommand]
+        if ckpt_path := config.get("ckpt_path"):
+            check_overridden(self._model_given, config.model, ckpt_path)
+        logger = str(config.get("trainer.logger", ""))
         if "WandbLogger" in logger and (hint := stay_offline()) is not None:
             rank_zero_only(print)(f"lightning-sparse: {hint}", file=sys.stderr)
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_sparse.cli.checkpoints import usable
 from lightning_sparse.observe.checkpoint_io import SHARDED, why_unreadable
 from lightning_sparse.observe.monitor import run_folder
 
@@ -89,16 +90,16 @@ def with_saved_config(args: list[str], folder: str) -> list[str]:
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if its folder holds no configuration, or that of another run.
+        ValueError: if none is given, or its folder holds no configuration, or that of another run.
     """
     given = [arg.partition("=")[0] for arg in args]
     named = {"-c", "--config", "--model", "--model.class_path", "-h", "--help", "--print_config"} & set(given)
-    if not args or args[0] not in KEPT or named or "--ckpt_path" not in given:
+    if not args or args[0] not in KEPT or named:
         return args
-    position = given.index("--ckpt_path")
-    checkpoint = args[position].partition("=")[2] or "".join(args[position + 1 : position + 2])
+    position = given.index("--ckpt_path") if "--ckpt_path" in given else len(args)
+    checkpoint = "".join(args[position : position + 1]).partition("=")[2] or "".join(args[position + 1 : position + 2])
     if not Path(checkpoint).is_file() and not (Path(checkpoint).is_dir() and why_unreadable(checkpoint) is None):
-        raise FileNotFoundError(f"ckpt_path='{checkpoint}' is not a file; give one that a run saved.")
+        usable(checkpoint)
     found = _config_of(Path(checkpoint))
     saved = yaml.safe_load(found.read_text())
     made_with = _fingerprint_in(checkpoint)

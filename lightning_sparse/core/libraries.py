@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
 
 import torch.fx.traceback as origins
@@ -65,4 +66,4 @@ def without_origins() -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """What an error of a library says, short enough to stand in a sentence."""
     plain = re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip()  # some speak in colors
-    return (plain or type(error).__name__).splitlines()[0][:120]
+    return shorten((plain or type(error).__name__).splitlines()[0], 120, placeholder=" ...")

@@ -364,6 +364,9 @@ class Plan:
             if not hits:
                 names = ", ".join(target.name for target in self.targets[:8])
                 more = ", ..." if len(self.targets) > 8 else ""
-                raise ValueError(f"layer_sparsity: the glob '{pattern}' matches none of the chosen weights ({names}{more}).")
+                top = pattern.removeprefix("*.")
+                hint = f"; write '{top}'" if any(matches_name(top, target.name) for target in self.targets) else ""
+                said = f"layer_sparsity: the glob '{pattern}' matches none of the chosen weights ({names}{more}){hint}"
+                raise ValueError(f"{said}.")
             own.update({index: value for index, pool in enumerate(self._pools) if hits & {*pool.layers}})
         return dict(sorted(own.items()))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from lightning_sparse.export.compare_models import Timing
 from lightning_sparse.export.kernel_choice import KernelChoice
@@ -17,6 +20,14 @@ __all__ = ["ExportReport", "Rung", "Runtime", "dense_in"]
 
 Runtime = Literal["torch", "torch.compile", "onnxruntime", "executorch", "ethos-u85"]
 """The runtime of an artifact; `torch` is eager."""
+
+
+SMALLER = 0.95
+"""A file with less than this fraction of the dense bytes counts as smaller."""
+
+SPREAD = "spread of the times"
+SPARED = ("MACs", "parameters", "runtime", "largest change")
+"""What a narrow terminal omits: the spread, these columns in this order, then metrics; `report.json` holds it all."""
 
 
 def dense_in(runtime: Runtime) -> str:
@@ -113,7 +124,7 @@ class ExportReport:
         pace, share = self.pace(name), self.share(name)
         if name.startswith("dense") or share is None:
             return ""
-        size = "smaller" if share < 0.95 else "no smaller" if share <= 1.05 else "larger"
+        size = "smaller" if share < SMALLER else "no smaller" if share <= 1.05 else "larger"
         if pace is None:
             return size
         return f"{size}{' and' if (size == 'smaller') == (pace == 'faster') else ', but'} {pace}"
@@ -135,10 +146,13 @@ class ExportReport:
         if best is None or not (speeds[best] > 1.05 and self._beats_dense(best)):
             smallest = min(written, key=lambda name: self.rungs[name].bytes or 0)
             size = (self.rungs[smallest].bytes or 0) / (self.rungs["dense"].bytes or 1)
-            return (
-                f"No rung is faster than dense {batch} on this machine; use '{smallest}' "
-                f"({self.rungs[smallest].file}) for its size, {size:.0%} of the dense bytes."
-            )
+            measured, smaller = any(rung.latency for rung in self.rungs.values()), size < SMALLER
+            if not smaller:
+                said = "smaller or faster" if measured else "smaller"
+                said = f"No rung is {said} than dense{f' {batch} on this machine' if measured else ''}"
+                return f"{said}." if measured else f"{said}; speed was not measured."
+            said = f"No rung is faster than dense {batch} on this machine" if measured else "Speed was not measured"
+            return f"{said}; use '{smallest}' ({self.rungs[smallest].file}) for its size, {size:.0%} of the dense bytes."
         runtime = self.rungs[best].runtime
         where = "" if runtime == "torch" else f" in {runtime}"
         gain = self.gain(best)
@@ -206,16 +220,14 @@ class ExportReport:
         estimates = ", ".join(f"{what} {number:,.0f}" for what, number in rung.estimates.items())
         return "; ".join(filter(None, [estimates and f"estimates, not measured: {estimates}", rung.note]))
 
-    def table(self) -> Table:
-        """A table for a terminal."""
-        title = f"{self.model}, {self.sparsity:.1%} zeros, {self.threads} threads on {self.device}"
-        table = Table(title=title, title_justify="left", caption=self.recommendation, caption_justify="left")
-        for number, heading in enumerate(self.header()):
-            last = number == len(self.header()) - 1
-            table.add_column(heading, justify="left" if not number or last else "right", overflow="fold")
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+    def title(self) -> str:
+        """What was exported, and where it was measured."""
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        return f"{self.model}, {self.sparsity:.1%} zeros, {threads} on {self.device}"
+
+    def table(self) -> RenderableType:
+        """A table for a terminal of any width, the remarks on the rungs, and the recommendation."""
+        return _Printed(self)
 
     def html(self) -> str:
         """A section for a page: the table, the layers, the recommendation."""
@@ -223,9 +235,8 @@ class ExportReport:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows())
         layers = "".join(f"<li>{html.escape(str(choice))}</li>" for choice in self.choices)
         listed = f"<h3>Kernels of linear layers</h3><ul>{layers}</ul>" if layers else ""
-        title = html.escape(f"{self.model}, {self.sparsity:.1%} zeros, {self.threads} threads on {self.device}")
         return (
-            f'<section class="export"><h2>Export</h2><p>{title}</p><table><thead><tr>{head}</tr></thead>'
+            f'<section class="export"><h2>Export</h2><p>{html.escape(self.title())}</p><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table><p><strong>{html.escape(self.recommendation)}</strong></p>{listed}</section>"
         )
 
@@ -245,3 +256,49 @@ class ExportReport:
 
     def __str__(self) -> str:
         return "\n".join(["  ".join(cell for cell in row if cell) for row in self.rows()] + [self.recommendation])
+
+
+@dataclass
+class _Printed:
+    """A report in a terminal: a table of the columns that fit, and the remarks below it."""
+
+    report: ExportReport
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        columns, omitted, spread = self.report.header()[:-1], [], True
+        metrics = dict.fromkeys(metric for rung in self.report.rungs.values() for metric in rung.metrics)
+        for spared in (SPREAD, *SPARED, *metrics):
+            if self._is_wide(self._table(columns, spread), console, options):
+                spread = False
+                omitted.append(spared)
+                columns = [column for column in columns if column != spared]
+        yield self._table(columns, spread)
+        if omitted:
+            yield Text(f"In report.json: {', '.join(omitted)}.")
+        for name, row in zip(self.report.rungs, self.report.rows(), strict=True):
+            if row[-1]:
+                yield Text(f"{name}: {row[-1]}")
+        yield Text(self.report.recommendation, style="bold")
+
+    @staticmethod
+    def _is_wide(table: Table, console: Console, options: ConsoleOptions) -> bool:
+        return Measurement.get(console, options.update(max_width=1000), table).maximum > options.max_width
+
+    def _table(self, columns: list[str], spread: bool) -> Table:
+        table = Table(title=self.report.title(), title_justify="left")
+        for name in columns:
+            heading = name if spread else name.replace("ms at ", "ms at\n")
+            words = name in ("rung", "gains")
+            table.add_column(heading, justify="left" if name == "rung" else "right", no_wrap=not words)
+        for name, row in zip(self.report.rungs, self.report.rows(), strict=True):
+            cells = dict(zip(self.report.header(), row, strict=True))
+            if not spread:
+                cells |= {f"ms at batch {batch}": self._time(name, batch) for batch in self.report.rungs[name].latency}
+            if any(cells[column] for column in columns[1:]):  # otherwise there is only a remark
+                table.add_row(*(cells[column] for column in columns))
+        return table
+
+    def _time(self, name: str, batch: int) -> str:
+        """The median and the gain in the same runtime, without the spread."""
+        gain = None if name.startswith("dense") else self.report.gain(name, batch)
+        return f"{self.report.rungs[name].latency[batch].median:.3g}{'' if gain is None else f', {gain:.2f}x'}"

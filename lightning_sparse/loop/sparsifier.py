@@ -205,7 +205,7 @@ def _refuse_trainer(method: Method, trainer: pl.Trainer) -> None:
         raise ValueError(f"{method.label}: accumulate_grad_batches={trainer.accumulate_grad_batches} must be a number >= 1.")
     for name, value in (("max_epochs", trainer.max_epochs), ("max_steps", trainer.max_steps)):
         if value == 0:
-            raise ValueError(f"{method.label}: {name}=0 trains nothing; give a number >= 1, or -1 for no limit.")
+            raise ValueError(f"{method.label}: {name}=0 trains nothing; give a number >= 1.")
     if isinstance(strategy, ModelParallelStrategy):
         if method.shards == "none":
             raise ValueError(

@@ -268,11 +268,13 @@ class LayerSparsity(Sparsifier):
             )
         last = self.history[-1]
         inactive = [name for name, ratio in last["ratios"].items() if ratio <= self.tolerance and name not in collapsed]
-        rank_zero_info(
-            f"{self.label}: {len(inactive)} of {len(self.links)} layers that may merge are linear to {self.tolerance:g}; "
-            "lightning_sparse.merge_layers(model) makes the network shallower, and `lightning-sparse refit` also "
-            "fine-tunes it."
-        )
+        then = "none can be merged yet: raise the strength, or train longer."
+        if inactive:
+            then = (
+                "lightning_sparse.merge_layers(model) merges them, and `lightning-sparse refit` also fine-tunes the network."
+            )
+        count = f"{len(inactive)} of {len(self.links)} layers that may merge"
+        rank_zero_info(f"{self.label}: {count} are linear to {self.tolerance:g}; {then}")
 
 
 def _scaled(step: Step, name: str, gradient: Tensor, factor: float) -> Iterator[tuple[str, Tensor]]:

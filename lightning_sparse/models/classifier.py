@@ -54,6 +54,10 @@ class Classifier(pl.LightningModule):
         annealing: float = 1.0,
     ) -> None:
         super().__init__()
+        if num_classes == 1:
+            raise ValueError(
+                "num_classes=1 is regression, not classification; use the model Regressor, or data with classes."
+            )
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
             check_whole(name, value, 2 if name == "num_classes" else 1)
         if not 0 <= label_smoothing < 1:

@@ -67,7 +67,13 @@ class Regressor(pl.LightningModule):
 
     def _error(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         x, y = batch
-        loss = F.mse_loss(self(x), y)
+        out = self(x)
+        if y.shape != out.shape or not y.is_floating_point():
+            raise ValueError(
+                f"Regressor predicts numbers of shape {list(out.shape)}, but the targets are {y.dtype} of shape "
+                f"{list(y.shape)}; use data with one number per output, or the model Classifier for classes."
+            )
+        loss = F.mse_loss(out, y)
         self.log(f"{stage}/loss", loss, prog_bar=stage == "val", batch_size=len(y), sync_dist=stage != "train")
         return loss
 

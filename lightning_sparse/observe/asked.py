@@ -37,10 +37,11 @@ class AskedMetric:
 
     Args:
         name: name of the metric; None requests nothing.
+        argument: who asks, and with which argument.
     """
 
-    def __init__(self, name: str | None) -> None:
-        self.name = name
+    def __init__(self, name: str | None, argument: str = "SparsityMonitor: metric") -> None:
+        self.name, self.argument = name, argument
         self._known: set[str] = set()
         self._validated = self._tried = False
 
@@ -91,7 +92,7 @@ class AskedMetric:
         names = sorted(name for name in self._known if not name.startswith("sparsity"))
         near = difflib.get_close_matches(str(self.name), names, n=1, cutoff=0.6)
         remedy = f"did you mean '{near[0]}'?" if near else f"choose from {names}." if names else "nothing is logged here."
-        return ValueError(f"SparsityMonitor: metric='{self.name}' is not logged; {remedy}")
+        return ValueError(f"{self.argument}='{self.name}' is not logged; {remedy}")
 
 
 def _logged_by_a_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> set[str]:

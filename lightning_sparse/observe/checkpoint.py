@@ -17,9 +17,13 @@ from torch import Tensor
 
 from lightning_sparse.loop.phase import phase_of
 from lightning_sparse.loop.sparsifier import sparsifiers
+from lightning_sparse.observe.asked import AskedMetric
 from lightning_sparse.observe.checkpoint_io import newest_readable, why_unreadable
 
 __all__ = ["SparsityCheckpoint"]
+
+OWN = ("epoch", "step")
+"""What `ModelCheckpoint` can monitor without a log."""
 
 Phase = Literal["dense", "sparsifying", "at target"]
 
@@ -39,6 +43,10 @@ class SparsityCheckpoint(ModelCheckpoint):
         phase: the phase whose best model is kept: `at target`, `dense`, or `sparsifying` in between.
         options: options of `ModelCheckpoint`, such as `monitor`, `mode`, `save_top_k`, `dirpath`.
 
+    Raises:
+        ValueError: if `monitor` is never logged (before the first step, or after the first epoch if that could not be known
+            earlier).
+
     Example:
         >>> SparsityCheckpoint(monitor="val/accuracy", mode="max").phase
         'at target'
@@ -52,6 +60,7 @@ class SparsityCheckpoint(ModelCheckpoint):
         self.phase = phase
         self._validated: str | None = None
         self._found = False
+        self._asked = AskedMetric(None if self.monitor in OWN else self.monitor, "SparsityCheckpoint: monitor")
 
     @property
     def state_key(self) -> str:
@@ -69,6 +78,10 @@ class SparsityCheckpoint(ModelCheckpoint):
             self.kth_best_model_path = worst(self.best_k_models, key=self.best_k_models.__getitem__)
             self.kth_value = self.best_k_models[self.kth_best_model_path]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._asked.begin()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._validated, self._found = None, bool(self.best_model_path)
@@ -78,12 +91,26 @@ class SparsityCheckpoint(ModelCheckpoint):
                 f"'{self.phase}'."
             )
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._asked.before_training(trainer, pl_module, batch)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self._asked.after_epoch(trainer)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._asked.after_validation(trainer)
         self._validated = phase_of(sparsifiers(trainer))
         super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        try:
+            self._asked.after_epoch(trainer)
+        except ValueError as error:  # the only epoch is over, and its results stay
+            rank_zero_warn(str(error))
+            return
         if self.save_top_k != 0 and not self._found and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"SparsityCheckpoint has saved nothing: the run was not '{self.phase}' when a checkpoint was due; train "

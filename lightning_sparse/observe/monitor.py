@@ -162,8 +162,9 @@ class SparsityMonitor(Callback):
             introduce(trainer, facts)
         plain = [type(logger).__name__ for logger in trainer.loggers if not isinstance(logger, WandbLogger | DummyLogger)]
         if plain:
+            receive = "receives" if len(plain) == 1 else "receive"
             where = f"; pictures are in {FILE}" if self.report else ""
-            rank_zero_info(f"SparsityMonitor: {', '.join(plain)} receives numbers only{where}.")
+            rank_zero_info(f"SparsityMonitor: {' and '.join(plain)} {receive} numbers only{where}.")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -149,7 +150,22 @@ MISTAKES = [
     ),
     (["--trainer.logger=NoLogger"], "'NoLogger' in trainer.logger is not a known class; did you mean 'CometLogger'?"),
     ([CHOOSER, "--trainer.callbacks.kind=l1"], "Chooser does not take kind: it is called penalty now."),
-    ([CHOOSER, "--trainer.callbacks.color=red"], "'color' is not an option of Chooser; see --help"),
+    (
+        [CHOOSER, "--trainer.callbacks.color=red"],
+        "'color' is not an option of Chooser; --trainer.callbacks.NAME sets the last callback before it, and --print_config",
+    ),
+    (
+        ["--model=tests.cli.test_cli.Choser"],
+        "'tests.cli.test_cli.Choser' in model cannot be imported (module 'tests.cli.test_cli' has no attribute 'Choser'); "
+        "did you mean 'tests.cli.test_cli.Chooser'?",
+    ),
+    (
+        ["--model=nowhere.Net"],
+        "'nowhere.Net' in model cannot be imported (No module named 'nowhere'); check the path, and run the command in the "
+        "folder that holds nowhere.py.",
+    ),
+    (["--optimizer=Adamm"], "'Adamm' in optimizer is not a known class; did you mean 'Adam'?"),
+    (["--lr_scheduler=StepRL"], "'StepRL' in lr_scheduler is not a known class; did you mean 'StepLR'?"),
     (
         ["--trainer.callbacks+=SparsityCheckpoint", "--trainer.callbacks.phase=now"],
         "phase='now' is unknown; choose from ['dense', 'sparsifying', 'at target'].",
@@ -197,6 +213,14 @@ def test_refusals_are_one_sentence_too(arguments: list[str], sentence: str, caps
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("lightning-sparse: ")
     assert sentence in said
+
+
+def test_a_module_in_the_current_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("module_of_mine.py").write_text("from lightning_sparse.models import Classifier as Net\n")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])  # as from a console script
+    main(
+        ["fit", f"--config={DIGITS}", f"--config={MLP}", *SMALL, "--trainer.fast_dev_run=true", "--model=module_of_mine.Net"]
+    )
 
 
 def test_functions_and_plain_patterns_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,6 +332,8 @@ def test_export_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
             "has no config.yaml in the folder of its run; give the configuration of the run with --config",
         ),
         ([*run[:2], "--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt' is not a file; "),
+        ([f"--ckpt_path={checkpoint}", "--rungs=plain"], "rungs='plain' must be a list; write [plain]."),
+        ([f"--ckpt_path={checkpoint}", "--rungs=smaller"], "rungs='smaller' must be a list; choose from ['plain'"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[smaller]"], "rungs='smaller' is unknown; choose from ['plain'"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[removed]", "--tolerance=0"], "tolerance=0.0 must be above 0"),
         ([f"--ckpt_path={checkpoint}", "--rungs=[merged]"], "no layer acts linearly for all inputs, so none is merged;"),

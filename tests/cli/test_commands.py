@@ -44,6 +44,9 @@ def test_the_first_page_names_every_command(capsys: pytest.CaptureFixture[str]) 
     assert max(map(len, page.splitlines())) <= 80
     assert said(capsys, "--version").strip() == f"lightning-sparse {lightning_sparse.__version__}"
     assert refusal(capsys, "reprot") == "'reprot' is not a command; did you mean 'report'?"
+    assert refusal(capsys, "--config", "quickstart", "fit") == (
+        "'--config' comes before the command; put the command first: fit --config quickstart."
+    )
     assert refusal(capsys, "xyz") == "'xyz' is not a command; `lightning-sparse --help` lists them."
 
 
@@ -107,11 +110,17 @@ def test_completion_knows_commands_options_configurations_and_methods(
     words = ["report", "methods/rigl", "RigL", "trainer.max_epochs", "to" if shell == "fish" else "--to"]
     assert all(word in script for word in words)
     if shell == "bash":
-        code = f"{script}\nCOMP_WORDS=(lightning-sparse fit --config methods/rig); COMP_CWORD=3; _lightning_sparse"
-        found = subprocess.run(
-            ["bash", "-c", f'{code}; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
-        )
-        assert found.stdout.split() == ["methods/rigl", "methods/rigl_2_4", "methods/rigl_fan_in"]
+        for line, expected in (
+            ("fit --config methods/rig", ["methods/rigl", "methods/rigl_2_4", "methods/rigl_fan_in"]),
+            ("completion ba", ["bash"]),
+            ("report --o", ["--output"]),
+            ("dashboard --", ["--help", "--project", "--entity", "--metric"]),
+        ):
+            code = f"{script}\nCOMP_WORDS=(lightning-sparse {line}); COMP_CWORD={len(line.split())}; _lightning_sparse"
+            found = subprocess.run(
+                ["bash", "-c", f'{code}; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
+            )
+            assert sorted(found.stdout.split()) == sorted(expected)
 
 
 def test_every_command_has_its_options() -> None:
@@ -125,7 +134,7 @@ def test_every_command_has_its_options() -> None:
 def test_only_who_can_mend_it_without_the_code_is_spared_the_traceback() -> None:
     def caught(code: str, file: str) -> BaseException:
         try:
-            exec(compile(code, file, "exec"), {})
+            exec(compile(code, file, "exec"), {"__name__": "elsewhere"})
         except Exception as error:
             return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
         raise AssertionError
@@ -134,4 +143,10 @@ def test_only_who_can_mend_it_without_the_code_is_spared_the_traceback() -> None
     assert sentence_of(caught("raise RuntimeError('sizes\\n do not `match`')", library)) == "sizes do not match."
     assert sentence_of(caught("raise RuntimeError('in my code')", "/home/me/train.py")) is None
     assert sentence_of(caught("{}['a mistake in code']", library)) is None
+    own_kind = "class Own(Exception): pass\nraise Own('use a database')"
+    assert sentence_of(caught(own_kind, library)) is None
+    for file, expected in ((library, "use a database."), ("/home/me/model.py", None)):
+        made = caught("raise ValueError('does not validate')", "/x/site-packages/jsonargparse/_typehints.py")
+        made.__cause__ = caught(own_kind, file)
+        assert sentence_of(made) == expected
     assert len(sentence_of(caught("raise ValueError('a b ' * 1000)", library)) or "") < 310

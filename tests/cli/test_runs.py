@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import save
 from lightning_sparse import AtomicCheckpointIO
 from lightning_sparse.cli import SparseCLI, main
 from lightning_sparse.cli.configs import with_named_configs
+from lightning_sparse.models import MLP, Classifier
 
 QUIET = ["--seed_everything=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 QUIET += ["--trainer.enable_model_summary=false"]
@@ -113,7 +114,7 @@ def test_the_folder_of_a_sharded_run_is_a_checkpoint_too(capsys: pytest.CaptureF
         warnings.simplefilter("ignore")  # there is only one process
         save({"state_dict": content.pop("state_dict")}, checkpoint_id=folder)
     files = ["export", f"--ckpt_path={folder}", "--rungs=[plain]", "--rounds=0", "--calibrate=0", "--compiled=false"]
-    assert "is not a file" in refusal(capsys, *files, "--to=too_early")
+    assert f"'{folder}' is a folder; give a file in it, one that a run saved." in refusal(capsys, *files, "--to=too_early")
     torch.save(content, folder / "meta.pt")
     main([*files, "--to=sharded"])
     main([*files, f"--ckpt_path={file}", "--to=whole"])
@@ -169,9 +170,37 @@ def test_what_is_no_checkpoint_of_this_model_is_refused(capsys: pytest.CaptureFi
     }
     for name, sentence in cases.items():
         assert sentence in refusal(capsys, *start, f"--ckpt_path={name}")
+    assert f"such as '{good}'." in refusal(capsys, "test", f"--ckpt_path={good.parent}"), "also without --config"
+    assert f"the newest beside it is '{good}'." in refusal(capsys, "test", f"--ckpt_path={good}2")
+    for words in (["refit"], ["export", "--to=out"], ["test", "--ckpt_path"], ["refit", *RUN, *LOGGERS["none"]]):
+        assert "ckpt_path is missing; write --ckpt_path FILE." in refusal(capsys, *words)
     other = refusal(capsys, *start, "--model.network.hidden=[7,100]", f"--ckpt_path={good}")
     assert "'network.1.weight' is [256, 64] in the file and [7, 64] in the model (and 4 more); configure" in other
     main(["test", *RUN, *LOGGERS["none"], "--trainer.enable_checkpointing=false", "--ckpt_path=files/weights.ckpt"])
+
+
+class Remembers(Classifier):
+    """A module whose checkpoints hold a hyperparameter, which Lightning prefers to the configuration."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 8, factor: float = 1.0) -> None:
+        super().__init__(MLP, num_classes, in_channels, image_size)
+        self.save_hyperparameters()
+
+
+def test_an_argument_that_a_checkpoint_overrides_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--config=data/digits", "--config=methods/magnitude", "--model=tests.cli.test_runs.Remembers"]
+    start = ["fit", *model, *QUIET, *SHORT, *LOGGERS["none"]]
+    main([*start, "--model.factor=2"])
+    (made,) = Path.cwd().rglob("*.ckpt")
+    start += ["--trainer.max_epochs=2", f"--ckpt_path={made}"]
+    said = refusal(capsys, *start, "--model.factor=3")
+    assert f"model.factor=3.0 would be ignored, because ckpt_path='{made}' holds factor=2.0; omit it, or" in said
+    assert "model.factor=3.0 would be ignored" in refusal(capsys, "test", f"--ckpt_path={made}", "--model.factor=3")
+    with (
+        pytest.warns(UserWarning, match=r"holds factor=2.0, which is used instead of the default, 1.0"),
+        pytest.warns(UserWarning, match="exists and is not empty"),
+    ):
+        main(start)
 
 
 def test_checkpoints_are_written_whole_by_default() -> None:

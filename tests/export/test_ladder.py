@@ -379,6 +379,15 @@ def test_the_recommendation_says_what_was_measured() -> None:
     )
     assert report(compact=2.0, removed=1.1).recommendation.startswith("No rung is faster"), "their middle halves overlap"
     assert report().recommendation.startswith("Nothing was written")
+    made = report(compact=1.0)
+    made.rungs["compact"].bytes = 960
+    assert made.recommendation == "No rung is smaller or faster than dense at batch 64 on this machine."
+    made.rungs["dense"].latency, made.rungs["compact"].latency = {}, {}
+    assert made.recommendation == "No rung is smaller than dense; speed was not measured."
+    made.rungs["compact"].bytes = 940
+    assert made.recommendation == (
+        "Speed was not measured; use 'compact' (compact.file) for its size, 94% of the dense bytes."
+    )
 
 
 def test_a_rung_gains_beside_dense_in_its_own_runtime() -> None:
@@ -421,6 +430,7 @@ def test_the_report_is_a_table_a_section_and_json() -> None:
     assert "2 (2 to 2, 5.00x in total)" in text
     assert "estimates, not measured: cycles 1,234,567" in text
     assert "Use 'onnx'" in text
+    assert "Net, 90.0% zeros, 1 thread on cpu" in text
     section = made.html()
     assert section.startswith('<section class="export">')
     assert "&lt;no&gt; faster" in section
@@ -429,6 +439,27 @@ def test_the_report_is_a_table_a_section_and_json() -> None:
     written = json.loads(json.dumps(made.to_json()))
     assert written["rungs"]["removed"]["latency"]["64"]["median"] == 5
     assert ExportReport.from_json(written) == made
+
+
+@pytest.mark.parametrize(("width", "heading"), [(80, "bytes"), (120, "test/accuracy"), (240, "5 (4.5 to 5.5, 2.00x)")])
+def test_a_terminal_gets_the_columns_that_fit(width: int, heading: str) -> None:
+    from rich.console import Console
+
+    made = in_another_runtime(dense=2.0, rung=1.0)
+    made.rungs["removed"] = report(removed=2.0).rungs["removed"]
+    made.rungs["kernels"] = Rung(note="no linear layer is faster with a sparse kernel")
+    for rung in made.rungs.values():
+        rung.metrics = {"test/accuracy": 0.98, "test/loss": 0.1} if rung.bytes else {}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(made.table())
+    lines = console.export_text().splitlines()
+    table = [line for line in lines if line[:1] in "┃│"]
+    assert any(heading in line for line in table)
+    for row in ("removed", "1,000", "5, 2.00x" if width < 240 else "2.00x", "smaller and"):
+        assert any(row in line for line in table), row
+    assert not any("kernel" in line for line in table), "nothing but a remark"
+    assert "kernels: no linear layer is faster with a sparse kernel" in lines
+    assert any(line.startswith("In report.json: spread of the times, MACs") for line in lines) == (width < 240)
 
 
 def timed(**milliseconds: float) -> Callable[..., dict[str, Timing]]:
@@ -446,7 +477,7 @@ def test_what_is_slower_and_no_smaller_is_left_out_unless_it_was_named(
     made = export_ladder(small(), torch.randn(3, 4), tmp_path / "one", rungs=["onnx"], compiled=False)
     assert (tmp_path / "one" / "model.onnx").exists()
     assert made.outcome("onnx") == "no smaller and slower"
-    assert made.recommendation.startswith("No rung is faster than dense")
+    assert made.recommendation.startswith("No rung is smaller or faster than dense")
 
 
 def test_what_is_smaller_is_written_though_it_is_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,19 @@ def test_what_is_logged_and_remembered() -> None:
     assert all(0 < ratio < 1 for entry in method.history for ratio in entry["ratios"].values())
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "sentence"),
+    [
+        (1e-9, "0 of 2 layers that may merge are linear to 1e-09; none can be"),
+        (0.999, "2 of 2 layers that may merge are linear to 0.999; lightning_sparse.merge"),
+    ],
+)
+def test_what_can_be_merged_is_said(tolerance: float, sentence: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(Toy(net=deep()), LayerSparsity(strength=0.3, tolerance=tolerance), max_epochs=1)
+    assert sentence in caplog.text
+
+
 def test_a_collapsed_network_is_a_warning() -> None:
     module = Toy(net=deep())
     module.net[3].weight.data.mul_(1e-9)  # type: ignore[index, union-attr, operator]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_sparse.core import find_targets
-from lightning_sparse.models import MLP, VGG, Classifier, LeNet5, LeNet300, ResNet, TorchvisionNetwork, WideResNet
+from lightning_sparse.models import MLP, VGG, Classifier, LeNet5, LeNet300, Regressor, ResNet, TorchvisionNetwork, WideResNet
 from lightning_sparse.testing import fit
 
 
@@ -89,6 +89,16 @@ def test_resnet_56_has_its_published_depth() -> None:
 def test_refusals(make: object, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()  # type: ignore[operator]
+
+
+def test_data_of_the_other_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_classes=1 is regression, not classification; use the model Regressor"):
+        Classifier(LeNet300, num_classes=1)
+    module = Regressor(MLP, 10, 1, 8)
+    with pytest.raises(
+        ValueError, match=r"Regressor predicts numbers of shape \[4, 10\], but the targets are torch.int64 of"
+    ):
+        module.training_step((torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)), 0)
 
 
 def test_the_classifier_takes_optimizer_and_scheduler() -> None:

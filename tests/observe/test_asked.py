@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 
 from lightning_sparse import MagnitudePruning
-from lightning_sparse.observe import SparsityMonitor
+from lightning_sparse.observe import SparsityCheckpoint, SparsityMonitor
 from lightning_sparse.testing import BATCHES, Toy, fit
 
 
@@ -66,6 +66,14 @@ def test_where_others_may_log_it_is_refused_after_an_epoch(module: Toy, callback
     with pytest.raises(ValueError, match="metric='nope' is not logged"):
         train(module, "nope", *callbacks, **options)
     assert module.trainer.global_step == BATCHES
+
+
+@pytest.mark.parametrize(("module", "steps"), [(Toy(), 0), (AtTheEnd(), BATCHES)], ids=["at once", "after an epoch"])
+def test_what_a_checkpoint_monitors_must_be_logged(module: Toy, steps: int) -> None:
+    checkpoint = SparsityCheckpoint(monitor="val/accuracy")
+    with pytest.raises(ValueError, match=r"SparsityCheckpoint: monitor='val/accuracy' is not logged; choose from \["):
+        fit(module, MagnitudePruning(0.5), checkpoint, num_sanity_val_steps=2, enable_checkpointing=True)
+    assert module.trainer.global_step == steps
 
 
 def test_the_only_epoch_stays() -> None:

@@ -249,7 +249,9 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_pictures_only_where_somebody_can_show_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         train(tmp_path, logger=CSVLogger(tmp_path))
+        train(tmp_path / "two", logger=[CSVLogger(tmp_path), CSVLogger(tmp_path)])
     assert "CSVLogger receives numbers only; pictures are in report.html" in caplog.text
+    assert "CSVLogger and CSVLogger receive numbers only" in caplog.text
 
 
 # ---- no account, no network --------------------------------------------------------------------------------------------

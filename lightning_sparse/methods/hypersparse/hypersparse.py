@@ -195,8 +195,8 @@ class HyperSparse(Masked):
             if needed > end:
                 phases = ", ".join(f"{name} {plan[name] or 'at least 1'}" for name in PHASES if plan[name] != 0)
                 raise TooShort(
-                    f"{self.label} needs {needed} epochs ({phases}), but training ends after {end}; raise max_epochs, "
-                    "shorten the phases" + (", or set max_epochs=-1: the method ends training." if plan["finetune"] else ".")
+                    f"{self.label} needs {needed} epochs ({phases}), but training ends after {end}; shorten the phases or "
+                    "raise max_epochs" + (", or set max_epochs=-1: the method ends training." if plan["finetune"] else ".")
                 )
         if self.strength is None and plan["steps"] is None:
             raise ValueError(f"{self.label} cannot derive its strength: the data has no length; set one, such as 5e-6.")
