@@ -274,9 +274,6 @@ class Mold:
     SMALL: ClassVar = 2**15
     """The largest number of entries of a weight for which numpy, with cheaper calls, beats torch, with more threads."""
 
-    CACHED: ClassVar = 2**18
-    """The largest number of entries for which reading four bytes per entry beats widening one, on a single thread."""
-
     def __init__(self, masks: MaskSet, weights: Mapping[str, nn.Parameter]) -> None:
         self.changes = masks.changes
         found = [(weight, bits) for name, weight in weights.items() if (bits := masks.bits(name, weight)) is not None]
@@ -287,11 +284,11 @@ class Mold:
         """The mask in the form that torch applies, or else numpy; neither of them where bytes are applied as they are."""
         if not weight.is_cpu or weight.dtype != torch.float32:
             return None, None
-        alone = torch.get_num_threads() == 1
-        if not wide or (alone and bits.numel() > self.CACHED):
+        if not wide:
             return None, bits.numpy() if is_for_one_thread(weight) else None
         widened = torch.empty_like(weight, dtype=torch.int32, requires_grad=False).copy_(bits)
-        return (None, widened.numpy()) if alone or bits.numel() <= self.SMALL else (widened, None)
+        for_numpy = torch.get_num_threads() == 1 or bits.numel() <= self.SMALL
+        return (None, widened.numpy()) if for_numpy else (widened, None)
 
     def press_gradients(self) -> None:
         """Set the gradients of dropped entries to zero; called without autograd."""

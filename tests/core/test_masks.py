@@ -17,7 +17,6 @@ FORMS = {
     "numpy, 32 bits": {"SMALL": 2**15},
     "torch, 32 bits": {"SMALL": 0},
     "bytes": {"WIDE": 0},
-    "bytes, the weight is large": {"CACHED": 0},
 }
 
 
