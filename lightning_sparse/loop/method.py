@@ -186,7 +186,7 @@ class Method(Memory, ABC):
 
     @property
     def swaps_weights(self) -> bool:
-        """Whether the optimizer moves other weights than the model shows between steps."""
+        """Whether the model shows other weights between steps than an average of what the optimizer moves would."""
         return self.dropped_live_on
 
     @property

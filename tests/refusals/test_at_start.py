@@ -147,6 +147,12 @@ AT_START: list[tuple[Callable[[], L.LightningModule], Callable[[], list[L.Callba
     (SecondOrder, lambda: [MagnitudePruning(0.5)], {}, "does not work with LBFGS"),
     (
         Averaged,
+        lambda: [LpSphere(0.5, p=1.5)],
+        {},
+        "LpSphere does not work with Averaging, whose train() and eval()",
+    ),
+    (
+        Averaged,
         lambda: [SCL(0.8)],
         {},
         "SparseConnectivityLearning does not work with Averaging, whose train() and eval() mix",

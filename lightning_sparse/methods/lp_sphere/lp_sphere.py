@@ -180,6 +180,10 @@ class LpSphere(Masked):
     def moves(self) -> Collection[str]:
         return self.spheres.keys()
 
+    @property
+    def swaps_weights(self) -> bool:
+        return True  # an average of two points on a sphere is not on it
+
     def begin(self) -> None:
         for name in self.spheres:
             self._enter(name)
