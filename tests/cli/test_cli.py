@@ -155,8 +155,8 @@ MISTAKES = [
         "'color' is not an option of Chooser; --trainer.callbacks.NAME sets the last callback before it, and --print_config",
     ),
     (
-        ["--model=tests.cli.test_cli.Choser"],
-        "'tests.cli.test_cli.Choser' in model cannot be imported (module 'tests.cli.test_cli' has no attribute 'Choser'); "
+        ["--model=tests.cli.test_cli.Chooserr"],
+        "'tests.cli.test_cli.Chooserr' in model cannot be imported (module 'tests.cli.test_cli' has no attribute 'Chooserr'); "
         "did you mean 'tests.cli.test_cli.Chooser'?",
     ),
     (
