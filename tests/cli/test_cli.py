@@ -156,8 +156,8 @@ MISTAKES = [
     ),
     (
         ["--model=tests.cli.test_cli.Chooserr"],
-        "'tests.cli.test_cli.Chooserr' in model cannot be imported (module 'tests.cli.test_cli' has no attribute 'Chooserr'); "
-        "did you mean 'tests.cli.test_cli.Chooser'?",
+        "'tests.cli.test_cli.Chooserr' in model cannot be imported (module 'tests.cli.test_cli' has no attribute "
+        "'Chooserr'); did you mean 'tests.cli.test_cli.Chooser'?",
     ),
     (
         ["--model=nowhere.Net"],
