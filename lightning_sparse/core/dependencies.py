@@ -18,7 +18,7 @@ from lightning_sparse.core.coupling_engine import CouplingEngine, Member, Positi
 from lightning_sparse.core.linear import CHANNEL_NORMS, CONVOLUTIONS, in_count, is_depthwise, is_layer, out_count
 from lightning_sparse.core.networks import callee, copy_model, shared_parameters
 from lightning_sparse.core.torch_pruning_engine import torch_pruning
-from lightning_sparse.core.trial import Position, why_channels_stay
+from lightning_sparse.core.trial import Appearance, why_channels_stay
 
 __all__ = ["Dependencies", "Group", "coupled_outputs", "find_coupling"]
 
@@ -199,7 +199,7 @@ def find_coupling(
     groups: list[list[Place]] = []
     vectors: dict[str, int] = {}
     readers: dict[str, list[Place | None]] = {}
-    cuts: list[Position] = []
+    cuts: list[Appearance] = []
     for group, foreign in (found for call in calls for found in Dependencies(model, call, engine).groups()):
         weight = f"{group.root}.weight"
         staying.pop(weight, None)
@@ -218,7 +218,7 @@ def find_coupling(
         for produces, members in ((True, group.outputs), (False, group.readers)):
             for name, positions in members.items():
                 cuts += [
-                    Position(channels[channel][0], name, produces, indices)
+                    Appearance(channels[channel][0], name, produces, indices)
                     for channel, indices in positions.items()
                     if channels.get(channel)
                 ]

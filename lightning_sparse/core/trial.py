@@ -18,10 +18,10 @@ from lightning_sparse.core.libraries import first_line
 from lightning_sparse.core.linear import in_count, is_layer, out_count
 from lightning_sparse.core.networks import copy_model, without_nested_tensors
 
-__all__ = ["Position", "why_channels_stay"]
+__all__ = ["Appearance", "why_channels_stay"]
 
 
-class Position(NamedTuple):
+class Appearance(NamedTuple):
     """Where a channel appears in a layer.
 
     Args:
@@ -43,7 +43,7 @@ Sides = tuple[Mapping[str, set[int]], Mapping[str, set[int]]]
 
 @torch.no_grad()
 def why_channels_stay(
-    model: nn.Module, calls: Sequence[Call], coupling: Coupling, positions: Sequence[Position]
+    model: nn.Module, calls: Sequence[Call], coupling: Coupling, positions: Sequence[Appearance]
 ) -> dict[str, str]:
     """Return weights whose channels cannot be removed, and why, by trying the first and the last unit of every pool.
 
@@ -57,7 +57,7 @@ def why_channels_stay(
     """
     whole = without_nested_tensors(copy_model(model).eval())
     few = [_few(whole, call) for call in calls]
-    by_unit: dict[int, list[Position]] = {}
+    by_unit: dict[int, list[Appearance]] = {}
     for position in positions:
         name, index = position.place
         by_unit.setdefault(int(coupling.units[name][index]), []).append(position)
@@ -78,7 +78,7 @@ def _few(model: nn.Module, call: Call) -> Call:
 
 
 def _failing(
-    model: nn.Module, calls: Sequence[Call], pools: Sequence[tuple[Sequence[str], list[Position]]]
+    model: nn.Module, calls: Sequence[Call], pools: Sequence[tuple[Sequence[str], list[Appearance]]]
 ) -> dict[str, str]:
     """Return the weights of the pools that cannot lose a unit, found by halving, and why."""
     sides: tuple[dict[str, set[int]], dict[str, set[int]]] = ({}, {})

@@ -221,6 +221,7 @@ def test_a_module_in_the_current_folder_is_found(monkeypatch: pytest.MonkeyPatch
     main(
         ["fit", f"--config={DIGITS}", f"--config={MLP}", *SMALL, "--trainer.fast_dev_run=true", "--model=module_of_mine.Net"]
     )
+    assert "module_of_mine" in sys.modules
 
 
 def test_functions_and_plain_patterns_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
