@@ -27,8 +27,9 @@ def hand_over(method: Sparsifier, methods: Sequence[Sparsifier]) -> None:
             one.clean()  # other methods have changed its pruned entries and their moments
             one.watch = Watch()
             for optimizer in one.run.optimizers:
-                one.watch.note(Step(optimizer, one.loop.ownership.of(optimizer).weights[id(one)]))
-                one.watch.trust(optimizer, one.masks.changes)
+                step = Step(optimizer, one.loop.ownership.of(optimizer).weights[id(one)])
+                one.watch.note(step)
+                one.watch.trust(step, one.masks.changes)
 
 
 def stand_in(method: Rewiring, owner: Masked) -> None:

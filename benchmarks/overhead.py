@@ -35,7 +35,9 @@ OURS: dict[str, Callable[[], Sparsifier]] = {
 WAYS = ["dense", *OURS, *PEERS]
 
 
-def train(model: str, batch: int, rounds: int, names: list[str], device: str = "cpu", **options: Any) -> Turns:
+def train(
+    model: str, batch: int, rounds: int, names: list[str], device: str = "cpu", in_a_row: int = 1, **options: Any
+) -> Turns:
     """Train one model with the named variants interleaved."""
     methods = {name: make() for name, make in OURS.items() if name in names}
 
@@ -56,14 +58,14 @@ def train(model: str, batch: int, rounds: int, names: list[str], device: str = "
             raise LeftOut(f"{names[0]} cannot train {model}")
         return ways
 
-    turns = Turns(list(methods.values()), make, device=device)
+    turns = Turns(list(methods.values()), make, device=device, in_a_row=in_a_row)
     turns.fit(Net(model), batch, len(names) * rounds, **options)
     return turns
 
 
 def steps(model: str, batch: int, rounds: int, device: str = "cpu", precision: Any = "32-true") -> dict[str, Any]:
     """Time a step of every variant."""
-    turns = train(model, batch, WARM_UP + rounds, WAYS, device, precision=precision)
+    turns = train(model, batch, WARM_UP + rounds, WAYS, device, in_a_row=2, precision=precision)
     table = turns.table("dense")
     if device == "cpu":
         table["inside MagnitudePruning's stations"] = turns.inside_of("MagnitudePruning", table["dense"]["seconds"])

@@ -123,22 +123,32 @@ class Turns(L.Callback):
         make: function that makes the variants from the module, called after the first step.
         swing: whether every other round goes in reverse order.
         device: device that must finish its work before the time is read.
+        in_a_row: number of steps that a variant makes in a row. Only the last one is timed: the first finds caches as the
+            variant before and the handing over have left them, which writes to weights and moments.
     """
 
     def __init__(
-        self, methods: Sequence[Sparsifier], make: Callable[[Any], dict[str, Way]], swing: bool = True, device: str = "cpu"
+        self,
+        methods: Sequence[Sparsifier],
+        make: Callable[[Any], dict[str, Way]],
+        swing: bool = True,
+        device: str = "cpu",
+        in_a_row: int = 1,
     ) -> None:
-        self.methods, self.make, self.swing, self.device = methods, make, swing, device
+        self.methods, self.make, self.swing, self.device, self.in_a_row = methods, make, swing, device, in_a_row
+        self.untimed = 0
         self.ways: dict[str, Way] = {}
         self.way, self.current = "", Way(methods)
         self.steps: list[Step] = []
         self.started, self.inside, self.depth, self.changed = 0.0, 0.0, 0, False
 
     def fit(self, module: L.LightningModule, batch: int, steps: int, epochs: int = 1, **options: Any) -> None:
-        """Train on random images, with `steps` steps per epoch."""
+        """Train on random images, with `steps` timed steps per epoch."""
         callbacks = [self, *self.methods, *options.pop("callbacks", ()), _Last(self)]
         with loop.watched(self.timing, self.noting):
-            quiet(callbacks, self.device, max_epochs=epochs, **options).fit(module, random_images(batch, steps))
+            quiet(callbacks, self.device, max_epochs=epochs, **options).fit(
+                module, random_images(batch, steps * self.in_a_row)
+            )
 
     def table(self, base: str) -> dict[str, Any]:
         """Step times of all variants as ratios to one of them."""
@@ -190,9 +200,9 @@ class Turns(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self.module = pl_module
-        if len(self.steps) == 1:
+        if len(self.steps) == 1 and not self.ways:
             self.ways = self.make(pl_module)
-        if self.steps:
+        if self.steps and not self.untimed:
             turn, place = divmod(len(self.steps), len(self.ways))
             self.way = list(self.ways)[:: -1 if self.swing and turn % 2 == 0 else 1][place]
             if self.current is not self.ways[self.way]:
@@ -206,7 +216,10 @@ class Turns(L.Callback):
         self.current.after_step()
 
     def end(self) -> None:
-        """Record the step that has ended."""
+        """Record the step that has ended, if it is the last one of its variant for now."""
+        self.untimed = (self.untimed + 1) % self.in_a_row
+        if self.untimed:
+            return
         seconds = now(self.device) - self.started
         self.steps.append(Step(self.way, seconds, self.inside, self.changed, self.counts()))
 

@@ -310,6 +310,19 @@ def test_ways_take_turns_every_other_round_in_the_other_order():
     assert table["a"]["ratio"] == 1
 
 
+def test_only_the_last_of_several_steps_in_a_row_is_timed(monkeypatch):
+    log = []
+    ways = {name: Way(after_step=lambda name=name: log.append(name)) for name in "ab"}
+    turns = Turns([], lambda module: ways, in_a_row=2)
+    clock = iter(range(100))
+    monkeypatch.setattr("benchmarks.turns.now", lambda device: log.append("clock") or float(next(clock)))
+    turns.fit(Net("quick"), 4, 5)
+    assert "".join(what for what in log if what != "clock") == "aaaabbbb"
+    assert [step.way for step in turns.steps] == ["", "a", "a", "b", "b"]
+    seen = "".join(what[0] for what in log)
+    assert seen.endswith("cacac" + "cbcbc" * 2), "read at the start of both steps, and at the end of the second"
+
+
 def test_functions_take_turns_and_some_take_their_own_time(monkeypatch):
     log = []
     seen = in_turns({"a": lambda: log.append("a"), "b": lambda: log.append("b") or 3.0}, 2, warm_up=1)

@@ -101,10 +101,10 @@ class Masked(Sparsifier):
         watch = self.watch
         if watch.moved:
             self._mold(step).press_weights()
-        elif not watch.trusts(step.optimizer, self.masks.changes):
+        elif not watch.trusts(step, self.masks.changes):
             self._look(step.weights, f"{type(step.optimizer).__name__} (or something else that writes to the weights)")
-            watch.trust(step.optimizer, self.masks.changes)
-        elif self.run.time_to_count:
+            watch.trust(step, self.masks.changes)
+        elif self.steps % self.run.log_interval == 0:
             self._look(watch.sample(step.weights), type(step.optimizer).__name__)
         watch.note(step)
 

@@ -87,6 +87,10 @@ class Pruning(Budgeted):
     def at_target(self) -> bool | None:
         return None if self.mask_set is None else self.window.is_over  # for channels too, whose weights are not known ahead
 
+    @property
+    def evolves(self) -> bool:
+        return not self.window.is_over or type(self).evolve is not Pruning.evolve
+
     def evolve(self, position: Position) -> None:
         window = self.window
         if window.take(position):

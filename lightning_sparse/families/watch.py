@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 from torch.optim import Optimizer
@@ -25,23 +25,24 @@ class Watch:
     def __init__(self) -> None:
         self.moved = False
         """Whether something has moved a pruned entry; from then on they are reset after every step."""
-        self._passed: dict[int, Hashable] = {}
+        self._passed: dict[int, tuple[int, Mapping[str, nn.Parameter]]] = {}
         self._versions: dict[int, list[int]] = {}
         self._owners: dict[int, tuple[Mapping[str, nn.Parameter], list[nn.Parameter]]] = {}
         self._turn = 0
 
-    def trusts(self, optimizer: Optimizer, changes: int) -> bool:
-        """Whether a check of this optimizer's weights found nothing, under these masks and parameter groups.
+    def trusts(self, step: Step, changes: int) -> bool:
+        """Whether a check of the weights of a step found nothing, under these masks and parameter groups.
 
         Args:
-            optimizer: the optimizer that has moved.
+            step: the step; after a change of parameter groups it has another mapping of weights.
             changes: number of mask changes so far.
         """
-        return self._passed.get(id(optimizer)) == self._key(optimizer, changes)
+        passed = self._passed.get(id(step.optimizer))
+        return passed is not None and passed[0] == changes and passed[1] is step.weights
 
-    def trust(self, optimizer: Optimizer, changes: int) -> None:
+    def trust(self, step: Step, changes: int) -> None:
         """Record that a check found nothing."""
-        self._passed[id(optimizer)] = self._key(optimizer, changes)
+        self._passed[id(step.optimizer)] = changes, step.weights
 
     def distrust(self, optimizer: Optimizer) -> None:
         """Record that a new check is needed."""
@@ -67,7 +68,3 @@ class Watch:
         if known is None or known[0] is not step.weights:
             known = self._owners[id(step.optimizer)] = step.weights, [owner_of(weight) for weight in step.weights.values()]
         return [weight._version for weight in known[1]]
-
-    @staticmethod
-    def _key(optimizer: Optimizer, changes: int) -> Hashable:
-        return changes, tuple([len(group["params"]) for group in optimizer.param_groups])

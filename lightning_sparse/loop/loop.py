@@ -47,7 +47,7 @@ class Loop:
         self._several = len(run.optimizers) > 1
         self.ownership = Ownership(methods)
         """Which weights of which method an optimizer moves."""
-        self._pending: dict[int, list[tuple[Method, Step]]] = {}
+        self._pending: dict[int, tuple[Owned, list[tuple[Method, Step]]]] = {}
         self._depth: dict[int, int] = {}
         self._trusted: set[int] = set()
         self._agreement = Agreement(run)
@@ -189,7 +189,7 @@ class Loop:
 
     def _evolve(self, epoch_start: bool = False, under_way: int = 0) -> None:
         for method in self.methods:
-            if method.answers(Method.evolve):
+            if method.evolves:
                 method.evolve(method.position(epoch_start, under_way))
         self._agreement.compare(self.methods)
 
@@ -216,7 +216,7 @@ class Loop:
                 method.silence(step)
         if any(step.replaced for _, step in steps):
             self._withhold_gradients(optimizer)
-        self._pending[id(optimizer)] = steps
+        self._pending[id(optimizer)] = owned, steps
 
     def _replace_optimizers(self) -> None:
         """The module has made new optimizers in the middle of the fit."""
@@ -282,14 +282,17 @@ class Loop:
             return  # a fused optimizer was called, but its kernel skipped the step
         self._check_moments(optimizer)
         prepared = self._pending.pop(id(optimizer), None)
-        owned = self.ownership.of(optimizer)
-        steps = self._steps(optimizer, owned)
-        self._count()
-        with _lent(owned):
-            for method, step in steps:
-                if prepared is not None:
+        if prepared is not None:
+            owned, steps = prepared
+            with _lent(owned):
+                for method, step in steps:
                     method.after_step(step)
-                else:  # bypasses Lightning with a closure: the gradients were never visible
+        else:  # bypasses Lightning with a closure: the gradients were never visible
+            owned = self.ownership.of(optimizer)
+            steps = self._steps(optimizer, owned)
+            self._count()
+            with _lent(owned):
+                for method, step in steps:
                     method.after_unseen_step(step)
         for method, step in steps:
             method.project(step)
@@ -303,10 +306,10 @@ class Loop:
 
     def _undo(self, optimizer: Optimizer) -> None:
         """A step was prepared but never made: the gradient scaler skipped it."""
-        steps = self._pending.pop(id(optimizer), None)
-        if steps is not None:
-            with torch.no_grad(), _lent(self.ownership.of(optimizer)):
-                for method, step in steps:
+        prepared = self._pending.pop(id(optimizer), None)
+        if prepared is not None:
+            with torch.no_grad(), _lent(prepared[0]):
+                for method, step in prepared[1]:
                     method.undo_step(step)
 
     # ---- the loss ----------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class Method(Memory, ABC):
         """The state has been restored; rebuild what is derived from it."""
 
     def evolve(self, position: Position) -> None:
-        """Topology: called at the start of every epoch and right after every step."""
+        """Topology: called at the start of every epoch and right after every step, as long as the method `evolves`."""
 
     def before_batch(self, position: Position) -> None:
         """Called before every batch. With `run.fresh` no gradients of earlier batches are pending, and topology may change.
@@ -178,6 +178,11 @@ class Method(Memory, ABC):
     def mask_set(self) -> Masks | None:
         """The masks of this method, if it has any."""
         return None
+
+    @property
+    def evolves(self) -> bool:
+        """Whether `evolve` may still do something; otherwise no position is computed for it."""
+        return self.answers(Method.evolve)
 
     @property
     def dropped_live_on(self) -> bool:

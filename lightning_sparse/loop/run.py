@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -32,6 +33,8 @@ class Run:
         """The current batch of the epoch, or -1 before the first."""
         self.fresh = True
         """Whether no gradients of earlier batches are pending."""
+        self.log_interval: int = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+        """Lightning logs once in as many steps."""
         self._unscaled: set[int] = set()
         self._shards = [part for part in module.modules() if isinstance(part, FSDPModule)]
 
@@ -106,8 +109,7 @@ class Run:
     @property
     def time_to_count(self) -> bool:
         """Whether to count masks that change in every step: as often as Lightning logs, because it waits for the device."""
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self.batch_idx == 0 or self.trainer.global_step % max(interval, 1) == 0
+        return self.batch_idx == 0 or self.trainer.global_step % self.log_interval == 0
 
     @property
     def ends_with_next_step(self) -> bool:
@@ -121,12 +123,14 @@ class Run:
 
     # ---- the scale of gradients --------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def _scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def gradient_scale(self, optimizer: Optimizer) -> Tensor | None:
         """The factor that gradients carry right before a step, or None if there is none."""
+        if self._scaler is None:
+            return None
         self._unscaled.discard(id(optimizer))
         return self._scale(optimizer)
 

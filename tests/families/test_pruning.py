@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_sparse import MagnitudePruning, RandomSparsity
-from lightning_sparse.core import Budget, find_targets, lay_out
+from lightning_sparse.core import Budget, Position, find_targets, lay_out
 from lightning_sparse.families import Masked
 from lightning_sparse.functional import SCHEDULES, exact_count, random_generator, random_score
 from lightning_sparse.models import ResNet
@@ -212,3 +212,24 @@ def test_the_table_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_table_without_masks(capsys: pytest.CaptureFixture[str]) -> None:
     fit(toy(), L2Penalty(0.1), SparsityTable())
     assert "density" not in capsys.readouterr().out
+
+
+class Curious(MagnitudePruning):
+    """Looks at every position."""
+
+    def evolve(self, position: Position) -> None:
+        self.seen = [*getattr(self, "seen", []), position.step]
+        super().evolve(position)
+
+
+def test_topology_is_visited_until_the_schedule_ends_and_always_where_it_is_overridden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    position = MagnitudePruning.position
+    monkeypatch.setattr(MagnitudePruning, "position", lambda self, *args: asked.append(self.steps) or position(self, *args))
+    fit(toy(), MagnitudePruning(0.9, start=0.25, end=0.5))
+    assert asked == [0, 1, 2, 3, 4, 4, 5, 6], "12 steps in 3 epochs"
+    method = Curious(0.9, start=0.25, end=0.5)
+    fit(toy(), method)
+    assert method.seen == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12]

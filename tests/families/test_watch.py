@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_sparse import MagnitudePruning, RigL
-from lightning_sparse.core import MaskSet, Mold
+from lightning_sparse import MagnitudePruning, RandomSparsity, RigL
+from lightning_sparse.core import MaskSet, Mold, Target
 from lightning_sparse.families import Masked
 from lightning_sparse.families.watch import Watch
 from lightning_sparse.loop import Step
+from lightning_sparse.loop.ownership import Ownership
 from lightning_sparse.testing import Toy, fit, loader, network, trainer
 from lightning_sparse.testing.state import nonzero
 
@@ -246,3 +247,20 @@ def test_weights_that_join_an_optimizer_are_watched_too() -> None:
     with torch.no_grad():
         second.add_(1)
     assert watch.written(both)
+
+
+def test_groups_that_change_are_checked_anew() -> None:
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([{"params": [first, second]}, {"params": []}], 0.1)
+    method, watch = RandomSparsity(0.5), Watch()
+    method.chosen = [Target("first", first), Target("second", second)]
+    ownership = Ownership([method])
+
+    def step() -> Step:
+        return Step(optimizer, ownership.of(optimizer).weights[id(method)])
+
+    watch.trust(step(), 1)
+    assert watch.trusts(step(), 1)
+    assert not watch.trusts(step(), 2), "the masks have changed"
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    assert not watch.trusts(step(), 1)
