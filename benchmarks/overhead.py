@@ -65,7 +65,7 @@ def train(
 
 def steps(model: str, batch: int, rounds: int, device: str = "cpu", precision: Any = "32-true") -> dict[str, Any]:
     """Time a step of every variant."""
-    turns = train(model, batch, WARM_UP + rounds, WAYS, device, in_a_row=2, precision=precision)
+    turns = train(model, batch, WARM_UP + rounds, takes(model), device, in_a_row=2, precision=precision)
     table = turns.table("dense")
     if device == "cpu":
         table["inside MagnitudePruning's stations"] = turns.inside_of("MagnitudePruning", table["dense"]["seconds"])
@@ -89,7 +89,7 @@ def parts(options: Options) -> Parts:
     for model, batch in places(options):
         for precision in ["32-true"] if options.device == "cpu" else ["32-true", "16-mixed"]:
             title = f"step, {model}, batch {batch}, {precision}, {options.device}"
-            rounds = options.times(10 if options.device == "cpu" else 40)
+            rounds = options.times(40 if options.device != "cpu" else 100 if model == "mlp" else 60 if batch == 32 else 6)
             yield (title,), partial(steps, model, batch, rounds, options.device, precision)
 
 
