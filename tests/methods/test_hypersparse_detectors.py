@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sparse import HyperSparse, SparsityMonitor
 from lightning_sparse.loop.dry_run import train_but_leaves
+from lightning_sparse.methods.hypersparse.training_score import TrainingScore
 from lightning_sparse.testing import Toy, fit, toy, trainer
 from tests.helpers.detectors import Detection, Detector
 
@@ -99,3 +100,43 @@ def test_the_monitor_counts_a_detector() -> None:
     monitor = SparsityMonitor(table=False, report=False)
     trainer(monitor, max_epochs=1).fit(Detection(Detector()), batches(8))
     assert monitor.macs == {"model.backbone.0.weight": 9 * 8 * 64, "model.head.weight": 32}
+
+
+def with_another_rank(failures: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every sum over ranks contain one more rank, which scored 8 samples with a loss of 1, or failed."""
+    other = torch.tensor([-8.0, 8.0], dtype=torch.float64)
+
+    def over_ranks(trainer: Any, numbers: Tensor) -> Tensor:
+        asked = numbers[0] >= 0
+        return numbers + (torch.tensor([failures, 8.0]).double() if asked else other)
+
+    monkeypatch.setattr(TrainingScore, "over_ranks", staticmethod(over_ranks))
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned `None`")
+def test_a_rank_without_samples_goes_on_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+
+    class Skipping(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            modes.append(self.training)
+            return self.loss(batch) if self.training else None
+
+    with_another_rank(0.0, monkeypatch)
+    method = HyperSparse(0.5, pretrain=0, regularize="1 epoch")
+    fit(Skipping(), method, max_epochs=2)
+    assert modes == [True] * 4 + [False] * 4 + [True] * 4
+    assert len(method.history) == 1
+
+
+def test_all_ranks_try_train_mode_if_one_fails_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+
+    class Seeing(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            modes.append(self.training)
+            return self.loss(batch)
+
+    with_another_rank(1.0, monkeypatch)
+    fit(Seeing(), HyperSparse(0.5, pretrain=0, regularize="1 epoch"), max_epochs=2)
+    assert modes == [True] * 4 + [False] * 4 + [True] * 8

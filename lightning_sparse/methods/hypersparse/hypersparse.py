@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from lightning_sparse.core import (
     MaskSet,
-    Piece,
     Position,
     Remembered,
     RunLength,
@@ -23,14 +22,12 @@ from lightning_sparse.core import (
     check_choice,
     check_sparsity,
     check_whole,
-    parts_of,
     put_back_,
-    to_cpu,
 )
 from lightning_sparse.families.masked import Masked
 from lightning_sparse.functional import HYPERSPARSE_ALIGNMENT, quantile_rank, top_k_masks
 from lightning_sparse.loop import Shards, Step
-from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, train_but_leaves, training_outputs
+from lightning_sparse.loop.dry_run import dry_run, refuse_unrepeatable_data, train_but_leaves
 from lightning_sparse.methods.hypersparse.pull import PENALTIES
 from lightning_sparse.methods.hypersparse.stop_rule import Attempt, StopRule
 from lightning_sparse.methods.hypersparse.training_score import TrainingScore
@@ -262,14 +259,19 @@ class HyperSparse(Masked):
 
     def _try_pruned_copy(self, epoch: int) -> str | None:
         """Score a copy pruned to the target, and consult the stop rule."""
-        masks = self._magnitude_masks()
+        masks, trainer = self._magnitude_masks(), self.run.trainer
+        tried = torch.zeros_like(self.dense)  # failures, and samples with a score: all ranks must use the same mode
         try:
-            state, pruned = self._score_copy(masks, nn.Module.eval)
+            state, pruned = self._score.of_copy(self.run, masks, nn.Module.eval)
+            tried[1] = pruned[1]
         except torch.OutOfMemoryError:
             raise
         except Exception:  # such models fail in many ways; a failure in train mode too is raised from there
-            state, pruned = self._score_copy(masks, train_but_leaves)
-        dense, attained = (self._score.mean(self.run.trainer, total) for total in (self.dense, pruned))
+            tried[0] = 1
+        failures, samples = self._score.over_ranks(trainer, tried)
+        if failures or not samples:
+            state, pruned = self._score.of_copy(self.run, masks, train_but_leaves)
+        dense, attained = (self._score.mean(trainer, total) for total in (self.dense, pruned))
         if not math.isfinite(dense):
             raise RuntimeError(
                 f"{self.label}: the dense model scored {dense} in epoch {epoch}; training has diverged. Lower the learning "
@@ -283,17 +285,6 @@ class HyperSparse(Masked):
         assert self.stop_rule.best is not None
         self.history.append(entry | {"best": self.stop_rule.best.epoch, "mean": self.stop_rule.mean})
         return reason
-
-    def _score_copy(self, masks: MaskSet, set_mode: Callable[[nn.Module], Any]) -> tuple[dict[str, Tensor | Piece], Tensor]:
-        """The state of a pruned copy, and its score on the training set: the sum, and the number of samples."""
-        pruned = torch.zeros_like(self.dense)
-        with dry_run(self.run.trainer, self.run.module) as twin:
-            masks.apply_(parts_of(twin))
-            set_mode(twin)
-            state = {name: to_cpu(value) for name, value in twin.state_dict().items()}
-            for batch, output in training_outputs(self.run.trainer, twin):
-                self._score.add(pruned, output, batch, self.run.module.automatic_optimization)
-        return state, self._score.found(pruned)
 
     def _magnitude_masks(self) -> MaskSet:
         masks, sizes = MaskSet(self.weights), [weight.detach().abs() for weight in self.weights.values()]

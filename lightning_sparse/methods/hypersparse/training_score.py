@@ -7,9 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_sparse.loop.dry_run import loss_of, size_of
+from lightning_sparse.core import MaskSet, Piece, parts_of, to_cpu
+from lightning_sparse.loop import Run
+from lightning_sparse.loop.dry_run import dry_run, loss_of, size_of, training_outputs
 
 __all__ = ["TrainingScore"]
 
@@ -47,6 +49,19 @@ class TrainingScore:
         if output is not None or callable(self.what) or not may_skip:
             total += self.weighted(output, batch)
 
+    def of_copy(
+        self, run: Run, masks: MaskSet, set_mode: Callable[[nn.Module], Any]
+    ) -> tuple[dict[str, Tensor | Piece], Tensor]:
+        """The state of a masked copy of the model, and its score on the training set: the sum, and the number of samples."""
+        total = torch.zeros(2, dtype=torch.float64, device=run.module.device)
+        with dry_run(run.trainer, run.module) as twin:
+            masks.apply_(parts_of(twin))
+            set_mode(twin)
+            state = {name: to_cpu(value) for name, value in twin.state_dict().items()}
+            for batch, output in training_outputs(run.trainer, twin):
+                self.add(total, output, batch, run.module.automatic_optimization)
+        return state, total
+
     def weighted(self, output: Any, batch: Any) -> Tensor:
         """The sum over a batch and the number of its samples, on the device.
 
@@ -64,21 +79,18 @@ class TrainingScore:
         """The mean of everything summed so far, over all ranks.
 
         Raises:
-            ValueError: if there is nothing.
+            ValueError: if `training_step` has returned None for every batch of every rank.
         """
-        summed: Tensor = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum")
-        return float(summed[0] / TrainingScore.found(summed)[1])
+        value, samples = TrainingScore.over_ranks(trainer, total).tolist()
+        if not samples:
+            raise ValueError(NO_LOSS)
+        return float(value / samples)
 
     @staticmethod
-    def found(total: Tensor) -> Tensor:
-        """A sum to which at least one batch was added.
-
-        Raises:
-            ValueError: if `training_step` has returned None for every batch.
-        """
-        if not total[1]:
-            raise ValueError(NO_LOSS)
-        return total
+    def over_ranks(trainer: pl.Trainer, numbers: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        summed: Tensor = trainer.strategy.reduce(numbers.to(trainer.strategy.root_device), reduce_op="sum")
+        return summed
 
     def _value(self, output: Any, batch: Any) -> Any:
         entries = output if isinstance(output, Mapping) else {}
