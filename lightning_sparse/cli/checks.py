@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sparse.observe.report import why_unwritable
 
-__all__ = ["check_overridden", "check_settings"]
+__all__ = ["check_overridden", "check_settings", "leave_out_shapes"]
 
 LARGEST_SEED = 2**32 - 1
 TRAINS = ("fit", "refit")
@@ -67,6 +67,18 @@ def _check_shape(config: Any) -> None:
 def _parameters(class_path: Any) -> Mapping[str, inspect.Parameter]:
     module, _, name = str(class_path).rpartition(".")
     return inspect.signature(getattr(importlib.import_module(module), name)).parameters
+
+
+def leave_out_shapes(model: Any) -> None:
+    """Leave out what a model does not take: Lightning saves what follows from the data as hyperparameters of every model.
+
+    Args:
+        model: the model that will be made.
+    """
+    parameters, further = _parameters(model.class_path), model.get("dict_kwargs") or {}
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for shape in FROM_DATA:
+            further.pop(shape, None)
 
 
 def check_overridden(given: Any, used: Any, ckpt_path: str) -> None:

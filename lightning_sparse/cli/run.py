@@ -19,7 +19,7 @@ from rich import get_console
 
 from lightning_sparse._version import __version__
 from lightning_sparse.cli.checkpoints import check_fit, usable
-from lightning_sparse.cli.checks import check_overridden, check_settings
+from lightning_sparse.cli.checks import check_overridden, check_settings, leave_out_shapes
 from lightning_sparse.cli.parser import SparseParser
 from lightning_sparse.cli.progress import OneLineBar
 from lightning_sparse.cli.results import side_by_side
@@ -104,6 +104,7 @@ class SparseCLI(LightningCLI):
         """Say what a checkpoint overrides; keep a run on this machine if it cannot be sent, and continue."""
         config = self.config[self.subcommand]
         if ckpt_path := config.get("ckpt_path"):
+            leave_out_shapes(config.model)
             check_overridden(self._model_given, config.model, ckpt_path)
         logger = str(config.get("trainer.logger", ""))
         if "WandbLogger" in logger and (hint := stay_offline()) is not None:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import wandb
 import yaml
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import Tensor, nn
 from torch.distributed.checkpoint import save
 
 from lightning_sparse import AtomicCheckpointIO
@@ -201,6 +203,36 @@ def test_an_argument_that_a_checkpoint_overrides_is_refused(capsys: pytest.Captu
         pytest.warns(UserWarning, match="exists and is not empty"),
     ):
         main(start)
+
+
+class Shapeless(L.LightningModule):
+    """A module with hyperparameters that takes nothing from its data."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_module_that_takes_nothing_from_its_data_can_be_resumed() -> None:
+    model = ["--config=data/digits", "--config=methods/magnitude", "--model=tests.cli.test_runs.Shapeless"]
+    start = ["fit", *model, *QUIET, *SHORT, *LOGGERS["none"]]
+    main([*start, "--model.width=12"])
+    (made,) = Path.cwd().rglob("*.ckpt")
+    assert torch.load(made)["hyper_parameters"]["num_classes"] == 10, "what this test is about"
+    main([*start, "--model.width=12", "--trainer.max_epochs=2", f"--ckpt_path={made}"])
+    (last,) = Path.cwd().rglob("epoch=1*.ckpt")
+    assert torch.load(last)["epoch"] == 1
 
 
 def test_checkpoints_are_written_whole_by_default() -> None:
