@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -141,12 +142,31 @@ def _trace(library: Any, network: nn.Module, call: Call) -> Any:
         outputs = tensors_in(net(*given.args, **given.kwargs))
         return [output for output in outputs if output.requires_grad]
 
-    with warnings.catch_warnings(), torch.enable_grad():
+    with warnings.catch_warnings(), torch.enable_grad(), _counted_slopes(library, network, graph):
         warnings.simplefilter("ignore")
         graph.build_dependency(network, call, forward_fn=forward, verbose=False)
     if not any(map(is_layer, graph.module2node)):
         raise ValueError("its output depends on no layer")
     return graph
+
+
+@contextmanager
+def _counted_slopes(library: Any, network: nn.Module, graph: Any) -> Iterator[None]:
+    """Tell the graph how many channels pass a PReLU with one slope, which it would not find out before a concatenation."""
+    passing: dict[nn.Module, int] = {}
+    pruner = library.pruner.function.PReLUPruner()
+    pruner.get_out_channels = lambda layer: passing.get(layer, layer.num_parameters)
+    graph.register_customized_layer(nn.PReLU, pruner)
+
+    def note(layer: nn.Module, args: Any, out: Tensor) -> None:
+        passing[layer] = out.shape[1]
+
+    hooks = [part.register_forward_hook(note) for part in network.modules() if isinstance(part, nn.PReLU)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _is_product_of_a_layer(node: Any) -> bool:

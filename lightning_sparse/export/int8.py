@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy
+from torch import Tensor, nn
 
 from lightning_sparse.core import Call, first_line, need, silenced
 from lightning_sparse.export.batch_norm import fold_norms
@@ -83,7 +84,7 @@ def save_int8(
                 )
         except Exception as error:
             raise ValueError(f"onnxruntime cannot quantize {type(model).__name__} ({first_line(error)}).") from None
-        found = check_zeros(whole, made)
+        found = check_zeros(whole, made, {name: w for name, w in folded.named_parameters() if w.ndim > 1})
         Path(path).write_bytes(_without_names(made))
     return found
 
@@ -124,12 +125,13 @@ _MULTIPLY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators whose second input is a weight."""
 
 
-def check_zeros(whole: str | Path, made: str | Path) -> Int8Weights:
+def check_zeros(whole: str | Path, made: str | Path, weights: Mapping[str, Tensor]) -> Int8Weights:
     """Compare the weights of a float and an int8 file entry by entry.
 
     Args:
         whole: the float file.
         made: the int8 file that onnxruntime made from it.
+        weights: the weights of the model, by name, to find out which of them stay float.
 
     Raises:
         ValueError: naming a weight in which a zero is lost or has a code other than 0.
@@ -139,15 +141,16 @@ def check_zeros(whole: str | Path, made: str | Path) -> Int8Weights:
     graphs = [onnx.load(str(file)).graph for file in (whole, made)]
     before, after = ({tensor.name: tensor for tensor in graph.initializer} for graph in graphs)
     multiply = {node.input[1] for node in graphs[0].node if node.op_type in _MULTIPLY}
-    weights = zeros = rounded = 0
-    left = []
+    quantized = zeros = rounded = 0
+    left: list[str] = []
     for name, tensor in before.items():
         if len(tensor.dims) < 2 or tensor.data_type != onnx.TensorProto.FLOAT:
             continue
+        values = arrays.to_array(tensor)
         if f"{name}_quantized" not in after:
-            left.append(name)
+            left += _whose(name, values, weights)
             continue
-        values, codes = arrays.to_array(tensor), arrays.to_array(after[f"{name}_quantized"])
+        codes = arrays.to_array(after[f"{name}_quantized"])
         offsets = arrays.to_array(after[f"{name}_zero_point"])
         if name not in multiply and offsets.size == 1 and not ((values == 0) & (codes != offsets)).any():
             continue  # what scales the outputs of a layer is no weight; zero is exact there, with another code
@@ -157,8 +160,17 @@ def check_zeros(whole: str | Path, made: str | Path) -> Int8Weights:
                 f"zeros of '{name}' would be lost: {lost} have a code other than 0, and code 0 stands for another number in "
                 f"{int((offsets != 0).sum())} outputs."
             )
-        weights, zeros = weights + values.size, zeros + int((values == 0).sum())
+        quantized, zeros = quantized + values.size, zeros + int((values == 0).sum())
         rounded += int(((values != 0) & (codes == 0)).sum())
-    if not weights:
+    if not quantized:
         raise ValueError("onnxruntime quantizes no weight of this model; it has no int8 operator for its layers.")
-    return Int8Weights(weights, zeros, rounded, tuple(left))
+    return Int8Weights(quantized, zeros, rounded, tuple(left))
+
+
+def _whose(name: str, values: Any, weights: Mapping[str, Tensor]) -> list[str]:
+    """The weight that is stored under this name, perhaps transposed or in another order; empty for all other constants."""
+    if name in weights:
+        return [name]
+    ordered = numpy.sort(values, axis=None)
+    alike = [other for other, weight in weights.items() if weight.numel() == values.size]
+    return [o for o in alike if numpy.array_equal(ordered, numpy.sort(weights[o].detach().cpu().numpy(), axis=None))][:1]

@@ -88,6 +88,26 @@ def test_factors_behind_a_layer_are_no_weights_and_keep_their_zeros_too(tmp_path
     assert relative_error(net(x), onnx_runner(tmp_path / "net.onnx")(x)) < 0.05
 
 
+class Recurrent(nn.Module):
+    """Recurrent layers stay float in onnxruntime, which stores their gates in another order; slopes are no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.act, self.rnn, self.out = nn.Conv1d(3, 8, 3), nn.PReLU(8), nn.GRU(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.rnn(self.act(self.conv(x)).permute(2, 0, 1))[0][-1])
+        return out
+
+
+def test_weights_that_stay_float_have_the_names_of_the_model(tmp_path: Path) -> None:
+    net, x = Recurrent().eval(), torch.randn(16, 3, 8)
+    found = save_int8(net, x, tmp_path / "net.onnx", [x])
+    assert found.weights == 8 * 9 + 24
+    assert sorted(found.left) == ["rnn.weight_hh_l0", "rnn.weight_ih_l0"]
+
+
 def test_a_lost_zero_is_found(tmp_path: Path) -> None:
     from onnx import numpy_helper
 
@@ -100,14 +120,14 @@ def test_a_lost_zero_is_found(tmp_path: Path) -> None:
         return tmp_path / name
 
     whole = file("float.onnx", w=[[0, 0.001, 1], [0, 0, -2]])
-    found = check_zeros(whole, file("good.onnx", w_quantized=[[0, 0, 127], [0, 0, -127]], w_zero_point=[[0, 0]]))
+    found = check_zeros(whole, file("good.onnx", w_quantized=[[0, 0, 127], [0, 0, -127]], w_zero_point=[[0, 0]]), {})
     assert (found.weights, found.zeros, found.rounded) == (6, 3, 1)
     with pytest.raises(ValueError, match=r"zeros of 'w' would be lost: 2 have a code other than 0"):
-        check_zeros(whole, file("bad.onnx", w_quantized=[[1, 0, 127], [0, -1, -127]], w_zero_point=[[0, 0]]))
+        check_zeros(whole, file("bad.onnx", w_quantized=[[1, 0, 127], [0, -1, -127]], w_zero_point=[[0, 0]]), {})
     with pytest.raises(ValueError, match=r"code 0 stands for another number in 1 outputs"):
-        check_zeros(whole, file("off.onnx", w_quantized=[[0, 0, 127], [0, 0, -127]], w_zero_point=[[3, 0]]))
+        check_zeros(whole, file("off.onnx", w_quantized=[[0, 0, 127], [0, 0, -127]], w_zero_point=[[3, 0]]), {})
     with pytest.raises(ValueError, match=r"onnxruntime quantizes no weight of this model; it has"):
-        check_zeros(whole, file("none.onnx"))
+        check_zeros(whole, file("none.onnx"), {})
 
 
 def test_calibration_must_reach_every_layer(tmp_path: Path) -> None:

@@ -208,6 +208,21 @@ def leaky() -> tuple[nn.Module, dict[str, int]]:
     return net, {"0": 2, "2": 3}
 
 
+def sloped() -> tuple[nn.Module, dict[str, int]]:
+    """Branches side by side behind one slope each, and one slope behind both."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        both = net.joint(torch.cat([net.first(net.left(x)), net.second(net.right(x))], 1))
+        out: Tensor = net.last(both.mean((2, 3)))
+        return out
+
+    slopes = {name: nn.PReLU() for name in ("first", "second", "joint")}
+    net = Written(forward, left=nn.Conv2d(2, 6, 3), right=nn.Conv2d(2, 4, 3), **slopes, last=nn.Linear(10, 2))
+    kill(net.left, [0, 5])
+    kill(net.right, [1])
+    return net, {"left": 2, "right": 1}
+
+
 def windows() -> tuple[nn.Module, dict[str, int]]:
     """A Swin transformer: channels behind, windows cut and put together, halves taken along rows."""
     torchvision = pytest.importorskip("torchvision")
@@ -218,7 +233,7 @@ def windows() -> tuple[nn.Module, dict[str, int]]:
     return net, {"features.1.1.mlp.0": 16, "features.3.0.mlp.0": 32}
 
 
-NETS = [residual, concatenated, dense, grouped, split, transposed, flattened, halved, leaky, windows]
+NETS = [residual, concatenated, dense, grouped, split, transposed, flattened, halved, leaky, sloped, windows]
 
 
 def sample(make: Callable[[], tuple[nn.Module, dict[str, int]]], count: int) -> Tensor:
