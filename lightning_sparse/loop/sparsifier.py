@@ -115,6 +115,8 @@ class Sparsifier(Method, Callback):
         self.brought = self._rng = None
         self._fresh = False
         if stage == "fit":
+            if self.loop is not None:  # the last fit died in a tuner's search, which does not announce exceptions
+                self._leave()
             missing = [name for name in arguments(type(self)) if not hasattr(self, name)]
             if missing:
                 raise ValueError(f"{type(self).__name__} must store its arguments under their own names; {missing} are not.")

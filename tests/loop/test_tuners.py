@@ -93,13 +93,15 @@ def run(methods: list[Sparsifier], *callbacks: L.Callback, **options: Any) -> di
     return state_of(module, runner, *methods)
 
 
+@pytest.mark.parametrize("epoch", [0, 2], ids=["which trains", "which stops at once"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_search_inside_a_run_leaves_no_trace(name: str, tmp_path: Path) -> None:
+def test_a_search_inside_a_run_leaves_no_trace(name: str, epoch: int, tmp_path: Path) -> None:
+    """After the first epoch, Lightning's search makes no step, but it saves and loads a checkpoint."""
     make = METHODS[name]
     expected = run(make())
     saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     searched = make()
-    assert differences(expected, run(searched, Rates(2), saves)) == []
+    assert differences(expected, run(searched, Rates(epoch), saves)) == []
     assert all(method.brought is None for method in searched)
     assert differences(expected, run(make(), ckpt_path=str(tmp_path / "step=16.ckpt"))) == []
 
@@ -125,6 +127,28 @@ def test_a_search_for_a_batch_size_leaves_the_method_where_it_was() -> None:
     assert method.brought is None
     assert method.at_target
     assert all((module.get_parameter(name)[method.masks.dropped(name)] == 0).all() for name in method.masks)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_search_that_fails_leaves_nothing_to_the_next_run(name: str) -> None:
+    class Failing(Ordered):
+        fails = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.fails and not any(isinstance(one, Sparsifier) for one in self.trainer.callbacks):
+                raise MemoryError
+            return super().training_step(batch, batch_idx)
+
+    module, methods = Failing(), METHODS[name]()
+    start, dice = {key: value.clone() for key, value in module.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(MemoryError):
+        trainer(Rates(0), *methods, max_epochs=5).fit(module, val_dataloaders=loader(1))
+    module.fails = False
+    module.load_state_dict(start)
+    torch.set_rng_state(dice)
+    runner = trainer(*methods, max_epochs=5)
+    runner.fit(module, val_dataloaders=loader(1))
+    assert differences(run(METHODS[name]()), state_of(module, runner, *methods)) == []
 
 
 def test_a_search_before_a_second_run_does_not_bring_back_the_first() -> None:
