@@ -225,20 +225,28 @@ def forms() -> list[Row]:
 
 
 def prunable() -> list[Row]:
-    """Accuracy of dense networks after one-shot pruning, before and after fine-tuning."""
+    """Accuracy of dense networks after one-shot pruning, before and after fine-tuning.
+
+    After fine-tuning, also relative to the accuracy before pruning. Directly after pruning this would say nothing: networks
+    that fall to chance lose less if they start lower.
+    """
     suite, found = SUITES["claim-prunable"], runs("claim-prunable")
     assert isinstance(suite, Comparison)
     assert isinstance(suite.setting, Prunable)
     rows = []
     for when, (place, sparsity) in product(("pruned", "fine-tuned"), enumerate(suite.setting.sparsities)):
         curves = {m: {run["seed"]: run[when][place] for run in pick(found, method=m)} for m in suite.methods}
+        changes = {m: {run["seed"]: run[when][place] - run["test"] for run in pick(found, method=m)} for m in suite.methods}
         for method in suite.methods[1:]:
             if curves[method]:
                 n, *rest = beside(curves[method], curves["dense"])
                 strength = method.rpartition(", ")[2]
                 shown = [values(curves["dense"]), values(curves[method])]
-                rows.append([f"{100 * sparsity:g}%", when, strength, n, *shown, *rest])
-    return [["sparsity", "", "strength", "seeds", "trained without", "trained with", "difference", ""], *rows]
+                relative = beside(changes[method], changes["dense"])[1:] if when == "fine-tuned" else ["", ""]
+                cells = [*rest, *relative]
+                rows.append([f"{100 * sparsity:g}%", when, strength, n, *shown, *cells])
+    titles = ["sparsity", "", "strength", "seeds", "trained without", "trained with"]
+    return [[*titles, "difference", "", "difference relative to before pruning", ""], *rows]
 
 
 # ---- HyperSparse --------------------------------------------------------------------------------------------------------
