@@ -154,9 +154,8 @@ def _trace(library: Any, network: nn.Module, call: Call) -> Any:
 def _counted_slopes(library: Any, network: nn.Module, graph: Any) -> Iterator[None]:
     """Tell the graph how many channels pass a PReLU with one slope, which it would not find out before a concatenation."""
     passing: dict[nn.Module, int] = {}
-    pruner = library.pruner.function.PReLUPruner()
+    pruner = graph.REGISTERED_PRUNERS[library.ops.OPTYPE.PRELU]  # a customized one would be compared with metrics
     pruner.get_out_channels = lambda layer: passing.get(layer, layer.num_parameters)
-    graph.register_customized_layer(nn.PReLU, pruner)
 
     def note(layer: nn.Module, args: Any, out: Tensor) -> None:
         passing[layer] = out.shape[1]
@@ -165,6 +164,7 @@ def _counted_slopes(library: Any, network: nn.Module, graph: Any) -> Iterator[No
     try:
         yield
     finally:
+        del pruner.get_out_channels
         for hook in hooks:
             hook.remove()
 
