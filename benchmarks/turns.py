@@ -123,8 +123,8 @@ class Turns(L.Callback):
         make: function that makes the variants from the module, called after the first step.
         swing: whether every other round goes in reverse order.
         device: device that must finish its work before the time is read.
-        in_a_row: number of steps that a variant makes in a row. Only the last one is timed: the first finds caches as the
-            variant before and the handing over have left them, which writes to weights and moments.
+        in_a_row: number of steps that a variant makes in a row. Only the last one is timed. In the first, the caches hold
+            what the previous variant used, and taking over has just written to weights and moments.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Turns(L.Callback):
         self.module = pl_module
         if len(self.steps) == 1 and not self.ways:
             self.ways = self.make(pl_module)
-        if self.steps and not self.untimed:
+        if self.steps:
             turn, place = divmod(len(self.steps), len(self.ways))
             self.way = list(self.ways)[:: -1 if self.swing and turn % 2 == 0 else 1][place]
             if self.current is not self.ways[self.way]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 
 from lightning_sparse.core.calls import Call
 from lightning_sparse.core.costs import tensors_in
@@ -142,7 +143,7 @@ def _trace(library: Any, network: nn.Module, call: Call) -> Any:
         outputs = tensors_in(net(*given.args, **given.kwargs))
         return [output for output in outputs if output.requires_grad]
 
-    with warnings.catch_warnings(), torch.enable_grad(), _counted_slopes(library, network, graph):
+    with warnings.catch_warnings(), torch.enable_grad(), _constant_slopes(network):
         warnings.simplefilter("ignore")
         graph.build_dependency(network, call, forward_fn=forward, verbose=False)
     if not any(map(is_layer, graph.module2node)):
@@ -151,22 +152,16 @@ def _trace(library: Any, network: nn.Module, call: Call) -> Any:
 
 
 @contextmanager
-def _counted_slopes(library: Any, network: nn.Module, graph: Any) -> Iterator[None]:
-    """Tell the graph how many channels pass a PReLU with one slope, which it would not find out before a concatenation."""
-    passing: dict[nn.Module, int] = {}
-    pruner = graph.REGISTERED_PRUNERS[library.ops.OPTYPE.PRELU]  # a customized one would be compared with metrics
-    pruner.get_out_channels = lambda layer: passing.get(layer, layer.num_parameters)
-
-    def note(layer: nn.Module, args: Any, out: Tensor) -> None:
-        passing[layer] = out.shape[1]
-
-    hooks = [part.register_forward_hook(note) for part in network.modules() if isinstance(part, nn.PReLU)]
+def _constant_slopes(network: nn.Module) -> Iterator[None]:
+    """Run each PReLU that has one slope without its weight, which the graph would take for an input with channels."""
+    parts = [p for p in network.modules() if isinstance(p, nn.PReLU) and p.num_parameters == 1 and "forward" not in vars(p)]
+    for part in parts:
+        vars(part)["forward"] = leaky_relu
     try:
         yield
     finally:
-        del pruner.get_out_channels
-        for hook in hooks:
-            hook.remove()
+        for part in parts:
+            del vars(part)["forward"]
 
 
 def _is_product_of_a_layer(node: Any) -> bool:

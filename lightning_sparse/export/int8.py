@@ -168,9 +168,13 @@ def check_zeros(whole: str | Path, made: str | Path, weights: Mapping[str, Tenso
 
 
 def _whose(name: str, values: Any, weights: Mapping[str, Tensor]) -> list[str]:
-    """The weight that is stored under this name, perhaps transposed or in another order; empty for all other constants."""
+    """The weights that are stored in an array: transposed, in another order, or stacked; empty for all other constants."""
     if name in weights:
         return [name]
     ordered = numpy.sort(values, axis=None)
-    alike = [other for other, weight in weights.items() if weight.numel() == values.size]
-    return [o for o in alike if numpy.array_equal(ordered, numpy.sort(weights[o].detach().cpu().numpy(), axis=None))][:1]
+    for other, weight in weights.items():
+        if weight.numel() == values.size:
+            sorted_weight = numpy.sort(weight.detach().float().cpu().numpy(), axis=None)
+            if numpy.array_equal(ordered, sorted_weight):
+                return [other]
+    return [owner for part in values for owner in _whose("", part, weights)] if values.ndim > 2 else []  # two directions

@@ -308,8 +308,9 @@ class Loop:
         """A step was prepared but never made: the gradient scaler skipped it."""
         prepared = self._pending.pop(id(optimizer), None)
         if prepared is not None:
-            with torch.no_grad(), _lent(prepared[0]):
-                for method, step in prepared[1]:
+            owned, steps = prepared
+            with torch.no_grad(), _lent(owned):
+                for method, step in steps:
                     method.undo_step(step)
 
     # ---- the loss ----------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ class Method(Memory, ABC):
 
     @property
     def evolves(self) -> bool:
-        """Whether `evolve` may still do something; otherwise no position is computed for it."""
+        """Whether `evolve` may still change something; if not, it is no longer called."""
         return self.answers(Method.evolve)
 
     @property
@@ -191,7 +191,7 @@ class Method(Memory, ABC):
 
     @property
     def swaps_weights(self) -> bool:
-        """Whether the model shows other weights between steps than an average of what the optimizer moves would."""
+        """Whether the method would break with an optimizer that lets the model see averages of weights."""
         return self.dropped_live_on
 
     @property

@@ -115,7 +115,7 @@ class Sparsifier(Method, Callback):
         self.brought = self._rng = None
         self._fresh = False
         if stage == "fit":
-            if self.loop is not None:  # the last fit died in a tuner's search, which does not announce exceptions
+            if self.loop is not None:  # the last fit ended in a tuner's search, where no callback hears of an error
                 self._leave()
             missing = [name for name in arguments(type(self)) if not hasattr(self, name)]
             if missing:

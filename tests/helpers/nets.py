@@ -223,6 +223,18 @@ def sloped() -> tuple[nn.Module, dict[str, int]]:
     return net, {"left": 2, "right": 1}
 
 
+def tokens() -> tuple[nn.Module, dict[str, int]]:
+    """One slope where channels come last."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        out: Tensor = net.last(net.slope(net.first(x.flatten(2).transpose(1, 2))).mean(1))
+        return out
+
+    net = Written(forward, first=nn.Linear(2, 5), slope=nn.PReLU(), last=nn.Linear(5, 3))
+    kill(net.first, [1, 3])
+    return net, {"first": 2}
+
+
 def windows() -> tuple[nn.Module, dict[str, int]]:
     """A Swin transformer: channels behind, windows cut and put together, halves taken along rows."""
     torchvision = pytest.importorskip("torchvision")
@@ -233,7 +245,7 @@ def windows() -> tuple[nn.Module, dict[str, int]]:
     return net, {"features.1.1.mlp.0": 16, "features.3.0.mlp.0": 32}
 
 
-NETS = [residual, concatenated, dense, grouped, split, transposed, flattened, halved, leaky, sloped, windows]
+NETS = [residual, concatenated, dense, grouped, split, transposed, flattened, halved, leaky, sloped, tokens, windows]
 
 
 def sample(make: Callable[[], tuple[nn.Module, dict[str, int]]], count: int) -> Tensor:

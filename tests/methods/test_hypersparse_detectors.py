@@ -107,8 +107,8 @@ def with_another_rank(failures: float, monkeypatch: pytest.MonkeyPatch) -> None:
     other = torch.tensor([-8.0, 8.0], dtype=torch.float64)
 
     def over_ranks(trainer: Any, numbers: Tensor) -> Tensor:
-        asked = numbers[0] >= 0
-        return numbers + (torch.tensor([failures, 8.0]).double() if asked else other)
+        counts = numbers[0] >= 0  # a number of failures; sums of scores are negative losses
+        return numbers + (torch.tensor([failures, 8.0]).double() if counts else other)
 
     monkeypatch.setattr(TrainingScore, "over_ranks", staticmethod(over_ranks))
 
